@@ -1,0 +1,305 @@
+"""Make, once, what configs/quickstart.yaml points at: a small pretrained byte-level Llama and a calibration set.
+
+Nothing is downloaded. The model learns the source of this Python's standard library; the calibration passages are the
+English help topics that ship with it, another distribution than the one the model has learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loraga_dist.errors import LoragaError, RunError, UserError
+
+END_OF_TEXT_ID, PAD_ID = 256, 257
+VOCABULARY_SIZE = 258
+SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "pydoc_data", "turtledemo"}
+    | {"ensurepip", "encodings", "__pycache__"}
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what is built; a change of any field, or of `version`, rebuilds."""
+
+    version: int = 1
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    num_layers: int = 4
+    num_heads: int = 4
+    sequence_length: int = 256
+    batch_size: int = 8
+    max_steps: int = 240
+    muon_lr: float = 0.03
+    adamw_lr: float = 0.01
+    warmup_steps: int = 10
+    check_every_steps: int = 20
+    heldout_windows: int = 64
+    target_loss: float = 1.6
+    time_limit_seconds: float = 1800.0
+    seed: int = 0
+
+
+def ensure_quickstart(directory: Path, recipe: Recipe | None = None) -> Path:
+    """Build `model/`, `calibration.jsonl` and `recipe.json` in `directory` unless the same recipe made them already.
+
+    Returns `directory`. The build happens beside it and is renamed into place, so an interrupted run leaves nothing.
+    Raises UserError where `directory` holds something else, RunError where the model does not learn enough.
+    """
+    recipe = recipe or Recipe()
+    made_by = {
+        **asdict(recipe),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if _is_made_by(directory, made_by):
+        return directory
+    if directory.exists() and not _is_ours(directory):
+        raise UserError("--directory", str(directory), "holds other files; name a new directory, or empty this one")
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        _write_calibration(new / "calibration.jsonl")
+        start = time.perf_counter()
+        model, heldout_loss = _pretrain(recipe)
+        model.save_pretrained(new / "model", max_shard_size="5MB")
+        byte_tokenizer().save_pretrained(new / "model")
+        made = {
+            "recipe": made_by,
+            "heldout_loss": heldout_loss,
+            "seconds": time.perf_counter() - start,
+            "parameters": model.num_parameters(),
+        }
+        (new / "recipe.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        if directory.exists():
+            os.replace(directory, Path(temporary) / "old")
+        os.replace(new, directory)
+    return directory
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose ids are the UTF-8 bytes, then end-of-text (also bos, as in GPT-2) and padding."""
+    symbols = _byte_symbols()
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|pad|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's bytes_to_unicode)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
+
+
+def calibration_passages() -> list[str]:
+    """Distinct passages of 200 to 400 characters, whole paragraphs each, of Python's help topics."""
+    from pydoc_data.topics import topics
+
+    passages: list[str] = []
+    for name in sorted(topics):
+        passage = ""
+        for paragraph in topics[name].split("\n\n"):
+            joined = f"{passage}\n\n{paragraph}".strip("\n")
+            if len(joined) <= 400:
+                passage = joined
+            else:
+                passages.append(passage)
+                passage = paragraph.strip("\n")
+        passages.append(passage)
+    return [passage for passage in dict.fromkeys(passages) if 200 <= len(passage) <= 400]
+
+
+def _write_calibration(path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for passage in calibration_passages():
+            file.write(json.dumps({"text": passage}, ensure_ascii=False) + "\n")
+
+
+def _is_made_by(directory: Path, made_by: dict[str, object]) -> bool:
+    if not ((directory / "model").is_dir() and (directory / "calibration.jsonl").is_file()):
+        return False
+    try:
+        made = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return made.get("recipe") == made_by
+
+
+def _is_ours(directory: Path) -> bool:
+    """Only what carries our recipe, or is an empty directory, may be replaced."""
+    return directory.is_dir() and ((directory / "recipe.json").is_file() or not any(directory.iterdir()))
+
+
+def _describe(made: dict[str, float]) -> str:
+    return (
+        f"quickstart model: {made['parameters'] / 1e6:.1f} M parameters, "
+        f"held-out loss {made['heldout_loss']:.3f} nats per byte, built in {made['seconds']:.0f} s"
+    )
+
+
+def _standard_library() -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and held-out token ids (int16, 1-D): every 20th source file is held out, in path order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in root.rglob("*.py") if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)]
+    end = torch.tensor([END_OF_TEXT_ID], dtype=torch.int16)
+    training, heldout = [end], [end]
+    for index, path in enumerate(sorted(paths)):
+        if source := bytearray(path.read_bytes()):
+            ids = torch.frombuffer(source, dtype=torch.uint8).to(torch.int16)
+            (heldout if index % 20 == 0 else training).extend((ids, end))
+    training_ids = torch.cat(training)
+    if len(training_ids) < 2_000_000:
+        raise RunError(f"{root} holds only {len(training_ids)} bytes of .py files to pretrain the quickstart model on")
+    return training_ids, torch.cat(heldout)
+
+
+def _new_model(recipe: Recipe) -> LlamaForCausalLM:
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=END_OF_TEXT_ID,
+        eos_token_id=END_OF_TEXT_ID,
+        pad_token_id=PAD_ID,
+        dtype="float32",
+    )
+    model = LlamaForCausalLM(config)
+    # Blocks that start as the identity, and a loss that starts at log(vocabulary), save a third of the steps.
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+            torch.nn.init.zeros_(parameter)
+        elif name.endswith("embed_tokens.weight"):
+            torch.nn.init.normal_(parameter, std=0.5)
+        elif parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
+    return model
+
+
+def _pretrain(recipe: Recipe) -> tuple[LlamaForCausalLM, float]:
+    """Train until the held-out loss is below the target; raises RunError at the step or time limit."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    training_ids, heldout_ids = _standard_library()
+    model = _new_model(recipe)
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    hidden_ids = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in hidden_ids]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=recipe.muon_lr, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, recipe)) for o in optimizers]
+    batches = _batches(training_ids, recipe)
+    # Autocast pays only where the processor multiplies bf16 itself; elsewhere it is emulated, many times slower.
+    bf16 = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+    step, heldout_loss = 0, math.inf
+    start = time.perf_counter()
+    with tqdm(total=recipe.max_steps, desc="pretraining", unit="step", disable=not sys.stderr.isatty()) as bar:
+        for step in range(1, recipe.max_steps + 1):
+            ids_BS = next(batches)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = model(ids_BS).logits
+            loss = _next_byte_loss(logits, ids_BS)
+            loss.backward()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+
+            if step % recipe.check_every_steps == 0 or step == recipe.max_steps:
+                heldout_loss = _heldout_loss(model, heldout_ids, recipe)
+                if bar.disable:
+                    seconds = time.perf_counter() - start
+                    print(f"pretraining: step {step}, held-out loss {heldout_loss:.3f}, {seconds:.0f} s", flush=True)
+                if heldout_loss < recipe.target_loss:
+                    return model, heldout_loss
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.2f}", heldout=f"{heldout_loss:.2f}", target=recipe.target_loss)
+            if time.perf_counter() - start > recipe.time_limit_seconds:
+                break
+    raise RunError(
+        f"pretraining the quickstart model: held-out loss {heldout_loss:.3f} after {step} steps and "
+        f"{time.perf_counter() - start:.0f} s, needed below {recipe.target_loss}; nothing was saved"
+    )
+
+
+def _lr_factor(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant until a third of the steps, then linearly down to a tenth."""
+    decay = 1.5 * (1 - step / recipe.max_steps)
+    return min(1.0, (step + 1) / recipe.warmup_steps) * min(1.0, max(0.1, decay))
+
+
+def _batches(ids: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
+    """Random windows of the corpus, int64 [batch, sequence], for ever."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    offsets_S = torch.arange(recipe.sequence_length)
+    while True:
+        starts_B1 = torch.randint(len(ids) - recipe.sequence_length, (recipe.batch_size, 1), generator=generator)
+        yield ids[starts_B1 + offsets_S].long()
+
+
+@torch.no_grad()
+def _heldout_loss(model: LlamaForCausalLM, ids: torch.Tensor, recipe: Recipe) -> float:
+    """Mean nats per byte over evenly spaced held-out windows, in fp32 as the model is saved."""
+    starts_B1 = torch.linspace(0, len(ids) - recipe.sequence_length, recipe.heldout_windows).long()[:, None]
+    windows_BS = ids[starts_B1 + torch.arange(recipe.sequence_length)].long()
+    losses = [_next_byte_loss(model(chunk_BS).logits, chunk_BS) for chunk_BS in windows_BS.split(16)]
+    return torch.stack(losses).mean().item()
+
+
+def _next_byte_loss(logits_BSV: torch.Tensor, ids_BS: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), ids_BS[:, 1:].flatten())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--directory", type=Path, default=Path("build/quickstart"))
+    directory: Path = parser.parse_args().directory
+    try:
+        ensure_quickstart(directory)
+    except LoragaError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(_describe(json.loads((directory / "recipe.json").read_text(encoding="utf-8"))))
+    print(f"  model        {directory / 'model'}\n  calibration  {directory / 'calibration.jsonl'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""LoRA-GA initialization for models that do not fit on one device."""
+
+from loraga_dist.config import InitConfig, MethodConfig
+from loraga_dist.errors import LoragaError, RunError, UserError
+
+__all__ = ["InitConfig", "LoragaError", "MethodConfig", "RunError", "UserError", "initialize"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # importing torch and transformers for a config check would take seconds
+    if name == "initialize":
+        from loraga_dist.pipeline import initialize
+
+        return initialize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,99 @@
+"""The adapter directories: plain PEFT LoRA, written and read one target at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from loraga_dist.errors import RunError
+from loraga_dist.safetensors_files import SafetensorsWriter, TensorSlot, read_header, read_rows
+from loraga_dist.schemes import lora_scaling
+from loraga_dist.targets import Target
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTarget(Target):
+    """A target whose weight has been found in the base checkpoint."""
+
+    weight_key: str
+    """Of its weight in the checkpoint."""
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        return (self.N, self.M) if self.transposed else (self.M, self.N)
+
+
+def adapter_keys(name: str) -> tuple[str, str]:
+    """The keys of a target's A_RN and B_MR in an adapter file."""
+    return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
+
+
+def write_adapter(
+    directory: Path,
+    peft_config: LoraConfig,
+    targets: Sequence[AdapterTarget],
+    factors: Callable[[str], tuple[Tensor, Tensor]],
+    negate_b: bool = False,
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` (fp32), asking for one target's factors at a time.
+
+    factors: target name -> (A_RN, B_MR), fp32 or castable without a thought. negate_b: write -B (the offset adapter).
+    The config is the given one with the target modules spelled out, `inference_mode` and `init_lora_weights` true,
+    so that loading takes the stored factors and nothing else. Raises RunError when the files cannot be written.
+    """
+    entries = {}
+    for target in targets:
+        a_key, b_key = adapter_keys(target.name)
+        entries[a_key] = (torch.float32, (target.r, target.N))
+        entries[b_key] = (torch.float32, (target.M, target.r))
+    with SafetensorsWriter(directory / ADAPTER_WEIGHTS, entries) as writer:
+        for target in targets:
+            A_RN, B_MR = (factor.detach().to("cpu", torch.float32) for factor in factors(target.name))
+            assert A_RN.shape == (target.r, target.N) and B_MR.shape == (target.M, target.r), target
+            for key, factor in zip(adapter_keys(target.name), (A_RN, -B_MR if negate_b else B_MR), strict=True):
+                writer.append(key, factor)
+
+    config = copy.copy(peft_config)
+    config.target_modules = sorted(target.name for target in targets)
+    config.fan_in_fan_out = any(target.transposed for target in targets)
+    config.inference_mode = True
+    config.init_lora_weights = True
+    for key, value in vars(config).items():
+        if isinstance(value, set):  # PEFT would write them in the order of their hashes, new in each process
+            setattr(config, key, sorted(value))
+    try:
+        config.save_pretrained(str(directory))
+    except OSError as error:
+        raise RunError(f"{directory / ADAPTER_CONFIG} cannot be written ({error.strerror})") from error
+
+
+class AdapterFile:
+    """The factors of an adapter directory as stored, read when asked for. Raises BrokenFileError if not whole."""
+
+    def __init__(self, directory: Path) -> None:
+        self.slots: dict[str, TensorSlot] = read_header(directory / ADAPTER_WEIGHTS)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A_RN and B_MR of one target; raises RunError on a short read."""
+        a_slot, b_slot = (self.slots[key] for key in adapter_keys(name))
+        return read_rows(a_slot, 0, a_slot.shape[0]), read_rows(b_slot, 0, b_slot.shape[0])
+
+
+def rank_and_scaling(config: LoraConfig, name: str) -> tuple[int, float, float]:
+    """(r, lora_alpha, scaling) that PEFT gives the module of that name when it loads an adapter of this config."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    lora_alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    return r, lora_alpha, lora_scaling(lora_alpha, r, config.use_rslora)

@@ -1,0 +1,233 @@
+"""The residual base W_res = W - s B0 A0, streamed from the base checkpoint in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget
+from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, no_progress
+from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.safetensors_files import (
+    MODEL_FILE_PATTERNS,
+    SafetensorsWriter,
+    TensorSlot,
+    as_bytes,
+    dtype_name,
+    read_range,
+    read_rows,
+)
+
+CHUNK_ELEMENTS = 8 * 2**20
+"""Elements handled at once: 64 MiB of float64."""
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+_WIDE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One weight file to write: its tensors in order."""
+
+    name: str
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.entries.values())
+
+
+def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[AdapterTarget]) -> None:
+    """Raise UserError unless the checkpoint holds every target as a plain floating matrix of the expected shape."""
+    for target in targets:
+        slot = index.get(target.weight_key)
+        if slot is None:
+            problem = f"is not in the checkpoint, but {target.name} is a target"
+        elif slot.dtype not in _WIDE_FLOATS:
+            problem = f"is stored as {dtype_name(slot.dtype)}; write the path of an unquantized checkpoint"
+        elif slot.shape != target.stored_shape:
+            problem = f"has shape {slot.shape} in the checkpoint and {target.stored_shape} in the model"
+        else:
+            continue
+        raise UserError("model.name_or_path", target.weight_key, problem)
+
+
+def residual_dtype_of(dtype: torch.dtype, residual_dtype: str) -> torch.dtype:
+    """What a checkpoint tensor's dtype becomes. All floating tensors follow `residual_dtype`, so that the model has one
+    dtype; quantized and integer tensors stay as they are."""
+    return dtype if residual_dtype == "auto" or dtype not in _WIDE_FLOATS else getattr(torch, residual_dtype)
+
+
+def plan_residual_files(
+    index: Mapping[str, TensorSlot], residual_dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[PlannedFile]:
+    """Split the checkpoint's tensors over files as transformers would. residual_dtype: as `output.residual_dtype`."""
+    split = split_state_dict_into_shards_factory(
+        dict(index),
+        get_storage_size=lambda slot: slot.numel * residual_dtype_of(slot.dtype, residual_dtype).itemsize,
+        filename_pattern=MODEL_STEM + "{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    files = []
+    for name, keys in split.filename_to_tensors.items():
+        entries = {key: (residual_dtype_of(index[key].dtype, residual_dtype), index[key].shape) for key in keys}
+        # widest first keeps every tensor aligned to its own size, as the format's own writer does
+        files.append(PlannedFile(name, dict(sorted(entries.items(), key=lambda item: -item[1][0].itemsize))))
+    return files
+
+
+def assign_files(files: Sequence[PlannedFile], world_size: int) -> list[list[PlannedFile]]:
+    """Each rank's share: largest file first, to the rank with the fewest bytes so far."""
+    shares: list[list[PlannedFile]] = [[] for _ in range(world_size)]
+    load_bytes = [0] * world_size
+    for file in sorted(files, key=lambda file: -file.num_bytes):
+        rank = load_bytes.index(min(load_bytes))
+        shares[rank].append(file)
+        load_bytes[rank] += file.num_bytes
+    return shares
+
+
+def write_residual_files(
+    files: Iterable[PlannedFile],
+    index: Mapping[str, TensorSlot],
+    targets: Iterable[AdapterTarget],
+    adapter: AdapterFile,
+    destination: Path,
+    on_progress: OnBytes = no_progress,
+) -> dict[str, tuple[TensorDigest, TensorDigest]]:
+    """Write these files; returns key -> (digest of the base tensor, digest of the residual tensor).
+
+    Targets become W - s B0 A0 with the factors as stored, in float64, then cast to the planned dtype; others are copied
+    byte for byte or cast. on_progress: told of bytes written. Raises UserError when a value does not fit the dtype.
+    """
+    target_of = {target.weight_key: target for target in targets}
+    digests = {}
+    for file in files:
+        with SafetensorsWriter(destination / file.name, file.entries) as writer:
+            for key, (dtype, shape) in file.entries.items():
+                base_digest, residual_digest = hashlib.sha256(), hashlib.sha256()
+                for base, residual in _residual_chunks(index[key], dtype, target_of.get(key), adapter):
+                    writer.append(key, residual)
+                    base_digest.update(as_bytes(base))
+                    residual_digest.update(as_bytes(residual))
+                    on_progress(residual.nbytes)
+                digests[key] = (
+                    TensorDigest(dtype_name(index[key].dtype), shape, base_digest.hexdigest()),
+                    TensorDigest(dtype_name(dtype), shape, residual_digest.hexdigest()),
+                )
+    return digests
+
+
+def digest_base(
+    index: Mapping[str, TensorSlot], keys: Iterable[str], on_progress: OnBytes = no_progress
+) -> dict[str, TensorDigest]:
+    """The digests of these checkpoint tensors. on_progress: told of bytes read."""
+    digests = {}
+    for key in keys:
+        slot, digest = index[key], hashlib.sha256()
+        for start, end in chunks(slot.numel, CHUNK_ELEMENTS):
+            chunk = as_bytes(read_range(slot, start, end))
+            digest.update(chunk)
+            on_progress(len(chunk))
+        digests[key] = TensorDigest(dtype_name(slot.dtype), slot.shape, digest.hexdigest())
+    return digests
+
+
+def finish_residual_base(model_dir: Path, destination: Path, files: Sequence[PlannedFile], residual_dtype: str) -> None:
+    """What one rank writes beside the weights: the index, config.json, tokenizer, chat templates, custom code."""
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        _copy_model_files(model_dir, destination)
+        _copy_model_files(model_dir / _CHAT_TEMPLATES, destination / _CHAT_TEMPLATES)
+        if residual_dtype != "auto":
+            config_path = destination / MODEL_CONFIG
+            _write_json(config_path, _with_dtype(json.loads(config_path.read_bytes()), residual_dtype))
+        if len(files) > 1:
+            _write_json(
+                destination / f"{MODEL_STEM}.safetensors.index.json",
+                {
+                    "metadata": {"total_size": sum(file.num_bytes for file in files)},
+                    "weight_map": {key: file.name for file in files for key in file.entries},
+                },
+            )
+    except OSError as error:
+        raise RunError(f"{error.filename or destination} cannot be written ({error.strerror})") from error
+
+
+def offset_rows(target: AdapterTarget, A_RN: Tensor, B_MR: Tensor, row0: int, row1: int) -> Tensor:
+    """Rows [row0, row1) of s B A in float64, laid out as the weight is stored."""
+    left, right = (A_RN.T, B_MR.T) if target.transposed else (B_MR, A_RN)
+    return target.scaling * (left[row0:row1].double() @ right.double())
+
+
+def chunks(length: int, step: int) -> Iterator[tuple[int, int]]:
+    """[0, length) in pieces of at most `step`."""
+    for start in range(0, length, step):
+        yield start, min(start + step, length)
+
+
+def rows_per_chunk(target: AdapterTarget) -> int:
+    """Rows of a target's stored weight that make one chunk."""
+    return max(1, CHUNK_ELEMENTS // target.stored_shape[1])
+
+
+def _residual_chunks(
+    slot: TensorSlot, dtype: torch.dtype, target: AdapterTarget | None, adapter: AdapterFile
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if target is None:
+        for start, end in chunks(slot.numel, CHUNK_ELEMENTS):
+            base = read_range(slot, start, end)
+            yield base, _cast(base, dtype, slot.name)
+        return
+    assert slot.shape == target.stored_shape, (slot, target)
+    A_RN, B_MR = adapter.factors(target.name)
+    for row0, row1 in chunks(slot.shape[0], rows_per_chunk(target)):
+        base = read_rows(slot, row0, row1)
+        yield base, _cast(base.double() - offset_rows(target, A_RN, B_MR, row0, row1), dtype, slot.name)
+
+
+def _cast(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    if values.dtype == dtype:
+        return values
+    cast = values.to(dtype)
+    if not torch.equal(cast.isfinite(), values.isfinite()):
+        shown = str(dtype).removeprefix("torch.")
+        raise UserError("output.residual_dtype", shown, f"cannot hold values of {key}; write bfloat16 or float32")
+    return cast
+
+
+def _copy_model_files(source: Path, destination: Path) -> None:
+    if not source.is_dir():
+        return
+    for path in sorted(source.iterdir()):
+        wanted = any(fnmatch(path.name, pattern) for pattern in MODEL_FILE_PATTERNS)
+        if wanted and path.is_file() and not path.name.endswith(".index.json"):
+            destination.mkdir(exist_ok=True)
+            shutil.copyfile(path, destination / path.name)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The model config with this dtype, its sub-configs' included, under the name that transformers writes today."""
+    config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict) and value.keys() & {"dtype", "torch_dtype"}:
+            config[key] = _with_dtype(value, dtype)
+    return config
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

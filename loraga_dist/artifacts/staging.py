@@ -1,0 +1,91 @@
+"""The output directory appears whole or not at all: files are written beside it and renamed into place at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from loraga_dist.artifacts.names import REPORT
+from loraga_dist.config import OutputConfig
+from loraga_dist.distributed import World
+from loraga_dist.errors import RunError, UserError
+
+
+def check_destination(config: OutputConfig) -> Path:
+    """The directory to make; raises UserError when something is there that must not be replaced."""
+    destination = Path(config.dir).absolute()
+    if destination.exists():
+        if not config.overwrite:
+            raise UserError("output.dir", config.dir, "exists; write another directory, or add --overwrite")
+        if not (destination / REPORT).is_file():
+            raise UserError("output.dir", config.dir, "exists and is no output of loraga-dist; write another directory")
+    return destination
+
+
+class StagedDirectory:
+    """A hidden sibling of the destination, until `commit` puts it there."""
+
+    def __init__(self, destination: Path, world: World) -> None:
+        self.destination = destination
+        self.path = destination.with_name(f".{destination.name}.partial")
+        self._world = world
+
+    def create(self, num_bytes: int) -> None:
+        """Make it, empty, on rank 0; a collective. num_bytes: what will be written, checked against the free space."""
+        with self._world.together():
+            if self._world.is_main:
+                try:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    if self.path.exists():
+                        shutil.rmtree(self.path)  # left by a run that was killed
+                    self.path.mkdir()
+                    free_bytes = shutil.disk_usage(self.path).free
+                except OSError as error:
+                    raise UserError(
+                        "output.dir",
+                        str(self.destination),
+                        f"cannot be written ({error.strerror}); write another place",
+                    ) from error
+                if free_bytes < num_bytes:
+                    self.path.rmdir()
+                    raise UserError(
+                        "output.dir",
+                        str(self.destination),
+                        f"needs {num_bytes / 2**30:.2f} GiB and the disk has {free_bytes / 2**30:.2f} free; "
+                        "write another place, or output.residual_base: none",
+                    )
+        with self._world.together():
+            if not self.path.is_dir():
+                raise UserError(
+                    "output.dir",
+                    str(self.destination),
+                    f"is not seen by rank {self._world.rank}; write a place on a file system that all ranks share",
+                )
+
+    def commit(self) -> None:
+        """Rename into place; call on rank 0 when everything is written. The old directory goes after the new is there."""
+        old = self.destination.with_name(f".{self.destination.name}.replaced")
+        try:
+            if old.exists():
+                shutil.rmtree(old)
+            if self.destination.exists():
+                self.destination.rename(old)
+            self.path.rename(self.destination)
+            _sync_directory(self.destination.parent)
+            if old.exists():
+                shutil.rmtree(old)
+        except OSError as error:
+            raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
+
+    def discard(self) -> None:
+        """Remove what was staged, after a failure."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

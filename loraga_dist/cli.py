@@ -1,0 +1,127 @@
+"""`loraga-dist init | verify`: arguments in, one line per mistake out, and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from loraga_dist.errors import LoragaError, UserError
+
+if TYPE_CHECKING:
+    from loraga_dist.distributed import World
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code (0 done and verified, 2 wrong input, 3 failed)."""
+    parser = argparse.ArgumentParser(prog="loraga-dist", description="LoRA-GA starts for models of any size.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    init = commands.add_parser("init", help="write a LoRA-GA start for a model", allow_abbrev=False)
+    add_init_arguments(init)
+    verify = commands.add_parser("verify", help="check an output directory from its files alone", allow_abbrev=False)
+    verify.add_argument("directory", type=Path)
+    verify.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "init":
+        return run_init(options, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return run_verify(options.directory, options.base)
+
+
+def init_main(arguments: Sequence[str] | None = None) -> int:
+    """`launch/init.py`: the init command without its name, as launchers start it."""
+    parser = argparse.ArgumentParser(description="Write a LoRA-GA start for a model.", allow_abbrev=False)
+    add_init_arguments(parser)
+    options, rest = parser.parse_known_args(arguments)
+    return run_init(options, rest)
+
+
+def add_init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says the same
+    parser.epilog = "Any key of the file can be given as --section.key value."
+
+
+def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    _quiet_libraries()
+    from loraga_dist.distributed import World
+
+    try:
+        world = World.start()
+    except LoragaError as error:
+        return _report_failure(error)
+    try:
+        from loraga_dist.config import load_config
+        from loraga_dist.pipeline import run
+
+        with world.together():
+            extra = ["--output.overwrite", "true"] if options.overwrite else []
+            config = load_config(options.config, [*overrides, *extra])
+        report, verified = run(config, world)
+        if world.is_main:
+            from loraga_dist.artifacts.report import print_summary
+
+            print_summary(report, config.output.dir, verified)
+    except LoragaError as error:
+        if not error.on_all_ranks and world.size > 1:
+            return _fail_alone(world, str(error), error.exit_code)
+        if world.is_main:
+            _report_failure(error)
+        _leave_together(world)
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        return _fail_alone(world, f"{type(error).__name__}: {error}", 3)
+    _leave_together(world)
+    return 0
+
+
+def run_verify(directory: Path, base: Path | None) -> int:
+    from loraga_dist.artifacts.verify import verify
+    from loraga_dist.progress import phase
+
+    if not directory.is_dir():
+        return _report_failure(UserError("directory", str(directory), "is not there; write an output directory"))
+    total_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    with phase("verify", total_bytes, "B", shown=sys.stderr.isatty()) as progress:
+        result = verify(directory, base=base, on_progress=progress.advance)
+    for problem in result.problems:
+        print(f"loraga-dist: {problem}", file=sys.stderr)
+    if result.ok:
+        checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
+        print(f"{directory}: verified, {result.num_targets} targets{checked}")
+    return 0 if result.ok else 3
+
+
+def _leave_together(world: World) -> None:
+    # a rank that exits early would have the launcher kill the one that is still printing
+    sys.stdout.flush()
+    sys.stderr.flush()
+    world.barrier()
+    world.stop()
+
+
+def _fail_alone(world: World, message: str, exit_code: int) -> NoReturn:
+    """End at once: the other ranks may wait for this one in a collective, and the launcher ends them when it is gone."""
+    print(f"loraga-dist: rank {world.rank} failed: {message}", file=sys.stderr, flush=True)
+    os._exit(exit_code)
+
+
+def _report_failure(error: LoragaError) -> int:
+    print(f"loraga-dist: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,0 +1,259 @@
+"""What a user may say: one pydantic tree, read from YAML and dotted command-line overrides.
+
+Every default of the project lives here. Unknown keys are errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from loraga_dist.errors import UserError
+
+TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
+Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
+Scale = Literal["stable", "unit", "gd", "weight_svd", "peft"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Checkpointing = Literal["none", "reentrant", "non_reentrant"]
+
+ConfigT = TypeVar("ConfigT", bound="MethodConfig")
+
+
+class Section(BaseModel):
+    """Base of all sections: typed strictly, closed, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The base model, as transformers' `from_pretrained` names its arguments."""
+
+    name_or_path: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    """Compute dtype of calibration; `auto` is the checkpoint's own."""
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class LoraSection(Section):
+    """The adapter, in `peft.LoraConfig`'s names. Ranks and alphas may differ by module through the patterns."""
+
+    r: int = Field(default=8, ge=1)
+    lora_alpha: int | float = Field(default=16, gt=0)
+    use_rslora: bool = False
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, int | float] = {}
+    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Written into the adapter's config for training; calibration never uses it."""
+    modules_to_save: list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    use_dora: bool = False
+    task_type: TaskType = "CAUSAL_LM"
+
+    @field_validator("use_dora")
+    @classmethod
+    def _no_dora(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("DoRA's magnitudes would be taken from the residual base; write false")
+        return value
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _positive_ranks(cls, value: dict[str, int]) -> dict[str, int]:
+        if any(r < 1 for r in value.values()):
+            raise ValueError("ranks must be 1 or more; leave modules out with lora.exclude_modules")
+        return value
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _positive_alphas(cls, value: dict[str, int | float]) -> dict[str, int | float]:
+        if any(alpha <= 0 for alpha in value.values()):
+            raise ValueError("alphas must be above 0")
+        return value
+
+
+class SchemeConfig(Section):
+    """How singular triplets of the gradient become A and B (`schemes.py`)."""
+
+    scheme: Literal["lora_ga"] = "lora_ga"
+    direction: Direction = "ArB2r"
+    scale: Scale = "stable"
+    stable_gamma: float = Field(default=16.0, gt=0)
+    seed: int = Field(default=0, ge=0)
+    """Seeds the randomized SVD and the `random` direction."""
+
+
+class GradientConfig(Section):
+    """How gradients are gathered."""
+
+    engine: Literal["exact"] = "exact"
+    max_targets_in_flight: int | None = Field(default=None, ge=1)
+    """Targets accumulated per sweep over the data; 1 is one parameter at a time, null is as many as the budget holds."""
+    state_budget_gib: float = Field(default=4.0, gt=0)
+    """Memory per rank that gradient state may take; more targets than fit make more sweeps."""
+    oversampling: int = Field(default=32, ge=1)
+    """Extra columns of the randomized SVD beyond the 2r that are used."""
+    checkpointing: Checkpointing = "non_reentrant"
+
+
+class CalibrationConfig(Section):
+    """The calibration data, in TRL's and datasets' names."""
+
+    dataset_name: str | None = None
+    """A hub id, a directory written by `save_to_disk`, or a `datasets` builder (json, csv, parquet, text); by default
+    the builder that the suffix of `data_files` names."""
+    dataset_config: str | None = None
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    dataset_text_field: str = "text"
+    label_field: str = "label"
+    """SEQ_CLS: the column with the integer class."""
+    max_length: int = Field(default=1024, ge=2)
+    """Longer samples are truncated to this many tokens."""
+    max_samples: int = Field(default=256, ge=1)
+    per_device_batch_size: int = Field(default=1, ge=1)
+    assistant_only_loss: bool = False
+    completion_only_loss: bool | None = None
+    """null: True for prompt-completion data, as TRL does."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of the one shuffle of the data."""
+
+
+class OutputConfig(Section):
+    """Where the files go."""
+
+    dir: str
+    overwrite: bool = False
+    residual_base: Literal["full", "none"] = "full"
+    residual_dtype: Dtype = "auto"
+    """dtype of the targets in the residual base; `auto` is each tensor's own in the checkpoint."""
+
+
+class MethodConfig(Section):
+    """What `loraga_dist.initialize` needs: everything but model, data and output."""
+
+    lora: LoraSection = LoraSection()
+    init: SchemeConfig = SchemeConfig()
+    gradient: GradientConfig = GradientConfig()
+    deepspeed: str | dict[str, Any] | None = None
+    """A DeepSpeed JSON file, or the same inline; ZeRO stage 3 without optimizer is what is taken from it."""
+
+
+class InitConfig(MethodConfig):
+    """The whole configuration of `loraga-dist init`."""
+
+    model: ModelConfig
+    calibration: CalibrationConfig
+    output: OutputConfig
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> InitConfig:
+    """Read a YAML file and apply `--section.key value` (or `--section.key=value`) overrides.
+
+    Raises UserError for an unreadable file, an unknown key, or a value of the wrong type or range.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError("--config", str(path), f"cannot be read ({error.strerror}); write the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("--config", str(path), f"is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError("--config", str(path), "must hold sections such as 'model:' and 'lora:'")
+    _apply_overrides(tree, overrides)
+    return parse_config(InitConfig, tree)
+
+
+def parse_config(kind: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
+    """Validate a plain dict; the first mistake becomes one UserError line."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise _user_error(kind, error) from error
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            raise UserError("command line", word, "is not understood; overrides are written --section.key value")
+        if not equals:
+            if not words:
+                raise UserError(f"--{key}", None, "has no value; write --section.key value")
+            text = words.pop(0)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"--{key}", text, f"{parent} is not a section")
+            node = child
+        node[leaf] = value
+
+
+def _user_error(kind: type[BaseModel], error: ValidationError) -> UserError:
+    # an unknown key explains the other complaints more often than the other way round
+    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    first = details[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return UserError(".".join(path), first["input"], _unknown_key_hint(kind, path))
+    if first["type"] == "missing":
+        return UserError(".".join(path), None, "is missing; it has no default")
+    # a union reports every member: keep the field's own path and say what all members wanted
+    field_path = _field_path(kind, path)
+    wanted = dict.fromkeys(
+        detail["msg"].removeprefix("Value error, ").replace("Input should", "input should")
+        for detail in details
+        if _field_path(kind, [str(part) for part in detail["loc"]]) == field_path
+    )
+    return UserError(".".join(field_path), first["input"], " or ".join(wanted))
+
+
+def _field_path(kind: type[BaseModel], path: list[str]) -> list[str]:
+    """The leading part of a pydantic location that names sections and fields."""
+    known: list[str] = []
+    model: Any = kind
+    for part in path:
+        if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):
+            break
+        known.append(part)
+        model = model.model_fields[part].annotation
+    return known or path
+
+
+def _unknown_key_hint(kind: type[BaseModel], path: list[str]) -> str:
+    *parents, leaf = path
+    section: Any = kind
+    for parent in parents:
+        section = section.model_fields[parent].annotation
+    near = difflib.get_close_matches(leaf, section.model_fields, n=1)
+    if near:
+        return f"unknown key; did you mean {'.'.join([*parents, near[0]])}?"
+    elsewhere = [
+        f"{name}.{leaf}"
+        for name, field in kind.model_fields.items()
+        if isinstance(field.annotation, type)
+        and issubclass(field.annotation, BaseModel)
+        and leaf in field.annotation.model_fields
+    ]
+    if elsewhere:
+        return f"unknown key; did you mean {elsewhere[0]}?"
+    return f"unknown key; known here: {', '.join(section.model_fields)}"

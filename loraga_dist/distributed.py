@@ -1,0 +1,159 @@
+"""Who am I among the ranks, and the few collectives the pipeline needs.
+
+The launcher's environment (torchrun, deepspeed) names the rank; without one the run is a single process.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from loraga_dist.errors import LoragaError, RunError, UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class PeerError(LoragaError):
+    """Another rank failed; carries its message and exit code, so that all ranks end alike."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks. With size 1 every collective is the identity."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @classmethod
+    def start(cls) -> World:
+        """Join the process group the launcher describes; raises UserError when its variables do not fit together."""
+        if dist.is_initialized():
+            return cls.current()
+        size = _environment_int("WORLD_SIZE", 1)
+        rank = _environment_int("RANK", 0)
+        local_rank = _environment_int("LOCAL_RANK", 0)
+        if not 0 <= rank < size:
+            raise UserError("RANK", rank, f"is outside WORLD_SIZE {size}; start through torchrun or deepspeed")
+        device = _device(local_rank)
+        if size > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                rank=rank,
+                world_size=size,
+                timeout=COLLECTIVE_TIMEOUT,
+            )
+        return cls(rank, size, local_rank, device)
+
+    @classmethod
+    def current(cls) -> World:
+        """The process group as it stands, for callers that run inside somebody's training script."""
+        local_rank = _environment_int("LOCAL_RANK", 0)
+        if not dist.is_initialized():
+            return cls(0, 1, local_rank, _device(local_rank))
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, _device(local_rank))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def stop(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        # an all-reduce works alike under gloo and nccl, without naming devices
+        self.sum_(torch.zeros(1, device=self.device))
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Maximum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def reduce_(self, tensor: torch.Tensor, owner: int) -> None:
+        """Sum over ranks into `owner`'s tensor; other ranks' tensors hold nothing meaningful afterwards."""
+        if self.size > 1:
+            dist.reduce(tensor, dst=owner)
+
+    def broadcast_(self, tensor: torch.Tensor, owner: int) -> torch.Tensor:
+        if self.size > 1:
+            dist.broadcast(tensor, src=owner)
+        return tensor
+
+    def all_texts(self, text: str) -> list[str]:
+        """Every rank's text, in rank order. Plain bytes travel, never a pickle."""
+        if self.size == 1:
+            return [text]
+        data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)], device=self.device))
+        longest = max(int(length) for length in lengths)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: len(data)] = data
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [
+            bytes(part[: int(length) - 1].tolist()).decode() for part, length in zip(parts, lengths, strict=True)
+        ]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A section without collectives in which ranks may fail one by one: all leave it, or all raise the first error.
+
+        An error that is not ours is reported as a failed run, with the rank that met it.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if error is not None and not isinstance(error, LoragaError):
+            traceback.print_exception(error)
+            error = RunError(f"rank {self.rank}: {type(error).__name__}: {error}")
+        reports = self.all_texts(f"{error.exit_code} {error}" if isinstance(error, LoragaError) else "")
+        failed = [rank for rank, report in enumerate(reports) if report]
+        if not failed:
+            return
+        if failed[0] != self.rank:
+            code, _, message = reports[failed[0]].partition(" ")
+            error = PeerError(message, int(code))
+        assert isinstance(error, LoragaError)
+        error.on_all_ranks = True
+        raise error
+
+
+def _environment_int(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(name, text, "is not a number; start through torchrun or deepspeed") from None
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())

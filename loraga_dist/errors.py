@@ -1,0 +1,30 @@
+"""The two ways a run ends badly, each with its exit code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class LoragaError(Exception):
+    """Base of the errors that the command line turns into one line and an exit code."""
+
+    exit_code: int = 3
+    on_all_ranks: bool = False
+    """Every rank raises it, so all can leave in an orderly way; otherwise this rank alone failed."""
+
+
+class UserError(LoragaError):
+    """The user's input is wrong: the key, the value, and what to write instead (exit code 2)."""
+
+    exit_code = 2
+
+    def __init__(self, key: str, value: Any, problem: str) -> None:
+        shown = repr(value)
+        if len(shown) > 200:
+            shown = shown[:197] + "..."
+        super().__init__(f"{key}: {shown}: {' '.join(problem.split())}")
+        self.key = key
+
+
+class RunError(LoragaError):
+    """The run failed although the input was right (exit code 3)."""

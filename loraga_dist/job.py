@@ -1,0 +1,116 @@
+"""Everything a run knows before it allocates a weight: base, data, targets, plan. All of the user's mistakes that can
+show here do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraga_dist.artifacts.adapter import AdapterTarget
+from loraga_dist.artifacts.residual import PlannedFile, plan_residual_files, require_targets, residual_dtype_of
+from loraga_dist.artifacts.staging import check_destination
+from loraga_dist.calibration import (
+    Microbatch,
+    assign_microbatches,
+    fingerprint,
+    load_samples,
+    padding_token_id,
+)
+from loraga_dist.config import InitConfig
+from loraga_dist.distributed import World
+from loraga_dist.errors import UserError
+from loraga_dist.models import BaseModel, find_base_model
+from loraga_dist.plan import Plan, make_plan
+from loraga_dist.schemes import SCHEMES
+from loraga_dist.sharding.zero3 import read_deepspeed_config
+from loraga_dist.targets import Target, meta_copy, select_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of `loraga-dist init`, understood and checked."""
+
+    destination: Path
+    base: BaseModel
+    plan: Plan
+    targets: list[AdapterTarget]
+    residual_files: list[PlannedFile]
+    """Planned whatever `output.residual_base` says: ranks share the digests of the base by the same files."""
+    residual_dtype: str
+    microbatches: list[Microbatch]
+    """This rank's."""
+    num_sequences: int
+    data_fingerprint: str
+    output_bytes: int
+
+    def storage_dtype(self, target: Target) -> torch.dtype:
+        """What A0 and B0 of a target are rounded to: the coarser of the compute dtype and its residual's."""
+        key = self.base.weight_keys(target.parameter_name)
+        residual = residual_dtype_of(self.base.index[key].dtype, self.residual_dtype)
+        return max(self.base.dtype, residual, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def prepare(config: InitConfig, world: World) -> Job:
+    """Check the whole request against files, model and data. No collectives; raises UserError."""
+    read_deepspeed_config(config.deepspeed)
+    destination = check_destination(config.output)
+    base = find_base_model(config.model, config.lora.task_type, world.device)
+    scheme = SCHEMES[config.init.scheme]
+    targets = select_targets(meta_copy(base.model_class, base.config), config.lora, scheme.num_triplets)
+    adapter_targets = [
+        AdapterTarget(**dataclasses.asdict(target), weight_key=base.weight_keys(target.parameter_name))
+        for target in targets
+    ]
+    require_targets(base.index, adapter_targets)
+    tokenizer = _load_tokenizer(base.directory, config)
+    samples = load_samples(
+        config.calibration,
+        tokenizer,
+        task_type=config.lora.task_type,
+        max_positions=base.max_positions,
+        num_labels=getattr(base.config, "num_labels", None),
+    )
+    residual_files = plan_residual_files(base.index, config.output.residual_dtype)
+    return Job(
+        destination=destination,
+        base=base,
+        plan=make_plan(targets, config.gradient, scheme, world.size),
+        targets=adapter_targets,
+        residual_files=residual_files,
+        residual_dtype=config.output.residual_dtype,
+        microbatches=assign_microbatches(
+            samples,
+            rank=world.rank,
+            world_size=world.size,
+            per_device_batch_size=config.calibration.per_device_batch_size,
+            pad_token_id=padding_token_id(tokenizer),
+        ),
+        num_sequences=len(samples),
+        data_fingerprint=fingerprint(samples),
+        output_bytes=_output_bytes(config, adapter_targets, residual_files),
+    )
+
+
+def _load_tokenizer(directory: Path, config: InitConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            "model.name_or_path", config.model.name_or_path, f"its tokenizer does not load: {error}"
+        ) from error
+
+
+def _output_bytes(config: InitConfig, targets: Sequence[Target], residual_files: Sequence[PlannedFile]) -> int:
+    adapters = 2 * sum(4 * target.r * (target.M + target.N) for target in targets)
+    factors = sum(
+        4 * (2 * target.r + config.gradient.oversampling) * (target.M + target.N + 1) for target in targets
+    )
+    residual = sum(file.num_bytes for file in residual_files) if config.output.residual_base == "full" else 0
+    return adapters + factors + residual

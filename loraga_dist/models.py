@@ -1,0 +1,127 @@
+"""From the user's model section to a transformers class, its config and the dtype to compute in; no weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraga_dist.config import Dtype, ModelConfig, TaskType
+from loraga_dist.errors import UserError
+from loraga_dist.safetensors_files import TensorSlot, read_checkpoint_index, resolve_model_dir
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A pretrained checkpoint, found and understood but not loaded."""
+
+    directory: Path
+    index: dict[str, TensorSlot]
+    model_class: type[nn.Module]
+    config: Any
+    dtype: torch.dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the position embeddings allow; None where the model sets no limit."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return positions if isinstance(positions, int) and positions > 0 else None
+
+    @property
+    def weight_keys(self) -> WeightKeys:
+        return WeightKeys(self.index, getattr(self.model_class, "base_model_prefix", ""))
+
+
+@dataclass(frozen=True)
+class WeightKeys:
+    """Checkpoint key of a parameter: its name, with or without the model's base prefix, as transformers accepts it."""
+
+    index: dict[str, TensorSlot]
+    prefix: str
+
+    def __call__(self, parameter_name: str) -> str:
+        bare = parameter_name.removeprefix(f"{self.prefix}.")
+        for key in (parameter_name, bare, f"{self.prefix}.{parameter_name}"):
+            if key in self.index:
+                return key
+        raise UserError(
+            "model.name_or_path",
+            parameter_name,
+            "the checkpoint has no tensor of this name, so its residual cannot be written; save the model again with "
+            "this version of transformers, or leave the module out with lora.exclude_modules",
+        )
+
+
+def find_base_model(config: ModelConfig, task_type: TaskType, device: torch.device) -> BaseModel:
+    """Resolve path or hub id, read headers and config; raises UserError for anything that will not load."""
+    from transformers import AutoConfig
+
+    directory = resolve_model_dir(config.name_or_path, config.revision)
+    index = read_checkpoint_index(directory)
+    try:
+        hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError("model.name_or_path", config.name_or_path, f"its config does not load: {error}") from error
+    if config.attn_implementation is not None:
+        hf_config._attn_implementation = config.attn_implementation
+    model_class = _model_class(config, hf_config, task_type, directory)
+    return BaseModel(
+        directory=directory,
+        index=index,
+        model_class=model_class,
+        config=hf_config,
+        dtype=_compute_dtype(config.dtype, hf_config, index, device),
+    )
+
+
+def _model_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directory: Path) -> type[nn.Module]:
+    import transformers
+
+    auto = {
+        "CAUSAL_LM": transformers.AutoModelForCausalLM,
+        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    }[task_type]
+    remote = getattr(hf_config, "auto_map", None) or {}
+    if config.trust_remote_code and auto.__name__ in remote:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote[auto.__name__], str(directory))
+    if type(hf_config) not in auto._model_mapping:
+        raise UserError(
+            "lora.task_type", task_type, f"{type(hf_config).__name__} has no {auto.__name__}; write the model's own task"
+        )
+    found = auto._model_mapping[type(hf_config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _compute_dtype(
+    wanted: Dtype, hf_config: Any, index: dict[str, TensorSlot], device: torch.device
+) -> torch.dtype:
+    if wanted == "auto":
+        dtype = _checkpoint_dtype(hf_config, index)
+        # DeepSpeed has no float16 on CPUs; float32 holds every float16 exactly
+        return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+    if wanted == "float16" and device.type == "cpu":
+        raise UserError("model.dtype", wanted, "does not run on a CPU; write float32 or bfloat16")
+    return DTYPES[wanted]
+
+
+def _checkpoint_dtype(hf_config: Any, index: dict[str, TensorSlot]) -> torch.dtype:
+    stated = getattr(hf_config, "dtype", None)
+    if isinstance(stated, str):
+        stated = DTYPES.get(stated)
+    if stated in DTYPES.values():
+        return stated
+    # older checkpoints state none: their first floating tensor speaks for them
+    held = next((slot.dtype for slot in index.values() if slot.dtype in DTYPES.values()), None)
+    if held is None:
+        raise UserError(
+            "model.name_or_path", str(next(iter(index.values())).path.parent), "holds no float32, bfloat16 or float16"
+        )
+    return held

@@ -1,0 +1,194 @@
+"""A run's files, from factors and base checkpoint to a directory that verifies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
+from loraga_dist.artifacts.factors import write_factors
+from loraga_dist.artifacts.manifest import TensorDigest, fingerprint, write_checksums
+from loraga_dist.artifacts.names import (
+    FACTORS,
+    LORAGA_INIT,
+    LORAGA_OFFSET,
+    README,
+    REPORT,
+    RESIDUAL_BASE,
+    RESOLVED_CONFIG,
+)
+from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, readme, versions
+from loraga_dist.artifacts.residual import assign_files, digest_base, finish_residual_base, write_residual_files
+from loraga_dist.artifacts.verify import verify
+from loraga_dist.config import InitConfig
+from loraga_dist.distributed import World
+from loraga_dist.errors import RunError
+from loraga_dist.job import Job
+from loraga_dist.progress import phase
+from loraga_dist.schemes import LoraFactors
+from loraga_dist.start import Start
+from loraga_dist.targets import peft_lora_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprints:
+    """Content digests of the base and of the residual base, whatever files their tensors are split over."""
+
+    base: str
+    residual: str | None
+
+
+def write_weights(
+    directory: Path, job: Job, config: InitConfig, start: Start, factors: Mapping[str, LoraFactors], world: World
+) -> Fingerprints:
+    """Adapters by rank 0, factors by their owners, the residual base's files shared out; a collective.
+
+    factors: A0 and B0 of every target as stored, on rank 0.
+    """
+    names = [FACTORS] + ([RESIDUAL_BASE] if config.output.residual_base == "full" else [])
+    with world.together():
+        if world.is_main:
+            for name in (*names, LORAGA_INIT, LORAGA_OFFSET):
+                (directory / name).mkdir()
+            _write_adapters(directory, job, config, factors)
+    write_factors(directory / FACTORS, {name: found.svd for name, found in start.calibration.owned.items()}, world)
+
+    share = assign_files(job.residual_files, world.size)[world.rank]
+    digests: dict[str, list[TensorDigest]] = {}
+    with world.together():
+        num_bytes = sum(file.num_bytes for file in share)
+        with phase("write", num_bytes, "B", shown=world.is_main) as progress:
+            if config.output.residual_base == "full":
+                written = write_residual_files(
+                    share,
+                    job.base.index,
+                    job.targets,
+                    AdapterFile(directory / LORAGA_INIT),
+                    directory / RESIDUAL_BASE,
+                    progress.advance,
+                )
+                digests = {key: list(pair) for key, pair in written.items()}
+            else:
+                keys = [key for file in share for key in file.entries]
+                digests = {key: [digest] for key, digest in digest_base(job.base.index, keys, progress.advance).items()}
+    everyone: dict[str, list[TensorDigest]] = {}
+    for text in world.all_texts(json.dumps(digests)):
+        for key, found in json.loads(text).items():
+            everyone[key] = [TensorDigest(dtype, tuple(shape), sha256) for dtype, shape, sha256 in found]
+    with world.together():
+        if world.is_main and config.output.residual_base == "full":
+            finish_residual_base(
+                job.base.directory, directory / RESIDUAL_BASE, job.residual_files, config.output.residual_dtype
+            )
+    return Fingerprints(
+        base=fingerprint({key: found[0] for key, found in everyone.items()}),
+        residual=fingerprint({key: found[1] for key, found in everyone.items()})
+        if config.output.residual_base == "full"
+        else None,
+    )
+
+
+def make_report(
+    job: Job,
+    config: InitConfig,
+    start: Start,
+    fingerprints: Fingerprints,
+    seconds: Mapping[str, float],
+    peak_bytes: int,
+    planned_peak_bytes: int,
+    world: World,
+) -> dict[str, Any]:
+    """The content of loraga_report.json; a collective."""
+    per_rank = [json.loads(text) for text in world.all_texts(json.dumps([peak_bytes, planned_peak_bytes]))]
+    weight_keys = {target.name: target.weight_key for target in job.targets}
+    targets = {
+        found.target.name: {
+            "shape": [found.target.M, found.target.N],
+            "r": found.target.r,
+            "lora_alpha": found.target.lora_alpha,
+            "scaling": found.target.scaling,
+            "transposed": found.target.transposed,
+            "weight_key": weight_keys[found.target.name],
+            "singular_values": found.singular_values,
+            "numerical_rank": found.numerical_rank,
+            "captured_energy": found.captured_energy,
+            "split_half_cosine": found.split_half_cosine,
+            "window_capture": None,
+            "offset_ratio": found.offset_ratio,
+            "owner_rank": found.owner_rank,
+        }
+        for found in start.targets
+    }
+    return finite(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "config": config.model_dump(),
+            "base_fingerprint": fingerprints.base,
+            "residual_fingerprint": fingerprints.residual,
+            "data_fingerprint": job.data_fingerprint,
+            "versions": versions(),
+            "world_size": world.size,
+            "engine": config.gradient.engine,
+            "num_sequences": job.num_sequences,
+            "num_supervised_tokens": start.calibration.num_supervised_tokens,
+            "mean_loss": start.calibration.mean_loss,
+            "seconds": dict(seconds),
+            "peak_bytes_per_rank": [peak for peak, _ in per_rank],
+            "planned_peak_bytes_per_rank": [planned for _, planned in per_rank],
+            "state_bytes_per_rank": job.plan.state_bytes_per_rank,
+            "targets": targets,
+            "identity_check": dataclasses.asdict(start.identity_check),
+            "warnings": find_warnings(targets),
+        }
+    )
+
+
+def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, Any]) -> str:
+    """The text files, the checksums, and the verification of it all, by one rank; returns what was verified.
+
+    Raises RunError when a file cannot be written or the directory does not verify.
+    """
+    texts = {
+        REPORT: json.dumps(report, indent=2, allow_nan=False) + "\n",
+        RESOLVED_CONFIG: yaml.safe_dump(config.model_dump(), sort_keys=False),
+        README: readme(report),
+    }
+    for name, text in texts.items():
+        try:
+            (directory / name).write_text(text)
+        except OSError as error:
+            raise RunError(f"write: {directory / name} cannot be written ({error.strerror})") from error
+    write_checksums(directory)
+    total_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    with phase("verify", total_bytes, "B", shown=True) as progress:
+        result = verify(directory, on_progress=progress.advance)
+    if not result.ok:
+        raise RunError(f"verify: {'; '.join(result.problems[:5])}")
+    return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
+
+
+def _write_adapters(
+    directory: Path, job: Job, config: InitConfig, factors: Mapping[str, LoraFactors]
+) -> None:
+    for name, base, negate in (
+        (LORAGA_INIT, f"{config.output.dir}/{RESIDUAL_BASE}", False),
+        (LORAGA_OFFSET, config.model.name_or_path, True),
+    ):
+        peft_config = peft_lora_config(config.lora)
+        peft_config.base_model_name_or_path = base
+        if negate:
+            peft_config.modules_to_save = None  # it is merged, never trained
+        write_adapter(
+            directory / name,
+            peft_config,
+            job.targets,
+            lambda target: (factors[target].A_RN, factors[target].B_MR),
+            negate_b=negate,
+        )
+

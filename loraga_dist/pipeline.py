@@ -1,0 +1,133 @@
+"""The whole story: prepare -> load -> calibrate -> factorize -> place -> write -> verify.
+
+`run` is the command line's, `initialize` is for training scripts; what they share is `start.start_in_place`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from loraga_dist.artifacts.staging import StagedDirectory
+from loraga_dist.calibrate import in_step
+from loraga_dist.calibration import microbatches_from_batches
+from loraga_dist.config import InitConfig, MethodConfig, parse_config
+from loraga_dist.distributed import World
+from loraga_dist.errors import UserError
+from loraga_dist.job import prepare
+from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
+from loraga_dist.outputs import finish_directory, make_report, write_weights
+from loraga_dist.plan import make_plan
+from loraga_dist.schemes import SCHEMES, LoraFactors
+from loraga_dist.sharding import Sharding, SingleProcess, Zero3
+from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
+from loraga_dist.start import Start, start_in_place
+from loraga_dist.targets import meta_copy, select_targets
+
+
+def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
+    """`loraga-dist init`: from a checkpoint and data to a verified output directory.
+
+    Every rank calls it. Returns the report and, on rank 0, what was verified. Raises UserError before weights are allocated wherever the mistake shows by then, RunError when
+    the run fails; the output directory appears only when everything in it has been verified.
+    """
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
+    return_freed_memory_at_once()
+    with PeakMemory(world.device) as memory:
+        with world.together():
+            job = prepare(config, world)
+        staged = StagedDirectory(job.destination, world)
+        staged.create(job.output_bytes)
+        try:
+            sharding = Zero3(world, config.deepspeed) if world.size > 1 else SingleProcess(world)
+            model = sharding.load(job.base.directory, job.base.model_class, job.base.config, job.base.dtype, job.base.index)
+            planned_peak_bytes = (
+                sharding.partition_bytes(model) + sharding.largest_block_bytes(model) + job.plan.state_bytes_per_rank
+            )
+            seconds["load"] = time.monotonic() - started
+            factors: dict[str, LoraFactors] = {}
+            start = start_in_place(
+                model,
+                job.plan,
+                job.microbatches,
+                config,
+                sharding=sharding,
+                rounding=job.storage_dtype,
+                keep=lambda target, made: factors.__setitem__(target.name, made) if world.is_main else None,
+            )
+            seconds["calibrate"] = start.calibration.seconds_calibrate
+            seconds["factorize"] = start.calibration.seconds_factorize
+            del model
+            write_started = time.monotonic()
+            fingerprints = write_weights(staged.path, job, config, start, factors, world)
+            seconds["write"] = time.monotonic() - write_started
+            seconds["total"] = time.monotonic() - started
+            report = make_report(job, config, start, fingerprints, seconds, memory.peak_bytes, planned_peak_bytes, world)
+            verified = ""
+            with world.together():
+                if world.is_main:
+                    verified = finish_directory(staged.path, config, report)
+                    staged.commit()
+        except BaseException:
+            if world.is_main:
+                staged.discard()
+            raise
+    return report, verified
+
+
+def initialize(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
+    config: MethodConfig | Mapping[str, Any],
+    *,
+    max_batches: int | None = None,
+) -> Start:
+    """Turn a transformers model into its LoRA-GA start, in place, from inside a training script.
+
+    Call it on every rank, before the training `deepspeed.initialize`, and train `Start.model`. The model is either
+    partitioned by ZeRO-3 (loaded under `HfDeepSpeedConfig` or `deepspeed.zero.Init`) or whole in a single process.
+
+    dataloader: this rank's own batches, dicts of tensors with `input_ids` and `labels` (-100: no loss); read once.
+    config: the sections `lora`, `init`, `gradient` and `deepspeed` of the configuration.
+    max_batches: read no more than these from the dataloader.
+
+    Raises UserError for input it cannot work with, before the model is touched: an optimizer that already holds the
+    parameters, NVMe-offloaded or hpZ shards, several ranks with an unsharded model; RunError when calibration fails.
+    """
+    if not isinstance(config, MethodConfig):
+        config = parse_config(MethodConfig, dict(config))
+    world = World.current()
+    with world.together():
+        sharding = _sharding_of(model, config, world)
+        if not hasattr(model, "config") or hasattr(model, "peft_config"):
+            raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
+        scheme = SCHEMES[config.init.scheme]
+        targets = select_targets(meta_copy(type(model), model.config), config.lora, scheme.num_triplets)
+        plan = make_plan(targets, config.gradient, scheme, world.size)
+        microbatches = microbatches_from_batches(dataloader, config.lora.task_type, max_batches)
+    dtype = next(model.parameters()).dtype
+    return start_in_place(
+        model,
+        plan,
+        in_step(microbatches, world),
+        config,
+        sharding=sharding,
+        rounding=lambda target: dtype,
+    )
+
+
+def _sharding_of(model: nn.Module, config: MethodConfig, world: World) -> Sharding:
+    if is_partitioned(model):
+        refuse_unsupported_shards(model)
+        return Zero3(world, config.deepspeed)
+    if world.size > 1:
+        raise UserError(
+            "model",
+            type(model).__name__,
+            f"is whole on each of {world.size} ranks; load it under ZeRO-3 (transformers' HfDeepSpeedConfig)",
+        )
+    return SingleProcess(world)

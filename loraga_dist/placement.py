@@ -1,0 +1,174 @@
+"""The start put into a model in place: A0 and B0 into a PEFT adapter's shards, s*B0*A0 out of each rank's slice of W."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraga_dist.calibration import Microbatch
+from loraga_dist.config import LoraSection, SchemeConfig
+from loraga_dist.engines import GradientSVD
+from loraga_dist.engines.exact import seeded_generator
+from loraga_dist.linalg import numerical_rank, truncated_svd
+from loraga_dist.plan import Plan
+from loraga_dist.schemes import SCHEMES, LoraFactors
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.sweep import forward, full_float32_matmul
+from loraga_dist.targets import Target, peft_lora_config
+
+PROBE_TOKENS = 64
+"""Positions of the first calibration sequence whose logits are compared before and after."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetReport:
+    """What the report says of one target; the same on every rank."""
+
+    target: Target
+    owner_rank: int
+    singular_values: list[float]
+    captured_energy: float
+    split_half_cosine: float | None
+    numerical_rank: int
+    offset_ratio: float
+    """||s B0 A0||_F / ||W||_F."""
+
+
+def add_adapter(model: nn.Module, lora: LoraSection, sharding: Sharding) -> Any:
+    """A PEFT model around `model`; under ZeRO-3 its new parameters are shards of the base's dtype from the start."""
+    from peft import get_peft_model
+
+    dtype = next(model.parameters()).dtype
+    with sharding.new_parameters(dtype), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(
+            model,  # type: ignore[arg-type]
+            peft_lora_config(lora),
+            # DeepSpeed wants one dtype for all parameters; the factors lose nothing, they were rounded to it before
+            autocast_adapter_dtype=not sharding.is_sharded,
+        )
+
+
+def place_factors(
+    peft_model: Any,
+    plan: Plan,
+    owned: Mapping[str, GradientSVD],
+    config: SchemeConfig,
+    *,
+    sharding: Sharding,
+    rounding: Callable[[Target], torch.dtype],
+    keep: Callable[[Target, LoraFactors], None] | None = None,
+) -> list[TargetReport]:
+    """Per target: the owner makes A0, B0 and broadcasts them; every rank keeps its slices and updates its part of W.
+
+    rounding: the dtype A0 and B0 are rounded to before anything uses them, so that W_res belongs to them as stored.
+    keep: called on every rank with the factors (float32, on the host).
+    """
+    world = sharding.world
+    layers = {target.name: peft_model.base_model.model.get_submodule(target.name) for target in plan.targets}
+    square_norms = sharding.square_norms([layer.get_base_layer().weight for layer in layers.values()]).tolist()
+    reports = []
+    owners = plan.owners
+    with full_float32_matmul():
+        for target, square_norm in zip(plan.targets, square_norms, strict=True):
+            layer = layers[target.name]
+            weight = layer.get_base_layer().weight
+            factors, numbers = _share_factors(
+                target, owners[target.name], owned.get(target.name), config, weight, sharding, rounding(target)
+            )
+            sharding.subtract_lowrank(weight, target, factors.A_RN, factors.B_MR)
+            sharding.put(layer.lora_A["default"].weight, factors.A_RN)
+            sharding.put(layer.lora_B["default"].weight, factors.B_MR)
+            if keep is not None:
+                keep(target, LoraFactors(A_RN=factors.A_RN.cpu(), B_MR=factors.B_MR.cpu()))
+            num_triplets = SCHEMES[config.scheme].num_triplets(target.r)
+            captured, cosine, rank, *singular_values = numbers
+            reports.append(
+                TargetReport(
+                    target=target,
+                    owner_rank=owners[target.name],
+                    singular_values=singular_values[:num_triplets],
+                    captured_energy=captured,
+                    split_half_cosine=cosine if cosine == cosine else None,
+                    numerical_rank=int(rank),
+                    offset_ratio=target.scaling * _product_norm(factors) / max(square_norm**0.5, 1e-30),
+                )
+            )
+    world.barrier()
+    return reports
+
+
+def _share_factors(
+    target: Target,
+    owner: int,
+    result: GradientSVD | None,
+    config: SchemeConfig,
+    weight: nn.Parameter,
+    sharding: Sharding,
+    dtype: torch.dtype,
+) -> tuple[LoraFactors, list[float]]:
+    """The owner's factors, and its numbers for the report, on every rank."""
+    world, device = sharding.world, sharding.world.device
+    scheme = SCHEMES[config.scheme]
+    weight_S_R = _weight_singular_values(target, owner, weight, sharding, config)
+    A_RN = torch.empty(target.r, target.N, device=device)
+    B_MR = torch.empty(target.M, target.r, device=device)
+    num_triplets = scheme.num_triplets(target.r)
+    numbers = torch.empty(3 + num_triplets, dtype=torch.float64, device=device)
+    if world.rank == owner:
+        assert result is not None, f"{target.name} was not factorized by its owner"
+        factors = scheme.factors(
+            result.svd,
+            r=target.r,
+            scaling=target.scaling,
+            direction=config.direction,
+            scale=config.scale,
+            stable_gamma=config.stable_gamma,
+            generator=seeded_generator(config.seed, f"{target.name}/direction", torch.device("cpu")),
+            weight_S_K=weight_S_R,
+        )
+        A_RN.copy_(factors.A_RN.to(dtype))
+        B_MR.copy_(factors.B_MR.to(dtype))
+        cosine = float("nan") if result.split_half_cosine is None else result.split_half_cosine
+        rank = numerical_rank(result.svd.S_K, target.M, target.N)
+        numbers.copy_(
+            torch.tensor(
+                [result.captured_energy, cosine, rank, *result.svd.S_K[:num_triplets].tolist()], dtype=torch.float64
+            )
+        )
+    world.broadcast_(A_RN, owner)
+    world.broadcast_(B_MR, owner)
+    world.broadcast_(numbers, owner)
+    return LoraFactors(A_RN=A_RN, B_MR=B_MR), numbers.tolist()
+
+
+def _weight_singular_values(
+    target: Target, owner: int, weight: nn.Parameter, sharding: Sharding, config: SchemeConfig
+) -> torch.Tensor | None:
+    """Leading r singular values of W on the owner, for the one scale that depends on them; gathers this one weight."""
+    if config.scale != "weight_svd":
+        return None
+    with sharding.full_weight(weight) as W:
+        if sharding.world.rank != owner:
+            return None
+        generator = seeded_generator(config.seed, f"{target.name}/weight", W.device)
+        return truncated_svd(W.float(), rank=target.r, oversampling=target.r, generator=generator).S_K.cpu()
+
+
+def _product_norm(factors: LoraFactors) -> float:
+    """||B A||_F from the r x r Gram matrices."""
+    A, B = factors.A_RN.double(), factors.B_MR.double()
+    return ((B.t() @ B) * (A @ A.t())).sum().clamp_min(0).sqrt().item()
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, microbatch: Microbatch, sharding: Sharding) -> torch.Tensor:
+    """Logits at the first positions of this rank's first sequence, float32 on the host; a collective under ZeRO-3."""
+    logits = forward(model, microbatch, sharding.world.device)
+    sharding.release()
+    return logits[:1, :PROBE_TOKENS].float().cpu()

@@ -1,0 +1,91 @@
+"""What the pipeline asks of a backend that holds the model, whole or in shards."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from loraga_dist.distributed import World
+from loraga_dist.safetensors_files import TensorSlot
+from loraga_dist.sharding.slices import subtract_lowrank_
+from loraga_dist.targets import Target
+
+
+class Sharding(ABC):
+    """One model, held the backend's way. `attach` before forward and backward, `detach` after."""
+
+    is_sharded: bool
+    """Whether a parameter's elements are spread over ranks."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    @abstractmethod
+    def load(
+        self,
+        model_dir: Path,
+        model_class: type[nn.Module],
+        config: Any,
+        dtype: torch.dtype,
+        index: dict[str, TensorSlot],
+    ) -> nn.Module:
+        """The frozen pretrained model, in eval mode."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module) -> nn.Module:
+        """The module to call for forward and backward; its parameters must be frozen."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Free what a backward left gathered; call after every microbatch."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Undo `attach`, so that the model can be changed or handed to a trainer."""
+
+    @abstractmethod
+    def full_weight(self, parameter: Parameter) -> AbstractContextManager[torch.Tensor]:
+        """The whole parameter, for the time of the context; a collective."""
+
+    @abstractmethod
+    def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
+        """This rank's elements of the flattened parameter as a writable 1-D view, and the position of the first."""
+
+    @abstractmethod
+    def new_parameters(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Modules built in this context hold their parameters the backend's way, from the start."""
+
+    @abstractmethod
+    def partition_bytes(self, model: nn.Module) -> int:
+        """Bytes of parameters this rank holds for good."""
+
+    @abstractmethod
+    def largest_block_bytes(self, model: nn.Module) -> int:
+        """Bytes of the largest module whose parameters are gathered at one time."""
+
+    @torch.no_grad()
+    def subtract_lowrank(self, parameter: Parameter, target: Target, A_RN: torch.Tensor, B_MR: torch.Tensor) -> None:
+        """W_MN -= scaling * B A on this rank's part of W; no communication."""
+        # Conv1D stores W transposed, hence (B A)^T = A^T B^T
+        left, right = (A_RN.t(), B_MR.t()) if target.transposed else (B_MR, A_RN)
+        shard, start = self.own_slice(parameter)
+        subtract_lowrank_(shard, start, left, right, target.scaling)
+
+    @torch.no_grad()
+    def put(self, parameter: Parameter, full: torch.Tensor) -> None:
+        """Overwrite a parameter with `full`, of which every rank has a copy; no communication."""
+        shard, start = self.own_slice(parameter)
+        shard.copy_(full.reshape(-1)[start : start + shard.numel()])
+
+    @torch.no_grad()
+    def square_norms(self, parameters: Sequence[Parameter]) -> torch.Tensor:
+        """||W||_F^2 of whole parameters, float64, by one collective."""
+        own = [torch.linalg.vector_norm(self.own_slice(p)[0], dtype=torch.float64).square() for p in parameters]
+        return self.world.sum_(torch.stack(own))

@@ -1,0 +1,58 @@
+"""One process that holds the whole model; needs neither DeepSpeed nor a launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from loraga_dist.safetensors_files import TensorSlot
+from loraga_dist.sharding.base import Sharding
+
+
+class SingleProcess(Sharding):
+    is_sharded = False
+
+    def load(
+        self,
+        model_dir: Path,
+        model_class: type[nn.Module],
+        config: Any,
+        dtype: torch.dtype,
+        index: dict[str, TensorSlot],
+    ) -> nn.Module:
+        model = model_class.from_pretrained(model_dir, config=config, dtype=dtype)  # type: ignore[attr-defined]
+        return model.to(self.world.device).requires_grad_(False).eval()
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def release(self) -> None:
+        return None
+
+    def detach(self) -> None:
+        return None
+
+    @contextmanager
+    def full_weight(self, parameter: Parameter) -> Iterator[torch.Tensor]:
+        yield parameter.detach()
+
+    def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+        return parameter.data.view(-1), 0
+
+    @contextmanager
+    def new_parameters(self, dtype: torch.dtype) -> Iterator[None]:
+        yield
+
+    def partition_bytes(self, model: nn.Module) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+    def largest_block_bytes(self, model: nn.Module) -> int:
+        return 0

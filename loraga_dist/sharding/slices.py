@@ -1,0 +1,36 @@
+"""Arithmetic on a rank's flat slice of a row-major matrix: nothing here gathers anything."""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK_ELEMENTS = 1 << 22
+"""Elements of the low-rank product formed at a time: 16 MiB in float32."""
+
+
+def flat_range(numel: int, shard_numel: int, shard_index: int) -> tuple[int, int]:
+    """Elements [start, end) of a flattened parameter that equal-sized shard number `shard_index` holds; the last are padding."""
+    start = min(shard_numel * shard_index, numel)
+    return start, min(start + shard_numel, numel)
+
+
+@torch.no_grad()
+def subtract_lowrank_(
+    shard: torch.Tensor, start: int, left_PR: torch.Tensor, right_RQ: torch.Tensor, scaling: float
+) -> None:
+    """W_PQ -= scaling * left @ right on the elements of flattened W that `shard` (1-D) holds, `start` being the first.
+
+    The product and the difference are float32, rounded once to the shard's dtype. Slices may start and end mid-row.
+    """
+    Q = right_RQ.shape[1]
+    end = start + shard.numel()
+    rows_per_block = max(1, BLOCK_ELEMENTS // Q)
+    right = right_RQ.float()
+    row, last_row = start // Q, -(-end // Q)
+    while row < last_row:
+        next_row = min(row + rows_per_block, last_row)
+        first, past = max(start, row * Q), min(end, next_row * Q)
+        delta = (left_PR[row:next_row].float() @ right).flatten()[first - row * Q : past - row * Q]
+        part = shard[first - start : past - start]
+        part.copy_(part.float().sub_(delta, alpha=scaling))
+        row = next_row

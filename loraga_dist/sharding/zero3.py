@@ -1,0 +1,233 @@
+"""DeepSpeed ZeRO-3 without an optimizer: every parameter in flat shards, one module gathered at a time.
+
+The only importer of deepspeed. What the calls below avoid: `engine.backward` needs an optimizer, `engine(...)` blocks a
+direct `loss.backward()`, and an undestroyed engine breaks the next `deepspeed.initialize` on the same model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import Parameter
+
+from loraga_dist.distributed import World
+from loraga_dist.errors import UserError
+from loraga_dist.safetensors_files import TensorSlot, read_range
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.slices import flat_range
+from loraga_dist.targets import meta_copy
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def refuse_unsupported_shards(model: nn.Module) -> None:
+    """Raise UserError for parameters whose shards cannot be read and written in place."""
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "ds_id"):
+            raise UserError("model", name, "is not partitioned although others are; load the model under zero.Init")
+        if hasattr(parameter, "_z3_optimizer"):
+            raise UserError(
+                "model", name, "already belongs to an optimizer; call loraga_dist.initialize before deepspeed.initialize"
+            )
+        final_location = getattr(parameter.ds_tensor, "final_location", None)
+        if getattr(final_location, "name", None) == "nvme":
+            raise UserError(
+                "model", name, "is offloaded to NVMe; set zero_optimization.offload_param.device to cpu or none"
+            )
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            raise UserError(
+                "model", name, "has a secondary (hpZ) partition; set zero_optimization.zero_hpz_partition_size to 1"
+            )
+        if not parameter.ds_tensor.is_floating_point():
+            raise UserError("model", name, f"has quantized shards ({parameter.ds_tensor.dtype}); load it in bfloat16")
+
+
+def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The user's DeepSpeed settings as a dict; raises UserError when they are not ZeRO stage 3 or cannot be read."""
+    if isinstance(value, str):
+        try:
+            settings = json.loads(Path(value).read_text())
+        except OSError as error:
+            raise UserError("deepspeed", value, f"cannot be read ({error.strerror}); write the path of a JSON") from error
+        except ValueError as error:
+            raise UserError("deepspeed", value, f"is not JSON: {error}") from error
+    else:
+        settings = dict(value or {})
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 3) != 3:
+        raise UserError("deepspeed.zero_optimization.stage", zero, "must be 3: the model is sharded by ZeRO-3")
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        raise UserError("deepspeed.zero_optimization.offload_param.device", "nvme", "is not supported; write cpu or none")
+    if zero.get("zero_hpz_partition_size", 1) not in (1, "auto"):
+        raise UserError(
+            "deepspeed.zero_optimization.zero_hpz_partition_size", zero["zero_hpz_partition_size"], "write 1"
+        )
+    return settings
+
+
+def calibration_settings(user: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Stage 3, no optimizer, one module gathered at a time; of the user's settings the ZeRO section is kept.
+
+    These flags, not `zero.Init`'s dtype argument, fix the dtype: DeepSpeed ignores that one where fp16 is unsupported.
+    """
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+    zero |= {key: value for key, value in user.get("zero_optimization", {}).items() if value != "auto"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+
+
+class Zero3(Sharding):
+    is_sharded = True
+
+    def __init__(self, world: World, deepspeed: str | dict[str, Any] | None) -> None:
+        super().__init__(world)
+        self._user_settings = read_deepspeed_config(deepspeed)
+        self._engine: Any = None
+        _start_deepspeed()
+
+    def load(
+        self,
+        model_dir: Path,
+        model_class: type[nn.Module],
+        config: Any,
+        dtype: torch.dtype,
+        index: dict[str, TensorSlot],
+    ) -> nn.Module:
+        """Every rank reads its own byte ranges where checkpoint keys are parameter names; else through transformers."""
+        names = {name for name, _ in meta_copy(model_class, config).named_parameters()}
+        if names <= index.keys():
+            model = self._load_slices(model_class, config, dtype, index)
+        else:
+            model = self._load_pretrained(model_dir, model_class, config, dtype)
+        return model.requires_grad_(False).eval()
+
+    def _load_slices(
+        self, model_class: type[nn.Module], config: Any, dtype: torch.dtype, index: dict[str, TensorSlot]
+    ) -> nn.Module:
+        import deepspeed
+        from transformers.initialization import no_init_weights
+
+        settings = calibration_settings(self._user_settings, dtype)
+        with deepspeed.zero.Init(config_dict_or_path=settings), no_init_weights():
+            model = model_class._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+        with self.world.together():
+            self._read_slices(model, index)
+        return model
+
+    @torch.no_grad()
+    def _read_slices(self, model: nn.Module, index: dict[str, TensorSlot]) -> None:
+        for name, parameter in model.named_parameters():
+            slot = index[name]
+            if tuple(slot.shape) != tuple(parameter.ds_shape):
+                raise UserError(
+                    "model.name_or_path",
+                    str(slot.path),
+                    f"{name} has shape {tuple(slot.shape)}, the model's config says {tuple(parameter.ds_shape)}",
+                )
+            shard, start = self.own_slice(parameter)
+            if shard.numel():
+                shard.copy_(read_range(slot, start, start + shard.numel()))
+        for name, buffer in model.named_buffers():
+            if name in index:
+                buffer.copy_(read_range(index[name], 0, buffer.numel()).view(buffer.shape))
+
+    def _load_pretrained(
+        self, model_dir: Path, model_class: type[nn.Module], config: Any, dtype: torch.dtype
+    ) -> nn.Module:
+        from transformers.integrations import HfDeepSpeedConfig
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        # from_pretrained partitions as long as this object lives
+        switch = HfDeepSpeedConfig(calibration_settings(self._user_settings, dtype))
+        try:
+            return model_class.from_pretrained(model_dir, config=config, dtype=dtype)  # type: ignore[attr-defined]
+        finally:
+            unset_hf_deepspeed_config()
+            del switch
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        import deepspeed
+
+        assert self._engine is None, "detach first"
+        dtype = next(model.parameters()).dtype
+        self._engine, *_ = deepspeed.initialize(model=model, config=calibration_settings(self._user_settings, dtype))
+        return self._engine.module
+
+    def release(self) -> None:
+        # what a forward without backward, or a backward that stopped early, left gathered
+        self._engine.optimizer.release_backward_leftovers()
+
+    def detach(self) -> None:
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+
+    @contextmanager
+    def full_weight(self, parameter: Parameter) -> Iterator[torch.Tensor]:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter.detach()
+
+    def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
+        sharded: Any = parameter
+        # a gathered copy would hide an edited shard
+        assert sharded.ds_status.name == "NOT_AVAILABLE", f"parameter {sharded.ds_id} is still gathered"
+        shard = sharded.ds_tensor.view(-1)
+        start, end = flat_range(sharded.ds_numel, shard.numel(), dist.get_rank(sharded.ds_process_group))
+        return shard[: end - start], start
+
+    @contextmanager
+    def new_parameters(self, dtype: torch.dtype) -> Iterator[None]:
+        import deepspeed
+
+        with deepspeed.zero.Init(config_dict_or_path=calibration_settings(self._user_settings, dtype)):
+            yield
+
+    def partition_bytes(self, model: nn.Module) -> int:
+        return sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in model.parameters())  # type: ignore[attr-defined]
+
+    def largest_block_bytes(self, model: nn.Module) -> int:
+        return max(
+            sum(p.ds_numel * p.ds_tensor.element_size() for p in module.parameters(recurse=False))  # type: ignore[attr-defined]
+            for module in model.modules()
+        )
+
+
+def _start_deepspeed() -> None:
+    """Give DeepSpeed the process group that exists, or one of its own for a single process."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            "WORLD_SIZE", dist.get_world_size(), "several ranks need DeepSpeed; pip install deepspeed"
+        ) from error
+    from deepspeed.ops import __compatible_ops__
+
+    # its shared-memory all-reduce is compiled at the first start, needs g++, and a killed build blocks all later runs;
+    # nothing here profits from it
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -1,0 +1,96 @@
+"""A frozen model becomes its own LoRA-GA start, in place: calibrate, factorize, put the factors, compare the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraga_dist.calibrate import Calibration, calibrate
+from loraga_dist.calibration import Microbatch
+from loraga_dist.config import MethodConfig
+from loraga_dist.distributed import World
+from loraga_dist.losses import LOSSES
+from loraga_dist.placement import TargetReport, add_adapter, place_factors, probe_logits
+from loraga_dist.plan import Plan
+from loraga_dist.schemes import LoraFactors
+from loraga_dist.sharding import Sharding
+from loraga_dist.targets import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityCheck:
+    """How far residual + adapter are from the original model, on calibration tokens."""
+
+    max_abs_logit_diff: float
+    max_abs_logit: float
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A model that training can go on from, and what is known about it."""
+
+    model: Any
+    """The `peft.PeftModel`: base W - s*B0*A0, adapter "default" A0, B0."""
+    targets: list[TargetReport]
+    calibration: Calibration
+    identity_check: IdentityCheck
+
+
+def start_in_place(
+    model: nn.Module,
+    plan: Plan,
+    microbatches: Sequence[Microbatch],
+    config: MethodConfig,
+    *,
+    sharding: Sharding,
+    rounding: Callable[[Target], torch.dtype],
+    keep: Callable[[Target, LoraFactors], None] | None = None,
+) -> Start:
+    """Calibrate on `model`, then turn it into its own LoRA-GA start. Every rank calls this; none holds the model."""
+    model.requires_grad_(False)
+    module = sharding.attach(model)
+    try:
+        calibration = calibrate(
+            module,
+            plan,
+            microbatches,
+            config.gradient,
+            sharding=sharding,
+            loss_sum=LOSSES[config.lora.task_type],
+            seed=config.init.seed,
+        )
+        before = probe_logits(module, microbatches[0], sharding)
+    finally:
+        sharding.detach()
+
+    peft_model = add_adapter(model, config.lora, sharding)
+    targets = place_factors(
+        peft_model, plan, calibration.owned, config.init, sharding=sharding, rounding=rounding, keep=keep
+    )
+
+    trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    peft_model.requires_grad_(False)
+    module = sharding.attach(peft_model)
+    try:
+        after = probe_logits(module.eval(), microbatches[0], sharding)
+    finally:
+        sharding.detach()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    return Start(
+        model=peft_model,
+        targets=targets,
+        calibration=calibration,
+        identity_check=_compare_logits(before, after, sharding.world, next(model.parameters()).dtype),
+    )
+
+
+def _compare_logits(before: torch.Tensor, after: torch.Tensor, world: World, dtype: torch.dtype) -> IdentityCheck:
+    largest = torch.tensor([(after - before).abs().max(), before.abs().max()], device=world.device)
+    diff, scale = world.max_(largest).tolist()
+    return IdentityCheck(max_abs_logit_diff=diff, max_abs_logit=scale, dtype=str(dtype).removeprefix("torch."))

@@ -1,0 +1,156 @@
+"""One sweep of the calibration data for one group of targets: forward, backward, taps, and all ranks in step."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraga_dist.calibration import Microbatch
+from loraga_dist.config import Checkpointing
+from loraga_dist.distributed import World
+from loraga_dist.engines import GradientEngine
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.losses import LossSum
+from loraga_dist.progress import Progress
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.taps import tapped
+
+
+def sweep(
+    model: nn.Module,
+    names: Sequence[str],
+    microbatches: Sequence[Microbatch],
+    engine: GradientEngine,
+    *,
+    sharding: Sharding,
+    loss_sum: LossSum,
+    checkpointing: Checkpointing,
+    progress: Progress,
+) -> tuple[float, int]:
+    """Show the engine every (x, dy) of the named modules over this rank's microbatches.
+
+    Returns the loss summed over all ranks' supervised tokens, and their number. Raises RunError on every rank when a
+    loss or a gradient is not finite, naming batch and layer, and UserError when a module took no part in the loss.
+    """
+    world = sharding.world
+    monitor = _Monitor(engine, names, world.device)
+    total_loss, total_tokens = 0.0, 0
+    with tapped(model, names, monitor.observe, checkpointing=checkpointing), full_float32_matmul():
+        for microbatch in microbatches:
+            engine.begin_microbatch(microbatch.index)
+            loss = loss_sum(forward(model, microbatch, world.device), microbatch.inputs["labels"])
+            loss.backward()
+            sharding.release()
+            tokens_here = torch.tensor(microbatch.num_supervised_tokens, dtype=torch.float64, device=world.device)
+            sums = torch.stack([loss.detach().double(), monitor.failures(), tokens_here])
+            loss_value, failures, tokens = world.sum_(sums).tolist()
+            if failures or not math.isfinite(loss_value):
+                _name_the_culprit(model, microbatch, loss.item(), monitor, world, sharding)
+            total_loss += loss_value
+            total_tokens += int(tokens)
+            progress.advance()
+    with world.together():
+        if missing := monitor.missing():
+            raise UserError(
+                "lora.exclude_modules",
+                missing,
+                "took no part in the loss, so there is no gradient to start from; list these here",
+            )
+    return total_loss, total_tokens
+
+
+def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> torch.Tensor:
+    """The model's logits. Its own loss, a mean over this rank's tokens, is never computed."""
+    inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in microbatch.inputs.items()}
+    labels = inputs.pop("labels")
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if base.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    if "use_cache" in inspect.signature(base.forward).parameters:
+        inputs["use_cache"] = False
+    return model(**inputs).logits
+
+
+@contextmanager
+def full_float32_matmul() -> Iterator[None]:
+    """No TF32 or bf16 shortcuts in float32 products while the context lasts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _Monitor:
+    """Stands between taps and engine: which modules were seen, and whose gradients were not finite, without syncs."""
+
+    def __init__(self, engine: GradientEngine, names: Sequence[str], device: torch.device) -> None:
+        self._engine = engine
+        self._row = {name: row for row, name in enumerate(names)}
+        self._seen: set[str] = set()
+        self._failed = torch.zeros(len(names), dtype=torch.bool, device=device)
+
+    def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
+        self._seen.add(name)
+        # a sum is finite exactly when its terms are, as float32 holds any sum of a gradient's finite entries
+        self._failed[self._row[name]] |= ~dy_TM.sum(dtype=torch.float32).isfinite()
+        self._engine.observe(name, x_TN, dy_TM)
+
+    def failures(self) -> torch.Tensor:
+        return self._failed.sum().double()
+
+    def topmost_failure(self) -> str | None:
+        """The failed module nearest the loss: the others inherited its gradient."""
+        failed = [name for name, row in self._row.items() if self._failed[row]]
+        return failed[-1] if failed else None
+
+    def missing(self) -> list[str]:
+        return [name for name in self._row if name not in self._seen]
+
+
+def _name_the_culprit(
+    model: nn.Module, microbatch: Microbatch, loss: float, monitor: _Monitor, world: World, sharding: Sharding
+) -> None:
+    """Raise RunError on all ranks. Every rank runs its forward once more, since sharded weights come by collectives."""
+    layer = first_nonfinite_module(model, microbatch, world.device)
+    sharding.release()
+    batch = f"microbatch {microbatch.index} (data rows {list(microbatch.sample_ids)}) on rank {world.rank}"
+    with world.together():
+        if not math.isfinite(loss):
+            where = f"first in the output of {layer}" if layer else "although every module's output is finite"
+            raise RunError(f"calibrate: the loss is {loss} in {batch}, {where}")
+        culprit = monitor.topmost_failure()
+        if culprit is not None:
+            raise RunError(
+                f"calibrate: the gradient of {culprit} is not finite in {batch}; with float16, try model.dtype bfloat16"
+            )
+
+
+def first_nonfinite_module(model: nn.Module, microbatch: Microbatch, device: torch.device) -> str | None:
+    """Name of the first module in forward order whose output holds a NaN or an infinity that its input did not."""
+    found: list[str] = []
+
+    def check(module: nn.Module, args: Any, output: Any, *, name: str) -> None:
+        if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    handles = [
+        module.register_forward_hook(functools.partial(check, name=name))
+        for name, module in model.named_modules()
+        if name and not any(module.children())
+    ]
+    try:
+        with torch.no_grad():
+            forward(model, microbatch, device)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -1,0 +1,113 @@
+"""The autograd tap: hands a linear layer's (x, dy) to a sink during backward, while every weight stays frozen.
+
+x travels through `save_for_backward`, so gradient checkpointing may drop and recompute it. A tap also *starts* the
+graph: its output requires grad although nothing below does, so backward ends at the lowest tapped layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from loraga_dist.config import Checkpointing
+
+Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""sink(name, x_TN, dy_TM): one call per tapped layer and backward."""
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, anchor: torch.Tensor, x: torch.Tensor, sink: Sink, name: str) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.sink, ctx.name = sink, name
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (dy,) = grad_outputs
+        (x,) = ctx.saved_tensors
+        ctx.sink(ctx.name, x.detach().flatten(0, -2), dy.detach().flatten(0, -2))
+        return dy, None, None, None, None
+
+
+@contextmanager
+def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing: Checkpointing) -> Iterator[None]:
+    """Attach taps to the named modules, in eval mode (no dropout), and restore the model on any exit.
+
+    names: modules that compute y = W x (+ b) from their first argument.
+    checkpointing: recompute transformers' decoder blocks in backward instead of keeping their activations.
+    """
+    modules = dict(model.named_modules())
+    training = {name: module.training for name, module in modules.items()}
+    anchor: dict[torch.device, torch.Tensor] = {}
+
+    def attach(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor, *, name: str) -> torch.Tensor:
+        if y.device not in anchor:
+            anchor[y.device] = torch.zeros((), device=y.device, requires_grad=True)
+        return _Tap.apply(y, anchor[y.device], args[0], sink, name)  # type: ignore[return-value]
+
+    handles = []
+    model.eval()
+    try:
+        for name in names:
+            handles.append(modules[name].register_forward_hook(functools.partial(attach, name=name)))
+        with _checkpointed_blocks(modules, names, checkpointing):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, module in modules.items():
+            module.training = training[name]
+
+
+@contextmanager
+def _checkpointed_blocks(
+    modules: dict[str, nn.Module], names: Sequence[str], checkpointing: Checkpointing
+) -> Iterator[None]:
+    """Checkpoint the blocks transformers marks for it, without its switch: that one needs train mode, hence dropout."""
+    if checkpointing == "none":
+        yield
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = {name: module for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
+    try:
+        for name, block in blocks.items():
+            holds_tap = any(target.startswith(f"{name}.") for target in names)
+            wrap = _reentrant if checkpointing == "reentrant" else _non_reentrant
+            # an instance attribute hides the class's forward; deleting it restores the block
+            block.forward = wrap(block.forward, holds_tap)
+        yield
+    finally:
+        for block in blocks.values():
+            block.__dict__.pop("forward", None)
+
+
+def _non_reentrant(forward: Callable[..., Any], holds_tap: bool) -> Callable[..., Any]:
+    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _reentrant(forward: Callable[..., Any], holds_tap: bool) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # reentrant checkpointing sees gradients of positional tensors only, and needs one input that wants them
+        values = [*args, *kwargs.values()]
+        if holds_tap and torch.is_grad_enabled():
+            for i, value in enumerate(values):
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    values[i] = value if value.requires_grad else value.detach().requires_grad_()
+                    break
+        if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
+            return forward(*args, **kwargs)
+
+        def positional(*flat: Any) -> Any:
+            return forward(*flat[: len(args)], **dict(zip(kwargs, flat[len(args) :], strict=True)))
+
+        return checkpoint(positional, *values, use_reentrant=True, preserve_rng_state=False)
+
+    return run

@@ -1,0 +1,159 @@
+"""Which weight matrices get an adapter: PEFT's own matching, tried on a copy of the model that holds no memory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from loraga_dist.config import LoraSection
+from loraga_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One weight matrix W_MN (y = W x) and the rank and scaling PEFT gives its adapter."""
+
+    name: str
+    M: int
+    N: int
+    r: int
+    lora_alpha: float
+    scaling: float
+    transposed: bool
+    """The parameter is stored (N, M): GPT-2's Conv1D."""
+
+    @property
+    def parameter_name(self) -> str:
+        return f"{self.name}.weight"
+
+
+def peft_lora_config(lora: LoraSection) -> LoraConfig:
+    """The user's section as PEFT's own config; raises UserError where PEFT refuses a value."""
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**lora.model_dump())
+    except (ValueError, TypeError) as error:
+        raise UserError("lora", lora.model_dump(exclude_defaults=True), f"PEFT refuses it: {error}") from error
+
+
+def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
+    """The model's modules and shapes on the meta device, tied as transformers ties them."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = model_class(copy.deepcopy(config))
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    return model
+
+
+def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Callable[[int], int]) -> list[Target]:
+    """Let PEFT inject its layers into `meta_model` (which is consumed) and read off what it chose.
+
+    num_triplets: how many singular triplets the scheme needs for rank r.
+    Returns the targets in the model's module order. Raises UserError when nothing matches, when a match is not a
+    plain matrix, is tied to another parameter, or is too small for its rank.
+    """
+    from peft import get_peft_model
+    from peft.tuners.lora.layer import Conv1D as LoraConv1D  # type: ignore[attr-defined]
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.lora.layer import LoraLayer
+
+    shown = lora.target_modules
+    tied = _tied_parameters(meta_model)
+    before = {name for name, _ in meta_model.named_modules()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft_model = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError("lora.target_modules", shown, _first_sentence(str(error))) from error
+
+    targets: list[Target] = []
+    for name, layer in peft_model.base_model.model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        transposed = bool(getattr(layer, "fan_in_fan_out", False))
+        if name not in before or type(layer) is not LoraLinear or getattr(base, "weight", torch.empty(0)).ndim != 2:
+            raise UserError(
+                "lora.target_modules",
+                shown,
+                f"{name} is a {type(base).__name__}, not a plain matrix; add it to lora.exclude_modules",
+            )
+        M, N = tuple(base.weight.shape)[::-1] if transposed else tuple(base.weight.shape)  # type: ignore[union-attr]
+        r = layer.r["default"]
+        if f"{name}.weight" in tied:
+            raise UserError(
+                "lora.target_modules",
+                shown,
+                f"{name}.weight is tied to {tied[f'{name}.weight']}; changing one would change both; "
+                "add it to lora.exclude_modules",
+            )
+        if num_triplets(r) > min(M, N):
+            fitting = max(rank for rank in range(min(M, N) + 1) if num_triplets(rank) <= min(M, N))
+            raise UserError(
+                "lora.r",
+                r,
+                f"{name} is {M} x {N} and needs {num_triplets(r)} singular directions; write {fitting} or less, "
+                "there alone with lora.rank_pattern",
+            )
+        targets.append(
+            Target(
+                name=name,
+                M=M,
+                N=N,
+                r=r,
+                lora_alpha=layer.lora_alpha["default"],
+                scaling=layer.scaling["default"],
+                transposed=transposed,
+            )
+        )
+    if not targets:
+        raise UserError("lora.target_modules", shown, "matches no module; write names the model has, or all-linear")
+    _check_patterns(lora, targets)
+    return targets
+
+
+def _check_patterns(lora: LoraSection, targets: list[Target]) -> None:
+    from peft.utils.other import get_pattern_key
+
+    for key, patterns in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern)):
+        used = {get_pattern_key(patterns.keys(), target.name) for target in targets}
+        for pattern in patterns:
+            if pattern not in used:
+                raise UserError(key, pattern, "matches no target; write a target's name or the end of one, or remove it")
+
+
+def _tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Every parameter name that shares its tensor, with the name of another holder."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in holders.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def _first_sentence(message: str) -> str:
+    """PEFT's messages list whole models; the first lines say what is wrong."""
+    return " ".join(message.split())[:300] + "; write names of nn.Linear modules, or all-linear"
+
+
+def shape_counts(targets: list[Target]) -> Iterator[tuple[tuple[int, int, int], int]]:
+    """((M, N, r), how many targets have it), most frequent first."""
+    yield from Counter((target.M, target.N, target.r) for target in targets).most_common()

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loraga_dist.errors import RunError, UserError
+
+
+def _load_script():
+    path = Path(__file__).parents[2] / "launch" / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["quickstart"] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+quickstart = _load_script()
+# A model that any two steps make good enough; 5.6 nats is just above log(258), the loss of knowing nothing.
+TINY = quickstart.Recipe(
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=2,
+    sequence_length=32,
+    batch_size=2,
+    max_steps=2,
+    check_every_steps=1,
+    heldout_windows=2,
+    target_loss=5.6,
+)
+TEXT = " naïve \t日本語 🎉\n\n  def f(x): 'don't' , . !\r\n\x00"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quickstart.ensure_quickstart(tmp_path_factory.mktemp("build") / "quickstart", TINY)
+
+
+def test_tokenizer_ids_are_the_bytes_and_decode_exactly(built: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(built / "model")
+    ids = tokenizer(TEXT)["input_ids"]
+    assert ids == list(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) == (256, 256, 257)
+    assert quickstart._byte_symbols() == [tokenizer.convert_ids_to_tokens(byte) for byte in range(256)]
+
+
+def test_saved_model_is_sharded_and_has_the_recorded_loss(built: Path) -> None:
+    assert len(list((built / "model").glob("model-*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(built / "model")
+    assert model.dtype == torch.float32
+    assert not model.config.tie_word_embeddings
+    recorded = json.loads((built / "recipe.json").read_text())["heldout_loss"]
+    heldout_ids = quickstart._standard_library()[1]
+    assert quickstart._heldout_loss(model, heldout_ids, TINY) == pytest.approx(recorded, abs=1e-4)
+
+
+def test_calibration_file(built: Path) -> None:
+    rows = [json.loads(line) for line in (built / "calibration.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 256
+    assert all(list(row) == ["text"] and 200 <= len(row["text"]) <= 400 for row in rows)
+    assert len({row["text"] for row in rows}) == len(rows)
+
+
+def test_same_recipe_is_reused_and_another_is_rebuilt(tmp_path: Path) -> None:
+    directory = tmp_path / "quickstart"
+    recipe_file = quickstart.ensure_quickstart(directory, TINY) / "recipe.json"
+    first = recipe_file.stat()
+    quickstart.ensure_quickstart(directory, TINY)
+    assert recipe_file.stat().st_ino == first.st_ino and recipe_file.stat().st_mtime_ns == first.st_mtime_ns
+    quickstart.ensure_quickstart(directory, replace(TINY, version=TINY.version + 1))
+    assert json.loads(recipe_file.read_text())["recipe"]["version"] == TINY.version + 1
+    assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_a_model_that_did_not_learn_is_never_saved(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="needed below 0.1"):
+        quickstart.ensure_quickstart(tmp_path / "quickstart", replace(TINY, target_loss=0.1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    # Ctrl-C at the worst moment: the weights are written, the tokenizer and the recipe are not.
+    monkeypatch.setattr(quickstart, "byte_tokenizer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.ensure_quickstart(tmp_path / "quickstart", TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="--directory"):
+        quickstart.ensure_quickstart(tmp_path, TINY)
+    assert (tmp_path / "model").is_dir()
