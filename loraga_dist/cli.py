@@ -85,13 +85,12 @@ def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def run_verify(directory: Path, base: Path | None) -> int:
-    from loraga_dist.artifacts.verify import verify
+    from loraga_dist.artifacts.verify import bytes_to_verify, verify
     from loraga_dist.progress import phase
 
     if not directory.is_dir():
         return _report_failure(UserError("directory", str(directory), "is not there; write an output directory"))
-    total_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    with phase("verify", total_bytes, "B", shown=sys.stderr.isatty()) as progress:
+    with phase("verify", bytes_to_verify(directory), "B", shown=sys.stderr.isatty()) as progress:
         result = verify(directory, base=base, on_progress=progress.advance)
     for problem in result.problems:
         print(f"loraga-dist: {problem}", file=sys.stderr)
@@ -122,6 +121,7 @@ def _report_failure(error: LoragaError) -> int:
 
 def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ from loraga_dist.artifacts.names import (
 )
 from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, readme, versions
 from loraga_dist.artifacts.residual import assign_files, digest_base, finish_residual_base, write_residual_files
-from loraga_dist.artifacts.verify import verify
+from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.config import InitConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
@@ -165,8 +165,7 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
         except OSError as error:
             raise RunError(f"write: {directory / name} cannot be written ({error.strerror})") from error
     write_checksums(directory)
-    total_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    with phase("verify", total_bytes, "B", shown=True) as progress:
+    with phase("verify", bytes_to_verify(directory), "B", shown=True) as progress:
         result = verify(directory, on_progress=progress.advance)
     if not result.ok:
         raise RunError(f"verify: {'; '.join(result.problems[:5])}")

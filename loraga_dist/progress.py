@@ -19,24 +19,31 @@ class Progress:
         self._phase, self._total, self._unit = phase, total, unit
         self._done = 0
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, desc=phase, unit=unit) if shown and sys.stderr.isatty() else None
+        self._bar = tqdm(total=total, desc=phase, unit=unit, unit_scale=unit == "B") if shown and sys.stderr.isatty() else None
         self._lines = shown and self._bar is None
 
     def advance(self, steps: int = 1) -> None:
-        self._done += steps
+        before, self._done = self._done, min(self._done + steps, self._total)
         if self._bar is not None:
-            self._bar.update(steps)
+            self._bar.update(self._done - before)
         now = time.monotonic()
-        if self._lines and (self._done >= self._total or now - self._last_line > _SECONDS_BETWEEN_LINES):
+        finished = before < self._total <= self._done
+        if self._lines and (finished or now - self._last_line > _SECONDS_BETWEEN_LINES):
             self._last_line = now
             rate = self._done / max(now - self._start, 1e-9)
-            left = (self._total - self._done) / rate
             print(
-                f"{self._phase}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s, "
-                f"{left:.0f} s left",
+                f"{self._phase}: {self._amount(self._done)} of {self._amount(self._total)}{self._word}, "
+                f"{self._amount(rate)}{self._word}/s, {(self._total - self._done) / rate:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )
+
+    @property
+    def _word(self) -> str:
+        return "B" if self._unit == "B" else f" {self._unit}"
+
+    def _amount(self, number: float) -> str:
+        return tqdm.format_sizeof(number) if self._unit == "B" else f"{number:.4g}"
 
     def close(self) -> None:
         if self._bar is not None:

@@ -150,6 +150,12 @@ def verify(directory: Path, *, base: Path | None = None, on_progress: OnBytes = 
     )
 
 
+def bytes_to_verify(directory: Path) -> int:
+    """About how many bytes `verify` reads: every file, and a base as large as the residual."""
+    sizes = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file()}
+    return sum(sizes.values()) + sum(size for path, size in sizes.items() if path.parent.name == RESIDUAL_BASE)
+
+
 @contextmanager
 def _collected(problems: list[str], subject: str) -> Iterator[None]:
     """Turn a part that cannot be read into a problem, so that the other parts are still checked."""

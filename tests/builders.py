@@ -1,0 +1,121 @@
+"""Small models, tokenizers and data sets on disk, made in seconds without a hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 258
+"""256 bytes, then padding and end of sequence."""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<pad>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 256,
+        "bos_token_id": 257,
+        "eos_token_id": 257,
+        "tie_word_embeddings": False,
+        # weights of this size make activations, and so gradients, differ clearly between tokens
+        "initializer_range": 0.1,
+    }
+    return LlamaConfig(**(values | changes))
+
+
+def make_model(kind: str, seed: int = 0) -> torch.nn.Module:
+    """A random model of one of the families the tests cover: llama, tied, gpt2, t5, bert."""
+    torch.manual_seed(seed)
+    special = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257}
+    if kind == "llama":
+        return LlamaForCausalLM(llama_config()).eval()
+    if kind == "tied":
+        return LlamaForCausalLM(llama_config(tie_word_embeddings=True)).eval()
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=128, **special)
+        return GPT2LMHeadModel(config).eval()
+    if kind == "t5":
+        config = T5Config(
+            vocab_size=VOCABULARY, d_model=48, d_kv=12, d_ff=80, num_layers=2, num_heads=4,
+            pad_token_id=256, eos_token_id=257, decoder_start_token_id=256, dropout_rate=0.1,
+        )  # fmt: skip
+        return T5ForConditionalGeneration(config).eval()
+    assert kind == "bert"
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80,
+        max_position_embeddings=128, num_labels=3, pad_token_id=256,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+TASKS = {"llama": "CAUSAL_LM", "tied": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
+
+
+def save_model(
+    directory: Path, kind: str = "llama", *, dtype: torch.dtype = torch.float32, shards: bool = True, seed: int = 0
+) -> Path:
+    model = make_model(kind, seed).to(dtype)
+    model.save_pretrained(directory, max_shard_size="100KB" if shards else "1GB")
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_data(path: Path, task_type: str = "CAUSAL_LM", rows: int = 24, seed: int = 0) -> Path:
+    """JSONL of pseudo-random text whose rows differ in length, so that ranks hold different numbers of tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    with path.open("w") as file:
+        for row in range(rows):
+            length = 10 + (row * 7) % 50
+            letters = torch.randint(97, 123, (length,), generator=generator).tolist()
+            text = "".join(chr(letter) for letter in letters)
+            record: dict[str, Any] = {
+                "CAUSAL_LM": {"text": text},
+                "SEQ_2_SEQ_LM": {"prompt": text, "completion": text[::-1][:12]},
+                "SEQ_CLS": {"text": text, "label": row % 3},
+            }[task_type]
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def config_tree(
+    model: Path, data: Path, out: Path, *, kind: str = "llama", r: int = 4, **sections: dict[str, Any]
+) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "model": {"name_or_path": str(model)},
+        "lora": {"r": r, "lora_alpha": 8, "task_type": TASKS[kind]},
+        "gradient": {"oversampling": 8},
+        "calibration": {"data_files": str(data), "max_length": 64, "per_device_batch_size": 2},
+        "output": {"dir": str(out)},
+    }
+    for name, changes in sections.items():
+        tree[name] = tree.get(name, {}) | changes
+    return tree

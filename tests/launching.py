@@ -1,0 +1,103 @@
+"""Start real ranks and real launchers, with a time limit, and leave none of their processes behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+INIT = str(ROOT / "launch" / "init.py")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One process, ended. A code below zero is the signal that killed it."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(command: Sequence[str], *, timeout_seconds: float = 120, env: Mapping[str, str] | None = None) -> Finished:
+    """Run one command, a launcher with all its ranks for instance, as a process group of its own."""
+    return _collect([_start(command, env or {})], timeout_seconds)[0]
+
+
+def run_ranks(
+    arguments: Sequence[str], world_size: int, *, timeout_seconds: float = 120, env: Mapping[str, str] | None = None
+) -> list[Finished]:
+    """Run `python arguments` once per rank, with the variables a launcher would set; results in rank order.
+
+    No launcher stands between, so every rank's own exit code and output can be seen.
+    """
+    port = str(free_port())
+    processes = [
+        _start(
+            [sys.executable, *arguments],
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                **(env or {}),
+            },
+        )
+        for rank in range(world_size)
+    ]
+    return _collect(processes, timeout_seconds)
+
+
+def succeed(results: Finished | Sequence[Finished]) -> None:
+    """Fail the test with the processes' own words unless all ended well."""
+    for rank, result in enumerate([results] if isinstance(results, Finished) else results):
+        assert result.code == 0, f"process {rank} ended with {result.code}\n{result.stdout}\n{result.stderr}"
+
+
+def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        list(command),
+        env={**os.environ, "PYTHONPATH": path, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _collect(processes: list[subprocess.Popen[str]], timeout_seconds: float) -> list[Finished]:
+    results = []
+    try:
+        for process in processes:
+            try:
+                stdout, stderr = process.communicate(timeout=timeout_seconds)
+            except subprocess.TimeoutExpired:
+                _kill_group(process)
+                stdout, stderr = process.communicate()
+                stderr += f"\n[killed by the test after {timeout_seconds} s]"
+            results.append(Finished(process.returncode, stdout, stderr))
+    finally:
+        for process in processes:
+            _kill_group(process)
+    return results
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
