@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -69,8 +70,7 @@ def calibrate(
             swept = time.monotonic()
             for name, result in engine.factorize(world, num_tokens):
                 found.owned[name] = _on_host(result)
-            with world.together():
-                _refuse_zero_gradients(found.owned)
+            _refuse_zero_gradients(found.owned, world)
             found.seconds_calibrate += swept - started
             found.seconds_factorize += time.monotonic() - swept
     return found
@@ -101,7 +101,12 @@ def _on_host(result: GradientSVD) -> GradientSVD:
     return replace(result, svd=host)
 
 
-def _refuse_zero_gradients(owned: dict[str, GradientSVD]) -> None:
-    zero = [name for name, result in owned.items() if not result.svd.S_K[0] > torch.finfo(torch.float32).tiny]
-    if zero:
-        raise RunError(f"factorize: the gradient of {', '.join(zero)} is zero; leave it out with lora.exclude_modules")
+def _refuse_zero_gradients(owned: dict[str, GradientSVD], world: World) -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    mine = [name for name, result in owned.items() if not result.svd.S_K[0] > tiny]
+    zero = [name for names in world.all_texts(json.dumps(mine)) for name in json.loads(names)]
+    with world.together():
+        if zero:
+            raise RunError(
+                f"factorize: the gradient of {', '.join(zero)} is zero; leave these out with lora.exclude_modules"
+            )

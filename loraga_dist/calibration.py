@@ -235,7 +235,10 @@ def _load_dataset(config: CalibrationConfig) -> Dataset:
             raise _data_error(config, "has no rows") from error
         except Exception as error:  # datasets lets through whatever pyarrow, pandas, the hub and its builders raise
             cause = error.__cause__ or error
-            raise _data_error(config, f"cannot be read: {str(cause) or type(cause).__name__}") from error
+            reason = str(cause).rstrip(".") or type(cause).__name__
+            raise _data_error(
+                config, f"cannot be read: {reason}; write the path or hub id of data that `datasets` loads"
+            ) from error
         try:
             dataset = builder.as_dataset(split=config.split)
         except ValueError as error:

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -37,6 +40,7 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
     started = time.monotonic()
     seconds: dict[str, float] = {}
     return_freed_memory_at_once()
+    _import_libraries()
     with PeakMemory(world.device) as memory:
         with world.together():
             job = prepare(config, world)
@@ -61,7 +65,9 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
             )
             seconds["calibrate"] = start.calibration.seconds_calibrate
             seconds["factorize"] = start.calibration.seconds_factorize
+            # the files are made from files: no rank needs its partition any more
             del model
+            start = replace(start, model=None)
             write_started = time.monotonic()
             fingerprints = write_weights(staged.path, job, config, start, factors, world)
             seconds["write"] = time.monotonic() - write_started
@@ -118,6 +124,13 @@ def initialize(
         sharding=sharding,
         rounding=lambda target: dtype,
     )
+
+
+def _import_libraries() -> None:
+    """The large imports of a run, before its memory is measured: code is no part of a rank's share of the model."""
+    for name in ("peft", "datasets"):
+        with suppress(ImportError):  # where it is needed, its absence is reported
+            importlib.import_module(name)
 
 
 def _sharding_of(model: nn.Module, config: MethodConfig, world: World) -> Sharding:

@@ -90,7 +90,7 @@ def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Calla
             raise UserError(
                 "lora.target_modules",
                 shown,
-                f"{name} is a {type(base).__name__}, not a plain matrix; add it to lora.exclude_modules",
+                f"{name} ({type(base).__name__}) is not a plain matrix; add it to lora.exclude_modules",
             )
         M, N = tuple(base.weight.shape)[::-1] if transposed else tuple(base.weight.shape)  # type: ignore[union-attr]
         r = layer.r["default"]
@@ -104,7 +104,7 @@ def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Calla
         if num_triplets(r) > min(M, N):
             fitting = max(rank for rank in range(min(M, N) + 1) if num_triplets(rank) <= min(M, N))
             raise UserError(
-                "lora.r",
+                "lora.r" if r == lora.r else "lora.rank_pattern",
                 r,
                 f"{name} is {M} x {N} and needs {num_triplets(r)} singular directions; write {fitting} or less, "
                 "there alone with lora.rank_pattern",
@@ -151,7 +151,7 @@ def _tied_parameters(model: nn.Module) -> dict[str, str]:
 
 def _first_sentence(message: str) -> str:
     """PEFT's messages list whole models; the first lines say what is wrong."""
-    return " ".join(message.split())[:300] + "; write names of nn.Linear modules, or all-linear"
+    return " ".join(message.split())[:300].rstrip(".") + "; write names of nn.Linear modules, or all-linear"
 
 
 def shape_counts(targets: list[Target]) -> Iterator[tuple[tuple[int, int, int], int]]:

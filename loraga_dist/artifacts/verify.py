@@ -36,9 +36,9 @@ from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
     digest_base,
-    offset_rows,
     residual_dtype_of,
     rows_per_chunk,
+    subtract_offset,
 )
 from loraga_dist.config import Dtype
 from loraga_dist.errors import LoragaError, RunError
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 _MAX_ORTHONORMALITY_ERROR = 1e-4
+_EXPONENT_BITS = 0x7FF << 52
 # the writer goes from float64 to 16 bits by way of float32, whose own rounding comes on top
 _ROUNDING_TOLERANCE = 1 + 2**-12
 
@@ -386,22 +387,23 @@ def _target_pieces(
     base: TensorSlot, residual: TensorSlot, target: AdapterTarget, adapter: AdapterFile
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """(base piece, residual piece, the largest |W - (W_res + s B A)| among them in roundings)."""
-    A_RN, B_MR = adapter.factors(target.name)
+    A_RN, B_MR = (factor.double() for factor in adapter.factors(target.name))
     # two machines' float64 products may differ by this much, which shows where W - s B A all but cancels
     product_error = 2**-52 * target.r**2 * target.scaling * (A_RN.abs().max() * B_MR.abs().max()).item()
     for row0, row1 in chunks(base.shape[0], rows_per_chunk(target)):
         base_piece, residual_piece = read_rows(base, row0, row1), read_rows(residual, row0, row1)
-        exact = base_piece.double() - offset_rows(target, A_RN, B_MR, row0, row1)
-        error = (residual_piece.double() - exact).abs()
-        units = (error / (_one_rounding(exact, residual.dtype) + product_error)).max().item()
+        exact = subtract_offset(target, base_piece, A_RN, B_MR, row0)
+        error = (residual_piece - exact).abs_()
+        units = error.div_(_one_rounding(exact, residual.dtype).add_(product_error)).max().item()
         yield base_piece, residual_piece, math.inf if math.isnan(units) else units
 
 
 def _one_rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """Half the distance between neighbours of `dtype` around each value: the most that rounding to nearest costs."""
     info = torch.finfo(dtype)
-    binade = torch.exp2(torch.frexp(exact).exponent.double() - 1)
-    return info.eps / 2 * binade.clamp(min=info.smallest_normal)
+    # a float64 without its sign and mantissa bits is the power of two below it
+    binade = (exact.view(torch.int64) & _EXPONENT_BITS).view(torch.float64)
+    return binade.clamp_(min=info.smallest_normal).mul_(info.eps / 2)
 
 
 def _same_bytes(left: Tensor, right: Tensor) -> bool:

@@ -47,35 +47,33 @@ class ExactEngine:
         self._G[name].addmm_(dy.t(), x)
         self._E[name][self._half].addmm_(dy.t(), x @ self._Phi[name])
 
-    def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
-        owned: list[str] = []
-        for name, matrix in self._matrices.items():
-            world.reduce_(self._G[name], matrix.owner)
-            world.reduce_(self._E[name], matrix.owner)
+    def mean_gradients(self, world: Collectives, num_tokens: int) -> Iterator[tuple[Matrix, torch.Tensor]]:
+        """Reduce every gradient to its owner, then hand over the owned ones, G_MN in float32, one by one."""
+        owned = []
+        for matrix in self._matrices.values():
+            world.reduce_(self._G[matrix.name], matrix.owner)
+            world.reduce_(self._E[matrix.name], matrix.owner)
             if matrix.owner == world.rank:
-                owned.append(name)
+                owned.append(matrix)
             else:
-                del self._G[name], self._E[name]
-        for name in owned:
-            matrix = self._matrices[name]
-            G_MN = self._G.pop(name).div_(num_tokens)
+                del self._G[matrix.name], self._E[matrix.name]
+        for matrix in owned:
+            yield matrix, self._G.pop(matrix.name).div_(num_tokens)
+
+    def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
+        for matrix, G_MN in self.mean_gradients(world, num_tokens):
             svd = truncated_svd(
                 G_MN,
                 rank=matrix.num_triplets,
                 oversampling=self._oversampling,
-                generator=seeded_generator(self._seed, name, self._device),
+                generator=seeded_generator(self._seed, matrix.name, self._device),
             )
-            yield (
-                name,
-                GradientSVD(
-                    svd=svd,
-                    captured_energy=_ratio(
-                        svd.S_K[: matrix.num_triplets].double().square().sum().item(),
-                        torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item(),
-                    ),
-                    split_half_cosine=self._split_half_cosine(self._E.pop(name)),
-                ),
+            captured = _ratio(
+                svd.S_K[: matrix.num_triplets].double().square().sum().item(),
+                torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item(),
             )
+            cosine = self._split_half_cosine(self._E.pop(matrix.name))
+            yield matrix.name, GradientSVD(svd=svd, captured_energy=captured, split_half_cosine=cosine)
 
     def _split_half_cosine(self, E_2MS: torch.Tensor) -> float | None:
         if len(self._halves_seen) < 2:

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from loraga_dist.distributed import World
 from loraga_dist.safetensors_files import TensorSlot
-from loraga_dist.sharding.slices import subtract_lowrank_
+from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
 from loraga_dist.targets import Target
 
 
@@ -87,5 +87,4 @@ class Sharding(ABC):
     @torch.no_grad()
     def square_norms(self, parameters: Sequence[Parameter]) -> torch.Tensor:
         """||W||_F^2 of whole parameters, float64, by one collective."""
-        own = [torch.linalg.vector_norm(self.own_slice(p)[0], dtype=torch.float64).square() for p in parameters]
-        return self.world.sum_(torch.stack(own))
+        return self.world.sum_(torch.stack([square_norm(self.own_slice(parameter)[0]) for parameter in parameters]))

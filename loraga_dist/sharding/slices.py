@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 BLOCK_ELEMENTS = 1 << 22
-"""Elements of the low-rank product formed at a time: 16 MiB in float32."""
+"""Elements in a wider dtype at a time: 16 MiB in float32."""
 
 
 def flat_range(numel: int, shard_numel: int, shard_index: int) -> tuple[int, int]:
@@ -34,3 +34,9 @@ def subtract_lowrank_(
         part = shard[first - start : past - start]
         part.copy_(part.float().sub_(delta, alpha=scaling))
         row = next_row
+
+
+def square_norm(shard: torch.Tensor) -> torch.Tensor:
+    """Sum of squares in float64. By blocks, because on a CPU each is first copied to float64."""
+    blocks = shard.split(BLOCK_ELEMENTS)
+    return torch.stack([torch.linalg.vector_norm(block, dtype=torch.float64).square() for block in blocks]).sum()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,14 @@ from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
 from loraga_dist.safetensors_files import TensorSlot, read_range
 from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.slices import flat_range
 from loraga_dist.targets import meta_copy
+
+
+_HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+"""What `destroy` leaves on modules. The next engine would take these functions for its own, and they fetch parameters
+through the dead one: wrong only in some checkpointing modes, and silent until then."""
 
 
 def is_partitioned(model: nn.Module) -> bool:
@@ -171,6 +177,7 @@ class Zero3(Sharding):
         assert self._engine is None, "detach first"
         dtype = next(model.parameters()).dtype
         self._engine, *_ = deepspeed.initialize(model=model, config=calibration_settings(self._user_settings, dtype))
+        _gather_under_gloo_by(all_gather_in_place)
         return self._engine.module
 
     def release(self) -> None:
@@ -178,9 +185,15 @@ class Zero3(Sharding):
         self._engine.optimizer.release_backward_leftovers()
 
     def detach(self) -> None:
-        if self._engine is not None:
-            self._engine.destroy()
-            self._engine = None
+        if self._engine is None:
+            return
+        _gather_under_gloo_by(dist.all_gather_into_tensor)
+        model = self._engine.module
+        self._engine.destroy()
+        self._engine = None
+        for module in model.modules():
+            for name in _HOOK_STATE:
+                module.__dict__.pop(name, None)
 
     @contextmanager
     def full_weight(self, parameter: Parameter) -> Iterator[torch.Tensor]:
@@ -212,6 +225,13 @@ class Zero3(Sharding):
             sum(p.ds_numel * p.ds_tensor.element_size() for p in module.parameters(recurse=False))  # type: ignore[attr-defined]
             for module in model.modules()
         )
+
+
+def _gather_under_gloo_by(all_gather: Callable[..., Any]) -> None:
+    from deepspeed.comm import comm
+
+    if dist.get_backend() == "gloo":
+        comm.cdb.all_gather_function = all_gather  # type: ignore[attr-defined]
 
 
 def _start_deepspeed() -> None:

@@ -105,6 +105,7 @@ def lora_config(base: Path) -> LoraConfig:
         rank_pattern={"layers.0.self_attn.q_proj": 2},
         alpha_pattern={"v_proj": 3},
         target_modules="all-linear",
+        init_lora_weights=False,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
     )
@@ -234,6 +235,7 @@ def test_stock_peft_on_the_residual_base_is_the_original(llama: Path, finished: 
     config = json.loads((finished / "loraga_init" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"]) and len(config["target_modules"]) == 6
     assert config["init_lora_weights"] is True and config["inference_mode"] is True
+    assert config["fan_in_fan_out"] is False
     assert config["base_model_name_or_path"] == str(llama)
 
 
@@ -249,6 +251,7 @@ def test_conv1d(tmp_path: Path) -> None:
     original = logits(load(base))
     adapted = PeftModel.from_pretrained(load(tmp_path / "out" / "residual_base"), str(tmp_path / "out" / "loraga_init"))
     assert (logits(adapted) - original).abs().max() < 1e-5 * original.abs().max()
+    assert json.loads((tmp_path / "out" / "loraga_init" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     result = verify(tmp_path / "out")
     assert result.problems == [] and result.residual_checked and result.num_targets == 6
 
@@ -548,6 +551,14 @@ def test_verify_sees_another_scaling(output: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
     write_checksums(output)
     assert any("init_lora_weights true" in problem for problem in verify(output).problems)
+
+
+def test_verify_sees_another_rank_in_the_report(output: Path) -> None:
+    report = json.loads((output / "loraga_report.json").read_text())
+    report["targets"]["model.layers.1.mlp.down_proj"]["r"] = 3
+    write_report(output, report)
+    write_checksums(output)
+    assert "gives model.layers.1.mlp.down_proj rank 4, loraga_report.json says 3" in verify(output).problems[0]
 
 
 def test_verify_sees_values_that_are_not_finite(output: Path) -> None:

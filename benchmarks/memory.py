@@ -1,0 +1,219 @@
+"""Peak memory per rank of `loraga-dist init` on a random bfloat16 Llama, beside partition + largest block + engine state.
+
+usage: python benchmarks/memory.py [--size-gib 1] [--ranks 1,2,4] [--directory DIR] [--json FILE]
+
+The peak is what the run itself reports: anonymous host memory above the process's level after imports, over the whole
+run from loading to the written residual base; on GPUs device memory. Sequences are short and come one at a time, since
+activations are in no column: what they take shows in the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+SEQUENCE_TOKENS = 64
+SEQUENCES = 4
+TIME_LIMIT_SECONDS = 1200
+
+_PAD, _END = 256, 257
+
+
+@dataclass(frozen=True)
+class Shape:
+    """TinyLlama-1.1B's, but for the number of layers."""
+
+    hidden: int = 2048
+    intermediate: int = 5632
+    heads: int = 32
+    key_value_heads: int = 4
+    vocabulary: int = 32000
+
+    def layers_for(self, num_bytes: float) -> int:
+        """Fewest layers that make the bfloat16 model at least this large."""
+        head = self.hidden // self.heads
+        attention = 2 * self.hidden * head * (self.heads + self.key_value_heads)
+        per_layer = attention + 3 * self.hidden * self.intermediate
+        rest = num_bytes / 2 - 2 * self.vocabulary * self.hidden
+        return max(2, -int(-rest // per_layer))
+
+
+def make_model(directory: Path, num_layers: int, shape: Shape) -> None:
+    """A random bfloat16 Llama in several files with a byte tokenizer, and text to calibrate on; kept for the next run."""
+    if directory.exists():
+        return
+    partial = directory.with_name(f"{directory.name}.partial")
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=num_layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        max_position_embeddings=2048,
+        pad_token_id=_PAD,
+        bos_token_id=_END,
+        eos_token_id=_END,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="200MB")
+    _byte_tokenizer().save_pretrained(partial)
+    letters = torch.randint(97, 123, (SEQUENCES, SEQUENCE_TOKENS)).tolist()
+    (partial / "calibration.jsonl").write_text("".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters))
+    partial.rename(directory)
+
+
+def measure(model: Path, num_layers: int, num_ranks: int, scratch: Path) -> dict[str, Any]:
+    """The report of one run of `launch/init.py` on `num_ranks` ranks of this machine."""
+    output = scratch / f"{num_ranks}-ranks"
+    config = scratch / f"{num_ranks}-ranks.yaml"
+    tree = {
+        "model": {"name_or_path": str(model)},
+        "lora": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0]},
+        "gradient": {"max_targets_in_flight": 1},
+        "calibration": {"data_files": str(model / "calibration.jsonl"), "max_length": SEQUENCE_TOKENS},
+        "output": {"dir": str(output), "residual_base": "full"},
+    }
+    config.write_text(yaml.safe_dump(tree))
+    run_ranks([str(ROOT / "launch" / "init.py"), "--config", str(config)], num_ranks)
+    return json.loads((output / "loraga_report.json").read_text())
+
+
+def run_ranks(arguments: Sequence[str], num_ranks: int) -> None:
+    """Run `python arguments` once per rank, as a launcher on one machine would; raises SystemExit when a rank fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        codes = [process.wait(TIME_LIMIT_SECONDS) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"{num_ranks} ranks did not end within {TIME_LIMIT_SECONDS} s") from None
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if any(codes):
+        raise SystemExit(f"the run on {num_ranks} ranks failed: exit codes {codes}")
+
+
+def figures(report: dict[str, Any]) -> dict[str, Any]:
+    peaks, planned = report["peak_bytes_per_rank"], report["planned_peak_bytes_per_rank"]
+    return {
+        "ranks": report["world_size"],
+        "peak_bytes_per_rank": peaks,
+        "planned_peak_bytes_per_rank": planned,
+        "state_bytes_per_rank": report["state_bytes_per_rank"],
+        "difference_bytes_per_rank": [peak - plan for peak, plan in zip(peaks, planned, strict=True)],
+        "seconds": report["seconds"],
+    }
+
+
+def hardware() -> dict[str, Any]:
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory_bytes / 2**30), "gpus": gpus}
+
+
+def print_table(runs: Sequence[dict[str, Any]]) -> None:
+    table = Table(title="MiB per rank")
+    for column in ("ranks", "rank", "engine state", "partition + largest block + engine state", "peak", "difference"):
+        table.add_column(column, justify="right")
+    for run in runs:
+        rows = zip(
+            run["planned_peak_bytes_per_rank"], run["peak_bytes_per_rank"], run["difference_bytes_per_rank"], strict=True
+        )
+        for rank, columns in enumerate(rows):
+            amounts = [f"{num_bytes / 2**20:.0f}" for num_bytes in (run["state_bytes_per_rank"], *columns)]
+            table.add_row(str(run["ranks"]), str(rank), *amounts)
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-gib", type=float, default=1.0, help="least size of the model (default 1)")
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to run on (default 1,2,4)")
+    parser.add_argument("--directory", type=Path, default=ROOT / "build" / "benchmarks", help="where the model is kept")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+
+    shape = Shape()
+    num_layers = shape.layers_for(options.size_gib * 2**30)
+    model = options.directory / f"llama-{num_layers}-layers"
+    make_model(model, num_layers, shape)
+    runs = []
+    versions: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(dir=options.directory, prefix="memory-") as scratch:
+        for num_ranks in map(int, options.ranks.split(",")):
+            report = measure(model, num_layers, num_ranks, Path(scratch))
+            runs.append(figures(report))
+            versions = report["versions"]
+    print_table(runs)
+    if options.json:
+        content = {
+            "model_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
+            "num_layers": num_layers,
+            "hardware": hardware(),
+            "versions": versions,
+            "runs": runs,
+        }
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={symbol: index for index, symbol in enumerate([*alphabet, "<pad>", "</s>"])}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+if __name__ == "__main__":
+    main()

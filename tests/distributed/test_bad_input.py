@@ -1,0 +1,292 @@
+"""Every wrong input ends on all ranks with exit code 2, one line, and no file made or changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from builders import VOCABULARY, byte_tokenizer, config_tree, save_data, save_model
+from launching import INIT, free_port, run, run_ranks, succeed
+from transformers import GPT2Config, GPT2LMHeadModel
+
+pytestmark = pytest.mark.distributed
+
+CLI = [sys.executable, "-c", "from loraga_dist.cli import main; raise SystemExit(main())"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run to be refused: its configuration, and the directory that holds all it may write to."""
+
+    directory: Path
+    tree: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return self.directory / "out"
+
+    def copy_model(self) -> Path:
+        """A model that the case may damage; the configuration points at it."""
+        copy = self.directory / "model"
+        shutil.copytree(self.tree["model"]["name_or_path"], copy)
+        self.tree["model"]["name_or_path"] = str(copy)
+        return copy
+
+    def write_data(self, *rows: dict[str, Any]) -> None:
+        path = self.directory / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.tree["calibration"]["data_files"] = str(path)
+
+
+Change = Callable[[Attempt], object]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_data(tmp_path_factory.mktemp("data") / "data.jsonl")
+
+
+@pytest.fixture
+def attempt(model: Path, data: Path, tmp_path: Path) -> Attempt:
+    return Attempt(tmp_path, config_tree(model, data, tmp_path / "out"))
+
+
+def contents(directory: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+    }
+
+
+def write_config(attempt: Attempt) -> Path:
+    path = attempt.directory / "config.yaml"
+    path.write_text(yaml.safe_dump(attempt.tree))
+    return path
+
+
+def refuse(attempt: Attempt, arguments: Sequence[str], key: str, value: str, instead: str) -> None:
+    """Run on two ranks and require the refusal: its key, a part of the value, and what to write instead."""
+    before = contents(attempt.directory)
+    results = run_ranks([INIT, *arguments], 2)
+
+    assert [result.code for result in results] == [2, 2], results
+    assert [result.stdout for result in results] == ["", ""]
+    lines = [line for result in results for line in result.stderr.splitlines()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"loraga-dist: {key}: "), lines
+    assert value in lines[0] and instead in lines[0], lines
+    assert contents(attempt.directory) == before
+
+
+def setting(section: str, **values: Any) -> Change:
+    return lambda attempt: attempt.tree.setdefault(section, {}).update(values)
+
+
+def misspelled_section(attempt: Attempt) -> None:
+    attempt.tree["calibrate"] = {}
+
+
+def deepspeed_stage_2(attempt: Attempt) -> None:
+    path = attempt.directory / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    attempt.tree["deepspeed"] = str(path)
+
+
+def deepspeed_file_missing(attempt: Attempt) -> None:
+    attempt.tree["deepspeed"] = str(attempt.directory / "absent.json")
+
+
+def data_file_missing(attempt: Attempt) -> None:
+    attempt.tree["calibration"]["data_files"] = str(attempt.directory / "absent.jsonl")
+
+
+def every_completion_cut_off(attempt: Attempt) -> None:
+    attempt.write_data(*({"prompt": "a long prompt " * 3, "completion": " yes"} for _ in range(4)))
+    attempt.tree["calibration"]["max_length"] = 16
+
+
+def sample_beyond_the_positions(attempt: Attempt) -> None:
+    attempt.write_data({"text": "short"}, {"text": "x" * 200})
+    attempt.tree["calibration"]["max_length"] = 512
+
+
+def model_missing(attempt: Attempt) -> None:
+    attempt.tree["model"]["name_or_path"] = str(attempt.directory / "absent")
+
+
+def shard_missing(attempt: Attempt) -> None:
+    (attempt.copy_model() / "model-00003-of-00007.safetensors").unlink()
+
+
+def shard_truncated(attempt: Attempt) -> None:
+    shard = attempt.copy_model() / "model-00003-of-00007.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4])
+
+
+def index_leads_outside(attempt: Attempt) -> None:
+    index = attempt.copy_model() / "model.safetensors.index.json"
+    shutil.copy(index.parent / "model-00003-of-00007.safetensors", attempt.directory / "x.safetensors")
+    index.write_text(index.read_text().replace("model-00003-of-00007.safetensors", "../x.safetensors"))
+
+
+def pickles_only(attempt: Attempt) -> None:
+    copy = attempt.copy_model()
+    for path in copy.glob("model*.safetensors*"):
+        path.unlink()
+    torch.save({"lm_head.weight": torch.zeros(VOCABULARY, 64)}, copy / "pytorch_model.bin")
+
+
+def tied_target(attempt: Attempt) -> None:
+    attempt.tree["model"]["name_or_path"] = str(save_model(attempt.directory / "tied", "tied"))
+    attempt.tree["lora"]["target_modules"] = ["lm_head"]
+
+
+def output_exists(attempt: Attempt) -> None:
+    attempt.out.mkdir()
+    (attempt.out / "loraga_report.json").write_text("{}")
+
+
+def overwrite_of_something_else(attempt: Attempt) -> None:
+    attempt.out.mkdir()
+    (attempt.out / "thesis.tex").write_text("years of work")
+    attempt.tree["output"]["overwrite"] = True
+
+
+def unused_module(attempt: Attempt) -> None:
+    """GPT-2's decoder with cross-attention, and no encoder to attend to: those layers never run."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=128, add_cross_attention=True
+    )
+    directory = attempt.directory / "cross"
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    attempt.tree["model"]["name_or_path"] = str(directory)
+    attempt.tree["lora"]["target_modules"] = ["q_attn", "c_fc"]
+
+
+MODEL, TARGETS, DATA, OUT = "model.name_or_path", "lora.target_modules", "calibration.data_files", "output.dir"
+
+CASES = {
+    # name: (change, key, part of the value, part of what to write instead)
+    "unknown key": (
+        setting("lora", target_module="q_proj"), "lora.target_module", "'q_proj'", "did you mean lora.target_modules?",
+    ),
+    "unknown section": (misspelled_section, "calibrate", "{}", "did you mean calibration?"),
+    "wrong type": (setting("lora", r="eight"), "lora.r", "'eight'", "should be a valid integer"),
+    "no such choice": (
+        setting("init", direction="up"), "init.direction", "'up'", "'ArB2r', 'A2rBr', 'ArBr' or 'random'",
+    ),
+    "dropout": (setting("lora", lora_dropout=1.5), "lora.lora_dropout", "1.5", "should be less than 1"),
+    "dora": (setting("lora", use_dora=True), "lora.use_dora", "True", "write false"),
+    "task": (setting("lora", task_type="SEQ_2_SEQ_LM"), "lora.task_type", "'SEQ_2_SEQ_LM'", "write the model's own"),
+    "float16 on a CPU": (setting("model", dtype="float16"), "model.dtype", "'float16'", "write float32 or bfloat16"),
+    "no match": (setting("lora", target_modules=["query"]), TARGETS, "['query']", "or all-linear"),
+    "embedding": (
+        setting("lora", target_modules=["embed_tokens"]), TARGETS, "['embed_tokens']", "add it to lora.exclude_modules",
+    ),
+    "norm": (setting("lora", target_modules=["input_layernorm"]), TARGETS, "['input_layernorm']", "nn.Linear"),
+    "tied": (tied_target, TARGETS, "['lm_head']", "lm_head.weight is tied to model.embed_tokens.weight"),
+    "r too large": (
+        setting("lora", r=17, target_modules=["q_proj", "k_proj"]),
+        "lora.r", "17", "model.layers.0.self_attn.k_proj is 32 x 64 and needs 34 singular directions; write 16 or less",
+    ),
+    "r of a pattern too large": (
+        setting("lora", rank_pattern={"layers.1.mlp.up_proj": 33}),
+        "lora.rank_pattern", "33", "model.layers.1.mlp.up_proj is 112 x 64 and needs 66 singular directions; write 32",
+    ),
+    "pattern without a match": (
+        setting("lora", rank_pattern={"layers.9.mlp.up_proj": 2}),
+        "lora.rank_pattern", "'layers.9.mlp.up_proj'", "write a target's name or the end of one",
+    ),
+    "no supervised token": (every_completion_cut_off, DATA, "data.jsonl", "check that calibration.max_length (16)"),
+    "empty data": (Attempt.write_data, DATA, "data.jsonl", "has no rows"),
+    "data missing": (data_file_missing, DATA, "absent.jsonl", "write the path"),
+    "column missing": (
+        setting("calibration", dataset_text_field="body"),
+        "calibration.dataset_text_field", "'body'", "the columns are text",
+    ),
+    "sample too long": (sample_beyond_the_positions, "calibration.max_length", "512", "write 128 or less"),
+    "model missing": (model_missing, MODEL, "absent", "write a model directory or a hub id"),
+    "shard missing": (shard_missing, MODEL, "/model'", "model-00003-of-00007.safetensors is missing; copy"),
+    "shard truncated": (shard_truncated, MODEL, "/model'", "model-00003-of-00007.safetensors is truncated"),
+    "index leads outside": (index_leads_outside, MODEL, "/model'", "'../x.safetensors', outside the directory"),
+    "pickle": (pickles_only, MODEL, "/model'", "(pytorch_model.bin), which are never loaded; save_pretrained"),
+    "output exists": (output_exists, OUT, "/out'", "add --overwrite"),
+    "overwrite of something else": (overwrite_of_something_else, OUT, "/out'", "write another directory"),
+    "ZeRO stage": (deepspeed_stage_2, "deepspeed.zero_optimization.stage", "2", "must be 3"),
+    "DeepSpeed file missing": (deepspeed_file_missing, "deepspeed", "absent.json", "write the path of a JSON"),
+    "module outside the loss": (
+        unused_module, "lora.exclude_modules", "'transformer.h.1.crossattention.q_attn'", "list these here",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_configuration_is_refused(name: str, attempt: Attempt) -> None:
+    change, key, value, instead = CASES[name]
+    change(attempt)
+    refuse(attempt, ["--config", str(write_config(attempt))], key, value, instead)
+
+
+def test_missing_configuration_is_refused(attempt: Attempt) -> None:
+    absent = str(attempt.directory / "absent.yaml")
+    refuse(attempt, ["--config", absent], "--config", absent, "write the path of a YAML file")
+
+
+def test_configuration_that_is_not_yaml_is_refused(attempt: Attempt) -> None:
+    path = attempt.directory / "config.yaml"
+    path.write_text("model: [never closed\n")
+    refuse(attempt, ["--config", str(path)], "--config", str(path), "is not YAML")
+
+
+def test_deepspeed_launcher_passes_the_refusal_on(attempt: Attempt) -> None:
+    attempt.tree["lora"]["lora_dropout"] = 1.5
+    config = write_config(attempt)
+    before = contents(attempt.directory)
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    result = run([launcher, "--num_gpus", "2", "--master_port", str(free_port()), INIT, "--config", str(config)])
+
+    assert result.code == 2, result
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("loraga-dist: ")]
+    assert len(lines) == 1 and lines[0].startswith("loraga-dist: lora.lora_dropout: 1.5: "), result
+    assert contents(attempt.directory) == before
+
+
+def test_verify_refuses_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent")
+    result = run([*CLI, "verify", absent])
+
+    assert result.code == 2, result
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        f"loraga-dist: directory: {absent!r}: is not there; write an output directory"
+    ]
+
+
+def test_overwrite_replaces_an_earlier_output(attempt: Attempt) -> None:
+    attempt.tree["lora"]["target_modules"] = ["q_proj"]
+    config = str(write_config(attempt))
+    init = [sys.executable, INIT, "--config", config]
+    succeed(run(init))
+    (attempt.out / "note.txt").write_text("of the first run")
+    succeed(run([*init, "--overwrite", "--lora.r", "2"]))
+
+    report = json.loads((attempt.out / "loraga_report.json").read_text())
+    assert {target["r"] for target in report["targets"].values()} == {2}
+    assert not (attempt.out / "note.txt").exists()
+    assert sorted(path.name for path in attempt.directory.iterdir()) == ["config.yaml", "out"]
+    succeed(run([*CLI, "verify", str(attempt.out)]))
