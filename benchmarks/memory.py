@@ -1,4 +1,4 @@
-"""Peak memory per rank of `loraga-dist init` on a random bfloat16 Llama, beside partition + largest block + engine state.
+"""Peak memory per rank of `loraga-dist init` on a random Llama, beside partition + largest block + engine state.
 
 usage: python benchmarks/memory.py [--size-gib 1] [--ranks 1,2,4] [--directory DIR] [--json FILE]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import signal
@@ -18,8 +19,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
+# TinyLlama-1.1B's shapes; the number of layers is chosen by size
+HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
 SEQUENCE_TOKENS = 64
 SEQUENCES = 4
 TIME_LIMIT_SECONDS = 1200
@@ -38,37 +41,26 @@ TIME_LIMIT_SECONDS = 1200
 _PAD, _END = 256, 257
 
 
-@dataclass(frozen=True)
-class Shape:
-    """TinyLlama-1.1B's, but for the number of layers."""
-
-    hidden: int = 2048
-    intermediate: int = 5632
-    heads: int = 32
-    key_value_heads: int = 4
-    vocabulary: int = 32000
-
-    def layers_for(self, num_bytes: float) -> int:
-        """Fewest layers that make the bfloat16 model at least this large."""
-        head = self.hidden // self.heads
-        attention = 2 * self.hidden * head * (self.heads + self.key_value_heads)
-        per_layer = attention + 3 * self.hidden * self.intermediate
-        rest = num_bytes / 2 - 2 * self.vocabulary * self.hidden
-        return max(2, -int(-rest // per_layer))
+def layers_for(num_bytes: float) -> int:
+    """Fewest layers that make the bfloat16 model at least this large."""
+    attention = 2 * HIDDEN * (HIDDEN // HEADS) * (HEADS + KEY_VALUE_HEADS)
+    per_layer = attention + 3 * HIDDEN * INTERMEDIATE
+    embeddings = 2 * VOCABULARY * HIDDEN
+    return max(1, math.ceil((num_bytes / torch.bfloat16.itemsize - embeddings) / per_layer))
 
 
-def make_model(directory: Path, num_layers: int, shape: Shape) -> None:
-    """A random bfloat16 Llama in several files with a byte tokenizer, and text to calibrate on; kept for the next run."""
+def make_model(directory: Path, num_layers: int) -> None:
+    """A random bfloat16 Llama in several files, a byte tokenizer, and text to calibrate on; kept for the next run."""
     if directory.exists():
         return
     partial = directory.with_name(f"{directory.name}.partial")
     config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
         num_hidden_layers=num_layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_VALUE_HEADS,
         max_position_embeddings=2048,
         pad_token_id=_PAD,
         bos_token_id=_END,
@@ -79,11 +71,13 @@ def make_model(directory: Path, num_layers: int, shape: Shape) -> None:
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="200MB")
     _byte_tokenizer().save_pretrained(partial)
     letters = torch.randint(97, 123, (SEQUENCES, SEQUENCE_TOKENS)).tolist()
-    (partial / "calibration.jsonl").write_text("".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters))
+    (partial / "calibration.jsonl").write_text(
+        "".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters)
+    )
     partial.rename(directory)
 
 
-def measure(model: Path, num_layers: int, num_ranks: int, scratch: Path) -> dict[str, Any]:
+def measure(model: Path, num_ranks: int, scratch: Path) -> dict[str, Any]:
     """The report of one run of `launch/init.py` on `num_ranks` ranks of this machine."""
     output = scratch / f"{num_ranks}-ranks"
     config = scratch / f"{num_ranks}-ranks.yaml"
@@ -122,16 +116,21 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> None:
         for rank in range(num_ranks)
     ]
     try:
-        codes = [process.wait(TIME_LIMIT_SECONDS) for process in processes]
-    except subprocess.TimeoutExpired:
-        raise SystemExit(f"{num_ranks} ranks did not end within {TIME_LIMIT_SECONDS} s") from None
+        deadline = time.monotonic() + TIME_LIMIT_SECONDS
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes) or time.monotonic() > deadline:
+                break  # the others would wait for the one that failed
+            time.sleep(0.2)
+        codes = [process.poll() for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    if any(codes):
-        raise SystemExit(f"the run on {num_ranks} ranks failed: exit codes {codes}")
+    if any(codes) or None in codes:
+        raise SystemExit(
+            f"{num_ranks} ranks ended with {codes}; None was stopped after {TIME_LIMIT_SECONDS} s or a failure"
+        )
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +161,10 @@ def print_table(runs: Sequence[dict[str, Any]]) -> None:
         table.add_column(column, justify="right")
     for run in runs:
         rows = zip(
-            run["planned_peak_bytes_per_rank"], run["peak_bytes_per_rank"], run["difference_bytes_per_rank"], strict=True
+            run["planned_peak_bytes_per_rank"],
+            run["peak_bytes_per_rank"],
+            run["difference_bytes_per_rank"],
+            strict=True,
         )
         for rank, columns in enumerate(rows):
             amounts = [f"{num_bytes / 2**20:.0f}" for num_bytes in (run["state_bytes_per_rank"], *columns)]
@@ -178,15 +180,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
 
-    shape = Shape()
-    num_layers = shape.layers_for(options.size_gib * 2**30)
+    num_layers = layers_for(options.size_gib * 2**30)
     model = options.directory / f"llama-{num_layers}-layers"
-    make_model(model, num_layers, shape)
+    make_model(model, num_layers)
     runs = []
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="memory-") as scratch:
         for num_ranks in map(int, options.ranks.split(",")):
-            report = measure(model, num_layers, num_ranks, Path(scratch))
+            report = measure(model, num_ranks, Path(scratch))
             runs.append(figures(report))
             versions = report["versions"]
     print_table(runs)

@@ -39,6 +39,8 @@ class Job:
     base: BaseModel
     plan: Plan
     targets: list[AdapterTarget]
+    saved_parameters: dict[str, str]
+    """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
     residual_files: list[PlannedFile]
     """Planned whatever `output.residual_base` says: ranks share the digests of the base by the same files."""
     residual_dtype: str
@@ -61,10 +63,10 @@ def prepare(config: InitConfig, world: World) -> Job:
     destination = check_destination(config.output)
     base = find_base_model(config.model, config.lora.task_type, world.device)
     scheme = SCHEMES[config.init.scheme]
-    targets = select_targets(meta_copy(base.model_class, base.config), config.lora, scheme.num_triplets)
+    selection = select_targets(meta_copy(base.model_class, base.config), config.lora, scheme.num_triplets)
     adapter_targets = [
         AdapterTarget(**dataclasses.asdict(target), weight_key=base.weight_keys(target.parameter_name))
-        for target in targets
+        for target in selection.targets
     ]
     require_targets(base.index, adapter_targets)
     tokenizer = _load_tokenizer(base.directory, config)
@@ -79,8 +81,9 @@ def prepare(config: InitConfig, world: World) -> Job:
     return Job(
         destination=destination,
         base=base,
-        plan=make_plan(targets, config.gradient, scheme, world.size),
+        plan=make_plan(selection.targets, config.gradient, scheme, world.size),
         targets=adapter_targets,
+        saved_parameters={name: base.weight_keys(name) for name in selection.saved_parameters},
         residual_files=residual_files,
         residual_dtype=config.output.residual_dtype,
         microbatches=assign_microbatches(

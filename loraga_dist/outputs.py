@@ -143,6 +143,7 @@ def make_report(
             "planned_peak_bytes_per_rank": [planned for _, planned in per_rank],
             "state_bytes_per_rank": job.plan.state_bytes_per_rank,
             "targets": targets,
+            "saved_parameters": job.saved_parameters,
             "identity_check": dataclasses.asdict(start.identity_check),
             "warnings": find_warnings(targets),
         }
@@ -181,13 +182,12 @@ def _write_adapters(
     ):
         peft_config = peft_lora_config(config.lora)
         peft_config.base_model_name_or_path = base
-        if negate:
-            peft_config.modules_to_save = None  # it is merged, never trained
         write_adapter(
             directory / name,
             peft_config,
             job.targets,
             lambda target: (factors[target].A_RN, factors[target].B_MR),
             negate_b=negate,
+            saved={name: job.base.index[key] for name, key in job.saved_parameters.items()},
         )
 

@@ -9,7 +9,6 @@ import importlib
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -65,9 +64,7 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
             )
             seconds["calibrate"] = start.calibration.seconds_calibrate
             seconds["factorize"] = start.calibration.seconds_factorize
-            # the files are made from files: no rank needs its partition any more
             del model
-            start = replace(start, model=None)
             write_started = time.monotonic()
             fingerprints = write_weights(staged.path, job, config, start, factors, world)
             seconds["write"] = time.monotonic() - write_started
@@ -112,8 +109,8 @@ def initialize(
         if not hasattr(model, "config") or hasattr(model, "peft_config"):
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
-        targets = select_targets(meta_copy(type(model), model.config), config.lora, scheme.num_triplets)
-        plan = make_plan(targets, config.gradient, scheme, world.size)
+        selection = select_targets(meta_copy(type(model), model.config), config.lora, scheme.num_triplets)
+        plan = make_plan(selection.targets, config.gradient, scheme, world.size)
         microbatches = microbatches_from_batches(dataloader, config.lora.task_type, max_batches)
     dtype = next(model.parameters()).dtype
     return start_in_place(

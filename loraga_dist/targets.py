@@ -58,17 +58,27 @@ def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
     return model
 
 
-def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Callable[[int], int]) -> list[Target]:
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What PEFT makes of the user's section on one model."""
+
+    targets: list[Target]
+    """In the model's module order."""
+    saved_parameters: list[str]
+    """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
+
+
+def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Callable[[int], int]) -> Selection:
     """Let PEFT inject its layers into `meta_model` (which is consumed) and read off what it chose.
 
-    num_triplets: how many singular triplets the scheme needs for rank r.
-    Returns the targets in the model's module order. Raises UserError when nothing matches, when a match is not a
+    num_triplets: how many singular triplets the scheme needs for rank r. Raises UserError when nothing matches, when a match is not a
     plain matrix, is tied to another parameter, or is too small for its rank.
     """
     from peft import get_peft_model
     from peft.tuners.lora.layer import Conv1D as LoraConv1D  # type: ignore[attr-defined]
     from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.tuners.lora.layer import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
     shown = lora.target_modules
     tied = _tied_parameters(meta_model)
@@ -81,7 +91,10 @@ def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Calla
         raise UserError("lora.target_modules", shown, _first_sentence(str(error))) from error
 
     targets: list[Target] = []
+    saved_parameters: list[str] = []
     for name, layer in peft_model.base_model.model.named_modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            saved_parameters += [f"{name}.{inner}" for inner, _ in layer.original_module.named_parameters()]
         if not isinstance(layer, LoraLayer):
             continue
         base = layer.get_base_layer()
@@ -123,7 +136,7 @@ def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Calla
     if not targets:
         raise UserError("lora.target_modules", shown, "matches no module; write names the model has, or all-linear")
     _check_patterns(lora, targets)
-    return targets
+    return Selection(targets=targets, saved_parameters=saved_parameters)
 
 
 def _check_patterns(lora: LoraSection, targets: list[Target]) -> None:

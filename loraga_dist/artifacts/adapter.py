@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraga_dist.errors import RunError
-from loraga_dist.safetensors_files import SafetensorsWriter, TensorSlot, read_header, read_rows
+from loraga_dist.safetensors_files import SafetensorsWriter, TensorSlot, read_header, read_range, read_rows
 from loraga_dist.schemes import lora_scaling
 from loraga_dist.targets import Target
 
@@ -38,16 +38,24 @@ def adapter_keys(name: str) -> tuple[str, str]:
     return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
 
 
+def saved_key(parameter_name: str) -> str:
+    """The key of a parameter that `modules_to_save` copies into an adapter file."""
+    return f"base_model.model.{parameter_name}"
+
+
 def write_adapter(
     directory: Path,
     peft_config: LoraConfig,
     targets: Sequence[AdapterTarget],
     factors: Callable[[str], tuple[Tensor, Tensor]],
+    *,
     negate_b: bool = False,
+    saved: Mapping[str, TensorSlot] | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32), asking for one target's factors at a time.
 
     factors: target name -> (A_RN, B_MR), fp32 or castable without a thought. negate_b: write -B (the offset adapter).
+    saved: checkpoint tensors of the parameters that `modules_to_save` copies into the adapter.
     The config is the given one with the target modules spelled out, `inference_mode` and `init_lora_weights` true,
     so that loading takes the stored factors and nothing else. Raises RunError when the files cannot be written.
     """
@@ -56,12 +64,16 @@ def write_adapter(
         a_key, b_key = adapter_keys(target.name)
         entries[a_key] = (torch.float32, (target.r, target.N))
         entries[b_key] = (torch.float32, (target.M, target.r))
+    copies = sorted((saved or {}).items(), key=lambda item: -item[1].dtype.itemsize)
+    entries |= {saved_key(name): (slot.dtype, slot.shape) for name, slot in copies}
     with SafetensorsWriter(directory / ADAPTER_WEIGHTS, entries) as writer:
         for target in targets:
             A_RN, B_MR = (factor.detach().to("cpu", torch.float32) for factor in factors(target.name))
             assert A_RN.shape == (target.r, target.N) and B_MR.shape == (target.M, target.r), target
             for key, factor in zip(adapter_keys(target.name), (A_RN, -B_MR if negate_b else B_MR), strict=True):
                 writer.append(key, factor)
+        for name, slot in copies:
+            writer.append(saved_key(name), read_range(slot, 0, slot.numel))
 
     config = copy.copy(peft_config)
     config.target_modules = sorted(target.name for target in targets)

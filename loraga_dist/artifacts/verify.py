@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, PositiveInt, ValidationError
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, rank_and_scaling
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, rank_and_scaling, saved_key
 from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, check_checksums, fingerprint, no_progress
 from loraga_dist.artifacts.names import (
     ADAPTER_CONFIG,
@@ -111,6 +111,7 @@ class _Report(BaseModel):
     base_fingerprint: str
     residual_fingerprint: str | None
     targets: dict[str, _ReportTarget]
+    saved_parameters: dict[str, str] = {}
 
 
 def verify(directory: Path, *, base: Path | None = None, on_progress: OnBytes = no_progress) -> VerifyResult:
@@ -136,6 +137,9 @@ def verify(directory: Path, *, base: Path | None = None, on_progress: OnBytes = 
         problems += _check_factors(directory, report)
     with _collected(problems, "base"):
         opened_base = _open_base(report, base)
+    with _collected(problems, LORAGA_INIT):
+        if opened_adapter and opened_base:
+            problems += _check_saved(opened_adapter[0], opened_base[1], report.saved_parameters)
     with _collected(problems, RESIDUAL_BASE):
         if opened_base and report.config.output.residual_base == "none":
             base_dir, index = opened_base
@@ -214,6 +218,9 @@ def _load_adapter(directory: Path, report: _Report) -> tuple[AdapterFile, list[A
         )
         expected |= zip(adapter_keys(name), ((r, N), (M, r)), strict=True)
     found = {key: slot.shape for key, slot in adapter.slots.items()}
+    for name in report.saved_parameters:
+        if found.pop(saved_key(name), None) is None:
+            raise RunError(f"{saved_key(name)} is missing, which PEFT wants for modules_to_save")
     if found != expected:
         key = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
         raise RunError(f"{key} has shape {found.get(key)} and should have {expected.get(key)}")
@@ -244,6 +251,16 @@ def _check_finite(adapter: AdapterFile, targets: list[AdapterTarget]) -> list[st
         for key, factor in zip(adapter_keys(target.name), adapter.factors(target.name), strict=True)
         if not factor.isfinite().all()
     ]
+
+
+def _check_saved(adapter: AdapterFile, index: Mapping[str, TensorSlot], saved: Mapping[str, str]) -> list[str]:
+    problems = []
+    for name, weight_key in saved.items():
+        slot, base = adapter.slots[saved_key(name)], index[weight_key]
+        same = slot.shape == base.shape and _same_bytes(read_range(slot, 0, slot.numel), read_range(base, 0, base.numel))
+        if not same:
+            problems.append(f"{LORAGA_INIT}: {saved_key(name)} is not the base's {weight_key}")
+    return problems
 
 
 def _check_offset(

@@ -136,6 +136,7 @@ class Zero3(Sharding):
         settings = calibration_settings(self._user_settings, dtype)
         with deepspeed.zero.Init(config_dict_or_path=settings), no_init_weights():
             model = model_class._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+        model.tie_weights()  # transformers leaves that out together with the initialization
         with self.world.together():
             self._read_slices(model, index)
         return model

@@ -58,7 +58,7 @@ def main() -> None:
     model = sharding.load(base.directory, base.model_class, base.config, base.dtype, base.index)
     targets = select_targets(
         meta_copy(base.model_class, base.config), LoraSection(r=2, target_modules=PROJECTIONS), lambda r: 2 * r
-    )
+    ).targets
     mine = microbatches_of(world.rank, world.size)
     cases = []
     for checkpointing, in_flight in itertools.product(("non_reentrant", "none", "reentrant"), (None, 1)):

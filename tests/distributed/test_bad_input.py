@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from builders import VOCABULARY, byte_tokenizer, config_tree, save_data, save_model
+from builders import VOCABULARY, config_tree, save_data, save_model
 from launching import INIT, free_port, run, run_ranks, succeed
-from transformers import GPT2Config, GPT2LMHeadModel
 
 pytestmark = pytest.mark.distributed
 
@@ -66,8 +65,7 @@ def attempt(model: Path, data: Path, tmp_path: Path) -> Attempt:
 
 def contents(directory: Path) -> dict[str, bytes | None]:
     return {
-        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
-        for path in directory.rglob("*")
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
     }
 
 
@@ -165,19 +163,6 @@ def overwrite_of_something_else(attempt: Attempt) -> None:
     attempt.tree["output"]["overwrite"] = True
 
 
-def unused_module(attempt: Attempt) -> None:
-    """GPT-2's decoder with cross-attention, and no encoder to attend to: those layers never run."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=128, add_cross_attention=True
-    )
-    directory = attempt.directory / "cross"
-    GPT2LMHeadModel(config).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    attempt.tree["model"]["name_or_path"] = str(directory)
-    attempt.tree["lora"]["target_modules"] = ["q_attn", "c_fc"]
-
-
 MODEL, TARGETS, DATA, OUT = "model.name_or_path", "lora.target_modules", "calibration.data_files", "output.dir"
 
 CASES = {
@@ -229,9 +214,6 @@ CASES = {
     "overwrite of something else": (overwrite_of_something_else, OUT, "/out'", "write another directory"),
     "ZeRO stage": (deepspeed_stage_2, "deepspeed.zero_optimization.stage", "2", "must be 3"),
     "DeepSpeed file missing": (deepspeed_file_missing, "deepspeed", "absent.json", "write the path of a JSON"),
-    "module outside the loss": (
-        unused_module, "lora.exclude_modules", "'transformer.h.1.crossattention.q_attn'", "list these here",
-    ),
 }  # fmt: skip
 
 

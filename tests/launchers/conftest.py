@@ -1,58 +1,15 @@
-"""A copy of the repository in which the documented commands run as a user runs them."""
+"""One clone for all tests here: pretraining its quickstart model takes longer than everything else."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-from launching import ROOT, Finished, run, succeed
-
-
-@dataclass(frozen=True)
-class Clone:
-    """The working tree as a fresh clone would have it, with an environment that is already installed."""
-
-    root: Path
-
-    def shell(self, line: str) -> Finished:
-        """Run one line of shell in the clone's root, with its environment active."""
-        return run(
-            ["bash", "-c", f"cd {shlex.quote(str(self.root))} && {line}"],
-            timeout_seconds=900,
-            env={
-                "PATH": f"{self.root / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
-                "PYTHONPATH": str(self.root),
-                # those of a `make test` around this are not meant for the make in here
-                "MAKEFLAGS": "",
-                "MAKELEVEL": "",
-            },
-        )
+from clones import Clone, make_clone
+from launching import succeed
 
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    root = tmp_path_factory.mktemp("clone")
-    listing = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
-        if name and (ROOT / name).is_file():  # not one that is deleted but still in the index
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
-
-    # the environment of this interpreter stands in for what `make` installs
-    venv = root / ".venv"
-    venv.mkdir()
-    for entry in Path(sys.prefix).iterdir():
-        if not entry.name.startswith("."):
-            (venv / entry.name).symlink_to(entry)
-    for stamp in (".created", ".installed", ".installed-dev"):
-        (venv / stamp).touch()
-    return Clone(root)
+    return make_clone(tmp_path_factory.mktemp("clone"))
 
 
 @pytest.fixture(scope="session")

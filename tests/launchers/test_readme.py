@@ -6,10 +6,10 @@ import re
 import shlex
 
 import pytest
-from conftest import Clone
+from clones import Clone
 from launching import ROOT, succeed
 
-pytestmark = pytest.mark.timeout(1800)  # the first test that needs it pretrains the quickstart model
+pytestmark = pytest.mark.timeout(2400)  # the first test that needs it pretrains the quickstart model
 
 NOT_RUN = {
     "make test": "these tests are part of it",

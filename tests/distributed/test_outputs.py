@@ -1,0 +1,232 @@
+"""The output directory, from 1, 2 and 4 ranks and for every model family, against autograd, torch.linalg.svd and stock PEFT."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from builders import TASKS, byte_tokenizer, config_tree, make_model, save_data, save_model
+from gradient_worker import reference_gradients
+from launching import INIT, run_ranks, succeed
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from loraga_dist.artifacts.verify import verify
+from loraga_dist.calibration import assign_microbatches, load_samples
+from loraga_dist.cli import init_main
+from loraga_dist.config import CalibrationConfig
+
+R, ALPHA, GAMMA = 4, 8, 16
+AUTO = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run: what is unusual about it is its id."""
+
+    kind: str = "llama"
+    world_size: int = 1
+    dtype: torch.dtype = torch.float32
+    shards: bool = True
+    bare: bool = False
+    """GPT-2's checkpoint without the language-model prefix: keys are not parameter names."""
+    overrides: tuple[str, ...] = ()
+
+
+CASES = {
+    "llama-1": Case(),
+    "llama-1-seed": Case(overrides=("--init.seed", "7")),
+    "llama-1-single-file": Case(shards=False),
+    "llama-2": Case(world_size=2),
+    "llama-2-one-at-a-time": Case(world_size=2, overrides=("--gradient.max_targets_in_flight", "1")),
+    "llama-4": Case(world_size=4),
+    "llama-1-bf16": Case(dtype=torch.bfloat16),
+    "llama-2-bf16": Case(world_size=2, dtype=torch.bfloat16),
+    "llama-2-fp16": Case(world_size=2, dtype=torch.float16),
+    "tied-1": Case("tied"),
+    "tied-2": Case("tied", 2),
+    "gpt2-1": Case("gpt2"),
+    "gpt2-2": Case("gpt2", 2),
+    "gpt2-2-bare": Case("gpt2", 2, bare=True),
+    "t5-1": Case("t5"),
+    "t5-2": Case("t5", 2),
+    "bert-1": Case("bert"),
+    "bert-2": Case("bert", 2),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    case: Case
+    base: Path
+    data: Path
+    out: Path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.out / "loraga_report.json").read_text())
+
+    def adapter(self, name: str = "loraga_init") -> dict[str, torch.Tensor]:
+        return load_file(self.out / name / "adapter_model.safetensors")
+
+    def product(self, target: str) -> torch.Tensor:
+        adapter, key = self.adapter(), f"base_model.model.{target}"
+        return adapter[f"{key}.lora_B.weight"].double() @ adapter[f"{key}.lora_A.weight"].double()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs by case id, each made once, when first asked for."""
+    root, made = tmp_path_factory.mktemp("outputs"), {}
+
+    def get(name: str) -> Run:
+        if name not in made:
+            case = CASES[name]
+            base = root / f"{case.kind}-{case.dtype}-{case.shards}-{case.bare}".replace("torch.", "")
+            data, out, config = root / f"{case.kind}.jsonl", root / name, root / f"{name}.yaml"
+            if not base.exists():
+                if case.bare:
+                    make_model(case.kind).transformer.save_pretrained(base)
+                    byte_tokenizer().save_pretrained(base)
+                else:
+                    save_model(base, case.kind, dtype=case.dtype, shards=case.shards)
+            save_data(data, TASKS[case.kind], rows=21)
+            config.write_text(yaml.safe_dump(config_tree(base, data, out, kind=case.kind, r=R)))
+            arguments = ["--config", str(config), *case.overrides]
+            if case.world_size == 1:
+                assert init_main(arguments) == 0
+            else:
+                succeed(run_ranks([INIT, *arguments], case.world_size, timeout_seconds=200))
+            made[name] = Run(case, base, data, out)
+        return made[name]
+
+    return get
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def example(kind: str) -> dict[str, torch.Tensor]:
+    ids = torch.arange(3, 43).view(2, 20) % 250
+    return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if kind == "t5" else {"input_ids": ids}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stock_peft_starts_at_the_original(runs: Any, name: str) -> None:
+    run = runs(name)
+    auto = AUTO[TASKS[run.case.kind]]
+    original = auto.from_pretrained(run.base).eval()
+    model = PeftModel.from_pretrained(
+        auto.from_pretrained(run.out / "residual_base"), run.out / "loraga_init", is_trainable=True
+    ).eval()
+    with torch.no_grad():
+        expected = original(**example(run.case.kind)).logits.float()
+        found = model(**example(run.case.kind)).logits.float()
+    bar = 1e-5 if run.case.dtype == torch.float32 else 3e-2
+    assert (found - expected).abs().max() < bar * expected.abs().max()
+    with model.disable_adapter(), torch.no_grad():
+        shifted = (model(**example(run.case.kind)).logits.float() - expected).abs().max()
+    assert shifted > 100 * 1e-5 * expected.abs().max(), "the residual base alone must differ: else nothing was tested"
+    lora = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert len(lora) == 2 * len(run.report["targets"]) and all(p.requires_grad for p in lora.values())
+    assert all(p.abs().max() > 0 for p in lora.values())
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
+def test_merging_the_offset_gives_the_residual(runs: Any, name: str) -> None:
+    run = runs(name)
+    auto = AUTO[TASKS[run.case.kind]]
+    merged = PeftModel.from_pretrained(auto.from_pretrained(run.base), run.out / "loraga_offset").merge_and_unload()
+    residual = auto.from_pretrained(run.out / "residual_base").state_dict()
+    for key, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, residual[key], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_directory_verifies_and_keeps_the_contract(runs: Any, name: str) -> None:
+    run = runs(name)
+    assert verify(run.out).problems == []
+    report = run.report
+    assert {
+        "schema_version", "config", "base_fingerprint", "data_fingerprint", "versions", "world_size", "engine",
+        "num_sequences", "num_supervised_tokens", "seconds", "peak_bytes_per_rank", "planned_peak_bytes_per_rank",
+        "state_bytes_per_rank", "targets", "identity_check", "warnings",
+    } <= report.keys()  # fmt: skip
+    assert set(report["seconds"]) == {"load", "calibrate", "factorize", "write", "total"}
+    assert report["world_size"] == run.case.world_size == len(report["peak_bytes_per_rank"])
+    check = report["identity_check"]
+    assert check["max_abs_logit_diff"] < (1e-5 if check["dtype"] == "float32" else 5e-2) * check["max_abs_logit"]
+    owners = {target["owner_rank"] for target in report["targets"].values()}
+    assert owners == set(range(run.case.world_size))
+    for target in report["targets"].values():
+        assert 0 < target["captured_energy"] <= 1 + 1e-6
+        assert len(target["singular_values"]) == 2 * R
+    assert (run.out / "residual_base" / "tokenizer.json").exists()
+    assert not list(run.out.parent.glob(".*partial*"))
+
+
+def test_factors_are_those_of_the_reference_gradient(runs: Any) -> None:
+    run = runs("llama-1")
+    samples = load_samples(
+        CalibrationConfig(data_files=str(run.data), max_length=64, per_device_batch_size=2),
+        byte_tokenizer(),
+        task_type="CAUSAL_LM",
+        max_positions=None,
+    )
+    microbatches = assign_microbatches(samples, rank=0, world_size=1, per_device_batch_size=2, pad_token_id=256)
+    gradients = reference_gradients(str(run.base), microbatches)
+    for name, target in run.report["targets"].items():
+        G_MN = gradients[f"{name}.weight"]
+        U, S, Vh = torch.linalg.svd(G_MN.double(), full_matrices=False)
+        expected = U[:, R : 2 * R] @ Vh[:R] * (G_MN.shape[0] ** 0.5 / GAMMA)
+        # products of vectors from different triplets: each keeps an unknown sign pair, so compare term by term
+        found = run.product(name)
+        projected = (U[:, R : 2 * R].T @ found @ Vh[:R].T).diagonal().sign()
+        assert relative(found, (U[:, R : 2 * R] * projected) @ Vh[:R] * (G_MN.shape[0] ** 0.5 / GAMMA)) < 1e-4, name
+        assert abs(expected.norm() - found.norm()) < 1e-4 * expected.norm()
+        torch.testing.assert_close(torch.tensor(target["singular_values"]), S[: 2 * R].float(), rtol=1e-4, atol=0)
+        captured = (S[: 2 * R].square().sum() / S.square().sum()).item()
+        assert target["captured_energy"] == pytest.approx(captured, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-1-seed", "llama-1-single-file", "llama-2", "llama-2-one-at-a-time", "llama-4"]
+)
+def test_seeds_ranks_and_layouts_agree(runs: Any, name: str) -> None:
+    reference, run = runs("llama-1"), runs(name)
+    for target in reference.report["targets"]:
+        assert relative(run.product(target), reference.product(target)) < 1e-4, target
+    for field in ("base_fingerprint", "data_fingerprint", "num_supervised_tokens"):
+        assert run.report[field] == reference.report[field]
+
+
+@pytest.mark.parametrize("kind", ["tied", "gpt2", "t5", "bert"])
+def test_families_agree_between_one_and_two_ranks(runs: Any, kind: str) -> None:
+    alone, sharded = runs(f"{kind}-1"), runs(f"{kind}-2")
+    for target in alone.report["targets"]:
+        assert relative(sharded.product(target), alone.product(target)) < 1e-3, target
+
+
+def test_checkpoint_keys_without_prefix_load_the_same(runs: Any) -> None:
+    plain, bare = runs("gpt2-2"), runs("gpt2-2-bare")
+    for target in plain.report["targets"]:
+        assert relative(bare.product(target), plain.product(target)) < 1e-3, target
+
+
+def test_conv1d_scales_by_its_output_dimension(runs: Any) -> None:
+    run = runs("gpt2-1")
+    target = run.report["targets"]["transformer.h.0.attn.c_attn"]
+    assert target["shape"] == [144, 48] and target["transposed"]
+    A_RN = run.adapter()["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"]
+    torch.testing.assert_close(A_RN.norm(dim=1), torch.full((R,), 144**0.25 / GAMMA**0.5), rtol=1e-5, atol=0)
