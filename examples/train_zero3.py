@@ -1,6 +1,7 @@
 """Train on from a LoRA-GA start under ZeRO-3: the library call, then an ordinary DeepSpeed loop.
 
-    deepspeed --num_gpus 2 examples/train_zero3.py --model build/quickstart/model --data build/quickstart/calibration.jsonl
+    deepspeed --num_gpus 2 examples/train_zero3.py \\
+        --model build/quickstart/model --data build/quickstart/calibration.jsonl
 
 The order matters: model under zero.Init, `loraga_dist.initialize`, then `deepspeed.initialize` with the optimizer.
 """
@@ -47,9 +48,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     batches = read_batches(options)
 
-    start = loraga_dist.initialize(
-        model, batches[:8], {"lora": {"r": options.rank, "lora_alpha": 2 * options.rank}}
-    )
+    start = loraga_dist.initialize(model, batches[:8], {"lora": {"r": options.rank, "lora_alpha": 2 * options.rank}})
     say(f"{len(start.targets)} targets, logits moved by {start.identity_check.max_abs_logit_diff:.1e} at most")
 
     trainable = [parameter for parameter in start.model.parameters() if parameter.requires_grad]

@@ -1,7 +1,12 @@
 """LoRA-GA initialization for models that do not fit on one device."""
 
+from typing import TYPE_CHECKING
+
 from loraga_dist.config import InitConfig, MethodConfig
 from loraga_dist.errors import LoragaError, RunError, UserError
+
+if TYPE_CHECKING:
+    from loraga_dist.pipeline import initialize
 
 __all__ = ["InitConfig", "LoragaError", "MethodConfig", "RunError", "UserError", "initialize"]
 __version__ = "0.1.0"

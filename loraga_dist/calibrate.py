@@ -12,8 +12,8 @@ from torch import nn
 
 from loraga_dist.calibration import Microbatch, without_supervision
 from loraga_dist.config import GradientConfig
-from loraga_dist.engines import ENGINES, GradientSVD
 from loraga_dist.distributed import World
+from loraga_dist.engines import ENGINES, GradientSVD
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.losses import LossSum
 from loraga_dist.plan import Plan
@@ -53,9 +53,7 @@ def calibrate(
     with phase("calibrate", len(plan.sweeps) * len(microbatches), "batch", shown=world.is_main) as progress:
         for matrices in plan.sweeps:
             started = time.monotonic()
-            engine = ENGINES[config.engine](
-                matrices, device=world.device, oversampling=config.oversampling, seed=seed
-            )
+            engine = ENGINES[config.engine](matrices, device=world.device, oversampling=config.oversampling, seed=seed)
             loss, num_tokens = sweep(
                 model,
                 [matrix.name for matrix in matrices],

@@ -71,7 +71,7 @@ class Microbatch:
     """Rows of the data set, to name a bad batch; empty where they are not known."""
 
 
-class _BadRow(ValueError):
+class _BadRowError(ValueError):
     """What is wrong with the row at hand; `load_samples` adds which one it is."""
 
 
@@ -96,7 +96,7 @@ def load_samples(
     for row in order[: config.max_samples].tolist():
         try:
             inputs = encode(dataset[row])
-        except _BadRow as problem:
+        except _BadRowError as problem:
             raise _data_error(config, f"sample {row} {problem}") from problem
         num_tokens = max(len(values) for values in inputs.values() if isinstance(values, list))
         if max_positions is not None and num_tokens > max_positions:
@@ -470,7 +470,7 @@ def _render(
             **kwargs,
         )
     except (TemplateError, TypeError, ValueError) as error:
-        raise _BadRow(f"does not go through the chat template: {error}") from error
+        raise _BadRowError(f"does not go through the chat template: {error}") from error
     assert isinstance(tokens, Mapping)
     return tokens
 
@@ -505,12 +505,12 @@ def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _string(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
-        raise _BadRow(f"holds {value!r} in column {column}; it must be a string")
+        raise _BadRowError(f"holds {value!r} in column {column}; it must be a string")
     return value
 
 
 def _messages(row: Row, column: str) -> list[Row]:
     value = row.get(column)
     if not (isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value)):
-        raise _BadRow(f"holds {value!r} in column {column}; it must be a list of messages with role and content")
+        raise _BadRowError(f"holds {value!r} in column {column}; it must be a list of messages with role and content")
     return value

@@ -46,12 +46,14 @@ def init_main(arguments: Sequence[str] | None = None) -> int:
 def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says the same
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it; LOCAL_RANK says the same
     parser.epilog = "Any key of the file can be given as --section.key value."
 
 
 def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    _quiet_libraries()
+    _prepare_libraries()
     from loraga_dist.distributed import World
 
     try:
@@ -109,7 +111,7 @@ def _leave_together(world: World) -> None:
 
 
 def _fail_alone(world: World, message: str, exit_code: int) -> NoReturn:
-    """End at once: the other ranks may wait for this one in a collective, and the launcher ends them when it is gone."""
+    """End at once: the others may wait for this rank in a collective, and the launcher ends them when it is gone."""
     print(f"loraga-dist: rank {world.rank} failed: {message}", file=sys.stderr, flush=True)
     os._exit(exit_code)
 
@@ -119,7 +121,9 @@ def _report_failure(error: LoragaError) -> int:
     return error.exit_code
 
 
-def _quiet_libraries() -> None:
+def _prepare_libraries() -> None:
+    # read when torch is imported: threads that spin while they wait slow down every rank on the same cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")

@@ -97,7 +97,7 @@ class GradientConfig(Section):
 
     engine: Literal["exact"] = "exact"
     max_targets_in_flight: int | None = Field(default=None, ge=1)
-    """Targets accumulated per sweep over the data; 1 is one parameter at a time, null is as many as the budget holds."""
+    """Targets accumulated per sweep over the data: 1 is one parameter at a time, null as many as the budget holds."""
     state_budget_gib: float = Field(default=4.0, gt=0)
     """Memory per rank that gradient state may take; more targets than fit make more sweeps."""
     oversampling: int = Field(default=32, ge=1)
@@ -164,7 +164,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> InitConfig:
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise UserError("--config", str(path), f"cannot be read ({error.strerror}); write the path of a YAML file") from error
+        raise UserError(
+            "--config", str(path), f"cannot be read ({error.strerror}); write the path of a YAML file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError("--config", str(path), f"is not YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -186,7 +188,7 @@ def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
     while words:
         word = words.pop(0)
         key, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in key:
+        if not word.startswith("--") or not key:
             raise UserError("command line", word, "is not understood; overrides are written --section.key value")
         if not equals:
             if not words:

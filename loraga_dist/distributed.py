@@ -114,9 +114,7 @@ class World:
         padded[: len(data)] = data
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        return [
-            bytes(part[: int(length) - 1].tolist()).decode() for part, length in zip(parts, lengths, strict=True)
-        ]
+        return [bytes(part[: int(length) - 1].tolist()).decode() for part, length in zip(parts, lengths, strict=True)]
 
     @contextmanager
     def together(self) -> Iterator[None]:

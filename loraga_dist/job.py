@@ -112,8 +112,6 @@ def _load_tokenizer(directory: Path, config: InitConfig) -> Any:
 
 def _output_bytes(config: InitConfig, targets: Sequence[Target], residual_files: Sequence[PlannedFile]) -> int:
     adapters = 2 * sum(4 * target.r * (target.M + target.N) for target in targets)
-    factors = sum(
-        4 * (2 * target.r + config.gradient.oversampling) * (target.M + target.N + 1) for target in targets
-    )
+    factors = sum(4 * (2 * target.r + config.gradient.oversampling) * (target.M + target.N + 1) for target in targets)
     residual = sum(file.num_bytes for file in residual_files) if config.output.residual_base == "full" else 0
     return adapters + factors + residual

@@ -1,4 +1,4 @@
-"""From the user's model section to a transformers class, its config and the dtype to compute in; no weights are read."""
+"""From the user's model section to a transformers class, its config and a compute dtype; no weights are read."""
 
 from __future__ import annotations
 
@@ -94,15 +94,15 @@ def _model_class(config: ModelConfig, hf_config: Any, task_type: TaskType, direc
         return get_class_from_dynamic_module(remote[auto.__name__], str(directory))
     if type(hf_config) not in auto._model_mapping:
         raise UserError(
-            "lora.task_type", task_type, f"{type(hf_config).__name__} has no {auto.__name__}; write the model's own task"
+            "lora.task_type",
+            task_type,
+            f"{type(hf_config).__name__} has no {auto.__name__}; write the model's own task",
         )
     found = auto._model_mapping[type(hf_config)]
     return found[0] if isinstance(found, tuple) else found
 
 
-def _compute_dtype(
-    wanted: Dtype, hf_config: Any, index: dict[str, TensorSlot], device: torch.device
-) -> torch.dtype:
+def _compute_dtype(wanted: Dtype, hf_config: Any, index: dict[str, TensorSlot], device: torch.device) -> torch.dtype:
     if wanted == "auto":
         dtype = _checkpoint_dtype(hf_config, index)
         # DeepSpeed has no float16 on CPUs; float32 holds every float16 exactly
@@ -116,7 +116,7 @@ def _checkpoint_dtype(hf_config: Any, index: dict[str, TensorSlot]) -> torch.dty
     stated = getattr(hf_config, "dtype", None)
     if isinstance(stated, str):
         stated = DTYPES.get(stated)
-    if stated in DTYPES.values():
+    if isinstance(stated, torch.dtype) and stated in DTYPES.values():
         return stated
     # older checkpoints state none: their first floating tensor speaks for them
     held = next((slot.dtype for slot in index.values() if slot.dtype in DTYPES.values()), None)

@@ -173,9 +173,7 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
     return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
 
 
-def _write_adapters(
-    directory: Path, job: Job, config: InitConfig, factors: Mapping[str, LoraFactors]
-) -> None:
+def _write_adapters(directory: Path, job: Job, config: InitConfig, factors: Mapping[str, LoraFactors]) -> None:
     for name, base, negate in (
         (LORAGA_INIT, f"{config.output.dir}/{RESIDUAL_BASE}", False),
         (LORAGA_OFFSET, config.model.name_or_path, True),
@@ -190,4 +188,3 @@ def _write_adapters(
             negate_b=negate,
             saved={name: job.base.index[key] for name, key in job.saved_parameters.items()},
         )
-

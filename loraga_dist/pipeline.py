@@ -33,8 +33,9 @@ from loraga_dist.targets import meta_copy, select_targets
 def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
     """`loraga-dist init`: from a checkpoint and data to a verified output directory.
 
-    Every rank calls it. Returns the report and, on rank 0, what was verified. Raises UserError before weights are allocated wherever the mistake shows by then, RunError when
-    the run fails; the output directory appears only when everything in it has been verified.
+    Every rank calls it. Returns the report and, on rank 0, what was verified. Raises UserError before weights are
+    allocated wherever the mistake shows by then, RunError when the run fails; the output directory appears only when
+    everything in it has been verified.
     """
     started = time.monotonic()
     seconds: dict[str, float] = {}
@@ -47,7 +48,9 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
         staged.create(job.output_bytes)
         try:
             sharding = Zero3(world, config.deepspeed) if world.size > 1 else SingleProcess(world)
-            model = sharding.load(job.base.directory, job.base.model_class, job.base.config, job.base.dtype, job.base.index)
+            model = sharding.load(
+                job.base.directory, job.base.model_class, job.base.config, job.base.dtype, job.base.index
+            )
             planned_peak_bytes = (
                 sharding.partition_bytes(model) + sharding.largest_block_bytes(model) + job.plan.state_bytes_per_rank
             )
@@ -69,7 +72,9 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
             fingerprints = write_weights(staged.path, job, config, start, factors, world)
             seconds["write"] = time.monotonic() - write_started
             seconds["total"] = time.monotonic() - started
-            report = make_report(job, config, start, fingerprints, seconds, memory.peak_bytes, planned_peak_bytes, world)
+            report = make_report(
+                job, config, start, fingerprints, seconds, memory.peak_bytes, planned_peak_bytes, world
+            )
             verified = ""
             with world.together():
                 if world.is_main:

@@ -1,4 +1,4 @@
-"""The start put into a model in place: A0 and B0 into a PEFT adapter's shards, s*B0*A0 out of each rank's slice of W."""
+"""The start put into a model in place: A0, B0 into a PEFT adapter's shards, s*B0*A0 out of each rank's part of W."""
 
 from __future__ import annotations
 

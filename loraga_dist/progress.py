@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,18 @@ class Progress:
     def __init__(self, phase: str, total: int, unit: str, *, shown: bool) -> None:
         self._phase, self._total, self._unit = phase, total, unit
         self._done = 0
+        self._lock = threading.Lock()
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, desc=phase, unit=unit, unit_scale=unit == "B") if shown and sys.stderr.isatty() else None
+        self._bar = (
+            tqdm(total=total, desc=phase, unit=unit, unit_scale=unit == "B") if shown and sys.stderr.isatty() else None
+        )
         self._lines = shown and self._bar is None
 
     def advance(self, steps: int = 1) -> None:
+        with self._lock:
+            self._advance(steps)
+
+    def _advance(self, steps: int) -> None:
         before, self._done = self._done, min(self._done + steps, self._total)
         if self._bar is not None:
             self._bar.update(self._done - before)

@@ -23,7 +23,9 @@ Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, anchor: torch.Tensor, x: torch.Tensor, sink: Sink, name: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, y: torch.Tensor, anchor: torch.Tensor, x: torch.Tensor, sink: Sink, name: str
+    ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.sink, ctx.name = sink, name
         return y.view_as(y)

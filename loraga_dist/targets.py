@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -71,11 +70,10 @@ class Selection:
 def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Callable[[int], int]) -> Selection:
     """Let PEFT inject its layers into `meta_model` (which is consumed) and read off what it chose.
 
-    num_triplets: how many singular triplets the scheme needs for rank r. Raises UserError when nothing matches, when a match is not a
-    plain matrix, is tied to another parameter, or is too small for its rank.
+    num_triplets: how many singular triplets the scheme needs for rank r. Raises UserError when nothing matches, or when
+    a match is not a plain matrix, is tied to another parameter, or is too small for its rank.
     """
     from peft import get_peft_model
-    from peft.tuners.lora.layer import Conv1D as LoraConv1D  # type: ignore[attr-defined]
     from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -86,7 +84,7 @@ def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Calla
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peft_model = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+            peft_model: Any = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError("lora.target_modules", shown, _first_sentence(str(error))) from error
 
@@ -143,10 +141,12 @@ def _check_patterns(lora: LoraSection, targets: list[Target]) -> None:
     from peft.utils.other import get_pattern_key
 
     for key, patterns in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern)):
-        used = {get_pattern_key(patterns.keys(), target.name) for target in targets}
+        used = {get_pattern_key(list(patterns), target.name) for target in targets}
         for pattern in patterns:
             if pattern not in used:
-                raise UserError(key, pattern, "matches no target; write a target's name or the end of one, or remove it")
+                raise UserError(
+                    key, pattern, "matches no target; write a target's name or the end of one, or remove it"
+                )
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, str]:
@@ -165,8 +165,3 @@ def _tied_parameters(model: nn.Module) -> dict[str, str]:
 def _first_sentence(message: str) -> str:
     """PEFT's messages list whole models; the first lines say what is wrong."""
     return " ".join(message.split())[:300].rstrip(".") + "; write names of nn.Linear modules, or all-linear"
-
-
-def shape_counts(targets: list[Target]) -> Iterator[tuple[tuple[int, int, int], int]]:
-    """((M, N, r), how many targets have it), most frequent first."""
-    yield from Counter((target.M, target.N, target.r) for target in targets).most_common()

@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # ranks share few cores
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)

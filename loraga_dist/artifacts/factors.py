@@ -32,7 +32,7 @@ def write_factors(directory: Path, owned: Mapping[str, TruncatedSVD], world: Wor
             with SafetensorsWriter(directory / name, entries) as writer:
                 for key, tensor in tensors.items():
                     writer.append(key, tensor)
-    shares = [json.loads(text) for text in world.all_texts(json.dumps({key: name for key in tensors}))]
+    shares = [json.loads(text) for text in world.all_texts(json.dumps(dict.fromkeys(tensors, name)))]
     with world.together():
         if world.is_main:
             weight_map = {key: file for share in shares for key, file in share.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loraga_dist.artifacts.names import CHECKSUMS
+from loraga_dist.artifacts.parallel import over_cores
 from loraga_dist.errors import RunError
 
 OnBytes = Callable[[int], None]
@@ -42,7 +43,8 @@ def write_checksums(directory: Path, on_progress: OnBytes = no_progress) -> None
     try:
         names = sorted(_files(directory))
         assert not any("\n" in name or "\\" in name for name in names), "sha256sum would want these names escaped"
-        lines = [f"{_sha256(directory / name, on_progress)}  {name}\n" for name in names]
+        digests = over_cores(lambda name: _sha256(directory / name, on_progress), names)
+        lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
         (directory / CHECKSUMS).write_text("".join(lines))
     except OSError as error:
         raise RunError(f"{directory / CHECKSUMS} cannot be written ({error.strerror}: {error.filename})") from error
@@ -63,16 +65,21 @@ def check_checksums(directory: Path, on_progress: OnBytes = no_progress) -> list
         return [f"{CHECKSUMS}: is not in sha256sum's format"]
     listed = {match["name"]: match["digest"] for match in matches if match}
 
-    problems = []
     present = _files(directory)
-    for name, digest in listed.items():
+
+    def check(name: str) -> str | None:
+        if name not in present:
+            return f"{name}: is missing"
         try:
-            if name not in present:
-                problems.append(f"{name}: is missing")
-            elif _sha256(directory / name, on_progress) != digest:
-                problems.append(f"{name}: does not match {CHECKSUMS}")
+            return (
+                None
+                if _sha256(directory / name, on_progress) == listed[name]
+                else f"{name}: does not match {CHECKSUMS}"
+            )
         except OSError as error:
-            problems.append(f"{name}: cannot be read ({error.strerror})")
+            return f"{name}: cannot be read ({error.strerror})"
+
+    problems = [problem for problem in over_cores(check, listed) if problem]
     closed = {name.split("/")[0] for name in listed if "/" in name}
     problems += [
         f"{name}: is not listed in {CHECKSUMS}"

@@ -46,8 +46,8 @@ def find_warnings(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
     if noisy:
         lines.append(
-            f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_some(noisy)}: two halves of the data disagree on the "
-            "gradient; raise calibration.max_samples"
+            f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_some(noisy)}: two halves of the data disagree on "
+            "the gradient; raise calibration.max_samples"
         )
     deficient = [name for name, target in targets.items() if target["numerical_rank"] < len(target["singular_values"])]
     if deficient:
@@ -60,7 +60,7 @@ def find_warnings(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def print_summary(report: Mapping[str, Any], directory: str, verified: str) -> None:
     """The closing table: per kind of module, seconds per phase, memory per rank, files, what to do next."""
-    console = Console(highlight=False, width=None if Console().is_terminal else 110)
+    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 110)
     table = Table(title=f"LoRA-GA start of {report['config']['model']['name_or_path']}")
     for column in ("module", "targets", "M x N", "r", "captured energy", "split-half cosine", "offset ratio"):
         table.add_column(column, justify="left" if column == "module" else "right")
@@ -117,7 +117,8 @@ def readme(report: Mapping[str, Any]) -> str:
     ratios = [target["offset_ratio"] for target in report["targets"].values()]
     if config["output"]["residual_base"] == "none":
         residual_note = (
-            f"`output.residual_base` was `none`: make `{RESIDUAL_BASE}/` by merging `{LORAGA_OFFSET}/` into the original:\n\n"
+            f"`output.residual_base` was `none`: make `{RESIDUAL_BASE}/` by merging `{LORAGA_OFFSET}/` into the "
+            "original:\n\n"
             "```python\n"
             "from peft import PeftModel\n"
             f"from transformers import {auto}\n"
@@ -173,8 +174,8 @@ LoRA-GA wants learning rates near those of full fine-tuning.
 
 ## Merge and serve
 
-The trained adapter belongs on `{RESIDUAL_BASE}/`: `PeftModel.from_pretrained(base, trained).merge_and_unload()` gives the
-fine-tuned model, which any server takes. Serving base and adapter apart works with `{RESIDUAL_BASE}/` as the base.
+The trained adapter belongs on `{RESIDUAL_BASE}/`: `PeftModel.from_pretrained(base, trained).merge_and_unload()` gives
+the fine-tuned model, which any server takes. Serving base and adapter apart works with `{RESIDUAL_BASE}/` as the base.
 
 ## Check
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget
 from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, no_progress
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
+from loraga_dist.artifacts.parallel import over_cores
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.safetensors_files import (
     MODEL_FILE_PATTERNS,
@@ -136,15 +137,16 @@ def digest_base(
     index: Mapping[str, TensorSlot], keys: Iterable[str], on_progress: OnBytes = no_progress
 ) -> dict[str, TensorDigest]:
     """The digests of these checkpoint tensors. on_progress: told of bytes read."""
-    digests = {}
-    for key in keys:
+
+    def digest_of(key: str) -> tuple[str, TensorDigest]:
         slot, digest = index[key], hashlib.sha256()
         for start, end in chunks(slot.numel, CHUNK_ELEMENTS):
             chunk = as_bytes(read_range(slot, start, end))
             digest.update(chunk)
             on_progress(len(chunk))
-        digests[key] = TensorDigest(dtype_name(slot.dtype), slot.shape, digest.hexdigest())
-    return digests
+        return key, TensorDigest(dtype_name(slot.dtype), slot.shape, digest.hexdigest())
+
+    return dict(over_cores(digest_of, keys))
 
 
 def finish_residual_base(model_dir: Path, destination: Path, files: Sequence[PlannedFile], residual_dtype: str) -> None:

@@ -64,7 +64,7 @@ class StagedDirectory:
                 )
 
     def commit(self) -> None:
-        """Rename into place; call on rank 0 when everything is written. The old directory goes after the new is there."""
+        """Rename into place, on rank 0 when everything is written. An old directory goes after the new is there."""
         old = self.destination.with_name(f".{self.destination.name}.replaced")
         try:
             if old.exists():

@@ -32,6 +32,7 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
+from loraga_dist.artifacts.parallel import over_cores
 from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
@@ -257,7 +258,9 @@ def _check_saved(adapter: AdapterFile, index: Mapping[str, TensorSlot], saved: M
     problems = []
     for name, weight_key in saved.items():
         slot, base = adapter.slots[saved_key(name)], index[weight_key]
-        same = slot.shape == base.shape and _same_bytes(read_range(slot, 0, slot.numel), read_range(base, 0, base.numel))
+        same = slot.shape == base.shape and _same_bytes(
+            read_range(slot, 0, slot.numel), read_range(base, 0, base.numel)
+        )
         if not same:
             problems.append(f"{LORAGA_INIT}: {saved_key(name)} is not the base's {weight_key}")
     return problems
@@ -360,9 +363,7 @@ def _check_residual(
     if problems:
         return problems, None
 
-    base_digests, residual_digests = {}, {}
-    max_units = 0.0
-    for key in base:
+    def compare(key: str) -> tuple[list[TensorDigest], float]:
         slots = (base[key], residual[key])
         target = target_of.get(key)
         hashes = (hashlib.sha256(), hashlib.sha256())
@@ -373,11 +374,17 @@ def _check_residual(
             hashes[1].update(as_bytes(residual_piece))
             worst = max(worst, units)
             on_progress(base_piece.nbytes)
-        base_digests[key], residual_digests[key] = (
+        digests = [
             TensorDigest(dtype_name(slot.dtype), slot.shape, digest.hexdigest())
             for slot, digest in zip(slots, hashes, strict=True)
-        )
-        if target is not None:
+        ]
+        return digests, worst
+
+    base_digests, residual_digests = {}, {}
+    max_units = 0.0
+    for key, (digests, worst) in zip(base, over_cores(compare, base), strict=True):
+        base_digests[key], residual_digests[key] = digests
+        if key in target_of:
             max_units = max(max_units, worst)
             if worst > _ROUNDING_TOLERANCE:
                 problems.append(f"{RESIDUAL_BASE}: {key} is {worst:.3g} roundings away from W - s B A")

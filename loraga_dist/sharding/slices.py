@@ -9,7 +9,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 def flat_range(numel: int, shard_numel: int, shard_index: int) -> tuple[int, int]:
-    """Elements [start, end) of a flattened parameter that equal-sized shard number `shard_index` holds; the last are padding."""
+    """Elements [start, end) of a flattened parameter that one of its equal shards holds; the last ones are padded."""
     start = min(shard_numel * shard_index, numel)
     return start, min(start + shard_numel, numel)
 

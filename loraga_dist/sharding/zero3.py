@@ -26,7 +26,6 @@ from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.slices import flat_range
 from loraga_dist.targets import meta_copy
 
-
 _HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 """What `destroy` leaves on modules. The next engine would take these functions for its own, and they fetch parameters
 through the dead one: wrong only in some checkpointing modes, and silent until then."""
@@ -38,12 +37,15 @@ def is_partitioned(model: nn.Module) -> bool:
 
 def refuse_unsupported_shards(model: nn.Module) -> None:
     """Raise UserError for parameters whose shards cannot be read and written in place."""
+    parameter: Any  # DeepSpeed adds attributes
     for name, parameter in model.named_parameters():
         if not hasattr(parameter, "ds_id"):
             raise UserError("model", name, "is not partitioned although others are; load the model under zero.Init")
         if hasattr(parameter, "_z3_optimizer"):
             raise UserError(
-                "model", name, "already belongs to an optimizer; call loraga_dist.initialize before deepspeed.initialize"
+                "model",
+                name,
+                "already belongs to an optimizer; call loraga_dist.initialize before deepspeed.initialize",
             )
         final_location = getattr(parameter.ds_tensor, "final_location", None)
         if getattr(final_location, "name", None) == "nvme":
@@ -64,7 +66,9 @@ def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
         try:
             settings = json.loads(Path(value).read_text())
         except OSError as error:
-            raise UserError("deepspeed", value, f"cannot be read ({error.strerror}); write the path of a JSON") from error
+            raise UserError(
+                "deepspeed", value, f"cannot be read ({error.strerror}); write the path of a JSON"
+            ) from error
         except ValueError as error:
             raise UserError("deepspeed", value, f"is not JSON: {error}") from error
     else:
@@ -73,7 +77,9 @@ def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
     if not isinstance(zero, dict) or zero.get("stage", 3) != 3:
         raise UserError("deepspeed.zero_optimization.stage", zero, "must be 3: the model is sharded by ZeRO-3")
     if zero.get("offload_param", {}).get("device") == "nvme":
-        raise UserError("deepspeed.zero_optimization.offload_param.device", "nvme", "is not supported; write cpu or none")
+        raise UserError(
+            "deepspeed.zero_optimization.offload_param.device", "nvme", "is not supported; write cpu or none"
+        )
     if zero.get("zero_hpz_partition_size", 1) not in (1, "auto"):
         raise UserError(
             "deepspeed.zero_optimization.zero_hpz_partition_size", zero["zero_hpz_partition_size"], "write 1"
@@ -143,6 +149,7 @@ class Zero3(Sharding):
 
     @torch.no_grad()
     def _read_slices(self, model: nn.Module, index: dict[str, TensorSlot]) -> None:
+        parameter: Any
         for name, parameter in model.named_parameters():
             slot = index[name]
             if tuple(slot.shape) != tuple(parameter.ds_shape):
@@ -161,8 +168,7 @@ class Zero3(Sharding):
     def _load_pretrained(
         self, model_dir: Path, model_class: type[nn.Module], config: Any, dtype: torch.dtype
     ) -> nn.Module:
-        from transformers.integrations import HfDeepSpeedConfig
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
         # from_pretrained partitions as long as this object lives
         switch = HfDeepSpeedConfig(calibration_settings(self._user_settings, dtype))

@@ -81,7 +81,11 @@ def main() -> None:
                 expected = reference[f"{matrix.name}.weight"]
                 worst = max(worst, ((G_MN - expected).norm() / expected.norm()).item())
                 seen += 1
-        gathered = [n for n, p in model.named_parameters() if getattr(p, "ds_status", None) and p.ds_status.name != "NOT_AVAILABLE"]
+        gathered = [
+            n
+            for n, p in model.named_parameters()
+            if getattr(p, "ds_status", None) and p.ds_status.name != "NOT_AVAILABLE"
+        ]
         with_grad = [n for n, p in model.named_parameters() if p.grad is not None]
         sharding.detach()
         cases.append(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -57,14 +56,13 @@ def main() -> None:
     model_dir, result_dir, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     world = World.start()
     sharded = world.size > 1
-    keep_alive: Any = None
     if sharded:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo")
-        keep_alive = HfDeepSpeedConfig(SETTINGS)
+        switch = HfDeepSpeedConfig(SETTINGS)  # from_pretrained shards while it lives
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     calibration = batches(1, 4, world)
     if mode == "loraga":
@@ -99,7 +97,11 @@ def main() -> None:
     after = gathered(peft_model, sharded)
     if world.is_main:
         trained = {f"trained.{name}": tensor for name, tensor in after.items() if "lora_" in name}
-        save_file({**weights, **trained, "losses": torch.tensor(losses)}, result_dir / f"{mode}-{world.size}.safetensors")
+        save_file(
+            {**weights, **trained, "losses": torch.tensor(losses)}, result_dir / f"{mode}-{world.size}.safetensors"
+        )
+    if sharded:
+        del switch
     world.barrier()
     world.stop()
 

@@ -1,4 +1,4 @@
-"""The output directory, from 1, 2 and 4 ranks and for every model family, against autograd, torch.linalg.svd and stock PEFT."""
+"""Output directories of 1, 2 and 4 ranks and every model family, against autograd, torch.linalg.svd, stock PEFT."""
 
 from __future__ import annotations
 
@@ -200,9 +200,7 @@ def test_factors_are_those_of_the_reference_gradient(runs: Any) -> None:
         assert target["captured_energy"] == pytest.approx(captured, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama-1-seed", "llama-1-single-file", "llama-2", "llama-2-one-at-a-time", "llama-4"]
-)
+@pytest.mark.parametrize("name", ["llama-1-seed", "llama-1-single-file", "llama-2", "llama-2-one-at-a-time", "llama-4"])
 def test_seeds_ranks_and_layouts_agree(runs: Any, name: str) -> None:
     reference, run = runs("llama-1"), runs(name)
     for target in reference.report["targets"]:

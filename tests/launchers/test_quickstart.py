@@ -65,7 +65,7 @@ def test_report_keeps_its_contract(quickstarted: Clone) -> None:
     assert report["base_fingerprint"] and report["data_fingerprint"] and report["versions"]
     assert report["identity_check"]["dtype"] == "float32"
     assert report["identity_check"]["max_abs_logit_diff"] < 1e-3
-    assert isinstance(report["warnings"], list)
+    assert report["warnings"] == []
 
     r = json.loads((directory / LORAGA_INIT / ADAPTER_CONFIG).read_text())["r"]
     assert len(report["targets"]) == 4 * 7
@@ -76,7 +76,7 @@ def test_report_keeps_its_contract(quickstarted: Clone) -> None:
         assert len(values) >= 2 * r == 2 * target["r"]
         assert all(math.isfinite(value) for value in values) and values == sorted(values, reverse=True)
         assert 0 < target["captured_energy"] <= 1
-        assert 0 < target["offset_ratio"] < math.inf
+        assert 0 < target["offset_ratio"] < 1
 
 
 @pytest.mark.parametrize("launcher", ["python", "torchrun --standalone --nproc_per_node 2"])

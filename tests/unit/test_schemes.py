@@ -106,7 +106,7 @@ def test_the_peft_scale_is_stock_peft(direction: str) -> None:
 
     options: dict[str, Any] = {
         "init_lora_weights": "lora_ga",
-        "lora_ga_config": LoraGAConfig(**{"direction": direction, "scale": "stable", "stable_gamma": int(GAMMA)}),
+        "lora_ga_config": LoraGAConfig(direction=direction, scale="stable", stable_gamma=int(GAMMA)),
     }
     config = LoraConfig(r=R, lora_alpha=int(R * SCALING), target_modules=["0"], **options)
     preprocess_loraga(model, config, lambda: backward(model))

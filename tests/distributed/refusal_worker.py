@@ -1,0 +1,49 @@
+"""One rank of test_in_place_refusals: each case must raise UserError on this rank and leave the model alone.
+
+usage: refusal_worker.py MODEL_DIR CASE
+"""
+
+from __future__ import annotations
+
+import sys
+
+import deepspeed
+import torch
+from in_place_worker import LORA, SETTINGS, batches
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+import loraga_dist
+from loraga_dist.distributed import World
+
+
+def main() -> None:
+    model_dir, case = sys.argv[1:]
+    world = World.start()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")
+    switch = None if case == "unsharded" else HfDeepSpeedConfig(SETTINGS)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    dataloader, config = batches(1, 2, world), {"lora": LORA}
+    if case == "optimizer":
+        deepspeed.initialize(model=model, config=SETTINGS, optimizer=torch.optim.AdamW(model.parameters()))
+    elif case == "nvme":
+        config["deepspeed"] = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+    elif case == "hpz":
+        config["deepspeed"] = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    elif case == "no-labels":
+        dataloader = [{"input_ids": batch["input_ids"]} for batch in dataloader]
+    elif case == "one-rank-empty" and world.rank == 1:
+        dataloader = []
+    try:
+        loraga_dist.initialize(model, dataloader, config)
+    except loraga_dist.LoragaError as error:
+        print(f"{error.exit_code} {error}", flush=True)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    del switch
+    world.barrier()
+    world.stop()
+
+
+if __name__ == "__main__":
+    main()
