@@ -87,4 +87,5 @@ class Sharding(ABC):
     @torch.no_grad()
     def square_norms(self, parameters: Sequence[Parameter]) -> torch.Tensor:
         """||W||_F^2 of whole parameters, float64, by one collective."""
-        return self.world.sum_(torch.stack([square_norm(self.own_slice(parameter)[0]) for parameter in parameters]))
+        own = torch.stack([square_norm(self.own_slice(parameter)[0]) for parameter in parameters])
+        return self.world.sum_(own.to(self.world.device))

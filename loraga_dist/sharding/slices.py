@@ -32,7 +32,8 @@ def subtract_lowrank_(
         first, past = max(start, row * Q), min(end, next_row * Q)
         delta = (left_PR[row:next_row].float() @ right).flatten()[first - row * Q : past - row * Q]
         part = shard[first - start : past - start]
-        part.copy_(part.float().sub_(delta, alpha=scaling))
+        # an offloaded shard lies on the host: the arithmetic stays where the factors are
+        part.copy_(part.to(delta.device, torch.float32).sub_(delta, alpha=scaling))
         row = next_row
 
 
