@@ -48,9 +48,9 @@ clean:
 # torch comes first, so that nothing below chooses another build of it.
 .venv/.installed: .venv/.created pyproject.toml constraints.txt
 	$(PIP) $(TORCH)
-	$(PIP) --editable '.[distributed,data]'
+	$(PIP) --editable '.[distributed,data,plots]'
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[distributed,data,dev]'
+	$(PIP) --editable '.[distributed,data,plots,dev]'
 	touch $@

@@ -24,6 +24,7 @@ from loraga_dist.artifacts.names import (
     RESOLVED_CONFIG,
 )
 from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, readme, versions
+from loraga_dist.artifacts.report_page import write_report_page
 from loraga_dist.artifacts.residual import assign_files, digest_base, finish_residual_base, write_residual_files
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.config import InitConfig
@@ -151,7 +152,7 @@ def make_report(
 
 
 def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, Any]) -> str:
-    """The text files, the checksums, and the verification of it all, by one rank; returns what was verified.
+    """The text files, the page, the checksums, and the verification of it all, by one rank; returns what was verified.
 
     Raises RunError when a file cannot be written or the directory does not verify.
     """
@@ -165,6 +166,7 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
             (directory / name).write_text(text)
         except OSError as error:
             raise RunError(f"write: {directory / name} cannot be written ({error.strerror})") from error
+    write_report_page(directory, report)
     write_checksums(directory)
     with phase("verify", bytes_to_verify(directory), "B", shown=True) as progress:
         result = verify(directory, on_progress=progress.advance)

@@ -8,6 +8,8 @@ LORAGA_OFFSET = "loraga_offset"
 FACTORS = "factors"
 
 REPORT = "loraga_report.json"
+REPORT_PAGE = "report.html"
+PLOTS = "plots"
 RESOLVED_CONFIG = "resolved_config.yaml"
 README = "README.md"
 CHECKSUMS = "SHA256SUMS"

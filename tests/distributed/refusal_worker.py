@@ -1,6 +1,6 @@
-"""One rank of test_in_place_refusals: each case must raise UserError on this rank and leave the model alone.
+"""One rank of test_in_place_refusals: each case must raise UserError on this rank and leave its model alone.
 
-usage: refusal_worker.py MODEL_DIR CASE
+usage: refusal_worker.py MODEL_DIR CASE...
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ import loraga_dist
 from loraga_dist.distributed import World
 
 
-def main() -> None:
-    model_dir, case = sys.argv[1:]
-    world = World.start()
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo")
+def attempt(model_dir: str, case: str, world: World) -> None:
     switch = None if case == "unsharded" else HfDeepSpeedConfig(SETTINGS)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    dataloader, config = batches(1, 2, world), {"lora": LORA}
+    dataloader = batches(1, 2, world)
+    config: dict[str, object] = {"lora": LORA}
     if case == "optimizer":
         deepspeed.initialize(model=model, config=SETTINGS, optimizer=torch.optim.AdamW(model.parameters()))
     elif case == "nvme":
@@ -38,10 +35,19 @@ def main() -> None:
     try:
         loraga_dist.initialize(model, dataloader, config)
     except loraga_dist.LoragaError as error:
-        print(f"{error.exit_code} {error}", flush=True)
+        print(f"{case}: {error.exit_code} {error}", flush=True)
     assert not any("lora" in name for name, _ in model.named_parameters())
     del switch
-    world.barrier()
+
+
+def main() -> None:
+    model_dir, *cases = sys.argv[1:]
+    world = World.start()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")
+    for case in cases:
+        attempt(model_dir, case, world)
+        world.barrier()
     world.stop()
 
 

@@ -1,12 +1,16 @@
-"""Every wrong input ends on all ranks with exit code 2, one line, and no file made or changed."""
+"""Every wrong input ends on all ranks with exit code 2, one line, and no file made or changed.
+
+Most of a run's seconds go into imports, so the same two processes make all runs of the table; a few are also made as
+users make them, in processes of their own.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +18,35 @@ import pytest
 import torch
 import yaml
 from builders import VOCABULARY, config_tree, save_data, save_model
-from launching import INIT, free_port, run, run_ranks, succeed
+from launching import INIT, Finished, free_port, run, run_ranks, succeed
+
+from loraga_dist.cli import main
 
 pytestmark = pytest.mark.distributed
 
-CLI = [sys.executable, "-c", "from loraga_dist.cli import main; raise SystemExit(main())"]
+WORKER = str(Path(__file__).with_name("bad_input_worker.py"))
+MAX_SECONDS = 60
+"""For one refusal on busy cores; the first also imports the libraries."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
     """One run to be refused: its configuration, and the directory that holds all it may write to."""
 
     directory: Path
     tree: dict[str, Any]
+    config: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.directory / "config.yaml"
 
     @property
     def out(self) -> Path:
         return self.directory / "out"
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["--config", str(self.config)]
 
     def copy_model(self) -> Path:
         """A model that the case may damage; the configuration points at it."""
@@ -48,45 +64,10 @@ class Attempt:
 Change = Callable[[Attempt], object]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_data(tmp_path_factory.mktemp("data") / "data.jsonl")
-
-
-@pytest.fixture
-def attempt(model: Path, data: Path, tmp_path: Path) -> Attempt:
-    return Attempt(tmp_path, config_tree(model, data, tmp_path / "out"))
-
-
 def contents(directory: Path) -> dict[str, bytes | None]:
     return {
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
     }
-
-
-def write_config(attempt: Attempt) -> Path:
-    path = attempt.directory / "config.yaml"
-    path.write_text(yaml.safe_dump(attempt.tree))
-    return path
-
-
-def refuse(attempt: Attempt, arguments: Sequence[str], key: str, value: str, instead: str) -> None:
-    """Run on two ranks and require the refusal: its key, a part of the value, and what to write instead."""
-    before = contents(attempt.directory)
-    results = run_ranks([INIT, *arguments], 2)
-
-    assert [result.code for result in results] == [2, 2], results
-    assert [result.stdout for result in results] == ["", ""]
-    lines = [line for result in results for line in result.stderr.splitlines()]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith(f"loraga-dist: {key}: "), lines
-    assert value in lines[0] and instead in lines[0], lines
-    assert contents(attempt.directory) == before
 
 
 def setting(section: str, **values: Any) -> Change:
@@ -95,6 +76,15 @@ def setting(section: str, **values: Any) -> Change:
 
 def misspelled_section(attempt: Attempt) -> None:
     attempt.tree["calibrate"] = {}
+
+
+def configuration_missing(attempt: Attempt) -> None:
+    attempt.config = attempt.directory / "absent.yaml"
+
+
+def configuration_not_yaml(attempt: Attempt) -> None:
+    attempt.config = attempt.directory / "broken.yaml"
+    attempt.config.write_text("model: [never closed\n")
 
 
 def deepspeed_stage_2(attempt: Attempt) -> None:
@@ -167,6 +157,8 @@ MODEL, TARGETS, DATA, OUT = "model.name_or_path", "lora.target_modules", "calibr
 
 CASES = {
     # name: (change, key, part of the value, part of what to write instead)
+    "configuration missing": (configuration_missing, "--config", "/absent.yaml'", "write the path of a YAML file"),
+    "not YAML": (configuration_not_yaml, "--config", "/broken.yaml'", "is not YAML"),
     "unknown key": (
         setting("lora", target_module="q_proj"), "lora.target_module", "'q_proj'", "did you mean lora.target_modules?",
     ),
@@ -217,30 +209,105 @@ CASES = {
 }  # fmt: skip
 
 
+Prepare = Callable[[Change], Attempt]
+
+
+@pytest.fixture(scope="module")
+def prepare(tmp_path_factory: pytest.TempPathFactory) -> Prepare:
+    """Writes good input, but for the given change, into a directory of its own."""
+    model = save_model(tmp_path_factory.mktemp("llama"))
+    data = save_data(tmp_path_factory.mktemp("data") / "data.jsonl")
+
+    def prepare(change: Change) -> Attempt:
+        directory = tmp_path_factory.mktemp("attempt")
+        attempt = Attempt(directory, config_tree(model, data, directory / "out"))
+        change(attempt)
+        (directory / "config.yaml").write_text(yaml.safe_dump(attempt.tree))
+        return attempt
+
+    return prepare
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One run: each rank's end, and the files before and after."""
+
+    ranks: list[Finished]
+    before: dict[str, bytes | None]
+    after: dict[str, bytes | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The runs that returned on both ranks, their seconds, and the processes that made them."""
+
+    runs: dict[str, Ended]
+    seconds: dict[str, float]
+    processes: list[Finished]
+
+
+def reported(process: Finished) -> dict[str, dict[str, Any]]:
+    """The worker's results by case; whatever else it printed, `test_between_the_refusals_nothing_is_said` finds."""
+    results = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    return {result.pop("name"): result for result in results}
+
+
+@pytest.fixture(scope="module")
+def table(prepare: Prepare, tmp_path_factory: pytest.TempPathFactory) -> Table:
+    attempts = {name: prepare(change) for name, (change, *_) in CASES.items()}
+    before = {name: contents(attempt.directory) for name, attempt in attempts.items()}
+    cases = [{"name": name, "port": free_port(), "arguments": attempt.arguments} for name, attempt in attempts.items()]
+    path = tmp_path_factory.mktemp("table") / "cases.json"
+    path.write_text(json.dumps(cases))
+    processes = run_ranks([WORKER, str(path)], 2, timeout_seconds=240)
+
+    first, second = map(reported, processes)
+    runs, seconds = {}, {}
+    for name in first.keys() & second.keys():
+        seconds[name] = max(result.pop("seconds") for result in (first[name], second[name]))
+        ranks = [Finished(**first[name]), Finished(**second[name])]
+        runs[name] = Ended(ranks, before[name], contents(attempts[name].directory))
+    return Table(runs, seconds, processes)
+
+
+def check_refusal(name: str, run: Ended) -> None:
+    """Require the refusal of the case: its key, a part of the value, and what to write instead."""
+    _, key, value, instead = CASES[name]
+    assert [rank.code for rank in run.ranks] == [2, 2], run.ranks
+    assert [rank.stdout for rank in run.ranks] == ["", ""]
+    lines = [line for rank in run.ranks for line in rank.stderr.splitlines()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"loraga-dist: {key}: "), lines
+    assert value in lines[0] and instead in lines[0], lines
+    assert run.after == run.before
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_configuration_is_refused(name: str, attempt: Attempt) -> None:
-    change, key, value, instead = CASES[name]
-    change(attempt)
-    refuse(attempt, ["--config", str(write_config(attempt))], key, value, instead)
+def test_refused_on_both_ranks(name: str, table: Table) -> None:
+    assert name in table.runs, f"a rank ended or hung in this run or one before it: {table.processes}"
+    check_refusal(name, table.runs[name])
+    assert table.seconds[name] < MAX_SECONDS
 
 
-def test_missing_configuration_is_refused(attempt: Attempt) -> None:
-    absent = str(attempt.directory / "absent.yaml")
-    refuse(attempt, ["--config", absent], "--config", absent, "write the path of a YAML file")
+def test_between_the_refusals_nothing_is_said(table: Table) -> None:
+    succeed(table.processes)
+    assert [len(process.stdout.splitlines()) for process in table.processes] == [len(CASES)] * 2
+    assert [process.stderr for process in table.processes] == ["", ""]
 
 
-def test_configuration_that_is_not_yaml_is_refused(attempt: Attempt) -> None:
-    path = attempt.directory / "config.yaml"
-    path.write_text("model: [never closed\n")
-    refuse(attempt, ["--config", str(path)], "--config", str(path), "is not YAML")
+@pytest.mark.parametrize("name", ["unknown key", "shard missing"])
+def test_both_processes_end_with_the_code(name: str, prepare: Prepare) -> None:
+    attempt = prepare(CASES[name][0])
+    before = contents(attempt.directory)
+    ranks = run_ranks([INIT, *attempt.arguments], 2)
+    check_refusal(name, Ended(ranks, before, contents(attempt.directory)))
 
 
-def test_deepspeed_launcher_passes_the_refusal_on(attempt: Attempt) -> None:
-    attempt.tree["lora"]["lora_dropout"] = 1.5
-    config = write_config(attempt)
+def test_deepspeed_launcher_passes_the_refusal_on(prepare: Prepare) -> None:
+    attempt = prepare(setting("lora", lora_dropout=1.5))
     before = contents(attempt.directory)
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    result = run([launcher, "--num_gpus", "2", "--master_port", str(free_port()), INIT, "--config", str(config)])
+    result = run([launcher, "--num_gpus", "2", "--master_port", str(free_port()), INIT, *attempt.arguments])
 
     assert result.code == 2, result
     lines = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("loraga-dist: ")]
@@ -250,7 +317,7 @@ def test_deepspeed_launcher_passes_the_refusal_on(attempt: Attempt) -> None:
 
 def test_verify_refuses_a_directory_that_is_not_there(tmp_path: Path) -> None:
     absent = str(tmp_path / "absent")
-    result = run([*CLI, "verify", absent])
+    result = run([sys.executable, "-c", "from loraga_dist.cli import main; raise SystemExit(main())", "verify", absent])
 
     assert result.code == 2, result
     assert result.stdout == ""
@@ -259,10 +326,9 @@ def test_verify_refuses_a_directory_that_is_not_there(tmp_path: Path) -> None:
     ]
 
 
-def test_overwrite_replaces_an_earlier_output(attempt: Attempt) -> None:
-    attempt.tree["lora"]["target_modules"] = ["q_proj"]
-    config = str(write_config(attempt))
-    init = [sys.executable, INIT, "--config", config]
+def test_overwrite_replaces_an_earlier_output(prepare: Prepare) -> None:
+    attempt = prepare(setting("lora", target_modules=["q_proj"]))
+    init = [sys.executable, INIT, *attempt.arguments]
     succeed(run(init))
     (attempt.out / "note.txt").write_text("of the first run")
     succeed(run([*init, "--overwrite", "--lora.r", "2"]))
@@ -271,4 +337,4 @@ def test_overwrite_replaces_an_earlier_output(attempt: Attempt) -> None:
     assert {target["r"] for target in report["targets"].values()} == {2}
     assert not (attempt.out / "note.txt").exists()
     assert sorted(path.name for path in attempt.directory.iterdir()) == ["config.yaml", "out"]
-    succeed(run([*CLI, "verify", str(attempt.out)]))
+    assert main(["verify", str(attempt.out)]) == 0

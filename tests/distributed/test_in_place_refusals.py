@@ -6,30 +6,35 @@ from pathlib import Path
 
 import pytest
 from builders import save_model
-from launching import run_ranks, succeed
+from launching import Finished, run_ranks, succeed
 
 WORKER = str(Path(__file__).with_name("refusal_worker.py"))
 
+CASES = {
+    # name: what to write instead; one process group runs them in this order
+    "nvme": "write cpu or none",
+    "hpz": "zero_hpz_partition_size",
+    "no-labels": "labels",
+    "one-rank-empty": "give every rank at least one",
+    "unsharded": "load it under ZeRO-3",
+    "optimizer": "call loraga_dist.initialize before deepspeed.initialize",
+}
+
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("refusals") / "model")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
+    model = save_model(tmp_path_factory.mktemp("refusals") / "model")
+    return run_ranks([WORKER, str(model), *CASES], 2)
 
 
-@pytest.mark.parametrize(
-    ("case", "said"),
-    [
-        ("optimizer", "call loraga_dist.initialize before deepspeed.initialize"),
-        ("unsharded", "load it under ZeRO-3"),
-        ("nvme", "write cpu or none"),
-        ("hpz", "zero_hpz_partition_size"),
-        ("no-labels", "labels"),
-        ("one-rank-empty", "give every rank at least one"),
-    ],
-)
-def test_refused_on_both_ranks(model: Path, case: str, said: str) -> None:
-    results = run_ranks([WORKER, str(model), case], 2)
-    succeed(results)
-    for result in results:
-        assert result.stdout.startswith("2 ") and said in result.stdout, result.stdout
-        assert len(result.stdout.splitlines()) == 1
+def test_nothing_else_is_said(ranks: list[Finished]) -> None:
+    succeed(ranks)
+    assert [len(rank.stdout.splitlines()) for rank in ranks] == [len(CASES)] * 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_on_both_ranks(ranks: list[Finished], case: str) -> None:
+    for rank in ranks:
+        lines = [line for line in rank.stdout.splitlines() if line.startswith(f"{case}: ")]
+        assert len(lines) == 1, (rank.stdout, rank.stderr)
+        assert lines[0].startswith(f"{case}: 2 ") and CASES[case] in lines[0]

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launching import ROOT, Finished, run
@@ -18,6 +18,13 @@ class Clone:
     """The working tree as a fresh clone would have it, with an environment that is already installed."""
 
     root: Path
+    _finished: dict[str, Finished] = field(default_factory=dict)
+
+    def once(self, line: str) -> Finished:
+        """What `shell(line)` gave when a test first asked for it."""
+        if line not in self._finished:
+            self._finished[line] = self.shell(line)
+        return self._finished[line]
 
     def shell(self, line: str) -> Finished:
         """Run one line of shell in the clone's root, with its environment active."""

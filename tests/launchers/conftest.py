@@ -15,5 +15,5 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 @pytest.fixture(scope="session")
 def quickstarted(clone: Clone) -> Clone:
     """The clone after its first `make quickstart`."""
-    succeed(clone.shell("make quickstart"))
+    succeed(clone.once("make quickstart"))
     return clone

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "schemes": {"linalg", "errors"},
     "engines": {"linalg"},
 }
-HEAVY = ("trl", "datasets", "deepspeed")
+HEAVY = ("trl", "datasets", "deepspeed", "matplotlib")
 CORE = ["config", "schemes", "engines", "calibration", "models", "plan", "sharding", "sweep", "job", "pipeline", "cli"]
 
 

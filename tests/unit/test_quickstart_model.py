@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +40,17 @@ TINY = quickstart.Recipe(
     target_loss=5.6,
 )
 TEXT = " naïve \t日本語 🎉\n\n  def f(x): 'don't' , . !\r\n\x00"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_builds() -> Iterator[None]:
+    """One thread, which waits for no other on busy cores, and one reading of the standard library for all builds."""
+    num_threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        patch.setattr(quickstart, "_standard_library", functools.cache(quickstart._standard_library))
+        yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
