@@ -1,4 +1,4 @@
-"""One rank of test_sketch: synthetic (x, dy) streams through the sketch engine, against the dense sum of their products.
+"""One rank of test_sketch: synthetic (x, dy) streams through the sketch engine, against the dense sum of products.
 
 usage: sketch_worker.py RESULT_JSON
 """
