@@ -13,7 +13,8 @@ from torch import nn
 from loraga_dist.calibration import Microbatch, without_supervision
 from loraga_dist.config import GradientConfig
 from loraga_dist.distributed import World
-from loraga_dist.engines import ENGINES, GradientSVD
+from loraga_dist.engines import GradientEngine, GradientSVD, SketchEngine
+from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.losses import LossSum
 from loraga_dist.plan import Plan
@@ -29,6 +30,7 @@ class Calibration:
     owned: dict[str, GradientSVD] = field(default_factory=dict)
     mean_loss: float = 0.0
     num_supervised_tokens: int = 0
+    refine_passes: int = 0
     seconds_calibrate: float = 0.0
     seconds_factorize: float = 0.0
 
@@ -51,12 +53,11 @@ def calibrate(
     world = sharding.world
     found = Calibration()
     with phase("calibrate", len(plan.sweeps) * len(microbatches), "batch", shown=world.is_main) as progress:
-        for matrices in plan.sweeps:
-            started = time.monotonic()
-            engine = ENGINES[config.engine](matrices, device=world.device, oversampling=config.oversampling, seed=seed)
-            loss, num_tokens = sweep(
+
+        def one_pass(names: list[str], engine: GradientEngine) -> tuple[float, int]:
+            return sweep(
                 model,
-                [matrix.name for matrix in matrices],
+                names,
                 microbatches,
                 engine,
                 sharding=sharding,
@@ -64,14 +65,37 @@ def calibrate(
                 checkpointing=config.checkpointing,
                 progress=progress,
             )
+
+        for matrices in plan.sweeps:
+            started = time.monotonic()
+            group = EngineGroup.of(matrices, device=world.device, seed=seed)
+            loss, num_tokens = one_pass([matrix.name for matrix in matrices], group)
             found.mean_loss, found.num_supervised_tokens = loss / num_tokens, num_tokens
+            found.refine_passes = _refine_passes(config, plan, num_tokens / len(microbatches))
+            for _ in range(found.refine_passes):
+                for engine in (engine for engine in group.engines if isinstance(engine, SketchEngine)):
+                    progress.extend(len(microbatches))
+                    engine.begin_refinement(world)
+                    one_pass(engine.names, engine)
             swept = time.monotonic()
-            for name, result in engine.factorize(world, num_tokens):
+            for name, result in group.factorize(world, num_tokens):
                 found.owned[name] = _on_host(result)
             _refuse_zero_gradients(found.owned, world)
             found.seconds_calibrate += swept - started
             found.seconds_factorize += time.monotonic() - swept
     return found
+
+
+def _refine_passes(config: GradientConfig, plan: Plan, tokens_per_microbatch: float) -> int:
+    """How often `sketch` sees the data again.
+
+    `auto`: once where a global microbatch has fewer supervised tokens than a sketch has columns. The gradients of such
+    microbatches share few directions, and bases from the ones seen so far miss too much of the next.
+    """
+    if config.refine_passes != "auto":
+        return config.refine_passes
+    widths = [matrix.width for matrices in plan.sweeps for matrix in matrices if matrix.engine == "sketch"]
+    return int(tokens_per_microbatch < max(widths, default=0))
 
 
 def in_step(microbatches: Sequence[Microbatch], world: World) -> list[Microbatch]:

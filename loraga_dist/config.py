@@ -95,13 +95,18 @@ class SchemeConfig(Section):
 class GradientConfig(Section):
     """How gradients are gathered."""
 
-    engine: Literal["exact"] = "exact"
+    engine: Literal["auto", "sketch", "exact"] = "auto"
+    """`sketch` needs one pass and a few percent of the gradient's size; `auto` takes it for every target that is large
+    enough to profit."""
     max_targets_in_flight: int | None = Field(default=None, ge=1)
     """Targets accumulated per sweep over the data: 1 is one parameter at a time, null as many as the budget holds."""
     state_budget_gib: float = Field(default=4.0, gt=0)
     """Memory per rank that gradient state may take; more targets than fit make more sweeps."""
-    oversampling: int = Field(default=32, ge=1)
-    """Extra columns of the randomized SVD beyond the 2r that are used."""
+    oversampling: int | None = Field(default=None, ge=1)
+    """Extra columns beyond the 2r that are used; null is the engine's own rule. What `sketch` gains accuracy from."""
+    refine_passes: int | Literal["auto"] = Field(default="auto")
+    """More passes of `sketch` over the same data: one makes it practically exact. `auto` takes one where a microbatch
+    of all ranks has fewer supervised tokens than the sketch has columns."""
     checkpointing: Checkpointing = "non_reentrant"
 
 

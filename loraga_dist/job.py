@@ -78,10 +78,11 @@ def prepare(config: InitConfig, world: World) -> Job:
         num_labels=getattr(base.config, "num_labels", None),
     )
     residual_files = plan_residual_files(base.index, config.output.residual_dtype)
+    plan = make_plan(selection.targets, config.gradient, scheme, world.size)
     return Job(
         destination=destination,
         base=base,
-        plan=make_plan(selection.targets, config.gradient, scheme, world.size),
+        plan=plan,
         targets=adapter_targets,
         saved_parameters={name: base.weight_keys(name) for name in selection.saved_parameters},
         residual_files=residual_files,
@@ -95,7 +96,7 @@ def prepare(config: InitConfig, world: World) -> Job:
         ),
         num_sequences=len(samples),
         data_fingerprint=fingerprint(samples),
-        output_bytes=_output_bytes(config, adapter_targets, residual_files),
+        output_bytes=_output_bytes(config, plan, residual_files),
     )
 
 
@@ -110,8 +111,9 @@ def _load_tokenizer(directory: Path, config: InitConfig) -> Any:
         ) from error
 
 
-def _output_bytes(config: InitConfig, targets: Sequence[Target], residual_files: Sequence[PlannedFile]) -> int:
-    adapters = 2 * sum(4 * target.r * (target.M + target.N) for target in targets)
-    factors = sum(4 * (2 * target.r + config.gradient.oversampling) * (target.M + target.N + 1) for target in targets)
+def _output_bytes(config: InitConfig, plan: Plan, residual_files: Sequence[PlannedFile]) -> int:
+    adapters = 2 * sum(4 * target.r * (target.M + target.N) for target in plan.targets)
+    matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
+    factors = sum(4 * matrix.width * (matrix.M + matrix.N + 1) for matrix in matrices)
     residual = sum(file.num_bytes for file in residual_files) if config.output.residual_base == "full" else 0
     return adapters + factors + residual

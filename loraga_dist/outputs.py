@@ -120,7 +120,8 @@ def make_report(
             "numerical_rank": found.numerical_rank,
             "captured_energy": found.captured_energy,
             "split_half_cosine": found.split_half_cosine,
-            "window_capture": None,
+            "window_capture": found.window_capture,
+            "engine": found.engine,
             "offset_ratio": found.offset_ratio,
             "owner_rank": found.owner_rank,
         }
@@ -136,6 +137,7 @@ def make_report(
             "versions": versions(),
             "world_size": world.size,
             "engine": config.gradient.engine,
+            "refine_passes": start.calibration.refine_passes,
             "num_sequences": job.num_sequences,
             "num_supervised_tokens": start.calibration.num_supervised_tokens,
             "mean_loss": start.calibration.mean_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 from loraga_dist.calibration import Microbatch
 from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.engines import GradientSVD
-from loraga_dist.engines.exact import seeded_generator
+from loraga_dist.engines.base import seeded_generator
 from loraga_dist.linalg import numerical_rank, truncated_svd
 from loraga_dist.plan import Plan
 from loraga_dist.schemes import SCHEMES, LoraFactors
@@ -34,6 +35,8 @@ class TargetReport:
     singular_values: list[float]
     captured_energy: float
     split_half_cosine: float | None
+    window_capture: float | None
+    engine: str
     numerical_rank: int
     offset_ratio: float
     """||s B0 A0||_F / ||W||_F."""
@@ -74,6 +77,7 @@ def place_factors(
     square_norms = sharding.square_norms([layer.get_base_layer().weight for layer in layers.values()]).tolist()
     reports = []
     owners = plan.owners
+    engines = {matrix.name: matrix.engine for matrices in plan.sweeps for matrix in matrices}
     with full_float32_matmul():
         for target, square_norm in zip(plan.targets, square_norms, strict=True):
             layer = layers[target.name]
@@ -87,14 +91,16 @@ def place_factors(
             if keep is not None:
                 keep(target, LoraFactors(A_RN=factors.A_RN.cpu(), B_MR=factors.B_MR.cpu()))
             num_triplets = SCHEMES[config.scheme].num_triplets(target.r)
-            captured, cosine, rank, *singular_values = numbers
+            captured, cosine, capture, rank, *singular_values = numbers
             reports.append(
                 TargetReport(
                     target=target,
                     owner_rank=owners[target.name],
                     singular_values=singular_values[:num_triplets],
                     captured_energy=captured,
-                    split_half_cosine=cosine if cosine == cosine else None,
+                    split_half_cosine=_known(cosine),
+                    window_capture=_known(capture),
+                    engine=engines[target.name],
                     numerical_rank=int(rank),
                     offset_ratio=target.scaling * _product_norm(factors) / max(square_norm**0.5, 1e-30),
                 )
@@ -119,7 +125,7 @@ def _share_factors(
     A_RN = torch.empty(target.r, target.N, device=device)
     B_MR = torch.empty(target.M, target.r, device=device)
     num_triplets = scheme.num_triplets(target.r)
-    numbers = torch.empty(3 + num_triplets, dtype=torch.float64, device=device)
+    numbers = torch.empty(4 + num_triplets, dtype=torch.float64, device=device)
     if world.rank == owner:
         assert result is not None, f"{target.name} was not factorized by its owner"
         factors = scheme.factors(
@@ -134,11 +140,11 @@ def _share_factors(
         )
         A_RN.copy_(factors.A_RN.to(dtype))
         B_MR.copy_(factors.B_MR.to(dtype))
-        cosine = float("nan") if result.split_half_cosine is None else result.split_half_cosine
+        known = [float("nan") if x is None else x for x in (result.split_half_cosine, result.window_capture)]
         rank = numerical_rank(result.svd.S_K, target.M, target.N)
         numbers.copy_(
             torch.tensor(
-                [result.captured_energy, cosine, rank, *result.svd.S_K[:num_triplets].tolist()], dtype=torch.float64
+                [result.captured_energy, *known, rank, *result.svd.S_K[:num_triplets].tolist()], dtype=torch.float64
             )
         )
     world.broadcast_(A_RN, owner)
@@ -158,6 +164,11 @@ def _weight_singular_values(
             return None
         generator = seeded_generator(config.seed, f"{target.name}/weight", W.device)
         return truncated_svd(W.float(), rank=target.r, oversampling=target.r, generator=generator).S_K.cpu()
+
+
+def _known(value: float) -> float | None:
+    """A number that travelled as NaN where there was none."""
+    return None if math.isnan(value) else value
 
 
 def _product_norm(factors: LoraFactors) -> float:

@@ -46,6 +46,12 @@ class Progress:
                 flush=True,
             )
 
+    def extend(self, steps: int) -> None:
+        """More steps than were announced."""
+        self._total += steps
+        if self._bar is not None:
+            self._bar.total = self._total
+
     @property
     def _word(self) -> str:
         return "B" if self._unit == "B" else f" {self._unit}"

@@ -55,6 +55,7 @@ def sweep(
                 _name_the_culprit(model, microbatch, loss.item(), monitor, world, sharding)
             total_loss += loss_value
             total_tokens += int(tokens)
+            engine.end_microbatch(world)
             progress.advance()
     with world.together():
         if missing := monitor.missing():

@@ -112,7 +112,7 @@ def config_tree(
     tree: dict[str, Any] = {
         "model": {"name_or_path": str(model)},
         "lora": {"r": r, "lora_alpha": 8, "task_type": TASKS[kind]},
-        "gradient": {"oversampling": 8},
+        "gradient": {"engine": "exact", "oversampling": 8},
         "calibration": {"data_files": str(data), "max_length": 64, "per_device_batch_size": 2},
         "output": {"dir": str(out)},
     }

@@ -17,6 +17,9 @@ SCHEMA_VERSION = 1
 LOW_SPLIT_HALF_COSINE = 0.5
 """Below it two halves of the data disagree on the gradient more than they agree."""
 
+LOW_WINDOW_CAPTURE = 0.7
+"""Below it a window of the data held much energy outside the sketch's bases."""
+
 _PACKAGES = ("loraga_dist", "torch", "transformers", "peft", "deepspeed", "safetensors")
 
 
@@ -48,6 +51,16 @@ def find_warnings(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_some(noisy)}: two halves of the data disagree on "
             "the gradient; raise calibration.max_samples"
+        )
+    drifted = [
+        name
+        for name, target in targets.items()
+        if target["window_capture"] is not None and target["window_capture"] < LOW_WINDOW_CAPTURE
+    ]
+    if drifted:
+        lines.append(
+            f"window_capture below {LOW_WINDOW_CAPTURE} in {_some(drifted)}: the gradient changed while the data went "
+            "by; set gradient.refine_passes 1"
         )
     deficient = [name for name, target in targets.items() if target["numerical_rank"] < len(target["singular_values"])]
     if deficient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,8 +20,12 @@ class Matrix:
     M: int
     N: int
     num_triplets: int
+    width: int
+    """K: columns of the factorization, `num_triplets` and more."""
     owner: int
     """The rank that factorizes it."""
+    engine: str
+    """A key of ENGINES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,9 @@ class GradientSVD:
     """Share of ||G||_F^2 in the wanted triplets."""
     split_half_cosine: float | None
     """cos(G_even, G_odd) over halves of the data, from a Gaussian sketch; None with a single half."""
+    window_capture: float | None = None
+    """Smallest share of a window's energy that its sketch held, relative to the best window before; None without
+    windows. A drop says that the data changed on the way."""
 
 
 class Collectives(Protocol):
@@ -42,6 +50,23 @@ class Collectives(Protocol):
 
     def reduce_(self, tensor: torch.Tensor, owner: int) -> None: ...
 
+    def broadcast_(self, tensor: torch.Tensor, owner: int) -> torch.Tensor: ...
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+
+ERROR_COLUMNS = 16
+"""Width of the Gaussian error sketches; the energy they estimate is within about 0.02 of the truth."""
+
+
+def split_half_cosine(E_2MS: torch.Tensor, halves_seen: int) -> float | None:
+    """Cosine between the mean gradients of even and odd microbatches, from their error sketches."""
+    if halves_seen < 2:
+        return None
+    even, odd = E_2MS.double()
+    norms = (even.norm() * odd.norm()).item()
+    return (even * odd).sum().item() / norms if norms else 0.0
+
 
 class GradientEngine(Protocol):
     """Accumulates (x, dy) of one group of matrices over one sweep of the data, then factorizes what it owns."""
@@ -50,6 +75,16 @@ class GradientEngine(Protocol):
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None: ...
 
+    def end_microbatch(self, world: Collectives) -> None:
+        """After every backward, on all ranks."""
+        ...
+
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         """Reduce every matrix to its owner; yield the owned ones. The state is gone afterwards."""
         ...
+
+
+def seeded_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """A generator that depends on the seed and the target's name alone, not on rank or order."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))

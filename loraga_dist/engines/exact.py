@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from loraga_dist.engines.base import Collectives, GradientSVD, Matrix
+from loraga_dist.engines.base import (
+    ERROR_COLUMNS,
+    Collectives,
+    GradientSVD,
+    Matrix,
+    seeded_generator,
+    split_half_cosine,
+)
 from loraga_dist.linalg import truncated_svd
 
-ERROR_COLUMNS = 10
-"""Width of the Gaussian sketch behind the split-half cosine; 10 columns put it within 0.02 of the truth."""
+OVERSAMPLING = 32
+"""Columns of the randomized SVD beyond the wanted ones, unless the user says otherwise."""
 
 
-def state_bytes(M: int, N: int) -> int:
+def state_bytes(M: int, N: int, width: int) -> int:
     """Float32 bytes one matrix takes on every rank during its sweep."""
     return 4 * (M * N + 2 * M * ERROR_COLUMNS + N * ERROR_COLUMNS)
+
+
+def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
+    """K, at most min(M, N)."""
+    return min(num_triplets + (OVERSAMPLING if oversampling is None else oversampling), M, N)
 
 
 class ExactEngine:
     """Accumulates G_MN = sum over tokens of dy x^T in float32; see `GradientEngine`."""
 
-    def __init__(self, matrices: Sequence[Matrix], *, device: torch.device, oversampling: int, seed: int) -> None:
+    def __init__(self, matrices: Sequence[Matrix], *, device: torch.device, seed: int) -> None:
         self._matrices = {matrix.name: matrix for matrix in matrices}
-        self._oversampling = oversampling
         self._seed = seed
         self._device = device
         self._half = 0
@@ -47,6 +57,9 @@ class ExactEngine:
         self._G[name].addmm_(dy.t(), x)
         self._E[name][self._half].addmm_(dy.t(), x @ self._Phi[name])
 
+    def end_microbatch(self, world: Collectives) -> None:
+        return None
+
     def mean_gradients(self, world: Collectives, num_tokens: int) -> Iterator[tuple[Matrix, torch.Tensor]]:
         """Reduce every gradient to its owner, then hand over the owned ones, G_MN in float32, one by one."""
         owned = []
@@ -65,27 +78,15 @@ class ExactEngine:
             svd = truncated_svd(
                 G_MN,
                 rank=matrix.num_triplets,
-                oversampling=self._oversampling,
+                oversampling=matrix.width - matrix.num_triplets,
                 generator=seeded_generator(self._seed, matrix.name, self._device),
             )
             captured = _ratio(
                 svd.S_K[: matrix.num_triplets].double().square().sum().item(),
                 torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item(),
             )
-            cosine = self._split_half_cosine(self._E.pop(matrix.name))
+            cosine = split_half_cosine(self._E.pop(matrix.name), len(self._halves_seen))
             yield matrix.name, GradientSVD(svd=svd, captured_energy=captured, split_half_cosine=cosine)
-
-    def _split_half_cosine(self, E_2MS: torch.Tensor) -> float | None:
-        if len(self._halves_seen) < 2:
-            return None
-        even, odd = E_2MS.double()
-        return _ratio((even * odd).sum().item(), (even.norm() * odd.norm()).item())
-
-
-def seeded_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """A generator that depends on the seed and the target's name alone, not on rank or order."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -66,7 +66,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     calibration = batches(1, 4, world)
     if mode == "loraga":
-        start = loraga_dist.initialize(model, calibration, {"lora": LORA, "gradient": {"oversampling": 8}})
+        start = loraga_dist.initialize(
+            model, calibration, {"lora": LORA, "gradient": {"engine": "exact", "oversampling": 8}}
+        )
         peft_model = start.model
         print("identity", start.identity_check, flush=True)
         assert start.identity_check.max_abs_logit_diff < 1e-5 * start.identity_check.max_abs_logit

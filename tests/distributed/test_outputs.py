@@ -50,6 +50,8 @@ CASES = {
     "llama-2": Case(world_size=2),
     "llama-2-one-at-a-time": Case(world_size=2, overrides=("--gradient.max_targets_in_flight", "1")),
     "llama-4": Case(world_size=4),
+    "llama-1-sketch": Case(overrides=("--gradient.engine", "sketch")),
+    "llama-2-sketch": Case(world_size=2, overrides=("--gradient.engine", "sketch")),
     "llama-1-bf16": Case(dtype=torch.bfloat16),
     "llama-2-bf16": Case(world_size=2, dtype=torch.bfloat16),
     "llama-2-fp16": Case(world_size=2, dtype=torch.float16),

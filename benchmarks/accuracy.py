@@ -1,0 +1,258 @@
+"""How close one pass of the sketch engine comes to the exact gradient's optimum.
+
+    make quickstart                                   # pretrains the model this measures on
+    python benchmarks/accuracy.py --json accuracy.json
+    torchrun --standalone --nproc_per_node 2 benchmarks/accuracy.py --only real
+
+Efficiency: the share of the best possible first LoRA step that the found directions take (`linalg.efficiency`). Mean
+and worst over the targets of the quickstart model, default settings, and over seeds for the synthetic gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from loraga_dist.artifacts.report import versions
+from loraga_dist.calibration import (
+    Microbatch,
+    assign_microbatches,
+    count_supervised_tokens,
+    load_samples,
+)
+from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
+from loraga_dist.distributed import World
+from loraga_dist.engines import ExactEngine, Matrix, SketchEngine
+from loraga_dist.engines.sketch import width
+from loraga_dist.linalg import efficiency
+from loraga_dist.losses import causal_lm
+from loraga_dist.models import find_base_model
+from loraga_dist.progress import Progress
+from loraga_dist.sharding import SingleProcess, Zero3
+from loraga_dist.sweep import sweep
+from loraga_dist.targets import meta_copy, select_targets
+
+RANKS = (4, 8, 16, 32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", default="build/quickstart", help="made by launch/quickstart.py")
+    parser.add_argument("--only", choices=("real", "synthetic"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    world = World.start()
+    rows: list[dict[str, Any]] = []
+    if options.only != "synthetic":
+        rows += real(Path(options.directory), world)
+    if options.only != "real" and world.size == 1:
+        rows += synthetic()
+    if world.is_main and options.json:
+        hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "ranks": world.size}
+        options.json.write_text(json.dumps({"rows": rows, "hardware": hardware, "versions": versions()}, indent=2))
+    world.barrier()
+    world.stop()
+
+
+def real(directory: Path, world: World) -> list[dict[str, Any]]:
+    base = find_base_model(ModelConfig(name_or_path=str(directory / "model")), "CAUSAL_LM", world.device)
+    samples = load_samples(
+        CalibrationConfig(data_files=str(directory / "calibration.jsonl"), max_length=256, max_samples=128),
+        AutoTokenizer.from_pretrained(base.directory),
+        task_type="CAUSAL_LM",
+        max_positions=base.max_positions,
+    )
+    everything = assign_microbatches(
+        samples, rank=world.rank, world_size=world.size, per_device_batch_size=4 // world.size or 1, pad_token_id=0
+    )
+    sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
+    model = sharding.load(base.directory, base.model_class, base.config, base.dtype, base.index)
+    targets = select_targets(meta_copy(base.model_class, base.config), LoraSection(), lambda r: 2 * r).targets
+    module = sharding.attach(model)
+
+    def observe(engine: Any, microbatches: list[Microbatch]) -> int:
+        return sweep(
+            module,
+            [target.name for target in targets],
+            microbatches,
+            engine,
+            sharding=sharding,
+            loss_sum=causal_lm,
+            checkpointing="none",
+            progress=Progress("", 1, "", shown=False),
+        )[1]
+
+    def matrices(r: int) -> list[Matrix]:
+        return [
+            Matrix(
+                name=target.name,
+                M=target.M,
+                N=target.N,
+                num_triplets=2 * r,
+                width=width(2 * r, target.M, target.N, None),
+                owner=index % world.size,
+                engine="sketch",
+            )
+            for index, target in enumerate(targets)
+        ]
+
+    rows = []
+    data = {
+        "all tokens": everything,
+        "1 token a sequence": [_keep(microbatch, 1) for microbatch in everything],
+    }
+    for name, microbatches in data.items():
+        exact = ExactEngine(matrices(1), device=world.device, seed=0)
+        num_tokens = observe(exact, microbatches)
+        gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(world, num_tokens)}
+        few = num_tokens / len(microbatches) < width(8, 256, 256, None)
+        for r in RANKS:
+            for refine_passes in (0, 1):
+                engine = SketchEngine(matrices(r), device=world.device, seed=0)
+                observe(engine, microbatches)
+                for _ in range(refine_passes):
+                    engine.begin_refinement(world)
+                    observe(engine, microbatches)
+                found = dict(engine.factorize(world, num_tokens))
+                scores, misses = [], []
+                for target, result in found.items():
+                    G_MN = gradients[target]
+                    scores.append(efficiency(G_MN, result.svd.U_MK[:, r : 2 * r], result.svd.Vh_KN[:r].T))
+                    energy = torch.linalg.svdvals(G_MN.double()).square()
+                    misses.append(abs(result.captured_energy - (energy[: 2 * r].sum() / energy.sum()).item()))
+                rows.append(
+                    {
+                        "gradients": f"quickstart model, {name}",
+                        "r": r,
+                        "K": max(result.svd.width for result in found.values()),
+                        "refine_passes": refine_passes,
+                        "default": refine_passes == int(few),
+                        **_gathered(world, scores, misses),
+                    }
+                )
+                _show(rows[-1], world)
+    sharding.detach()
+    return rows
+
+
+def _keep(microbatch: Microbatch, tokens: int) -> Microbatch:
+    """The same sequences with `tokens` supervised positions each, as completions of that length would have."""
+    labels = torch.full_like(microbatch.inputs["labels"], -100)
+    labels[:, 100 : 100 + tokens] = microbatch.inputs["labels"][:, 100 : 100 + tokens]
+    return replace(
+        microbatch,
+        inputs=microbatch.inputs | {"labels": labels},
+        num_supervised_tokens=count_supervised_tokens(labels, "CAUSAL_LM"),
+    )
+
+
+def synthetic(n: int = 1024, r: int = 8, microbatches: int = 32, tokens: int = 256) -> list[dict[str, Any]]:
+    """Gradients of slow decay sigma_i = i^-a with three times their energy of noise in every microbatch."""
+    rows = []
+    cases = {f"i^-{a}": ([a], "shuffled") for a in (1.0, 0.75, 0.5)}
+    cases |= {f"two tasks, {order}": ([0.75, 0.75], order) for order in ("shuffled", "sorted")}
+    for name, (decays, order) in cases.items():
+        # 3R columns as in the literature's comparisons, and the default rule
+        for columns in (2 * r * 2, None):
+            for refine_passes in (0, 1):
+                scores, misses = [], []
+                for seed in (0, 1):
+                    score, miss = _synthetic_run(
+                        n, r, microbatches, tokens, decays, order, columns, refine_passes, seed
+                    )
+                    scores.append(score)
+                    misses.append(miss)
+                rows.append(
+                    {
+                        "gradients": f"synthetic {name}",
+                        "r": r,
+                        "K": width(2 * r, n, n, columns),
+                        "refine_passes": refine_passes,
+                        "default": columns is None and refine_passes == 0,
+                        "mean": sum(scores) / len(scores),
+                        "worst": min(scores),
+                        "captured_energy_error": sum(misses) / len(misses),
+                    }
+                )
+                _show(rows[-1], World.current())
+    return rows
+
+
+def _synthetic_run(
+    n: int, r: int, microbatches: int, tokens: int, decays: list[float], order: str, columns: int | None,
+    refine_passes: int, seed: int,
+) -> tuple[float, float]:  # fmt: skip
+    draw = torch.Generator().manual_seed(seed)
+    signals = []
+    for decay in decays:
+        U, V = (torch.linalg.qr(torch.randn(n, n, generator=draw)).Q for _ in range(2))
+        signals.append(U * torch.arange(1, n + 1) ** -decay @ V.T)
+    tasks = [index * len(decays) // microbatches for index in range(microbatches)]
+    if order == "shuffled":
+        tasks = [tasks[index] for index in torch.randperm(microbatches, generator=draw).tolist()]
+
+    def stream(index: int) -> tuple[Tensor, Tensor]:
+        # x = dy-independent noise plus dy^T-aligned signal: mean of dy x^T is the signal, the rest is sampling noise
+        inner = torch.Generator().manual_seed(seed * 1000 + index)
+        signal = signals[tasks[index]]
+        dy_TM = torch.randn(tokens, n, generator=inner)
+        noise_TN = torch.randn(tokens, n, generator=inner) * (3 * signal.square().sum() / n**2 * tokens / n).sqrt()
+        return dy_TM @ signal / tokens + noise_TN / tokens, dy_TM
+
+    G_MN = torch.zeros(n, n)
+    for index in range(microbatches):
+        x_TN, dy_TM = stream(index)
+        G_MN += dy_TM.T @ x_TN
+    world = World.current()
+    matrix = Matrix(name="G", M=n, N=n, num_triplets=2 * r, width=width(2 * r, n, n, columns), owner=0, engine="sketch")
+    engine = SketchEngine([matrix], device=torch.device("cpu"), seed=seed)
+    for refinement in range(refine_passes + 1):
+        if refinement:
+            engine.begin_refinement(world)
+        for index in range(microbatches):
+            engine.begin_microbatch(index)
+            engine.observe("G", *stream(index))
+            engine.end_microbatch(world)
+    ((_, result),) = engine.factorize(world, 1)
+    energy = torch.linalg.svdvals(G_MN.double()).square()
+    truth = (energy[: 2 * r].sum() / energy.sum()).item()
+    score = efficiency(G_MN, result.svd.U_MK[:, r : 2 * r], result.svd.Vh_KN[:r].T)
+    return score, abs(result.captured_energy - truth)
+
+
+def _gathered(world: World, scores: list[float], misses: list[float]) -> dict[str, float]:
+    shares = [json.loads(text) for text in world.all_texts(json.dumps([scores, misses]))]
+    scores = [score for share, _ in shares for score in share]
+    misses = [miss for _, share in shares for miss in share]
+    return {
+        "mean": sum(scores) / len(scores),
+        "worst": min(scores),
+        "captured_energy_error": sum(misses) / len(misses),
+    }
+
+
+def _show(row: dict[str, Any], world: World) -> None:
+    if world.is_main:
+        print(
+            f"{row['gradients']:<40} r {row['r']:>2}  K {row['K']:>3}  refine {row['refine_passes']}  "
+            f"mean {row['mean']:.5f}  worst {row['worst']:.5f}  "
+            f"captured energy off by {row['captured_energy_error']:.4f}{'  (default)' if row['default'] else ''}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

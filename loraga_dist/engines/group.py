@@ -1,0 +1,44 @@
+"""The engines of one sweep as one: every matrix goes to its own kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loraga_dist.engines import ENGINES
+from loraga_dist.engines.base import Collectives, GradientEngine, GradientSVD, Matrix
+
+
+@dataclass(frozen=True)
+class EngineGroup:
+    """A `GradientEngine` made of others, by the name of the matrix."""
+
+    engines: list[GradientEngine]
+    engine_of: dict[str, GradientEngine]
+
+    @classmethod
+    def of(cls, matrices: Sequence[Matrix], *, device: torch.device, seed: int) -> EngineGroup:
+        engines: list[GradientEngine] = []
+        engine_of: dict[str, GradientEngine] = {}
+        for kind in dict.fromkeys(matrix.engine for matrix in matrices):
+            members = [matrix for matrix in matrices if matrix.engine == kind]
+            engines.append(ENGINES[kind].engine(members, device=device, seed=seed))
+            engine_of |= {matrix.name: engines[-1] for matrix in members}
+        return cls(engines, engine_of)
+
+    def begin_microbatch(self, index: int) -> None:
+        for engine in self.engines:
+            engine.begin_microbatch(index)
+
+    def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
+        self.engine_of[name].observe(name, x_TN, dy_TM)
+
+    def end_microbatch(self, world: Collectives) -> None:
+        for engine in self.engines:
+            engine.end_microbatch(world)
+
+    def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
+        for engine in self.engines:
+            yield from engine.factorize(world, num_tokens)

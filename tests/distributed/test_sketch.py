@@ -1,0 +1,42 @@
+"""The sketch engine against dense sums, on streams that are hard for it, and on 1, 2 and 4 ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import run_ranks, succeed
+
+WORKER = str(Path(__file__).with_name("sketch_worker.py"))
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    path = tmp_path_factory.mktemp("sketch") / "result.json"
+    succeed(run_ranks([WORKER, str(path)], request.param))
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("stream", "one_pass", "refined"),
+    [
+        ("plain", 0.9995, 0.9999),
+        ("bfloat16", 0.9995, 0.9999),
+        ("few tokens", 0.99, 0.9999),
+        ("late", 0.9995, 0.9999),
+        ("one microbatch", 0.999, 0.9999),
+        ("fewer tokens than triplets", 0.9999, 0.9999),
+    ],
+)
+def test_efficiency(results: dict, stream: str, one_pass: float, refined: float) -> None:
+    assert results[f"{stream}, 0 refinements"]["efficiency"] >= one_pass
+    assert results[f"{stream}, 1 refinements"]["efficiency"] >= refined
+
+
+def test_what_it_says_of_itself_is_true(results: dict) -> None:
+    for name, result in results.items():
+        assert result["orthonormality"] < 1e-4, name
+        assert result["captured"] == pytest.approx(result["captured_truth"], abs=0.15), name
+        for found, truth in zip(result["singular_values"], result["singular_values_truth"], strict=True):
+            assert found == pytest.approx(truth, rel=0.1, abs=1e-3 * result["singular_values_truth"][0]), name
