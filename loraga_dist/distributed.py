@@ -5,6 +5,7 @@ The launcher's environment (torchrun, deepspeed) names the rank; without one the
 
 from __future__ import annotations
 
+import importlib
 import os
 import traceback
 from collections.abc import Iterator
@@ -52,6 +53,9 @@ class World:
             _share_cores()
             if device.type == "cuda":
                 torch.cuda.set_device(device)
+            # its functions take the group that exists at its import as default arguments, and so keep gloo's threads
+            # alive past `stop`: a rank then aborts at exit now and then
+            importlib.import_module("torch.distributed.nn.functional")
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 rank=rank,

@@ -16,6 +16,7 @@ from loraga_dist.artifacts.residual import PlannedFile, plan_residual_files, req
 from loraga_dist.artifacts.staging import check_destination
 from loraga_dist.calibration import (
     Microbatch,
+    Sample,
     assign_microbatches,
     fingerprint,
     load_samples,
@@ -62,8 +63,14 @@ def prepare(config: InitConfig, world: World) -> Job:
     read_deepspeed_config(config.deepspeed)
     destination = check_destination(config.output)
     base = find_base_model(config.model, config.lora.task_type, world.device)
+    if base.directory.resolve().is_relative_to(destination):
+        raise UserError("output.dir", config.output.dir, "holds the base model; write another directory")
     scheme = SCHEMES[config.init.scheme]
-    selection = select_targets(meta_copy(base.model_class, base.config), config.lora, scheme.num_triplets)
+    try:
+        meta_model = meta_copy(base.model_class, base.config)
+    except (ValueError, ImportError) as error:
+        raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
+    selection = select_targets(meta_model, config.lora, scheme.num_triplets)
     adapter_targets = [
         AdapterTarget(**dataclasses.asdict(target), weight_key=base.weight_keys(target.parameter_name))
         for target in selection.targets
@@ -77,6 +84,7 @@ def prepare(config: InitConfig, world: World) -> Job:
         max_positions=base.max_positions,
         num_labels=getattr(base.config, "num_labels", None),
     )
+    _check_token_ids(config, base, samples)
     residual_files = plan_residual_files(base.index, config.output.residual_dtype)
     plan = make_plan(selection.targets, config.gradient, scheme, world.size)
     return Job(
@@ -92,12 +100,51 @@ def prepare(config: InitConfig, world: World) -> Job:
             rank=world.rank,
             world_size=world.size,
             per_device_batch_size=config.calibration.per_device_batch_size,
-            pad_token_id=padding_token_id(tokenizer),
+            pad_token_id=_padding(config, base, tokenizer),
         ),
         num_sequences=len(samples),
         data_fingerprint=fingerprint(samples),
         output_bytes=_output_bytes(config, plan, residual_files),
     )
+
+
+def _padding(config: InitConfig, base: BaseModel, tokenizer: Any) -> int:
+    """The id to pad with. Classifiers on decoders find the last token by the model's own padding id."""
+    if config.lora.task_type != "SEQ_CLS":
+        return padding_token_id(tokenizer)
+    own = getattr(base.config, "pad_token_id", None)
+    if own is None and config.calibration.per_device_batch_size > 1:
+        raise UserError(
+            "calibration.per_device_batch_size",
+            config.calibration.per_device_batch_size,
+            "the model's config has no pad_token_id, which a classifier needs for batches; write 1, or set it there",
+        )
+    return padding_token_id(tokenizer) if own is None else own
+
+
+def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Sample]) -> None:
+    rows = getattr(base.config.get_text_config(), "vocab_size", None)
+    largest = max(max(sample.inputs["input_ids"]) for sample in samples)
+    if isinstance(rows, int) and largest >= rows:
+        raise UserError(
+            "model.name_or_path",
+            config.model.name_or_path,
+            f"its tokenizer makes token {largest}, the model has {rows} embeddings; write one whose tokenizer fits",
+        )
+
+
+def agree_on_inputs(job: Job, config: InitConfig, world: World) -> None:
+    """Raise UserError on all ranks unless they all read the same data; a collective."""
+    fingerprints = world.all_texts(job.data_fingerprint)
+    others = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
+    with world.together():
+        if others:
+            calibration = config.calibration
+            raise UserError(
+                "calibration.data_files",
+                calibration.data_files or calibration.dataset_name,
+                f"ranks {others} read other data than rank 0; write a path under which all nodes see the same files",
+            )
 
 
 def _load_tokenizer(directory: Path, config: InitConfig) -> Any:

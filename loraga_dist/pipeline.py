@@ -9,6 +9,7 @@ import importlib
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from loraga_dist.calibration import microbatches_from_batches
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
-from loraga_dist.job import prepare
+from loraga_dist.job import agree_on_inputs, prepare
 from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.outputs import finish_directory, make_report, write_weights
 from loraga_dist.plan import make_plan
@@ -44,6 +45,7 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
     with PeakMemory(world.device) as memory:
         with world.together():
             job = prepare(config, world)
+        agree_on_inputs(job, config, world)
         staged = StagedDirectory(job.destination, world)
         staged.create(job.output_bytes)
         try:
@@ -145,4 +147,4 @@ def _sharding_of(model: nn.Module, config: MethodConfig, world: World) -> Shardi
             type(model).__name__,
             f"is whole on each of {world.size} ranks; load it under ZeRO-3 (transformers' HfDeepSpeedConfig)",
         )
-    return SingleProcess(world)
+    return SingleProcess(replace(world, device=next(model.parameters()).device))

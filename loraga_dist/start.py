@@ -57,7 +57,7 @@ def start_in_place(
     keep: Callable[[Target, LoraFactors], None] | None = None,
 ) -> Start:
     """Calibrate on `model`, then turn it into its own LoRA-GA start. Every rank calls this; none holds the model."""
-    model.requires_grad_(False)
+    model.requires_grad_(False).eval()  # no dropout, also in the logits that are compared
     module = sharding.attach(model)
     try:
         calibration = calibrate(
@@ -87,6 +87,7 @@ def start_in_place(
         sharding.detach()
         for parameter in trainable:
             parameter.requires_grad_(True)
+    peft_model.train()
     return Start(
         model=peft_model,
         targets=targets,

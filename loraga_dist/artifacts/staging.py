@@ -14,7 +14,7 @@ from loraga_dist.errors import RunError, UserError
 
 def check_destination(config: OutputConfig) -> Path:
     """The directory to make; raises UserError when something is there that must not be replaced."""
-    destination = Path(config.dir).absolute()
+    destination = Path(config.dir).resolve()
     if destination.exists():
         if not config.overwrite:
             raise UserError("output.dir", config.dir, "exists; write another directory, or add --overwrite")
@@ -29,7 +29,9 @@ class StagedDirectory:
     def __init__(self, destination: Path, world: World) -> None:
         self.destination = destination
         self.path = destination.with_name(f".{destination.name}.partial")
+        self._old = destination.with_name(f".{destination.name}.replaced")
         self._world = world
+        self._committing = False
 
     def create(self, num_bytes: int) -> None:
         """Make it, empty, on rank 0; a collective. num_bytes: what will be written, checked against the free space."""
@@ -37,8 +39,11 @@ class StagedDirectory:
             if self._world.is_main:
                 try:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
-                    if self.path.exists():
-                        shutil.rmtree(self.path)  # left by a run that was killed
+                    if self._old.exists() and not self.destination.exists():
+                        self._old.rename(self.destination)  # a run was killed between its two renames
+                    for leftover in (self._old, self.path):
+                        if leftover.exists():
+                            shutil.rmtree(leftover)
                     self.path.mkdir()
                     free_bytes = shutil.disk_usage(self.path).free
                 except OSError as error:
@@ -65,22 +70,25 @@ class StagedDirectory:
 
     def commit(self) -> None:
         """Rename into place, on rank 0 when everything is written. An old directory goes after the new is there."""
-        old = self.destination.with_name(f".{self.destination.name}.replaced")
+        self._committing = True
         try:
-            if old.exists():
-                shutil.rmtree(old)
             if self.destination.exists():
-                self.destination.rename(old)
-            self.path.rename(self.destination)
+                self.destination.rename(self._old)
+            try:
+                self.path.rename(self.destination)
+            except BaseException:
+                if self._old.exists():
+                    self._old.rename(self.destination)
+                raise
             _sync_directory(self.destination.parent)
-            if old.exists():
-                shutil.rmtree(old)
         except OSError as error:
             raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove what was staged, after a failure."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove what was staged, after a failure; a finished output that could not be renamed stays."""
+        if not self._committing:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _sync_directory(path: Path) -> None:

@@ -225,9 +225,9 @@ def _load_adapter(directory: Path, report: _Report) -> tuple[AdapterFile, list[A
     if found != expected:
         key = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
         raise RunError(f"{key} has shape {found.get(key)} and should have {expected.get(key)}")
-    for key, slot in adapter.slots.items():
-        if slot.dtype != torch.float32:
-            raise RunError(f"{key} is stored as {dtype_name(slot.dtype)}, not F32")
+    for key in expected:  # copies for modules_to_save keep the base's dtype
+        if adapter.slots[key].dtype != torch.float32:
+            raise RunError(f"{key} is stored as {dtype_name(adapter.slots[key].dtype)}, not F32")
     return adapter, targets
 
 
@@ -257,9 +257,11 @@ def _check_finite(adapter: AdapterFile, targets: list[AdapterTarget]) -> list[st
 def _check_saved(adapter: AdapterFile, index: Mapping[str, TensorSlot], saved: Mapping[str, str]) -> list[str]:
     problems = []
     for name, weight_key in saved.items():
-        slot, base = adapter.slots[saved_key(name)], index[weight_key]
-        same = slot.shape == base.shape and _same_bytes(
-            read_range(slot, 0, slot.numel), read_range(base, 0, base.numel)
+        slot, base = adapter.slots[saved_key(name)], index.get(weight_key)
+        same = (
+            base is not None
+            and slot.shape == base.shape
+            and _same_bytes(read_range(slot, 0, slot.numel), read_range(base, 0, base.numel))
         )
         if not same:
             problems.append(f"{LORAGA_INIT}: {saved_key(name)} is not the base's {weight_key}")

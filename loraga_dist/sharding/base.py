@@ -13,9 +13,23 @@ from torch import nn
 from torch.nn import Parameter
 
 from loraga_dist.distributed import World
+from loraga_dist.errors import UserError
 from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
 from loraga_dist.targets import Target
+
+
+def pretrained(model_class: Any, model_dir: Path, config: Any, dtype: torch.dtype) -> nn.Module:
+    """`from_pretrained`, but a parameter the checkpoint lacks is an error instead of a random start."""
+    model, loading = model_class.from_pretrained(model_dir, config=config, dtype=dtype, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            "model.name_or_path",
+            str(model_dir),
+            f"the checkpoint lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}; "
+            "write one that holds the whole model",
+        )
+    return model
 
 
 class Sharding(ABC):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from loraga_dist.safetensors_files import TensorSlot
-from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.base import Sharding, pretrained
 
 
 class SingleProcess(Sharding):
@@ -26,7 +26,7 @@ class SingleProcess(Sharding):
         dtype: torch.dtype,
         index: dict[str, TensorSlot],
     ) -> nn.Module:
-        model = model_class.from_pretrained(model_dir, config=config, dtype=dtype)  # type: ignore[attr-defined]
+        model = pretrained(model_class, model_dir, config, dtype)
         return model.to(self.world.device).requires_grad_(False).eval()
 
     def attach(self, model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
 from loraga_dist.safetensors_files import TensorSlot, read_range
-from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.base import Sharding, pretrained
 from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.slices import flat_range
 from loraga_dist.targets import meta_copy
@@ -73,10 +73,12 @@ def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
             raise UserError("deepspeed", value, f"is not JSON: {error}") from error
     else:
         settings = dict(value or {})
+    if not isinstance(settings, dict):
+        raise UserError("deepspeed", value, "must hold DeepSpeed's settings as one JSON object")
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 3) != 3:
         raise UserError("deepspeed.zero_optimization.stage", zero, "must be 3: the model is sharded by ZeRO-3")
-    if zero.get("offload_param", {}).get("device") == "nvme":
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
         raise UserError(
             "deepspeed.zero_optimization.offload_param.device", "nvme", "is not supported; write cpu or none"
         )
@@ -92,14 +94,15 @@ def calibration_settings(user: dict[str, Any], dtype: torch.dtype) -> dict[str, 
 
     These flags, not `zero.Init`'s dtype argument, fix the dtype: DeepSpeed ignores that one where fp16 is unsupported.
     """
-    zero = {
+    # ours come last: persistent or prefetched parameters would stay gathered while their shards are edited
+    zero = {key: value for key, value in user.get("zero_optimization", {}).items() if value != "auto"}
+    zero |= {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
         "stage3_prefetch_bucket_size": 0,
         "stage3_max_live_parameters": 0,
         "stage3_max_reuse_distance": 0,
     }
-    zero |= {key: value for key, value in user.get("zero_optimization", {}).items() if value != "auto"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
@@ -173,7 +176,7 @@ class Zero3(Sharding):
         # from_pretrained partitions as long as this object lives
         switch = HfDeepSpeedConfig(calibration_settings(self._user_settings, dtype))
         try:
-            return model_class.from_pretrained(model_dir, config=config, dtype=dtype)  # type: ignore[attr-defined]
+            return pretrained(model_class, model_dir, config, dtype)
         finally:
             unset_hf_deepspeed_config()
             del switch

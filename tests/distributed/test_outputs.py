@@ -64,6 +64,7 @@ CASES = {
     "t5-2": Case("t5", 2),
     "bert-1": Case("bert"),
     "bert-2": Case("bert", 2),
+    "bert-1-bf16": Case("bert", dtype=torch.bfloat16),
 }
 
 

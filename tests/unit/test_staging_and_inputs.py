@@ -1,0 +1,84 @@
+"""Output directories survive failures at the worst moments, and checkpoints with holes are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from builders import config_tree, save_data, save_model
+from safetensors.torch import load_file, save_file
+
+from loraga_dist.artifacts.staging import StagedDirectory
+from loraga_dist.cli import init_main
+from loraga_dist.distributed import World
+from loraga_dist.errors import RunError
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> StagedDirectory:
+    staged = StagedDirectory(tmp_path / "out", World.current())
+    staged.create(0)
+    (staged.path / "file").write_text("new")
+    return staged
+
+
+def test_commit_replaces_and_leaves_nothing_beside(staged: StagedDirectory, tmp_path: Path) -> None:
+    staged.destination.mkdir()
+    (staged.destination / "file").write_text("old")
+    staged.commit()
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_rename_puts_the_old_directory_back(staged: StagedDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged.destination.mkdir()
+    (staged.destination / "file").write_text("old")
+    rename = Path.rename
+
+    def fails_for_the_new(path: Path, target: Path) -> Path:
+        if path == staged.path:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new)
+    with pytest.raises(RunError, match="cannot be put in place"):
+        staged.commit()
+    staged.discard()
+    assert (staged.destination / "file").read_text() == "old"
+    assert (staged.path / "file").read_text() == "new", "a finished output is not thrown away"
+
+
+def test_a_run_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
+    replaced = tmp_path / ".out.replaced"
+    replaced.mkdir()
+    (replaced / "file").write_text("old")
+    StagedDirectory(tmp_path / "out", World.current()).create(0)
+    assert (tmp_path / "out" / "file").read_text() == "old"
+
+
+def run(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], **sections: dict) -> tuple[int, str]:
+    data = save_data(tmp_path / "data.jsonl")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(config_tree(model, data, tmp_path / "out", **sections)))
+    code = init_main(["--config", str(config)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraga-dist: ")]
+    return code, "".join(lines)
+
+
+def test_a_checkpoint_with_a_hole_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", shards=False)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    code, said = run(tmp_path, model, capsys)
+    assert code == 2 and "lacks model.norm.weight" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_the_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "out" / "model")
+    (tmp_path / "out" / "loraga_report.json").write_text("{}")
+    code, said = run(tmp_path, model, capsys, output={"dir": str(tmp_path / "out"), "overwrite": True})
+    assert code == 2 and "holds the base model" in said
+    assert (model / "config.json").exists()
