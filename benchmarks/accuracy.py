@@ -160,12 +160,12 @@ def _keep(microbatch: Microbatch, tokens: int) -> Microbatch:
 
 
 def synthetic(n: int = 1024, r: int = 8, microbatches: int = 32, tokens: int = 256) -> list[dict[str, Any]]:
-    """Gradients of slow decay sigma_i = i^-a with three times their energy of noise in every microbatch."""
+    """Gradients of slow decay sigma_i = i^-a; sampling gives every microbatch n / tokens = 4 times their energy in noise."""
     rows = []
     cases = {f"i^-{a}": ([a], "shuffled") for a in (1.0, 0.75, 0.5)}
     cases |= {f"two tasks, {order}": ([0.75, 0.75], order) for order in ("shuffled", "sorted")}
     for name, (decays, order) in cases.items():
-        # 3R columns as in the literature's comparisons, and the default rule
+        # K = 3R, R = 2r, and the default rule
         for columns in (2 * r * 2, None):
             for refine_passes in (0, 1):
                 scores, misses = [], []
@@ -205,7 +205,7 @@ def _synthetic_run(
         tasks = [tasks[index] for index in torch.randperm(microbatches, generator=draw).tolist()]
 
     def stream(index: int) -> tuple[Tensor, Tensor]:
-        # x = dy-independent noise plus dy^T-aligned signal: mean of dy x^T is the signal, the rest is sampling noise
+        # the mean of dy x^T is the signal; dy^T dy differs from its mean by n / tokens times its energy
         inner = torch.Generator().manual_seed(seed * 1000 + index)
         signal = signals[tasks[index]]
         dy_TM = torch.randn(tokens, n, generator=inner)
