@@ -160,7 +160,7 @@ def _keep(microbatch: Microbatch, tokens: int) -> Microbatch:
 
 
 def synthetic(n: int = 1024, r: int = 8, microbatches: int = 32, tokens: int = 256) -> list[dict[str, Any]]:
-    """Gradients of slow decay sigma_i = i^-a; sampling gives microbatches n / tokens = 4 times their energy in noise."""
+    """Gradients of slow decay sigma_i = i^-a; a microbatch has n / tokens = 4 times their energy in noise."""
     rows = []
     cases = {f"i^-{a}": ([a], "shuffled") for a in (1.0, 0.75, 0.5)}
     cases |= {f"two tasks, {order}": ([0.75, 0.75], order) for order in ("shuffled", "sorted")}
