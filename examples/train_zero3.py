@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 import deepspeed
@@ -65,7 +67,9 @@ def main() -> None:
     if options.save:
         save_adapter(start.model, Path(options.save))
     del keep_alive
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # on CPUs gloo's threads can abort an orderly exit, after all work is done
 
 
 def read_batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:

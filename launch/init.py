@@ -1,8 +1,6 @@
 """Start `loraga-dist init` under a launcher: deepspeed, torchrun, or plain python."""
 
-import sys
-
-from loraga_dist.cli import init_main
+from loraga_dist.cli import init_main, leave_process
 
 if __name__ == "__main__":
-    sys.exit(init_main())
+    leave_process(init_main())

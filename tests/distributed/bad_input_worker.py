@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
-from loraga_dist.cli import init_main
+from loraga_dist.cli import init_main, leave_process
 
 
 @contextmanager
@@ -57,3 +57,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process(0)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraga_dist.calibration import assign_microbatches, load_samples
+from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, ModelConfig
 from loraga_dist.distributed import World
 from loraga_dist.engines import ExactEngine
@@ -66,7 +67,7 @@ def main() -> None:
         module = sharding.attach(model)
         worst, seen = 0.0, 0
         for matrices in plan.sweeps:
-            engine = ExactEngine(matrices, device=world.device, oversampling=8, seed=0)
+            engine = ExactEngine(matrices, device=world.device, seed=0)
             _, num_tokens = sweep(
                 module,
                 [matrix.name for matrix in matrices],
@@ -107,3 +108,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process(0)

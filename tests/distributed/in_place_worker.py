@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import loraga_dist
+from loraga_dist.cli import leave_process
 from loraga_dist.distributed import World
 
 GLOBAL_BATCH = 6
@@ -110,3 +111,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process(0)

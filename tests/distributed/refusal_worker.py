@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import loraga_dist
+from loraga_dist.cli import leave_process
 from loraga_dist.distributed import World
 
 
@@ -53,3 +54,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process(0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraga_dist.cli import leave_process
 from loraga_dist.distributed import World
 from loraga_dist.engines import Matrix, SketchEngine
 from loraga_dist.engines.sketch import width
@@ -112,3 +113,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process(0)
