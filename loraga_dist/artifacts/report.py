@@ -42,22 +42,12 @@ def find_warnings(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"offset_ratio above 1 (s*B0*A0 outweighs W) in {_some(large)}: use a smaller lora.lora_alpha or a larger "
             "init.stable_gamma, or output.residual_dtype float32"
         )
-    noisy = [
-        name
-        for name, target in targets.items()
-        if target["split_half_cosine"] is not None and target["split_half_cosine"] < LOW_SPLIT_HALF_COSINE
-    ]
-    if noisy:
+    if noisy := _below(targets, "split_half_cosine", LOW_SPLIT_HALF_COSINE):
         lines.append(
             f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_some(noisy)}: two halves of the data disagree on "
             "the gradient; raise calibration.max_samples"
         )
-    drifted = [
-        name
-        for name, target in targets.items()
-        if target["window_capture"] is not None and target["window_capture"] < LOW_WINDOW_CAPTURE
-    ]
-    if drifted:
+    if drifted := _below(targets, "window_capture", LOW_WINDOW_CAPTURE):
         lines.append(
             f"window_capture below {LOW_WINDOW_CAPTURE} in {_some(drifted)}: the gradient changed while the data went "
             "by; set gradient.refine_passes 1"
@@ -207,6 +197,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
+
+
+def _below(targets: Mapping[str, Mapping[str, Any]], field: str, bound: float) -> list[str]:
+    """Names of the targets whose value is known and below the bound."""
+    return [name for name, target in targets.items() if target[field] is not None and target[field] < bound]
 
 
 def _some(names: Sequence[str]) -> str:
