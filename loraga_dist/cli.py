@@ -61,12 +61,15 @@ def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     except LoragaError as error:
         return _report_failure(error)
     try:
+        from loraga_dist.artifacts.report import versions
         from loraga_dist.config import load_config
         from loraga_dist.pipeline import run
 
         with world.together():
             extra = ["--output.overwrite", "true"] if options.overwrite else []
             config = load_config(options.config, [*overrides, *extra])
+        world.require_same(versions(), "install the same on every node")
+        world.require_same(config.model_dump(mode="json"), "start all ranks with the same file and options")
         report, verified = run(config, world)
         if world.is_main:
             from loraga_dist.artifacts.report import print_summary

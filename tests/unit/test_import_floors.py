@@ -16,6 +16,8 @@ PACKAGE = ROOT / "loraga_dist"
 # A module or sub-package imports only from floors below its own.
 FLOORS = [
     {"errors", "linalg", "losses", "memory", "progress"},
+    {"launcher"},
+    {"rendezvous"},
     {"config", "distributed", "safetensors_files", "schemes", "engines"},
     {"targets", "calibration", "taps", "models"},
     {"sharding", "plan", "artifacts"},
@@ -31,8 +33,22 @@ MAY_IMPORT = {
     "schemes": {"linalg", "errors"},
     "engines": {"linalg"},
 }
-HEAVY = ("trl", "datasets", "deepspeed", "matplotlib")
-CORE = ["config", "schemes", "engines", "calibration", "models", "plan", "sharding", "sweep", "job", "pipeline", "cli"]
+HEAVY = ("trl", "datasets", "deepspeed", "matplotlib", "mpi4py")
+CORE = [
+    "launcher",
+    "distributed",
+    "config",
+    "schemes",
+    "engines",
+    "calibration",
+    "models",
+    "plan",
+    "sharding",
+    "sweep",
+    "job",
+    "pipeline",
+    "cli",
+]
 
 
 def _imports(path: Path) -> Iterator[str]:
