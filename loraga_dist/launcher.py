@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from loraga_dist.errors import UserError
@@ -211,11 +212,12 @@ def expand_nodelist(text: str) -> list[str]:
         return [host for pattern in _split_outside_brackets(text) for host in _expand_pattern(pattern)]
     except ValueError:
         command = ["scontrol", "show", "hostnames", text]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError("SLURM_JOB_NODELIST", text, "is not a list of nodes; set MASTER_ADDR to the first") from error
-    return done.stdout.split()
+    hosts: list[str] = []
+    with suppress(OSError, subprocess.SubprocessError):
+        hosts = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    if not hosts:
+        raise UserError("SLURM_JOB_NODELIST", text, "is no list of nodes; set MASTER_ADDR to the first node")
+    return hosts
 
 
 def _split_outside_brackets(text: str) -> list[str]:

@@ -35,6 +35,14 @@ def run(command: Sequence[str], *, timeout_seconds: float = 120, env: Mapping[st
     return _collect([_start(command, env or {})], timeout_seconds)[0]
 
 
+def run_together(
+    commands: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]], *, timeout_seconds: float = 120
+) -> list[Finished]:
+    """Run several commands at once, each with its own variables; results in their order."""
+    processes = [_start(command, env) for command, env in zip(commands, envs, strict=True)]
+    return _collect(processes, timeout_seconds)
+
+
 def run_ranks(
     arguments: Sequence[str], world_size: int, *, timeout_seconds: float = 120, env: Mapping[str, str] | None = None
 ) -> list[Finished]:

@@ -111,7 +111,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
-{nodes}PartitionName=tests Nodes={",".join(NODES)} Default=YES MaxTime=10 State=UP
+{nodes}PartitionName=tests Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=UP
 """
     )
     return conf
