@@ -33,6 +33,7 @@ from loraga_dist.artifacts.names import (
     RESOLVED_CONFIG,
 )
 from loraga_dist.artifacts.parallel import over_cores
+from loraga_dist.artifacts.report import SCHEMA_VERSION
 from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
@@ -56,8 +57,6 @@ from loraga_dist.safetensors_files import (
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-SCHEMA_VERSION = 1
 
 _MAX_ORTHONORMALITY_ERROR = 1e-4
 _EXPONENT_BITS = 0x7FF << 52
@@ -107,7 +106,7 @@ class _ReportTarget(BaseModel):
 class _Report(BaseModel):
     """The fields of the report that can be held against the files."""
 
-    schema_version: Literal[1]
+    schema_version: int
     config: _ReportConfig
     base_fingerprint: str
     residual_fingerprint: str | None
@@ -173,7 +172,7 @@ def _collected(problems: list[str], subject: str) -> Iterator[None]:
 
 def _read_report(directory: Path) -> _Report:
     try:
-        return _Report.model_validate_json((directory / REPORT).read_bytes())
+        report = _Report.model_validate_json((directory / REPORT).read_bytes())
     except OSError as error:
         raise RunError(
             f"{REPORT}: cannot be read ({error.strerror}); is this the directory of a finished run?"
@@ -182,6 +181,9 @@ def _read_report(directory: Path) -> _Report:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise RunError(f"{REPORT}: {where}: {first['msg']}") from error
+    if report.schema_version != SCHEMA_VERSION:
+        raise RunError(f"{REPORT}: schema_version is {report.schema_version}, this version reads {SCHEMA_VERSION}")
+    return report
 
 
 def _missing_files(directory: Path, report: _Report) -> list[str]:

@@ -17,7 +17,8 @@ PACKAGE = ROOT / "loraga_dist"
 FLOORS = [
     {"errors", "linalg", "losses", "memory", "progress"},
     {"config", "distributed", "safetensors_files", "schemes", "engines"},
-    {"targets", "calibration", "taps", "models"},
+    {"targets", "formats", "taps", "models"},
+    {"calibration"},
     {"sharding", "plan", "artifacts"},
     {"sweep"},
     {"calibrate", "placement"},
