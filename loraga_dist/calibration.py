@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -22,30 +21,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from loraga_dist.config import CalibrationConfig, TaskType
 from loraga_dist.errors import UserError
+from loraga_dist.formats import BadRowError, Inputs, data_error, encoder
 from loraga_dist.losses import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
-Inputs = dict[str, Any]
-"""Lists of integers by input name; for SEQ_CLS `labels` is one integer."""
-
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _PADDING = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
-
-# the prompts of github.com/tatsu-lab/stanford_alpaca, train.py
-_ALPACA_PROMPT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-_ALPACA_PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
 
 
 @dataclass(frozen=True)
@@ -71,10 +55,6 @@ class Microbatch:
     """Rows of the data set, to name a bad batch; empty where they are not known."""
 
 
-class _BadRowError(ValueError):
-    """What is wrong with the row at hand; `load_samples` adds which one it is."""
-
-
 def load_samples(
     config: CalibrationConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -90,14 +70,14 @@ def load_samples(
     be read, has the wrong columns or values, does not fit the model's positions, or has no supervised token at all.
     """
     dataset = _load_dataset(config)
-    encode = _encoder(config, tokenizer, dataset, task_type, num_labels)
+    encode = encoder(config, tokenizer, dataset, task_type, num_labels)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     samples = []
     for row in order[: config.max_samples].tolist():
         try:
             inputs = encode(dataset[row])
-        except _BadRowError as problem:
-            raise _data_error(config, f"sample {row} {problem}") from problem
+        except BadRowError as problem:
+            raise data_error(config, f"sample {row} {problem}") from problem
         num_tokens = max(len(values) for values in inputs.values() if isinstance(values, list))
         if max_positions is not None and num_tokens > max_positions:
             raise UserError(
@@ -110,7 +90,7 @@ def load_samples(
         if inputs["input_ids"] and num_supervised_tokens:
             samples.append(Sample(inputs, num_supervised_tokens, row))
     if not samples:
-        raise _data_error(
+        raise data_error(
             config,
             "has no supervised token: every label is masked; check that calibration.max_length "
             f"({config.max_length}) does not cut the completions off, that texts are not empty, and, with "
@@ -232,11 +212,11 @@ def _load_dataset(config: CalibrationConfig) -> Dataset:
             builder = datasets.load_dataset_builder(source, config.dataset_config, data_files=config.data_files)
             builder.download_and_prepare()
         except StopIteration as error:  # how the JSON builder meets an empty file
-            raise _data_error(config, "has no rows") from error
+            raise data_error(config, "has no rows") from error
         except Exception as error:  # datasets lets through whatever pyarrow, pandas, the hub and its builders raise
             cause = error.__cause__ or error
             reason = str(cause).rstrip(".") or type(cause).__name__
-            raise _data_error(
+            raise data_error(
                 config, f"cannot be read: {reason}; write the path or hub id of data that `datasets` loads"
             ) from error
         try:
@@ -245,7 +225,7 @@ def _load_dataset(config: CalibrationConfig) -> Dataset:
             raise UserError("calibration.split", config.split, f"is not in the data: {error}") from error
     assert isinstance(dataset, datasets.Dataset)
     if not len(dataset):
-        raise _data_error(config, f"has no rows in split {config.split}")
+        raise data_error(config, f"has no rows in split {config.split}")
     return dataset
 
 
@@ -260,7 +240,7 @@ def _load_saved_dataset(config: CalibrationConfig, path: str) -> Dataset:
     try:
         saved = datasets.load_from_disk(path)
     except (OSError, ValueError) as error:
-        raise _data_error(config, f"cannot be read: {error}") from error
+        raise data_error(config, f"cannot be read: {error}") from error
     splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
     if config.split not in splits:
         raise UserError(
@@ -268,7 +248,7 @@ def _load_saved_dataset(config: CalibrationConfig, path: str) -> Dataset:
         )
     dataset = splits[config.split]
     if not len(dataset):
-        raise _data_error(config, f"has no rows in split {config.split}")
+        raise data_error(config, f"has no rows in split {config.split}")
     return dataset
 
 
@@ -307,210 +287,3 @@ def _quiet_datasets() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             datasets.enable_progress_bars()
-
-
-def _data_error(config: CalibrationConfig, problem: str) -> UserError:
-    if config.data_files:
-        return UserError("calibration.data_files", config.data_files, problem)
-    return UserError("calibration.dataset_name", config.dataset_name, problem)
-
-
-def _encoder(
-    config: CalibrationConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    task_type: TaskType,
-    num_labels: int | None,
-) -> Callable[[Row], Inputs]:
-    """How rows become inputs, from the task and the columns; refuses data that cannot serve before the work starts."""
-    columns = dataset.column_names
-    if {"chosen", "rejected"} <= set(columns):
-        raise _data_error(
-            config,
-            "holds preference data (chosen, rejected), which has no supervised loss; "
-            "write prompt and completion columns, the completion being what was chosen",
-        )
-    if task_type == "SEQ_CLS":
-        _require_column(columns, "calibration.dataset_text_field", config.dataset_text_field)
-        _require_column(columns, "calibration.label_field", config.label_field)
-        _refuse_assistant_only_loss(config, "belongs to CAUSAL_LM")
-        return partial(_classification_inputs, config=config, tokenizer=tokenizer, num_labels=num_labels)
-
-    first = _trl_row(dataset[0], config.dataset_text_field)
-    if task_type == "SEQ_2_SEQ_LM":
-        if not _is_prompt_completion(first):
-            raise _data_error(
-                config, f"has no columns prompt and completion, which SEQ_2_SEQ_LM needs; it has {', '.join(columns)}"
-            )
-        _refuse_assistant_only_loss(config, "belongs to CAUSAL_LM")
-        return partial(_sequence_to_sequence_inputs, config=config, tokenizer=tokenizer)
-
-    if not _is_prompt_completion(first):
-        if config.completion_only_loss:
-            raise UserError("calibration.completion_only_loss", True, "needs columns prompt and completion; write null")
-        if "messages" not in first:
-            _require_column(columns, "calibration.dataset_text_field", config.dataset_text_field)
-    chat_template = None
-    if "messages" in first or isinstance(first.get("prompt"), list):
-        chat_template = _training_chat_template(config, tokenizer)
-    else:
-        _refuse_assistant_only_loss(config, "needs conversations, and this data is plain text")
-    return partial(_causal_inputs, config=config, tokenizer=tokenizer, chat_template=chat_template)
-
-
-def _require_column(columns: list[str], key: str, column: str) -> None:
-    if column not in columns:
-        raise UserError(key, column, f"is no column of the data; the columns are {', '.join(columns)}")
-
-
-def _refuse_assistant_only_loss(config: CalibrationConfig, problem: str) -> None:
-    if config.assistant_only_loss:
-        raise UserError("calibration.assistant_only_loss", True, f"{problem}; write false")
-
-
-def _training_chat_template(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template to use in place of the tokenizer's own when assistant tokens must be marked and are not."""
-    if tokenizer.chat_template is None:
-        raise _data_error(
-            config,
-            "holds conversations, but the tokenizer has no chat template; write prompt and completion as strings",
-        )
-    if not config.assistant_only_loss:
-        return None
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    if has_generation_markers(tokenizer.chat_template):
-        return None
-    try:
-        return get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise UserError(
-            "calibration.assistant_only_loss",
-            True,
-            "the tokenizer's chat template has no {% generation %} markers and TRL knows no version of it that has; "
-            "add them to the template or write false",
-        ) from error
-
-
-def _trl_row(row: Row, text_field: str) -> Row:
-    """ShareGPT and Alpaca rows in the columns that TRL trains on; other rows as they are."""
-    if isinstance(row.get("conversations"), list):
-        from trl.data_utils import maybe_convert_to_chatml
-
-        return maybe_convert_to_chatml(row)
-    if {"instruction", "output"} <= row.keys() and not row.keys() & {"prompt", "messages", text_field}:
-        prompt = _ALPACA_PROMPT_WITH_INPUT if row.get("input") else _ALPACA_PROMPT
-        return {"prompt": prompt.format_map(row), "completion": row["output"]}
-    return row
-
-
-def _is_prompt_completion(row: Row) -> bool:
-    return "prompt" in row and "completion" in row
-
-
-def _causal_inputs(
-    row: Row, *, config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
-) -> Inputs:
-    """One row of `SFTTrainer._prepare_dataset` (TRL 1.16): its tokens, masks and truncation."""
-    row = _trl_row(row, config.dataset_text_field)
-    masks: list[list[int]] = []
-    render = partial(_render, tokenizer=tokenizer, row=row, chat_template=chat_template)
-    if _is_prompt_completion(row):
-        prompt_ids, tokens = _tokenize_prompt_completion(row, tokenizer, render, config.assistant_only_loss)
-        if config.completion_only_loss is not False:
-            masks.append(_completion_mask(prompt_ids, tokens["input_ids"]))
-    elif "messages" in row:
-        tokens = render(_messages(row, "messages"), return_assistant_tokens_mask=config.assistant_only_loss)
-    else:
-        tokens = tokenizer(_with_eos(_string(row, config.dataset_text_field), tokenizer), verbose=False)
-    if config.assistant_only_loss:
-        masks.append(tokens["assistant_masks"])
-
-    token_ids = tokens["input_ids"]
-    labels = [token_id if all(bits) else IGNORED for token_id, *bits in zip(token_ids, *masks, strict=True)]
-    token_ids, labels = token_ids[: config.max_length], labels[: config.max_length]
-    return {"input_ids": token_ids, "attention_mask": [1] * len(token_ids), "labels": labels}
-
-
-def _tokenize_prompt_completion(
-    row: Row, tokenizer: PreTrainedTokenizerBase, render: Callable[..., Mapping[str, Any]], assistant_only_loss: bool
-) -> tuple[list[int], Mapping[str, Any]]:
-    """Token ids of the prompt alone, and the tokens of prompt and completion together."""
-    if isinstance(row["prompt"], list):
-        prompt = _messages(row, "prompt")
-        together = render(prompt + _messages(row, "completion"), return_assistant_tokens_mask=assistant_only_loss)
-        return render(prompt, add_generation_prompt=True)["input_ids"], together
-    prompt = _string(row, "prompt")
-    together = tokenizer(prompt + _with_eos(_string(row, "completion"), tokenizer), verbose=False)
-    return tokenizer(prompt, verbose=False)["input_ids"], together
-
-
-def _completion_mask(prompt_ids: list[int], token_ids: list[int]) -> list[int]:
-    """1 from where the tokens leave the prompt's: its last ones may change once the completion follows."""
-    from trl.data_utils import common_prefix_length
-
-    prompt_length = common_prefix_length(prompt_ids, token_ids)
-    return [0] * prompt_length + [1] * (len(token_ids) - prompt_length)
-
-
-def _render(
-    messages: list[Row], *, tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: str | None, **kwargs: Any
-) -> Mapping[str, Any]:
-    from jinja2 import TemplateError
-
-    tools = row.get("tools")
-    try:
-        tokens = tokenizer.apply_chat_template(
-            messages,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            chat_template=chat_template,
-            tokenize=True,
-            return_dict=True,
-            **(row.get("chat_template_kwargs") or {}),
-            **kwargs,
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise _BadRowError(f"does not go through the chat template: {error}") from error
-    assert isinstance(tokens, Mapping)
-    return tokens
-
-
-def _sequence_to_sequence_inputs(row: Row, *, config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Inputs:
-    """Encoder inputs from the prompt, labels from the completion; the tokenizer truncates, to keep its end token."""
-    row = _trl_row(row, config.dataset_text_field)
-    source, target = _string(row, "prompt"), _string(row, "completion")
-    return dict(tokenizer(source, text_target=target, truncation=True, max_length=config.max_length))
-
-
-def _classification_inputs(
-    row: Row, *, config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, num_labels: int | None
-) -> Inputs:
-    label = row[config.label_field]
-    if not isinstance(label, int) or isinstance(label, bool):
-        raise UserError(
-            "calibration.label_field", config.label_field, f"holds {label!r}; labels must be integer classes"
-        )
-    if label < 0 or (num_labels is not None and label >= num_labels):
-        known = "" if num_labels is None else f" to {num_labels - 1}, the model's last"
-        raise UserError("calibration.label_field", config.label_field, f"holds class {label}; classes go from 0{known}")
-    text = _string(row, config.dataset_text_field)
-    return {**tokenizer(text, truncation=True, max_length=config.max_length), "labels": label}
-
-
-def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    eos = tokenizer.eos_token
-    return text if not isinstance(eos, str) or text.endswith(eos) else text + eos
-
-
-def _string(row: Row, column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise _BadRowError(f"holds {value!r} in column {column}; it must be a string")
-    return value
-
-
-def _messages(row: Row, column: str) -> list[Row]:
-    value = row.get(column)
-    if not (isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value)):
-        raise _BadRowError(f"holds {value!r} in column {column}; it must be a list of messages with role and content")
-    return value

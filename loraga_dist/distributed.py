@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,11 @@ class World:
             return cls(0, 1, local_rank, _device(local_rank))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, _device(local_rank))
 
+    @classmethod
+    def alone(cls) -> World:
+        """A single process on the CPU, whatever its environment says."""
+        return cls(0, 1, 0, torch.device("cpu"))
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -115,12 +121,16 @@ class World:
         dist.all_gather(parts, padded)
         return [bytes(part[: int(length) - 1].tolist()).decode() for part, length in zip(parts, lengths, strict=True)]
 
+    def all_json(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, as JSON gives it back: tuples have become lists."""
+        return [json.loads(text) for text in self.all_texts(json.dumps(value))]
+
     def require_same(self, facts: Mapping[str, object], remedy: str) -> None:
         """Raise UserError on all ranks unless each of them has the same facts; a collective. Names those that differ.
 
         facts: what JSON can hold, nested or not.
         """
-        of_ranks = [dict(_dotted(json.loads(text))) for text in self.all_texts(json.dumps(facts))]
+        of_ranks = [dict(_dotted(tree)) for tree in self.all_json(facts)]
         ours = of_ranks[0]
         for key in sorted(set().union(*of_ranks)):
             others = [rank for rank, theirs in enumerate(of_ranks) if theirs.get(key) != ours.get(key)]

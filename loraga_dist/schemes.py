@@ -35,11 +35,10 @@ class ScaleInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """One way to initialise: its function, the triplets it needs for a rank r, and where it is described."""
+    """One way to initialise: its function, and the triplets it needs for a rank r."""
 
     factors: Callable[..., LoraFactors]
     num_triplets: Callable[[int], int]
-    reference_url: str
 
 
 Indices = tuple[Tensor, Tensor]
@@ -164,5 +163,5 @@ SCALES: dict[str, Callable[[ScaleInputs], Multipliers]] = {
 }
 
 SCHEMES: dict[str, Scheme] = {
-    "lora_ga": Scheme(factors=lora_ga, num_triplets=lambda r: 2 * r, reference_url="https://arxiv.org/abs/2407.05000"),
+    "lora_ga": Scheme(factors=lora_ga, num_triplets=lambda r: 2 * r),
 }

@@ -7,12 +7,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, PositiveInt, ValidationError
+from pydantic import BaseModel, PositiveInt, ValidationError, field_validator
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, rank_and_scaling, saved_key
@@ -32,7 +32,8 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
-from loraga_dist.artifacts.parallel import over_cores
+from loraga_dist.artifacts.parallel import over_cores, shares
+from loraga_dist.artifacts.report import SCHEMA_VERSION
 from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
@@ -42,6 +43,7 @@ from loraga_dist.artifacts.residual import (
     subtract_offset,
 )
 from loraga_dist.config import Dtype
+from loraga_dist.distributed import World
 from loraga_dist.errors import LoragaError, RunError
 from loraga_dist.safetensors_files import (
     TensorSlot,
@@ -56,8 +58,6 @@ from loraga_dist.safetensors_files import (
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-SCHEMA_VERSION = 1
 
 _MAX_ORTHONORMALITY_ERROR = 1e-4
 _EXPONENT_BITS = 0x7FF << 52
@@ -107,50 +107,79 @@ class _ReportTarget(BaseModel):
 class _Report(BaseModel):
     """The fields of the report that can be held against the files."""
 
-    schema_version: Literal[1]
+    schema_version: int
     config: _ReportConfig
     base_fingerprint: str
     residual_fingerprint: str | None
     targets: dict[str, _ReportTarget]
     saved_parameters: dict[str, str] = {}
 
+    @field_validator("schema_version")
+    @classmethod
+    def _is_ours(cls, value: int) -> int:
+        if value != SCHEMA_VERSION:
+            raise ValueError(f"is {value}, and this version reads {SCHEMA_VERSION}")
+        return value
 
-def verify(directory: Path, *, base: Path | None = None, on_progress: OnBytes = no_progress) -> VerifyResult:
+
+@dataclass
+class _Compared:
+    """What holding a share of the base's tensors against the residual base gave."""
+
+    problems: list[str] = field(default_factory=list)
+    base_digests: dict[str, TensorDigest] = field(default_factory=dict)
+    residual_digests: dict[str, TensorDigest] = field(default_factory=dict)
+    max_units: float = 0.0
+
+
+def verify(
+    directory: Path, *, base: Path | None = None, world: World | None = None, on_progress: OnBytes = no_progress
+) -> VerifyResult:
     """Check an output directory against its report, its checksums, PEFT's loader and the base model.
 
-    base: the original model's directory; by default the one the report names. on_progress: told of bytes read; all the
-    files once for their checksums, then the base's weights once. Never raises for what the files hold.
+    base: the original model's directory; by default the one the report names. world: ranks that share the work, a
+    collective then; each gets the whole result. on_progress: told of bytes read; all the files once for their
+    checksums, then the base's weights once. Never raises for what the files hold.
     """
+    world = world or World.alone()
     try:
         report = _read_report(directory)
     except RunError as error:
         return VerifyResult([str(error)], 0, 0.0, residual_checked=False)
 
-    problems = [*_missing_files(directory, report), *check_checksums(directory, on_progress)]
-    max_units = opened_adapter = opened_base = None
-    with _collected(problems, LORAGA_INIT):
-        opened_adapter = _load_adapter(directory / LORAGA_INIT, report)
-        problems += _check_finite(*opened_adapter)
-    with _collected(problems, LORAGA_OFFSET):
-        if opened_adapter:
-            problems += _check_offset(*opened_adapter, *_load_adapter(directory / LORAGA_OFFSET, report))
-    with _collected(problems, FACTORS):
-        problems += _check_factors(directory, report)
-    with _collected(problems, "base"):
-        opened_base = _open_base(report, base)
-    with _collected(problems, LORAGA_INIT):
-        if opened_adapter and opened_base:
-            problems += _check_saved(opened_adapter[0], opened_base[1], report.saved_parameters)
-    with _collected(problems, RESIDUAL_BASE):
-        if opened_base and report.config.output.residual_base == "none":
-            base_dir, index = opened_base
-            problems += _check_base(report, base_dir, digest_base(index, index, on_progress))
-        elif opened_base and opened_adapter:
-            adapter, targets = opened_adapter
-            found, max_units = _check_residual(
-                report, *opened_base, directory / RESIDUAL_BASE, targets, adapter, on_progress
-            )
-            problems += found
+    problems = check_checksums(directory, world, on_progress)
+    compared: _Compared | None = None
+    with world.together():
+        if world.is_main:
+            problems += _missing_files(directory, report)
+        opened_adapter = opened_base = None
+        with _collected(problems, LORAGA_INIT):
+            opened_adapter = _load_adapter(directory / LORAGA_INIT, report)
+        if opened_adapter and world.is_main:
+            problems += _check_finite(*opened_adapter)
+            with _collected(problems, LORAGA_OFFSET):
+                problems += _check_offset(*opened_adapter, *_load_adapter(directory / LORAGA_OFFSET, report))
+        with _collected(problems, FACTORS):
+            problems += _check_factors(directory, report, world)
+        with _collected(problems, "base"):
+            opened_base = _open_base(report, base)
+        if opened_adapter and opened_base and world.is_main:
+            with _collected(problems, LORAGA_INIT):
+                problems += _check_saved(opened_adapter[0], opened_base[1], report.saved_parameters)
+        with _collected(problems, RESIDUAL_BASE):
+            if opened_base and opened_adapter:
+                found, compared = _compare(report, *opened_base, directory, *opened_adapter, world, on_progress)
+                problems += found
+    problems, whole = _merge(problems, compared, world)
+    max_units = None
+    if whole is not None and opened_base is not None:
+        other_base = _check_base(report, opened_base[0], whole.base_digests)
+        # the differences found to another model than the base mean nothing
+        problems += other_base or whole.problems
+        if not other_base and report.config.output.residual_base == "full":
+            max_units = whole.max_units
+            if fingerprint(whole.residual_digests) != report.residual_fingerprint:
+                problems.append(f"{RESIDUAL_BASE}: its fingerprint is not the report's residual_fingerprint")
     return VerifyResult(
         list(dict.fromkeys(problems)), len(report.targets), max_units or 0.0, residual_checked=max_units is not None
     )
@@ -160,6 +189,21 @@ def bytes_to_verify(directory: Path) -> int:
     """About how many bytes `verify` reads: every file, and a base as large as the residual."""
     sizes = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file()}
     return sum(sizes.values()) + sum(size for path, size in sizes.items() if path.parent.name == RESIDUAL_BASE)
+
+
+def _merge(problems: list[str], compared: _Compared | None, world: World) -> tuple[list[str], _Compared | None]:
+    """All ranks' findings; no comparison where one rank could not make its own."""
+    parts = world.all_json([problems, None if compared is None else asdict(compared)])
+    everyone = [problem for found, _ in parts for problem in found]
+    if any(part is None for _, part in parts):
+        return everyone, None
+    whole = _Compared()
+    for _, part in parts:
+        whole.problems += part["problems"]
+        whole.base_digests |= {key: TensorDigest.of_json(it) for key, it in part["base_digests"].items()}
+        whole.residual_digests |= {key: TensorDigest.of_json(it) for key, it in part["residual_digests"].items()}
+        whole.max_units = max(whole.max_units, part["max_units"])
+    return everyone, whole
 
 
 @contextmanager
@@ -284,13 +328,14 @@ def _check_offset(
     return problems
 
 
-def _check_factors(directory: Path, report: _Report) -> list[str]:
+def _check_factors(directory: Path, report: _Report, world: World) -> list[str]:
+    """This rank's share of the targets' triplets: layout, order, orthonormality."""
     slots = scan_checkpoint(directory / FACTORS, FACTORS_STEM)
     expected = {f"{name}.{part}" for name in report.targets for part in ("U", "S", "Vh")}
     if slots.keys() != expected:
         return [f"{FACTORS}: {key} is missing or not of a target" for key in sorted(slots.keys() ^ expected)]
     problems = []
-    for name, target in report.targets.items():
+    for name, target in list(report.targets.items())[world.rank :: world.size]:
         M, N = target.shape
         U, S, Vh = (slots[f"{name}.{part}"] for part in ("U", "S", "Vh"))
         K = math.prod(S.shape)
@@ -349,20 +394,26 @@ def _described(layout: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "missing" if layout is None else f"{dtype_name(layout[0])} {layout[1]}"
 
 
-def _check_residual(
+def _compare(
     report: _Report,
     base_dir: Path,
     base: Mapping[str, TensorSlot],
-    residual_dir: Path,
-    targets: list[AdapterTarget],
+    directory: Path,
     adapter: AdapterFile,
+    targets: list[AdapterTarget],
+    world: World,
     on_progress: OnBytes,
-) -> tuple[list[str], float | None]:
-    """Read base and residual base side by side; (problems, largest error in roundings or None if it means nothing)."""
-    residual = scan_checkpoint(residual_dir)
+) -> tuple[list[str], _Compared | None]:
+    """Read this rank's share of base and residual base side by side; problems instead when their layouts differ.
+
+    Without a residual base the base alone is read, for its fingerprint.
+    """
+    share = shares(base, lambda key: base[key].num_bytes, world.size)[world.rank]
+    if report.config.output.residual_base == "none":
+        return [], _Compared(base_digests=digest_base(base, share, on_progress))
+    residual = scan_checkpoint(directory / RESIDUAL_BASE)
     target_of = {target.weight_key: target for target in targets}
-    problems = _check_layout(report, base_dir, base, residual, target_of)
-    if problems:
+    if problems := _check_layout(report, base_dir, base, residual, target_of):
         return problems, None
 
     def compare(key: str) -> tuple[list[TensorDigest], float]:
@@ -382,23 +433,16 @@ def _check_residual(
         ]
         return digests, worst
 
-    base_digests, residual_digests = {}, {}
-    max_units = 0.0
-    for key, (digests, worst) in zip(base, over_cores(compare, base), strict=True):
-        base_digests[key], residual_digests[key] = digests
+    found = _Compared()
+    for key, (digests, worst) in zip(share, over_cores(compare, share), strict=True):
+        found.base_digests[key], found.residual_digests[key] = digests
         if key in target_of:
-            max_units = max(max_units, worst)
+            found.max_units = max(found.max_units, worst)
             if worst > _ROUNDING_TOLERANCE:
-                problems.append(f"{RESIDUAL_BASE}: {key} is {worst:.3g} roundings away from W - s B A")
+                found.problems.append(f"{RESIDUAL_BASE}: {key} is {worst:.3g} roundings away from W - s B A")
         elif worst > 0:
-            problems.append(f"{RESIDUAL_BASE}: {key} is no target, but differs from the base")
-
-    other_base = _check_base(report, base_dir, base_digests)
-    if other_base:
-        return other_base, None  # the differences found are those of another model
-    if fingerprint(residual_digests) != report.residual_fingerprint:
-        problems.append(f"{RESIDUAL_BASE}: its fingerprint is not the report's residual_fingerprint")
-    return problems, max_units
+            found.problems.append(f"{RESIDUAL_BASE}: {key} is no target, but differs from the base")
+    return [], found
 
 
 def _copied_pieces(base: TensorSlot, residual: TensorSlot) -> Iterator[tuple[Tensor, Tensor, float]]:

@@ -23,7 +23,8 @@ OPEN_MPI = {
 MPIRUN = "launch/mpi.sh -n 2 --"
 TORCHRUN = "torchrun --standalone --nproc_per_node 2 launch/init.py"
 DEEPSPEED = "deepspeed --num_gpus 2 --master_port {port} launch/init.py"
-HOSTFILE = "deepspeed --hostfile {hostfile} --force_multi --no_ssh_check --launcher openmpi --master_addr 127.0.0.1 launch/init.py"
+HOSTFILE = "deepspeed --hostfile {hostfile} --force_multi --no_ssh_check --launcher openmpi --master_addr 127.0.0.1 "
+HOSTFILE += "launch/init.py"
 
 
 def start(command: str, *arguments: str, env: Mapping[str, str] | None = None) -> Finished:

@@ -182,4 +182,3 @@ def test_scaling_and_table() -> None:
     scheme = SCHEMES["lora_ga"]
     assert scheme.factors is lora_ga
     assert scheme.num_triplets(8) == 16
-    assert "2407.05000" in scheme.reference_url
