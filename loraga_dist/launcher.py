@@ -17,6 +17,8 @@ MAX_SLURM_STEP_ID = 0xFFFFFFF0
 FIRST_PORT, NUM_PORTS = 12000, 20000
 """Below the ports that Linux hands out by itself (from 32768), so that those are not in the way."""
 
+_LAUNCHERS = "start through deepspeed, torchrun, srun or mpirun"
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -75,9 +77,6 @@ def find_placement(environment: Mapping[str, str]) -> Placement:
     elif size > 1:
         return (_from_slurm if started.by == "srun" else _from_mpi)(environment, started)
     return Placement(0, 1, 0, 1, "127.0.0.1", 0, "none")
-
-
-_LAUNCHERS = "start through deepspeed, torchrun, srun or mpirun"
 
 
 def _started_by(environment: Mapping[str, str]) -> _Started | None:
