@@ -171,7 +171,9 @@ def _from_mpi(environment: Mapping[str, str], started: _Started) -> Placement:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # not installed, or no MPI library where it looks
         raise UserError(
-            started.size_variable, started.size, f"mpirun's ranks need mpi4py ({error}); pip install mpi4py"
+            started.size_variable,
+            started.size,
+            f"mpirun's ranks need mpi4py and this MPI's library ({error}); pip install mpi4py",
         ) from error
     world = MPI.COMM_WORLD
     if world.Get_size() != started.size:

@@ -49,7 +49,7 @@ def test_mpirun_without_mpi4py_is_refused(tiny: TinyRun, tmp_path: Path) -> None
     (tmp_path / "mpi4py.py").write_text("raise ImportError('No module named mpi4py')\n")
     done = start(MPIRUN, *tiny.options(tmp_path / "out"), env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.code == 2
-    assert "mpirun's ranks need mpi4py" in done.stderr and "Traceback" not in done.stderr
+    assert "OMPI_COMM_WORLD_SIZE: 2: mpirun's ranks need mpi4py" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_mpi4py_of_another_mpi_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
