@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from loraga_dist.artifacts.names import REPORT
 from loraga_dist.config import OutputConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
 
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+"""For commands that are no collective, whatever process group there may be."""
+
 
 def check_destination(config: OutputConfig) -> Path:
-    """The directory to make; raises UserError when something is there that must not be replaced."""
-    destination = Path(config.dir).resolve()
+    """The output directory to make; raises UserError when something is there that must not be replaced."""
+    return free_place(Path(config.dir), "output.dir", marker=REPORT, overwrite=config.overwrite)
+
+
+def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: Iterable[Path] = ()) -> Path:
+    """The directory to make, resolved; raises UserError, for `key`, when something is there that must not be replaced.
+
+    marker: the file by which our own earlier output is known, the only thing `overwrite` replaces.
+    inputs: what the command reads, and so must not write over.
+    """
+    destination = path.resolve()
     if destination.exists():
-        if not config.overwrite:
-            raise UserError("output.dir", config.dir, "exists; write another directory, or add --overwrite")
-        if not (destination / REPORT).is_file():
-            raise UserError("output.dir", config.dir, "exists and is no output of loraga-dist; write another directory")
+        if not overwrite:
+            raise UserError(key, str(path), "exists; write another directory, or add --overwrite")
+        if not (destination / marker).is_file():
+            raise UserError(key, str(path), "exists and is no output of loraga-dist; write another directory")
+    for source in inputs:
+        if source.resolve().is_relative_to(destination):
+            raise UserError(key, str(path), f"holds {source}, which is read; write another directory")
     return destination
 
 
 class StagedDirectory:
     """A hidden sibling of the destination, until `commit` puts it there."""
 
-    def __init__(self, destination: Path, world: World) -> None:
+    def __init__(self, destination: Path, world: World, key: str = "output.dir") -> None:
+        """key: what the user names the destination by."""
         self.destination = destination
+        self._key = key
         self.path = destination.with_name(f".{destination.name}.partial")
         self._old = destination.with_name(f".{destination.name}.replaced")
         self._world = world
@@ -48,22 +68,23 @@ class StagedDirectory:
                     free_bytes = shutil.disk_usage(self.path).free
                 except OSError as error:
                     raise UserError(
-                        "output.dir",
+                        self._key,
                         str(self.destination),
                         f"cannot be written ({error.strerror}); write another place",
                     ) from error
                 if free_bytes < num_bytes:
                     self.path.rmdir()
                     raise UserError(
-                        "output.dir",
+                        self._key,
                         str(self.destination),
                         f"needs {num_bytes / 2**30:.2f} GiB and the disk has {free_bytes / 2**30:.2f} free; "
-                        "write another place, or output.residual_base: none",
+                        "write another place"
+                        + (", or output.residual_base: none" if self._key == "output.dir" else ""),
                     )
         with self._world.together():
             if not self.path.is_dir():
                 raise UserError(
-                    "output.dir",
+                    self._key,
                     str(self.destination),
                     f"is not seen by rank {self._world.rank}; write a place on a file system that all ranks share",
                 )

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, PositiveInt, ValidationError
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, rank_and_scaling, saved_key
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, saved_key
 from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, check_checksums, fingerprint, no_progress
 from loraga_dist.artifacts.names import (
     ADAPTER_CONFIG,
@@ -28,12 +25,11 @@ from loraga_dist.artifacts.names import (
     LORAGA_OFFSET,
     MODEL_CONFIG,
     README,
-    REPORT,
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
 from loraga_dist.artifacts.parallel import over_cores
-from loraga_dist.artifacts.report import SCHEMA_VERSION
+from loraga_dist.artifacts.reading import Report, load_adapter, open_base, read_report
 from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
@@ -42,21 +38,15 @@ from loraga_dist.artifacts.residual import (
     rows_per_chunk,
     subtract_offset,
 )
-from loraga_dist.config import Dtype
 from loraga_dist.errors import LoragaError, RunError
 from loraga_dist.safetensors_files import (
     TensorSlot,
     as_bytes,
     dtype_name,
-    read_checkpoint_index,
     read_range,
     read_rows,
-    resolve_model_dir,
     scan_checkpoint,
 )
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 _MAX_ORTHONORMALITY_ERROR = 1e-4
 _EXPONENT_BITS = 0x7FF << 52
@@ -81,39 +71,6 @@ class VerifyResult:
         return not self.problems
 
 
-class _ReportModel(BaseModel):
-    name_or_path: str
-    revision: str | None = None
-
-
-class _ReportOutput(BaseModel):
-    residual_base: Literal["full", "none"]
-    residual_dtype: Dtype
-
-
-class _ReportConfig(BaseModel):
-    model: _ReportModel
-    output: _ReportOutput
-
-
-class _ReportTarget(BaseModel):
-    shape: tuple[PositiveInt, PositiveInt]
-    r: PositiveInt
-    weight_key: str
-    transposed: bool
-
-
-class _Report(BaseModel):
-    """The fields of the report that can be held against the files."""
-
-    schema_version: int
-    config: _ReportConfig
-    base_fingerprint: str
-    residual_fingerprint: str | None
-    targets: dict[str, _ReportTarget]
-    saved_parameters: dict[str, str] = {}
-
-
 def verify(directory: Path, *, base: Path | None = None, on_progress: OnBytes = no_progress) -> VerifyResult:
     """Check an output directory against its report, its checksums, PEFT's loader and the base model.
 
@@ -121,32 +78,33 @@ def verify(directory: Path, *, base: Path | None = None, on_progress: OnBytes = 
     files once for their checksums, then the base's weights once. Never raises for what the files hold.
     """
     try:
-        report = _read_report(directory)
+        report = read_report(directory)
     except RunError as error:
         return VerifyResult([str(error)], 0, 0.0, residual_checked=False)
 
     problems = [*_missing_files(directory, report), *check_checksums(directory, on_progress)]
     max_units = opened_adapter = opened_base = None
     with _collected(problems, LORAGA_INIT):
-        opened_adapter = _load_adapter(directory / LORAGA_INIT, report)
+        opened_adapter = load_adapter(directory / LORAGA_INIT, report)
         problems += _check_finite(*opened_adapter)
     with _collected(problems, LORAGA_OFFSET):
         if opened_adapter:
-            problems += _check_offset(*opened_adapter, *_load_adapter(directory / LORAGA_OFFSET, report))
+            problems += _check_offset(*opened_adapter, *load_adapter(directory / LORAGA_OFFSET, report))
     with _collected(problems, FACTORS):
         problems += _check_factors(directory, report)
     with _collected(problems, "base"):
-        opened_base = _open_base(report, base)
+        opened_base = open_base(report, base)
     with _collected(problems, LORAGA_INIT):
         if opened_adapter and opened_base:
             problems += _check_saved(opened_adapter[0], opened_base[1], report.saved_parameters)
     with _collected(problems, RESIDUAL_BASE):
-        if opened_base and report.config.output.residual_base == "none":
+        # where the report says none, materialize-base may have made it since
+        if opened_base and report.config.output.residual_base == "none" and not (directory / RESIDUAL_BASE).exists():
             base_dir, index = opened_base
             problems += _check_base(report, base_dir, digest_base(index, index, on_progress))
         elif opened_base and opened_adapter:
             adapter, targets = opened_adapter
-            found, max_units = _check_residual(
+            found, max_units = check_residual(
                 report, *opened_base, directory / RESIDUAL_BASE, targets, adapter, on_progress
             )
             problems += found
@@ -170,81 +128,12 @@ def _collected(problems: list[str], subject: str) -> Iterator[None]:
         problems.append(f"{subject}: {error}")
 
 
-def _read_report(directory: Path) -> _Report:
-    try:
-        report = _Report.model_validate_json((directory / REPORT).read_bytes())
-    except OSError as error:
-        raise RunError(
-            f"{REPORT}: cannot be read ({error.strerror}); is this the directory of a finished run?"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise RunError(f"{REPORT}: {where}: {first['msg']}") from error
-    if report.schema_version != SCHEMA_VERSION:
-        raise RunError(f"{REPORT}: schema_version is {report.schema_version}, this version reads {SCHEMA_VERSION}")
-    return report
-
-
-def _missing_files(directory: Path, report: _Report) -> list[str]:
+def _missing_files(directory: Path, report: Report) -> list[str]:
     wanted = [RESOLVED_CONFIG, README, CHECKSUMS, f"{FACTORS}/{FACTORS_INDEX}"]
     wanted += [f"{name}/{file}" for name in (LORAGA_INIT, LORAGA_OFFSET) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     if report.config.output.residual_base == "full":
         wanted.append(f"{RESIDUAL_BASE}/{MODEL_CONFIG}")
     return [f"{name}: is missing" for name in wanted if not (directory / name).is_file()]
-
-
-def _load_adapter(directory: Path, report: _Report) -> tuple[AdapterFile, list[AdapterTarget]]:
-    """The adapter of exactly the report's targets, scaled as PEFT will read its config; raises RunError."""
-    config = _peft_config(directory)
-    adapter = AdapterFile(directory)
-    targets, expected = [], {}
-    for name, target in report.targets.items():
-        M, N = target.shape
-        try:
-            r, lora_alpha, scaling = rank_and_scaling(config, name)
-        except (ArithmeticError, TypeError, ValueError, re.error) as error:
-            raise RunError(f"{ADAPTER_CONFIG} gives {name} no rank and scaling ({error})") from error
-        if r != target.r:
-            raise RunError(f"{ADAPTER_CONFIG} gives {name} rank {r}, {REPORT} says {target.r}")
-        targets.append(
-            AdapterTarget(
-                name=name,
-                weight_key=target.weight_key,
-                M=M,
-                N=N,
-                r=r,
-                lora_alpha=lora_alpha,
-                scaling=scaling,
-                transposed=target.transposed,
-            )
-        )
-        expected |= zip(adapter_keys(name), ((r, N), (M, r)), strict=True)
-    found = {key: slot.shape for key, slot in adapter.slots.items()}
-    for name in report.saved_parameters:
-        if found.pop(saved_key(name), None) is None:
-            raise RunError(f"{saved_key(name)} is missing, which PEFT wants for modules_to_save")
-    if found != expected:
-        key = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-        raise RunError(f"{key} has shape {found.get(key)} and should have {expected.get(key)}")
-    for key in expected:  # copies for modules_to_save keep the base's dtype
-        if adapter.slots[key].dtype != torch.float32:
-            raise RunError(f"{key} is stored as {dtype_name(adapter.slots[key].dtype)}, not F32")
-    return adapter, targets
-
-
-def _peft_config(directory: Path) -> LoraConfig:
-    from peft import LoraConfig, PeftConfig
-
-    if not (directory / ADAPTER_CONFIG).is_file():  # PEFT would go and ask the hub
-        raise RunError(f"{ADAPTER_CONFIG} is missing")
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise RunError(f"PEFT cannot load {ADAPTER_CONFIG} ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(config, LoraConfig) or config.init_lora_weights is not True:
-        raise RunError(f"{ADAPTER_CONFIG} is not plain LoRA with init_lora_weights true")
-    return config
 
 
 def _check_finite(adapter: AdapterFile, targets: list[AdapterTarget]) -> list[str]:
@@ -286,7 +175,7 @@ def _check_offset(
     return problems
 
 
-def _check_factors(directory: Path, report: _Report) -> list[str]:
+def _check_factors(directory: Path, report: Report) -> list[str]:
     slots = scan_checkpoint(directory / FACTORS, FACTORS_STEM)
     expected = {f"{name}.{part}" for name in report.targets for part in ("U", "S", "Vh")}
     if slots.keys() != expected:
@@ -310,20 +199,14 @@ def _check_factors(directory: Path, report: _Report) -> list[str]:
     return problems
 
 
-def _open_base(report: _Report, base: Path | None) -> tuple[Path, dict[str, TensorSlot]]:
-    model = report.config.model
-    directory = base if base is not None else resolve_model_dir(model.name_or_path, model.revision)
-    return directory, read_checkpoint_index(directory)
-
-
-def _check_base(report: _Report, base_dir: Path, digests: Mapping[str, TensorDigest]) -> list[str]:
+def _check_base(report: Report, base_dir: Path, digests: Mapping[str, TensorDigest]) -> list[str]:
     if fingerprint(digests) == report.base_fingerprint:
         return []
     return [f"base: {base_dir} is not the base of this output: its fingerprint is not the report's base_fingerprint"]
 
 
 def _check_layout(
-    report: _Report,
+    report: Report,
     base_dir: Path,
     base: Mapping[str, TensorSlot],
     residual: Mapping[str, TensorSlot],
@@ -351,8 +234,8 @@ def _described(layout: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "missing" if layout is None else f"{dtype_name(layout[0])} {layout[1]}"
 
 
-def _check_residual(
-    report: _Report,
+def check_residual(
+    report: Report,
     base_dir: Path,
     base: Mapping[str, TensorSlot],
     residual_dir: Path,
@@ -398,7 +281,7 @@ def _check_residual(
     other_base = _check_base(report, base_dir, base_digests)
     if other_base:
         return other_base, None  # the differences found are those of another model
-    if fingerprint(residual_digests) != report.residual_fingerprint:
+    if report.residual_fingerprint not in (None, fingerprint(residual_digests)):
         problems.append(f"{RESIDUAL_BASE}: its fingerprint is not the report's residual_fingerprint")
     return problems, max_units
 
