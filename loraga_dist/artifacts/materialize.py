@@ -17,7 +17,7 @@ from loraga_dist.progress import phase
 def materialize_base(
     directory: Path, *, to: Path | None = None, base: Path | None = None, show_progress: bool = False
 ) -> Path:
-    """Write the residual base of an output directory, the bytes that `output.residual_base: full` writes; returns where.
+    """Write the residual base of an output directory, as `output.residual_base: full` does, and return its path.
 
     to: by default `residual_base/` in the output directory, where its adapter looks for it. base: the original model,
     if it is not where the report says. Streamed in bounded memory and held against base and adapter before it appears.

@@ -73,13 +73,13 @@ class StagedDirectory:
                         f"cannot be written ({error.strerror}); write another place",
                     ) from error
                 if free_bytes < num_bytes:
+                    spared = ", or output.residual_base: none" if self._key == "output.dir" else ""
                     self.path.rmdir()
                     raise UserError(
                         self._key,
                         str(self.destination),
                         f"needs {num_bytes / 2**30:.2f} GiB and the disk has {free_bytes / 2**30:.2f} free; "
-                        "write another place"
-                        + (", or output.residual_base: none" if self._key == "output.dir" else ""),
+                        f"write another place{spared}",
                     )
         with self._world.together():
             if not self.path.is_dir():

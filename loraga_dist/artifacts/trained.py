@@ -1,4 +1,4 @@
-"""What training made of `loraga_init`: the update s_t B_t A_t - s_0 B_0 A_0 of every weight, from the two adapters' files."""
+"""What training made of `loraga_init`: the update s_t B_t A_t - s_0 B_0 A_0 of every weight, from two adapter files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Update:
     init_targets: dict[str, AdapterTarget]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """[A_t; A_0] of shape (2r, N) and [s_t B_t, -s_0 B_0] of shape (M, 2r), float64: their product is the update."""
+        """[A_t; A_0] (2r, N) and [s_t B_t, -s_0 B_0] (M, 2r) in float64, whose product B A is the update."""
         A_RN, B_MR = (factor.double() for factor in self.trained.factors(name))
         A0_RN, B0_MR = (factor.double() for factor in self.init.factors(name))
         scaling, scaling0 = self.targets[name].scaling, self.init_targets[name].scaling
