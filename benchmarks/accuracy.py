@@ -79,7 +79,8 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         samples, rank=world.rank, world_size=world.size, per_device_batch_size=4 // world.size or 1, pad_token_id=0
     )
     sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
-    model = sharding.load(base.directory, base.model_class, base.config, base.dtype, base.index)
+    slots = base.slots_of(meta_copy(base.model_class, base.config))
+    model = sharding.load(base.directory, base.model_class, base.config, base.dtype, slots)
     targets = select_targets(meta_copy(base.model_class, base.config), LoraSection(), lambda r: 2 * r).targets
     module = sharding.attach(model)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -126,7 +125,7 @@ def _on_host(result: GradientSVD) -> GradientSVD:
 def _refuse_zero_gradients(owned: dict[str, GradientSVD], world: World) -> None:
     tiny = torch.finfo(torch.float32).tiny
     mine = [name for name, result in owned.items() if not result.svd.S_K[0] > tiny]
-    zero = [name for names in world.all_texts(json.dumps(mine)) for name in json.loads(names)]
+    zero = [name for names in world.all_json(mine) for name in names]
     with world.together():
         if zero:
             raise RunError(

@@ -6,12 +6,14 @@ The launcher's environment (torchrun, deepspeed) names the rank; without one the
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,6 +74,11 @@ class World:
             return cls(0, 1, local_rank, _device(local_rank))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, _device(local_rank))
 
+    @classmethod
+    def alone(cls) -> World:
+        """A single process on the CPU, whatever its environment says."""
+        return cls(0, 1, 0, torch.device("cpu"))
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -119,6 +126,10 @@ class World:
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
         return [bytes(part[: int(length) - 1].tolist()).decode() for part, length in zip(parts, lengths, strict=True)]
+
+    def all_json(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, as JSON gives it back: tuples have become lists."""
+        return [json.loads(text) for text in self.all_texts(json.dumps(value))]
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
 from loraga_dist.models import BaseModel, find_base_model
 from loraga_dist.plan import Plan, make_plan
+from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
 from loraga_dist.targets import Target, meta_copy, select_targets
@@ -36,8 +37,12 @@ from loraga_dist.targets import Target, meta_copy, select_targets
 class Job:
     """One run of `loraga-dist init`, understood and checked."""
 
+    config: InitConfig
+    """The request with absolute paths and the commit of a hub's model: right from any directory, at any time."""
     destination: Path
     base: BaseModel
+    slots: dict[str, TensorSlot] | None
+    """The checkpoint's tensors by parameter name; None where transformers has to convert them."""
     plan: Plan
     targets: list[AdapterTarget]
     saved_parameters: dict[str, str]
@@ -70,6 +75,7 @@ def prepare(config: InitConfig, world: World) -> Job:
         meta_model = meta_copy(base.model_class, base.config)
     except (ValueError, ImportError) as error:
         raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
+    slots = base.slots_of(meta_model)
     selection = select_targets(meta_model, config.lora, scheme.num_triplets)
     adapter_targets = [
         AdapterTarget(**dataclasses.asdict(target), weight_key=base.weight_keys(target.parameter_name))
@@ -87,12 +93,16 @@ def prepare(config: InitConfig, world: World) -> Job:
     _check_token_ids(config, base, samples)
     residual_files = plan_residual_files(base.index, config.output.residual_dtype)
     plan = make_plan(selection.targets, config.gradient, scheme, world.size)
+    saved_parameters = {name: base.weight_keys(name) for name in selection.saved_parameters}
+    saved = [base.index[key] for key in saved_parameters.values()]
     return Job(
+        config=_resolved(config, base, destination),
         destination=destination,
         base=base,
+        slots=slots,
         plan=plan,
         targets=adapter_targets,
-        saved_parameters={name: base.weight_keys(name) for name in selection.saved_parameters},
+        saved_parameters=saved_parameters,
         residual_files=residual_files,
         residual_dtype=config.output.residual_dtype,
         microbatches=assign_microbatches(
@@ -104,7 +114,18 @@ def prepare(config: InitConfig, world: World) -> Job:
         ),
         num_sequences=len(samples),
         data_fingerprint=fingerprint(samples),
-        output_bytes=_output_bytes(config, plan, residual_files),
+        output_bytes=_output_bytes(config, plan, residual_files, saved),
+    )
+
+
+def _resolved(config: InitConfig, base: BaseModel, destination: Path) -> InitConfig:
+    is_local = Path(config.model.name_or_path).expanduser().is_dir()
+    model = {"name_or_path": str(base.directory.resolve())} if is_local else {"revision": base.directory.name}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "output": config.output.model_copy(update={"dir": str(destination)}),
+        }
     )
 
 
@@ -158,8 +179,11 @@ def _load_tokenizer(directory: Path, config: InitConfig) -> Any:
         ) from error
 
 
-def _output_bytes(config: InitConfig, plan: Plan, residual_files: Sequence[PlannedFile]) -> int:
-    adapters = 2 * sum(4 * target.r * (target.M + target.N) for target in plan.targets)
+def _output_bytes(
+    config: InitConfig, plan: Plan, residual_files: Sequence[PlannedFile], saved: Sequence[TensorSlot]
+) -> int:
+    factors_of_adapter = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
+    adapters = 2 * (factors_of_adapter + sum(slot.num_bytes for slot in saved))
     matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
     factors = sum(4 * matrix.width * (matrix.M + matrix.N + 1) for matrix in matrices)
     residual = sum(file.num_bytes for file in residual_files) if config.output.residual_base == "full" else 0

@@ -36,6 +36,15 @@ class BaseModel:
     def weight_keys(self) -> WeightKeys:
         return WeightKeys(self.index, getattr(self.model_class, "base_model_prefix", ""))
 
+    def slots_of(self, meta_model: nn.Module) -> dict[str, TensorSlot] | None:
+        """Tensors of the checkpoint by the model's names; None when a parameter has none that fits as it is."""
+        found = {
+            name: self.index[key]
+            for name, _ in [*meta_model.named_parameters(), *meta_model.named_buffers()]
+            if (key := self.weight_keys.find(name)) is not None
+        }
+        return found if all(name in found for name, _ in meta_model.named_parameters()) else None
+
 
 @dataclass(frozen=True)
 class WeightKeys:
@@ -44,16 +53,21 @@ class WeightKeys:
     index: dict[str, TensorSlot]
     prefix: str
 
-    def __call__(self, parameter_name: str) -> str:
+    def find(self, parameter_name: str) -> str | None:
         bare = parameter_name.removeprefix(f"{self.prefix}.")
-        for key in (parameter_name, bare, f"{self.prefix}.{parameter_name}"):
-            if key in self.index:
-                return key
+        return next(
+            (key for key in (parameter_name, bare, f"{self.prefix}.{parameter_name}") if key in self.index), None
+        )
+
+    def __call__(self, parameter_name: str) -> str:
+        key = self.find(parameter_name)
+        if key is not None:
+            return key
         raise UserError(
             "model.name_or_path",
             parameter_name,
             "the checkpoint has no tensor of this name, so its residual cannot be written; save the model again with "
-            "this version of transformers, or leave the module out with lora.exclude_modules",
+            "this version of transformers, or leave the module out (lora.exclude_modules, lora.modules_to_save)",
         )
 
 

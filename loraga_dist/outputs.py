@@ -23,9 +23,10 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
+from loraga_dist.artifacts.parallel import shares
 from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, readme, versions
 from loraga_dist.artifacts.report_page import write_report_page
-from loraga_dist.artifacts.residual import assign_files, digest_base, finish_residual_base, write_residual_files
+from loraga_dist.artifacts.residual import digest_base, finish_residual_base, write_residual_files
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.config import InitConfig
 from loraga_dist.distributed import World
@@ -60,7 +61,7 @@ def write_weights(
             _write_adapters(directory, job, config, factors)
     write_factors(directory / FACTORS, {name: found.svd for name, found in start.calibration.owned.items()}, world)
 
-    share = assign_files(job.residual_files, world.size)[world.rank]
+    share = shares(job.residual_files, lambda file: file.num_bytes, world.size)[world.rank]
     digests: dict[str, list[TensorDigest]] = {}
     with world.together():
         num_bytes = sum(file.num_bytes for file in share)
@@ -79,9 +80,9 @@ def write_weights(
                 keys = [key for file in share for key in file.entries]
                 digests = {key: [digest] for key, digest in digest_base(job.base.index, keys, progress.advance).items()}
     everyone: dict[str, list[TensorDigest]] = {}
-    for text in world.all_texts(json.dumps(digests)):
-        for key, found in json.loads(text).items():
-            everyone[key] = [TensorDigest(dtype, tuple(shape), sha256) for dtype, shape, sha256 in found]
+    for share_of_rank in world.all_json(digests):
+        for key, found in share_of_rank.items():
+            everyone[key] = [TensorDigest.of_json(parts) for parts in found]
     with world.together():
         if world.is_main and config.output.residual_base == "full":
             finish_residual_base(
@@ -106,7 +107,7 @@ def make_report(
     world: World,
 ) -> dict[str, Any]:
     """The content of loraga_report.json; a collective."""
-    per_rank = [json.loads(text) for text in world.all_texts(json.dumps([peak_bytes, planned_peak_bytes]))]
+    per_rank = world.all_json([peak_bytes, planned_peak_bytes])
     weight_keys = {target.name: target.weight_key for target in job.targets}
     targets = {
         found.target.name: {
@@ -153,11 +154,26 @@ def make_report(
     )
 
 
-def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, Any]) -> str:
-    """The text files, the page, the checksums, and the verification of it all, by one rank; returns what was verified.
+def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, Any], world: World) -> str:
+    """The text files, the page, the checksums, and the verification of it all; returns what was verified.
 
-    Raises RunError when a file cannot be written or the directory does not verify.
+    A collective: ranks share the reading. Raises RunError when a file cannot be written or the directory does not
+    verify.
     """
+    with world.together():
+        if world.is_main:
+            _write_texts(directory, config, report)
+            write_report_page(directory, report)
+    write_checksums(directory, world)
+    with phase("verify", bytes_to_verify(directory) // world.size, "B", shown=world.is_main) as progress:
+        result = verify(directory, world=world, on_progress=progress.advance)
+    with world.together():
+        if not result.ok:
+            raise RunError(f"verify: {'; '.join(result.problems[:5])}")
+    return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
+
+
+def _write_texts(directory: Path, config: InitConfig, report: Mapping[str, Any]) -> None:
     texts = {
         REPORT: json.dumps(report, indent=2, allow_nan=False) + "\n",
         RESOLVED_CONFIG: yaml.safe_dump(config.model_dump(), sort_keys=False),
@@ -168,22 +184,15 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
             (directory / name).write_text(text)
         except OSError as error:
             raise RunError(f"write: {directory / name} cannot be written ({error.strerror})") from error
-    write_report_page(directory, report)
-    write_checksums(directory)
-    with phase("verify", bytes_to_verify(directory), "B", shown=True) as progress:
-        result = verify(directory, on_progress=progress.advance)
-    if not result.ok:
-        raise RunError(f"verify: {'; '.join(result.problems[:5])}")
-    return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
 
 
 def _write_adapters(directory: Path, job: Job, config: InitConfig, factors: Mapping[str, LoraFactors]) -> None:
-    for name, base, negate in (
-        (LORAGA_INIT, f"{config.output.dir}/{RESIDUAL_BASE}", False),
-        (LORAGA_OFFSET, config.model.name_or_path, True),
+    for name, base, revision, negate in (
+        (LORAGA_INIT, f"{config.output.dir}/{RESIDUAL_BASE}", None, False),
+        (LORAGA_OFFSET, config.model.name_or_path, config.model.revision, True),
     ):
         peft_config = peft_lora_config(config.lora)
-        peft_config.base_model_name_or_path = base
+        peft_config.base_model_name_or_path, peft_config.revision = base, revision
         write_adapter(
             directory / name,
             peft_config,

@@ -34,7 +34,7 @@ from loraga_dist.targets import meta_copy, select_targets
 def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
     """`loraga-dist init`: from a checkpoint and data to a verified output directory.
 
-    Every rank calls it. Returns the report and, on rank 0, what was verified. Raises UserError before weights are
+    Every rank calls it. Returns the report and what was verified. Raises UserError before weights are
     allocated wherever the mistake shows by then, RunError when the run fails; the output directory appears only when
     everything in it has been verified.
     """
@@ -45,14 +45,14 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
     with PeakMemory(world.device) as memory:
         with world.together():
             job = prepare(config, world)
+        config = job.config
         agree_on_inputs(job, config, world)
         staged = StagedDirectory(job.destination, world)
         staged.create(job.output_bytes)
         try:
-            sharding = Zero3(world, config.deepspeed) if world.size > 1 else SingleProcess(world)
-            model = sharding.load(
-                job.base.directory, job.base.model_class, job.base.config, job.base.dtype, job.base.index
-            )
+            sharded = world.size > 1 or config.deepspeed is not None
+            sharding = Zero3(world, config.deepspeed) if sharded else SingleProcess(world)
+            model = sharding.load(job.base.directory, job.base.model_class, job.base.config, job.base.dtype, job.slots)
             planned_peak_bytes = (
                 sharding.partition_bytes(model) + sharding.largest_block_bytes(model) + job.plan.state_bytes_per_rank
             )
@@ -77,10 +77,9 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
             report = make_report(
                 job, config, start, fingerprints, seconds, memory.peak_bytes, planned_peak_bytes, world
             )
-            verified = ""
+            verified = finish_directory(staged.path, config, report, world)
             with world.together():
                 if world.is_main:
-                    verified = finish_directory(staged.path, config, report)
                     staged.commit()
         except BaseException:
             if world.is_main:

@@ -16,8 +16,9 @@ from loraga_dist.artifacts.names import CONVERSION
 from loraga_dist.artifacts.reading import open_base
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, require_targets, write_model
-from loraga_dist.artifacts.staging import ALONE, StagedDirectory, free_place
+from loraga_dist.artifacts.staging import StagedDirectory, free_place
 from loraga_dist.artifacts.trained import Update, open_update
+from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.linalg import product_svd
 from loraga_dist.progress import phase
@@ -78,7 +79,7 @@ def convert(
     for path, key in ((to, "--to"), (merge, "--merge")):
         if path is not None:
             place = free_place(path, key, marker=CONVERSION, overwrite=overwrite, inputs=inputs)
-            staged.append(StagedDirectory(place, ALONE, key))
+            staged.append(StagedDirectory(place, World.alone(), key))
     if len(staged) == 2 and staged[0].destination == staged[1].destination:
         raise UserError("--merge", str(merge), "is the same as --to; write another directory")
 

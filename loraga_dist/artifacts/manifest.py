@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loraga_dist.artifacts.names import CHECKSUMS
-from loraga_dist.artifacts.parallel import over_cores
+from loraga_dist.artifacts.parallel import over_cores, shares
+from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
 
 OnBytes = Callable[[int], None]
@@ -27,6 +28,11 @@ class TensorDigest(NamedTuple):
     shape: tuple[int, ...]
     sha256: str
 
+    @classmethod
+    def of_json(cls, parts: Sequence[Any]) -> TensorDigest:
+        dtype, shape, sha256 = parts
+        return cls(dtype, tuple(shape), sha256)
+
 
 def no_progress(num_bytes: int) -> None:
     """The `OnBytes` of a caller who does not want to know."""
@@ -38,59 +44,95 @@ def fingerprint(digests: Mapping[str, TensorDigest]) -> str:
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def write_checksums(directory: Path, on_progress: OnBytes = no_progress) -> None:
-    """Write SHA256SUMS over every other file of the tree, as `sha256sum -c` reads it. Raises RunError."""
-    try:
-        names = sorted(_files(directory))
-        assert not any("\n" in name or "\\" in name for name in names), "sha256sum would want these names escaped"
-        digests = over_cores(lambda name: _sha256(directory / name, on_progress), names)
-        lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
-        (directory / CHECKSUMS).write_text("".join(lines))
-    except OSError as error:
-        raise RunError(f"{directory / CHECKSUMS} cannot be written ({error.strerror}: {error.filename})") from error
+def write_checksums(directory: Path, world: World, on_progress: OnBytes = no_progress) -> None:
+    """Write SHA256SUMS over every other file of the tree, as `sha256sum -c` reads it; a collective, ranks share it.
+
+    Raises RunError when a file cannot be read or written.
+    """
+    sizes = _sizes_seen_by_main(directory, world)
+    assert not any("\n" in name or "\\" in name for name in sizes), "sha256sum would want these names escaped"
+    digests: dict[str, str] = {}
+    with world.together():
+        mine = _share(sizes, world)
+        try:
+            digests = dict(
+                zip(mine, over_cores(lambda name: _sha256(directory / name, on_progress), mine), strict=True)
+            )
+        except OSError as error:
+            raise RunError(f"{error.filename} cannot be read ({error.strerror})") from error
+    everyone = {name: digest for part in world.all_json(digests) for name, digest in part.items()}
+    with world.together():
+        if world.is_main:
+            try:
+                lines = [f"{everyone[name]}  {name}\n" for name in sorted(everyone)]
+                (directory / CHECKSUMS).write_text("".join(lines))
+            except OSError as error:
+                raise RunError(f"{directory / CHECKSUMS} cannot be written ({error.strerror})") from error
 
 
-def check_checksums(directory: Path, on_progress: OnBytes = no_progress) -> list[str]:
-    """What differs from SHA256SUMS, one line each.
+def check_checksums(directory: Path, world: World, on_progress: OnBytes = no_progress) -> list[str]:
+    """What differs from SHA256SUMS, one line each, on every rank; a collective, shared by the ranks.
 
     Directories with listed files are closed: a loader would read a file that was added to one. The top is not.
     """
-    try:
-        text = (directory / CHECKSUMS).read_text()
-    except (OSError, UnicodeDecodeError):
-        return [f"{CHECKSUMS}: cannot be read"]
-    *lines, rest = text.split("\n")
-    matches = [_LINE.fullmatch(line) for line in lines]
-    if rest or not all(matches):
-        return [f"{CHECKSUMS}: is not in sha256sum's format"]
-    listed = {match["name"]: match["digest"] for match in matches if match}
+    sizes = _sizes_seen_by_main(directory, world)
+    problems: list[str] = []
+    with world.together():
+        listed = _read_checksums(directory)
+        if listed is None:
+            problems = [f"{CHECKSUMS}: cannot be read, or is not in sha256sum's format"]
+        else:
+            problems = _check_share(directory, listed, sizes, world, on_progress)
+    return list(dict.fromkeys(problem for part in world.all_json(problems) for problem in part))
 
-    present = _files(directory)
 
+def _check_share(
+    directory: Path, listed: Mapping[str, str], sizes: Mapping[str, int], world: World, on_progress: OnBytes
+) -> list[str]:
     def check(name: str) -> str | None:
-        if name not in present:
-            return f"{name}: is missing"
         try:
-            return (
-                None
-                if _sha256(directory / name, on_progress) == listed[name]
-                else f"{name}: does not match {CHECKSUMS}"
-            )
+            same = _sha256(directory / name, on_progress) == listed[name]
         except OSError as error:
             return f"{name}: cannot be read ({error.strerror})"
+        return None if same else f"{name}: does not match {CHECKSUMS}"
 
-    problems = [problem for problem in over_cores(check, listed) if problem]
-    closed = {name.split("/")[0] for name in listed if "/" in name}
-    problems += [
-        f"{name}: is not listed in {CHECKSUMS}"
-        for name in sorted(present - listed.keys())
-        if "/" in name and name.split("/")[0] in closed
-    ]
+    mine = _share({name: size for name, size in sizes.items() if name in listed}, world)
+    problems = [problem for problem in over_cores(check, mine) if problem]
+    if world.is_main:
+        closed = {name.split("/")[0] for name in listed if "/" in name}
+        problems += [f"{name}: is missing" for name in sorted(listed.keys() - sizes.keys())]
+        problems += [
+            f"{name}: is not listed in {CHECKSUMS}"
+            for name in sorted(sizes.keys() - listed.keys())
+            if "/" in name and name.split("/")[0] in closed
+        ]
     return problems
 
 
-def _files(directory: Path) -> set[str]:
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} - {CHECKSUMS}
+def _read_checksums(directory: Path) -> dict[str, str] | None:
+    """Digest by name, None where the file is not what `sha256sum` writes."""
+    try:
+        *lines, rest = (directory / CHECKSUMS).read_text().split("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    matches = [match for match in map(_LINE.fullmatch, lines) if match]
+    return None if rest or len(matches) < len(lines) else {match["name"]: match["digest"] for match in matches}
+
+
+def _sizes_seen_by_main(directory: Path, world: World) -> dict[str, int]:
+    """Bytes of every file but the checksums, as rank 0 sees them: on network file systems others may lag behind."""
+    sizes = {}
+    if world.is_main:
+        sizes = {
+            path.relative_to(directory).as_posix(): path.stat().st_size
+            for path in directory.rglob("*")
+            if path.is_file() and path != directory / CHECKSUMS
+        }
+    return world.all_json(sizes)[0]
+
+
+def _share(sizes: Mapping[str, int], world: World) -> list[str]:
+    return shares(sizes, sizes.__getitem__, world.size)[world.rank]
 
 
 def _sha256(path: Path, on_progress: OnBytes) -> str:

@@ -8,8 +8,9 @@ from loraga_dist.artifacts.manifest import fingerprint
 from loraga_dist.artifacts.names import LORAGA_INIT, MODEL_CONFIG, RESIDUAL_BASE
 from loraga_dist.artifacts.reading import load_adapter, open_base, read_report
 from loraga_dist.artifacts.residual import require_targets, residual_dtype_of, write_model
-from loraga_dist.artifacts.staging import ALONE, StagedDirectory, free_place
+from loraga_dist.artifacts.staging import StagedDirectory, free_place
 from loraga_dist.artifacts.verify import check_residual
+from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.progress import phase
 
@@ -35,7 +36,7 @@ def materialize_base(
     require_targets(index, targets)
     dtype = report.config.output.residual_dtype
     num_bytes = sum(slot.numel * residual_dtype_of(slot.dtype, dtype).itemsize for slot in index.values())
-    staged = StagedDirectory(destination, ALONE, "--to")
+    staged = StagedDirectory(destination, World.alone(), "--to")
     staged.create(num_bytes)
     try:
         with phase("write", num_bytes, "B", shown=show_progress) as progress:
@@ -43,7 +44,7 @@ def materialize_base(
         if fingerprint({key: found for key, (found, _) in digests.items()}) != report.base_fingerprint:
             raise UserError("--base", str(base_dir), "is not the base of this output: it has another fingerprint")
         with phase("verify", sum(slot.num_bytes for slot in index.values()), "B", shown=show_progress) as progress:
-            problems, _ = check_residual(report, base_dir, index, staged.path, targets, adapter, progress.advance)
+            problems = check_residual(report, base_dir, index, staged.path, adapter, targets, progress.advance)
         if problems:
             raise RunError(f"verify: {'; '.join(problems[:5])}")
         staged.commit()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, PositiveInt, ValidationError
+from pydantic import BaseModel, PositiveInt, ValidationError, field_validator
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, rank_and_scaling, saved_key
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, REPORT
@@ -53,11 +53,18 @@ class Report(BaseModel):
     targets: dict[str, ReportTarget]
     saved_parameters: dict[str, str] = {}
 
+    @field_validator("schema_version")
+    @classmethod
+    def _known_version(cls, value: int) -> int:
+        if value != SCHEMA_VERSION:
+            raise ValueError(f"is {value}, this version reads {SCHEMA_VERSION}")
+        return value
+
 
 def read_report(directory: Path) -> Report:
     """The report of an output directory; raises RunError for one that this version does not read."""
     try:
-        report = Report.model_validate_json((directory / REPORT).read_bytes())
+        return Report.model_validate_json((directory / REPORT).read_bytes())
     except OSError as error:
         raise RunError(
             f"{REPORT}: cannot be read ({error.strerror}); is this the directory of a finished run?"
@@ -66,9 +73,6 @@ def read_report(directory: Path) -> Report:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise RunError(f"{REPORT}: {where}: {first['msg']}") from error
-    if report.schema_version != SCHEMA_VERSION:
-        raise RunError(f"{REPORT}: schema_version is {report.schema_version}, this version reads {SCHEMA_VERSION}")
-    return report
 
 
 def load_adapter(directory: Path, report: Report) -> tuple[AdapterFile, list[AdapterTarget]]:

@@ -92,17 +92,6 @@ def plan_residual_files(
     return files
 
 
-def assign_files(files: Sequence[PlannedFile], world_size: int) -> list[list[PlannedFile]]:
-    """Each rank's share: largest file first, to the rank with the fewest bytes so far."""
-    shares: list[list[PlannedFile]] = [[] for _ in range(world_size)]
-    load_bytes = [0] * world_size
-    for file in sorted(files, key=lambda file: -file.num_bytes):
-        rank = load_bytes.index(min(load_bytes))
-        shares[rank].append(file)
-        load_bytes[rank] += file.num_bytes
-    return shares
-
-
 def write_residual_files(
     files: Iterable[PlannedFile],
     index: Mapping[str, TensorSlot],

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-
-import torch
+from typing import BinaryIO
 
 from loraga_dist.artifacts.names import REPORT
 from loraga_dist.config import OutputConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
-
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-"""For commands that are no collective, whatever process group there may be."""
 
 
 def check_destination(config: OutputConfig) -> Path:
@@ -50,6 +47,8 @@ class StagedDirectory:
         self._key = key
         self.path = destination.with_name(f".{destination.name}.partial")
         self._old = destination.with_name(f".{destination.name}.replaced")
+        self._lock_path = destination.with_name(f".{destination.name}.lock")
+        self._lock: BinaryIO | None = None
         self._world = world
         self._committing = False
 
@@ -59,6 +58,7 @@ class StagedDirectory:
             if self._world.is_main:
                 try:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self._take_lock()
                     if self._old.exists() and not self.destination.exists():
                         self._old.rename(self.destination)  # a run was killed between its two renames
                     for leftover in (self._old, self.path):
@@ -73,12 +73,12 @@ class StagedDirectory:
                         f"cannot be written ({error.strerror}); write another place",
                     ) from error
                 if free_bytes < num_bytes:
+                    self.discard()
                     spared = ", or output.residual_base: none" if self._key == "output.dir" else ""
-                    self.path.rmdir()
                     raise UserError(
                         self._key,
                         str(self.destination),
-                        f"needs {num_bytes / 2**30:.2f} GiB and the disk has {free_bytes / 2**30:.2f} free; "
+                        f"needs {num_bytes / 2**30:.3g} GiB and the disk has {free_bytes / 2**30:.3g} free; "
                         f"write another place{spared}",
                     )
         with self._world.together():
@@ -105,11 +105,30 @@ class StagedDirectory:
         except OSError as error:
             raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
         shutil.rmtree(self._old, ignore_errors=True)
+        self._drop_lock()
 
     def discard(self) -> None:
         """Remove what was staged, after a failure; a finished output that could not be renamed stays."""
         if not self._committing:
             shutil.rmtree(self.path, ignore_errors=True)
+            self._drop_lock()
+
+    def _take_lock(self) -> None:
+        """Held as long as this process lives, so that two runs do not write one output."""
+        self._lock = self._lock_path.open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock = None
+            raise UserError(
+                self._key, str(self.destination), "is being written by another run; wait for it or write another"
+            ) from None
+
+    def _drop_lock(self) -> None:
+        if self._lock is not None:
+            self._lock_path.unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
 
 
 def _sync_directory(path: Path) -> None:

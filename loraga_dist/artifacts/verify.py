@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
-from loraga_dist.artifacts.parallel import over_cores
+from loraga_dist.artifacts.parallel import over_cores, shares
 from loraga_dist.artifacts.reading import Report, load_adapter, open_base, read_report
 from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
@@ -38,6 +38,7 @@ from loraga_dist.artifacts.residual import (
     rows_per_chunk,
     subtract_offset,
 )
+from loraga_dist.distributed import World
 from loraga_dist.errors import LoragaError, RunError
 from loraga_dist.safetensors_files import (
     TensorSlot,
@@ -71,52 +72,101 @@ class VerifyResult:
         return not self.problems
 
 
-def verify(directory: Path, *, base: Path | None = None, on_progress: OnBytes = no_progress) -> VerifyResult:
+@dataclass
+class _Compared:
+    """What holding a share of the base's tensors against the residual base gave."""
+
+    problems: list[str] = field(default_factory=list)
+    base_digests: dict[str, TensorDigest] = field(default_factory=dict)
+    residual_digests: dict[str, TensorDigest] = field(default_factory=dict)
+    max_units: float = 0.0
+
+
+def verify(
+    directory: Path, *, base: Path | None = None, world: World | None = None, on_progress: OnBytes = no_progress
+) -> VerifyResult:
     """Check an output directory against its report, its checksums, PEFT's loader and the base model.
 
-    base: the original model's directory; by default the one the report names. on_progress: told of bytes read; all the
-    files once for their checksums, then the base's weights once. Never raises for what the files hold.
+    base: the original model's directory; by default the one the report names. world: ranks that share the work, a
+    collective then; each gets the whole result. on_progress: told of bytes read; all the files once for their
+    checksums, then the base's weights once. Never raises for what the files hold.
     """
+    world = world or World.alone()
     try:
         report = read_report(directory)
     except RunError as error:
         return VerifyResult([str(error)], 0, 0.0, residual_checked=False)
 
-    problems = [*_missing_files(directory, report), *check_checksums(directory, on_progress)]
-    max_units = opened_adapter = opened_base = None
-    with _collected(problems, LORAGA_INIT):
-        opened_adapter = load_adapter(directory / LORAGA_INIT, report)
-        problems += _check_finite(*opened_adapter)
-    with _collected(problems, LORAGA_OFFSET):
-        if opened_adapter:
-            problems += _check_offset(*opened_adapter, *load_adapter(directory / LORAGA_OFFSET, report))
-    with _collected(problems, FACTORS):
-        problems += _check_factors(directory, report)
-    with _collected(problems, "base"):
-        opened_base = open_base(report, base)
-    with _collected(problems, LORAGA_INIT):
-        if opened_adapter and opened_base:
-            problems += _check_saved(opened_adapter[0], opened_base[1], report.saved_parameters)
-    with _collected(problems, RESIDUAL_BASE):
-        # where the report says none, materialize-base may have made it since
-        if opened_base and report.config.output.residual_base == "none" and not (directory / RESIDUAL_BASE).exists():
-            base_dir, index = opened_base
-            problems += _check_base(report, base_dir, digest_base(index, index, on_progress))
-        elif opened_base and opened_adapter:
-            adapter, targets = opened_adapter
-            found, max_units = check_residual(
-                report, *opened_base, directory / RESIDUAL_BASE, targets, adapter, on_progress
-            )
-            problems += found
+    # where the report says none, materialize-base may have made it since
+    has_residual = report.config.output.residual_base == "full" or (directory / RESIDUAL_BASE).exists()
+    residual = directory / RESIDUAL_BASE if has_residual else None
+    problems = check_checksums(directory, world, on_progress)
+    compared: _Compared | None = None
+    with world.together():
+        if world.is_main:
+            problems += _missing_files(directory, report)
+        opened_adapter = opened_base = None
+        with _collected(problems, LORAGA_INIT):
+            opened_adapter = load_adapter(directory / LORAGA_INIT, report)
+        if opened_adapter and world.is_main:
+            problems += _check_finite(*opened_adapter)
+            with _collected(problems, LORAGA_OFFSET):
+                problems += _check_offset(*opened_adapter, *load_adapter(directory / LORAGA_OFFSET, report))
+        with _collected(problems, FACTORS):
+            problems += _check_factors(directory, report, world)
+        with _collected(problems, "base"):
+            opened_base = open_base(report, base)
+        if opened_adapter and opened_base and world.is_main:
+            with _collected(problems, LORAGA_INIT):
+                problems += _check_saved(opened_adapter[0], opened_base[1], report.saved_parameters)
+        with _collected(problems, RESIDUAL_BASE):
+            if opened_base and opened_adapter:
+                found, compared = _compare(report, *opened_base, residual, *opened_adapter, world, on_progress)
+                problems += found
+    problems, whole = _merge(problems, compared, world)
+    max_units = None
+    if whole is not None and opened_base is not None:
+        is_base = fingerprint(whole.base_digests) == report.base_fingerprint
+        problems += _conclude(report, opened_base[0], whole)
+        max_units = whole.max_units if is_base and has_residual else None
     return VerifyResult(
         list(dict.fromkeys(problems)), len(report.targets), max_units or 0.0, residual_checked=max_units is not None
     )
+
+
+def check_residual(
+    report: Report,
+    base_dir: Path,
+    base: Mapping[str, TensorSlot],
+    residual_dir: Path,
+    adapter: AdapterFile,
+    targets: list[AdapterTarget],
+    on_progress: OnBytes = no_progress,
+) -> list[str]:
+    """What is wrong with a residual base, wherever it lies, one line each. Raises BrokenFileError for its files."""
+    problems, compared = _compare(report, base_dir, base, residual_dir, adapter, targets, World.alone(), on_progress)
+    return problems if compared is None else problems + _conclude(report, base_dir, compared)
 
 
 def bytes_to_verify(directory: Path) -> int:
     """About how many bytes `verify` reads: every file, and a base as large as the residual."""
     sizes = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file()}
     return sum(sizes.values()) + sum(size for path, size in sizes.items() if path.parent.name == RESIDUAL_BASE)
+
+
+def _merge(problems: list[str], compared: _Compared | None, world: World) -> tuple[list[str], _Compared | None]:
+    """All ranks' findings; no comparison where one rank could not make its own."""
+    parts = world.all_json([problems, None if compared is None else asdict(compared)])
+    everyone = [problem for found, _ in parts for problem in found]
+    if any(part is None for _, part in parts):
+        return everyone, None
+    whole = _Compared()
+    for _, part in parts:
+        whole.problems += part["problems"]
+        whole.base_digests |= {key: TensorDigest.of_json(it) for key, it in part["base_digests"].items()}
+        whole.residual_digests |= {key: TensorDigest.of_json(it) for key, it in part["residual_digests"].items()}
+        whole.max_units = max(whole.max_units, part["max_units"])
+    return everyone, whole
 
 
 @contextmanager
@@ -175,13 +225,14 @@ def _check_offset(
     return problems
 
 
-def _check_factors(directory: Path, report: Report) -> list[str]:
+def _check_factors(directory: Path, report: Report, world: World) -> list[str]:
+    """This rank's share of the targets' triplets: layout, order, orthonormality."""
     slots = scan_checkpoint(directory / FACTORS, FACTORS_STEM)
     expected = {f"{name}.{part}" for name in report.targets for part in ("U", "S", "Vh")}
     if slots.keys() != expected:
         return [f"{FACTORS}: {key} is missing or not of a target" for key in sorted(slots.keys() ^ expected)]
     problems = []
-    for name, target in report.targets.items():
+    for name, target in list(report.targets.items())[world.rank :: world.size]:
         M, N = target.shape
         U, S, Vh = (slots[f"{name}.{part}"] for part in ("U", "S", "Vh"))
         K = math.prod(S.shape)
@@ -199,10 +250,15 @@ def _check_factors(directory: Path, report: Report) -> list[str]:
     return problems
 
 
-def _check_base(report: Report, base_dir: Path, digests: Mapping[str, TensorDigest]) -> list[str]:
-    if fingerprint(digests) == report.base_fingerprint:
-        return []
-    return [f"base: {base_dir} is not the base of this output: its fingerprint is not the report's base_fingerprint"]
+def _conclude(report: Report, base_dir: Path, whole: _Compared) -> list[str]:
+    """The problems that a comparison of all tensors shows."""
+    if fingerprint(whole.base_digests) != report.base_fingerprint:
+        # the differences found to another model than the base mean nothing
+        problem = "its fingerprint is not the report's base_fingerprint"
+        return [f"base: {base_dir} is not the base of this output: {problem}"]
+    if whole.residual_digests and report.residual_fingerprint not in (None, fingerprint(whole.residual_digests)):
+        return [*whole.problems, f"{RESIDUAL_BASE}: its fingerprint is not the report's residual_fingerprint"]
+    return whole.problems
 
 
 def _check_layout(
@@ -234,20 +290,26 @@ def _described(layout: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "missing" if layout is None else f"{dtype_name(layout[0])} {layout[1]}"
 
 
-def check_residual(
+def _compare(
     report: Report,
     base_dir: Path,
     base: Mapping[str, TensorSlot],
-    residual_dir: Path,
-    targets: list[AdapterTarget],
+    residual_dir: Path | None,
     adapter: AdapterFile,
+    targets: list[AdapterTarget],
+    world: World,
     on_progress: OnBytes,
-) -> tuple[list[str], float | None]:
-    """Read base and residual base side by side; (problems, largest error in roundings or None if it means nothing)."""
+) -> tuple[list[str], _Compared | None]:
+    """Read this rank's share of base and residual base side by side; problems instead when their layouts differ.
+
+    residual_dir: None if there is none; the base alone is read then, for its fingerprint.
+    """
+    share = shares(base, lambda key: base[key].num_bytes, world.size)[world.rank]
+    if residual_dir is None:
+        return [], _Compared(base_digests=digest_base(base, share, on_progress))
     residual = scan_checkpoint(residual_dir)
     target_of = {target.weight_key: target for target in targets}
-    problems = _check_layout(report, base_dir, base, residual, target_of)
-    if problems:
+    if problems := _check_layout(report, base_dir, base, residual, target_of):
         return problems, None
 
     def compare(key: str) -> tuple[list[TensorDigest], float]:
@@ -267,23 +329,16 @@ def check_residual(
         ]
         return digests, worst
 
-    base_digests, residual_digests = {}, {}
-    max_units = 0.0
-    for key, (digests, worst) in zip(base, over_cores(compare, base), strict=True):
-        base_digests[key], residual_digests[key] = digests
+    found = _Compared()
+    for key, (digests, worst) in zip(share, over_cores(compare, share), strict=True):
+        found.base_digests[key], found.residual_digests[key] = digests
         if key in target_of:
-            max_units = max(max_units, worst)
+            found.max_units = max(found.max_units, worst)
             if worst > _ROUNDING_TOLERANCE:
-                problems.append(f"{RESIDUAL_BASE}: {key} is {worst:.3g} roundings away from W - s B A")
+                found.problems.append(f"{RESIDUAL_BASE}: {key} is {worst:.3g} roundings away from W - s B A")
         elif worst > 0:
-            problems.append(f"{RESIDUAL_BASE}: {key} is no target, but differs from the base")
-
-    other_base = _check_base(report, base_dir, base_digests)
-    if other_base:
-        return other_base, None  # the differences found are those of another model
-    if report.residual_fingerprint not in (None, fingerprint(residual_digests)):
-        problems.append(f"{RESIDUAL_BASE}: its fingerprint is not the report's residual_fingerprint")
-    return problems, max_units
+            found.problems.append(f"{RESIDUAL_BASE}: {key} is no target, but differs from the base")
+    return [], found
 
 
 def _copied_pieces(base: TensorSlot, residual: TensorSlot) -> Iterator[tuple[Tensor, Tensor, float]]:

@@ -48,9 +48,12 @@ class Sharding(ABC):
         model_class: type[nn.Module],
         config: Any,
         dtype: torch.dtype,
-        index: dict[str, TensorSlot],
+        slots: dict[str, TensorSlot] | None,
     ) -> nn.Module:
-        """The frozen pretrained model, in eval mode."""
+        """The frozen pretrained model, in eval mode.
+
+        slots: where its tensors lie, by its own names; None where transformers has to convert them.
+        """
 
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ class SingleProcess(Sharding):
         model_class: type[nn.Module],
         config: Any,
         dtype: torch.dtype,
-        index: dict[str, TensorSlot],
+        slots: dict[str, TensorSlot] | None,
     ) -> nn.Module:
         model = pretrained(model_class, model_dir, config, dtype)
         return model.to(self.world.device).requires_grad_(False).eval()

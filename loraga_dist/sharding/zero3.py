@@ -24,7 +24,6 @@ from loraga_dist.safetensors_files import TensorSlot, read_range
 from loraga_dist.sharding.base import Sharding, pretrained
 from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.slices import flat_range
-from loraga_dist.targets import meta_copy
 
 _HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 """What `destroy` leaves on modules. The next engine would take these functions for its own, and they fetch parameters
@@ -126,18 +125,17 @@ class Zero3(Sharding):
         model_class: type[nn.Module],
         config: Any,
         dtype: torch.dtype,
-        index: dict[str, TensorSlot],
+        slots: dict[str, TensorSlot] | None,
     ) -> nn.Module:
-        """Every rank reads its own byte ranges where checkpoint keys are parameter names; else through transformers."""
-        names = {name for name, _ in meta_copy(model_class, config).named_parameters()}
-        if names <= index.keys():
-            model = self._load_slices(model_class, config, dtype, index)
+        """Every rank reads its own byte ranges where tensors can be taken as they are; else through transformers."""
+        if slots is not None:
+            model = self._load_slices(model_class, config, dtype, slots)
         else:
             model = self._load_pretrained(model_dir, model_class, config, dtype)
         return model.requires_grad_(False).eval()
 
     def _load_slices(
-        self, model_class: type[nn.Module], config: Any, dtype: torch.dtype, index: dict[str, TensorSlot]
+        self, model_class: type[nn.Module], config: Any, dtype: torch.dtype, slots: dict[str, TensorSlot]
     ) -> nn.Module:
         import deepspeed
         from transformers.initialization import no_init_weights
@@ -147,14 +145,14 @@ class Zero3(Sharding):
             model = model_class._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
         model.tie_weights()  # transformers leaves that out together with the initialization
         with self.world.together():
-            self._read_slices(model, index)
+            self._read_slices(model, slots)
         return model
 
     @torch.no_grad()
-    def _read_slices(self, model: nn.Module, index: dict[str, TensorSlot]) -> None:
+    def _read_slices(self, model: nn.Module, slots: dict[str, TensorSlot]) -> None:
         parameter: Any
         for name, parameter in model.named_parameters():
-            slot = index[name]
+            slot = slots[name]
             if tuple(slot.shape) != tuple(parameter.ds_shape):
                 raise UserError(
                     "model.name_or_path",
@@ -165,8 +163,8 @@ class Zero3(Sharding):
             if shard.numel():
                 shard.copy_(read_range(slot, start, start + shard.numel()))
         for name, buffer in model.named_buffers():
-            if name in index:
-                buffer.copy_(read_range(index[name], 0, buffer.numel()).view(buffer.shape))
+            if name in slots:
+                buffer.copy_(read_range(slots[name], 0, buffer.numel()).view(buffer.shape))
 
     def _load_pretrained(
         self, model_dir: Path, model_class: type[nn.Module], config: Any, dtype: torch.dtype
@@ -252,12 +250,19 @@ def _start_deepspeed() -> None:
         import deepspeed
     except ImportError as error:
         raise UserError(
-            "WORLD_SIZE", dist.get_world_size(), "several ranks need DeepSpeed; pip install deepspeed"
+            "deepspeed",
+            None,
+            "is not installed, and several ranks or a deepspeed section need it; pip install deepspeed",
         ) from error
     from deepspeed.ops import __compatible_ops__
 
     # its shared-memory all-reduce is compiled at the first start, needs g++, and a killed build blocks all later runs;
     # nothing here profits from it
     __compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():
+        # a group of one, without an address or port that could be taken
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)

@@ -56,7 +56,8 @@ def main() -> None:
 
     reference = reference_gradients(model_dir, microbatches_of(0, 1))
     sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
-    model = sharding.load(base.directory, base.model_class, base.config, base.dtype, base.index)
+    slots = base.slots_of(meta_copy(base.model_class, base.config))
+    model = sharding.load(base.directory, base.model_class, base.config, base.dtype, slots)
     targets = select_targets(
         meta_copy(base.model_class, base.config), LoraSection(r=2, target_modules=PROJECTIONS), lambda r: 2 * r
     ).targets

@@ -13,9 +13,9 @@ import transformers
 import yaml
 from builders import TASKS, byte_tokenizer, config_tree, make_model, save_data, save_model
 from gradient_worker import reference_gradients
-from launching import INIT, run_ranks, succeed
+from launching import INIT, ROOT, run_ranks, succeed
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.calibration import assign_microbatches, load_samples
@@ -38,13 +38,15 @@ class Case:
     world_size: int = 1
     dtype: torch.dtype = torch.float32
     shards: bool = True
-    bare: bool = False
-    """GPT-2's checkpoint without the language-model prefix: keys are not parameter names."""
+    keys: str = "own"
+    """`bare`: GPT-2's checkpoint without the language-model prefix; `legacy`: BERT's norms as gamma and beta, which
+    transformers renames as it loads."""
     overrides: tuple[str, ...] = ()
 
 
 CASES = {
     "llama-1": Case(),
+    "llama-1-zero3": Case(overrides=("--deepspeed", str(ROOT / "configs/deepspeed/zero3_offload_cpu.json"))),
     "llama-1-seed": Case(overrides=("--init.seed", "7")),
     "llama-1-single-file": Case(shards=False),
     "llama-2": Case(world_size=2),
@@ -59,12 +61,13 @@ CASES = {
     "tied-2": Case("tied", 2),
     "gpt2-1": Case("gpt2"),
     "gpt2-2": Case("gpt2", 2),
-    "gpt2-2-bare": Case("gpt2", 2, bare=True),
+    "gpt2-2-bare": Case("gpt2", 2, keys="bare"),
     "t5-1": Case("t5"),
     "t5-2": Case("t5", 2),
     "bert-1": Case("bert"),
     "bert-2": Case("bert", 2),
     "bert-1-bf16": Case("bert", dtype=torch.bfloat16),
+    "bert-2-legacy": Case("bert", 2, keys="legacy"),
 }
 
 
@@ -87,6 +90,18 @@ class Run:
         return adapter[f"{key}.lora_B.weight"].double() @ adapter[f"{key}.lora_A.weight"].double()
 
 
+def rename_norms(base: Path) -> None:
+    def legacy(key: str) -> str:
+        return key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    for path in base.glob("*.safetensors"):
+        save_file({legacy(key): tensor for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {legacy(key): name for key, name in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs by case id, each made once, when first asked for."""
@@ -95,18 +110,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(name: str) -> Run:
         if name not in made:
             case = CASES[name]
-            base = root / f"{case.kind}-{case.dtype}-{case.shards}-{case.bare}".replace("torch.", "")
+            base = root / f"{case.kind}-{case.dtype}-{case.shards}-{case.keys}".replace("torch.", "")
             data, out, config = root / f"{case.kind}.jsonl", root / name, root / f"{name}.yaml"
             if not base.exists():
-                if case.bare:
+                if case.keys == "bare":
                     make_model(case.kind).transformer.save_pretrained(base)
                     byte_tokenizer().save_pretrained(base)
                 else:
                     save_model(base, case.kind, dtype=case.dtype, shards=case.shards)
+                if case.keys == "legacy":
+                    rename_norms(base)
             save_data(data, TASKS[case.kind], rows=21)
             config.write_text(yaml.safe_dump(config_tree(base, data, out, kind=case.kind, r=R)))
             arguments = ["--config", str(config), *case.overrides]
-            if case.world_size == 1:
+            if case.world_size == 1 and "--deepspeed" not in case.overrides:
                 assert init_main(arguments) == 0
             else:
                 succeed(run_ranks([INIT, *arguments], case.world_size, timeout_seconds=200))

@@ -21,6 +21,7 @@ from builders import config_tree, save_data, save_model
 from loraga_dist.artifacts.manifest import check_checksums
 from loraga_dist.artifacts.report_page import write_report_page
 from loraga_dist.cli import main
+from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
 
 PLOTS = {"singular_values", "captured_energy", "split_half_cosine", "offset_ratio", "memory", "seconds"}
@@ -93,7 +94,7 @@ def with_targets(report: dict[str, Any], names: list[str], **changes: Any) -> di
 def test_a_run_writes_the_page_and_its_checksums_cover_it(run: Path) -> None:
     listed = {line.split("  ")[1] for line in (run / "SHA256SUMS").read_text().splitlines()}
     assert {"report.html"} | {f"plots/{name}.png" for name in PLOTS} <= listed
-    assert check_checksums(run) == []
+    assert check_checksums(run, World.alone()) == []
 
 
 def test_the_page_says_what_the_report_says(run: Path, report: dict[str, Any]) -> None:

@@ -19,8 +19,8 @@ from loraga_dist.artifacts import residual
 from loraga_dist.artifacts import verify as verification
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, rank_and_scaling, write_adapter
 from loraga_dist.artifacts.manifest import check_checksums, fingerprint, write_checksums
+from loraga_dist.artifacts.parallel import shares
 from loraga_dist.artifacts.residual import (
-    assign_files,
     digest_base,
     finish_residual_base,
     plan_residual_files,
@@ -28,6 +28,7 @@ from loraga_dist.artifacts.residual import (
     write_residual_files,
 )
 from loraga_dist.artifacts.verify import VerifyResult, verify
+from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
 from loraga_dist.safetensors_files import SafetensorsWriter, read_checkpoint_index
 
@@ -145,7 +146,7 @@ def write_output(
         adapter = AdapterFile(directory / "loraga_init")
         destination = directory / "residual_base"
         digests = {}
-        for share in assign_files(files, world_size):
+        for share in shares(files, lambda file: file.num_bytes, world_size):
             digests |= write_residual_files(share, index, targets, adapter, destination)
         finish_residual_base(base, destination, files, residual_dtype)
         base_digests = {key: pair[0] for key, pair in digests.items()}
@@ -174,7 +175,7 @@ def write_output(
     write_report(directory, report)
     (directory / "resolved_config.yaml").write_text("model: {}\n")
     (directory / "README.md").write_text("# Output\n")
-    write_checksums(directory)
+    write_checksums(directory, World.alone())
     return targets
 
 
@@ -346,11 +347,11 @@ def test_chunks_do_not_show(llama: Path, finished: Path, tmp_path: Path, monkeyp
 
 def test_assignment_is_even_and_complete(llama: Path) -> None:
     files = plan_residual_files(read_checkpoint_index(llama), "auto", 8_000)
-    shares = assign_files(files, 3)
-    assert sorted(file.name for share in shares for file in share) == sorted(file.name for file in files)
-    loads = [sum(file.num_bytes for file in share) for share in shares]
+    dealt = shares(files, lambda file: file.num_bytes, 3)
+    assert sorted(file.name for share in dealt for file in share) == sorted(file.name for file in files)
+    loads = [sum(file.num_bytes for file in share) for share in dealt]
     assert max(loads) - min(loads) <= max(file.num_bytes for file in files)
-    assert assign_files(files[:1], 3) == [files[:1], [], []]
+    assert shares(files[:1], lambda file: file.num_bytes, 3) == [files[:1], [], []]
 
 
 def test_fingerprint_does_not_depend_on_the_split(llama: Path, tmp_path: Path) -> None:
@@ -399,7 +400,7 @@ def test_checksums_see_changed_missing_and_added_files(output: Path) -> None:
     (output / "factors" / "factors-0.safetensors").unlink()
     (output / "residual_base" / "adapter_config.json").write_text("{}")
     (output / "notes.txt").write_text("mine")
-    assert sorted(check_checksums(output)) == [
+    assert sorted(check_checksums(output, World.alone())) == [
         "README.md: does not match SHA256SUMS",
         "factors/factors-0.safetensors: is missing",
         "residual_base/adapter_config.json: is not listed in SHA256SUMS",
@@ -419,7 +420,7 @@ def test_verify_with_the_base_elsewhere(llama: Path, output: Path, tmp_path: Pat
     report = json.loads((output / "loraga_report.json").read_text())
     report["config"]["model"]["name_or_path"] = str(tmp_path / "gone")
     write_report(output, report)
-    write_checksums(output)
+    write_checksums(output, World.alone())
     result = verify(output)
     assert not result.residual_checked and [str(tmp_path / "gone") in problem for problem in result.problems] == [True]
     assert verify(output, base=llama).ok
@@ -474,7 +475,7 @@ def test_verify_never_raises_for_a_damaged_file_with_fitting_checksums(output: P
             position = dice.randrange(min(len(content), 2000))
             damaged = bytes([content[position] ^ 1 << dice.randrange(8)])
             (output / name).write_bytes(content[:position] + damaged + content[position + 1 :])
-            write_checksums(output)
+            write_checksums(output, World.alone())
             verify(output)
         (output / name).write_bytes(content)
 
@@ -493,7 +494,7 @@ def edit(output: Path, part: str, key: str, change: Callable[[torch.Tensor], tor
     held = load_file(path)
     held[key] = change(held[key]).contiguous()
     save_file(held, path, {"format": "pt"})
-    write_checksums(output)
+    write_checksums(output, World.alone())
 
 
 def two_neighbours_up(tensor: torch.Tensor) -> torch.Tensor:
@@ -532,7 +533,7 @@ def test_verify_sees_factors_of_another_target(output: Path) -> None:
             first, second = (adapter_key(f"{layer}.mlp.down_proj", side) for layer in range(2))
             held[first], held[second] = held[second], held[first]
         save_file(held, path, {"format": "pt"})
-    write_checksums(output)
+    write_checksums(output, World.alone())
     problems = verify(output).problems
     assert len(problems) == 2 and all("down_proj.weight is" in p and "roundings away" in p for p in problems)
 
@@ -546,10 +547,10 @@ def test_verify_sees_another_scaling(output: Path) -> None:
     for part in ("loraga_init", "loraga_offset"):
         path = output / part / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": False}))
-    write_checksums(output)
+    write_checksums(output, World.alone())
     assert len(verify(output).problems) == 6
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
-    write_checksums(output)
+    write_checksums(output, World.alone())
     assert any("init_lora_weights true" in problem for problem in verify(output).problems)
 
 
@@ -557,7 +558,7 @@ def test_verify_sees_another_rank_in_the_report(output: Path) -> None:
     report = json.loads((output / "loraga_report.json").read_text())
     report["targets"]["model.layers.1.mlp.down_proj"]["r"] = 3
     write_report(output, report)
-    write_checksums(output)
+    write_checksums(output, World.alone())
     assert "gives model.layers.1.mlp.down_proj rank 4, loraga_report.json says 3" in verify(output).problems[0]
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from loraga_dist.artifacts.staging import StagedDirectory
 from loraga_dist.cli import init_main
 from loraga_dist.distributed import World
-from loraga_dist.errors import RunError
+from loraga_dist.errors import RunError, UserError
 
 
 @pytest.fixture
@@ -29,6 +29,18 @@ def test_commit_replaces_and_leaves_nothing_beside(staged: StagedDirectory, tmp_
     staged.commit()
     assert (tmp_path / "out" / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_cannot_write_one_output(staged: StagedDirectory, tmp_path: Path) -> None:
+    other = StagedDirectory(tmp_path / "out", World.current())
+    with pytest.raises(UserError, match="is being written by another run"):
+        other.create(0)
+    assert (staged.path / "file").read_text() == "new"
+    staged.commit()
+    other = StagedDirectory(tmp_path / "next" / "out", World.current())
+    other.create(0)
+    other.discard()
+    assert list((tmp_path / "next").iterdir()) == []
 
 
 def test_a_failed_rename_puts_the_old_directory_back(staged: StagedDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
