@@ -16,9 +16,8 @@ from loraga_dist.artifacts.names import CONVERSION
 from loraga_dist.artifacts.reading import open_base
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, require_targets, write_model
-from loraga_dist.artifacts.staging import StagedDirectory, free_place
+from loraga_dist.artifacts.staging import free_place, whole_directory
 from loraga_dist.artifacts.trained import Update, open_update
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.linalg import product_svd
 from loraga_dist.progress import phase
@@ -32,6 +31,8 @@ _MAX_RELATIVE_ERROR = 1e-6
 class Conversion:
     """What `convert` made."""
 
+    init: str
+    trained: str
     base: str
     """The original base, as the adapter names it."""
     num_targets: int
@@ -65,7 +66,7 @@ def convert(
 
     rank: of the adapter, the best approximation of that rank; by default the 2r that hold the whole update. `merge`
     always takes the whole update. base: the original model, if it is not where the report says.
-    Both outputs appear whole or not at all. Raises UserError for input that does not fit together, RunError when
+    Each output appears whole or not at all. Raises UserError for input that does not fit together, RunError when
     writing fails.
     """
     if to is None and merge is None:
@@ -73,17 +74,20 @@ def convert(
     if rank is not None and rank < 1:
         raise UserError("--rank", rank, "must be 1 or more")
     update = open_update(init, trained)
-    opened_base = open_base(update.report, base) if merge is not None else None
-    inputs = [init.parent, trained, *([base] if base else []), *([opened_base[0]] if opened_base else [])]
-    staged = []
-    for path, key in ((to, "--to"), (merge, "--merge")):
-        if path is not None:
-            place = free_place(path, key, marker=CONVERSION, overwrite=overwrite, inputs=inputs)
-            staged.append(StagedDirectory(place, World.alone(), key))
-    if len(staged) == 2 and staged[0].destination == staged[1].destination:
-        raise UserError("--merge", str(merge), "is the same as --to; write another directory")
+    inputs = [init.parent, trained]
+    base_dir, index = None, {}
+    if merge is not None:
+        base_dir, index = open_base(update.report, base)
+        inputs.append(base_dir)
+        merge = free_place(merge, "--merge", marker=CONVERSION, overwrite=overwrite, inputs=inputs)
+    if to is not None:
+        to = free_place(to, "--to", marker=CONVERSION, overwrite=overwrite, inputs=inputs)
+    if to == merge:
+        raise UserError("--merge", str(merge), "is the directory of --to; write another")
 
     found = Conversion(
+        init=str(init),
+        trained=str(trained),
         base=str(base) if base is not None else update.report.config.model.name_or_path,
         num_targets=len(update.targets),
         r=None,
@@ -92,26 +96,17 @@ def convert(
         saved_parameters=list(update.saved),
         warnings=update.warnings,
     )
-    pending = list(staged)
-    try:
-        if to is not None:
-            directory = pending.pop(0)
-            r = rank or update.full_rank
-            directory.create(sum(4 * r * (target.M + target.N) for target in update.targets.values()))
-            found = _write_adapter(directory.path, update, found, r, show_progress)
-        if merge is not None:
-            assert opened_base is not None
-            directory = pending.pop(0)
-            directory.create(sum(slot.num_bytes for slot in opened_base[1].values()))
-            _write_merged(directory.path, update, *opened_base, show_progress)
-        for directory in staged:
-            _write_record(directory.path, found, init, trained)
-        for directory in staged:
-            directory.commit()
-    except BaseException:
-        for directory in staged[: len(staged) - len(pending)]:
-            directory.discard()
-        raise
+    if to is not None:
+        r = rank or update.full_rank
+        num_bytes = sum(4 * r * (target.M + target.N) for target in update.targets.values())
+        with whole_directory(to, "--to", num_bytes) as directory:
+            found = _write_adapter(directory, update, found, r, show_progress)
+            _write_record(directory, found)
+    if merge is not None:
+        assert base_dir is not None
+        with whole_directory(merge, "--merge", sum(slot.num_bytes for slot in index.values())) as directory:
+            _write_merged(directory, update, base_dir, index, show_progress)
+            _write_record(directory, found)
     return found
 
 
@@ -153,7 +148,7 @@ def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, s
         write_adapter(directory, config, targets, factors, saved=update.saved)
         stored = AdapterFile(directory)
         for target in targets:
-            _check_stored(update, stored, target.name, total[target.name] - kept[target.name], total[target.name])
+            _check_stored(update, stored, target.name, total[target.name], kept[target.name])
             progress.advance()
     return dataclasses.replace(
         found,
@@ -167,12 +162,12 @@ def _with_rank(target: AdapterTarget, r: int, scaling: float = 1.0) -> AdapterTa
     return dataclasses.replace(target, r=r, lora_alpha=r, scaling=scaling)
 
 
-def _check_stored(update: Update, stored: AdapterFile, name: str, dropped_energy: float, energy: float) -> None:
+def _check_stored(update: Update, stored: AdapterFile, name: str, energy: float, kept_energy: float) -> None:
     """Raise RunError unless the stored factors are as far from the update as truncation makes them."""
     A_RN, B_MR = stored.factors(name)
     A_KN, B_MK = update.factors(name)
     _, S_J, _ = product_svd(torch.cat([B_MK, -B_MR.double()], dim=1), torch.cat([A_KN, A_RN.double()]))
-    error = (S_J.norm().item() - dropped_energy**0.5) / (energy or 1.0) ** 0.5
+    error = (S_J.norm().item() - max(0.0, energy - kept_energy) ** 0.5) / (energy or 1.0) ** 0.5
     if not error <= _MAX_RELATIVE_ERROR:
         raise RunError(f"convert: {name} was stored with a relative error of {error:.1e}; is the disk sound?")
 
@@ -204,9 +199,9 @@ def _base_key(name: str, slot: TensorSlot, index: dict[str, TensorSlot], update:
     return key
 
 
-def _write_record(directory: Path, found: Conversion, init: Path, trained: Path) -> None:
-    """What this directory was made from; also by what `--overwrite` knows its own."""
-    record = {"init": str(init), "trained": str(trained), **dataclasses.asdict(found), "versions": versions()}
+def _write_record(directory: Path, found: Conversion) -> None:
+    """What the directory was made from; also by what a later `overwrite` knows it."""
+    record = {**dataclasses.asdict(found), "versions": versions()}
     try:
         (directory / CONVERSION).write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:

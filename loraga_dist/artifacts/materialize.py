@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraga_dist.artifacts.manifest import fingerprint
 from loraga_dist.artifacts.names import LORAGA_INIT, MODEL_CONFIG, RESIDUAL_BASE
 from loraga_dist.artifacts.reading import load_adapter, open_base, read_report
 from loraga_dist.artifacts.residual import require_targets, residual_dtype_of, write_model
-from loraga_dist.artifacts.staging import StagedDirectory, free_place
+from loraga_dist.artifacts.staging import free_place, whole_directory
 from loraga_dist.artifacts.verify import check_residual
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.progress import phase
 
@@ -36,19 +34,11 @@ def materialize_base(
     require_targets(index, targets)
     dtype = report.config.output.residual_dtype
     num_bytes = sum(slot.numel * residual_dtype_of(slot.dtype, dtype).itemsize for slot in index.values())
-    staged = StagedDirectory(destination, World.alone(), "--to")
-    staged.create(num_bytes)
-    try:
+    with whole_directory(destination, "--to", num_bytes) as path:
         with phase("write", num_bytes, "B", shown=show_progress) as progress:
-            digests = write_model(base_dir, index, targets, adapter, staged.path, dtype, on_progress=progress.advance)
-        if fingerprint({key: found for key, (found, _) in digests.items()}) != report.base_fingerprint:
-            raise UserError("--base", str(base_dir), "is not the base of this output: it has another fingerprint")
+            write_model(base_dir, index, targets, adapter, path, dtype, on_progress=progress.advance)
         with phase("verify", sum(slot.num_bytes for slot in index.values()), "B", shown=show_progress) as progress:
-            problems = check_residual(report, base_dir, index, staged.path, adapter, targets, progress.advance)
+            problems = check_residual(report, base_dir, index, path, adapter, targets, progress.advance)
         if problems:
             raise RunError(f"verify: {'; '.join(problems[:5])}")
-        staged.commit()
-    except BaseException:
-        staged.discard()
-        raise
     return destination

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -129,6 +130,22 @@ class StagedDirectory:
             self._lock_path.unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
+
+
+@contextmanager
+def whole_directory(destination: Path, key: str, num_bytes: int) -> Iterator[Path]:
+    """An empty directory for one process to fill: in place when the block ends, gone when it raises.
+
+    key: what the user names the destination by. num_bytes: what will be written, checked against the free space.
+    """
+    staged = StagedDirectory(destination, World.alone(), key)
+    staged.create(num_bytes)
+    try:
+        yield staged.path
+        staged.commit()
+    except BaseException:
+        staged.discard()
+        raise
 
 
 def _sync_directory(path: Path) -> None:

@@ -25,6 +25,7 @@ FLOORS = [
     {"start", "job"},
     {"outputs"},
     {"pipeline"},
+    {"commands"},
     {"cli"},
 ]
 MAY_IMPORT = {
