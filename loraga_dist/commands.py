@@ -81,6 +81,30 @@ def _materialize_base(options: argparse.Namespace, overrides: Sequence[str]) -> 
     print(f"{path}: the base that loraga_init is trained on, verified")
 
 
+def _add_refactor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, help="an output directory with its factors/")
+    parser.add_argument("--to", type=Path, required=True, help="the new output directory")
+    parser.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    parser.epilog = "Keys of lora, init and output can be given as --section.key value."
+
+
+def _refactor(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from loraga_dist.refactor import refactor
+
+    report, verified = refactor(
+        options.directory,
+        options.to,
+        overrides,
+        base=options.base,
+        overwrite=options.overwrite,
+        show_progress=sys.stderr.isatty(),
+    )
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{options.to}: from the factors of {options.directory}; verified: {verified}")
+
+
 OFFLINE_COMMANDS = {
     "convert": Command(
         help="a trained adapter as a plain LoRA on the original base, or merged into it",
@@ -91,5 +115,11 @@ OFFLINE_COMMANDS = {
         help="write residual_base/ of an output made without it",
         add_arguments=_add_materialize_base,
         run=_materialize_base,
+    ),
+    "refactor": Command(
+        help="another rank, split or scale from the factors of an output",
+        add_arguments=_add_refactor,
+        run=_refactor,
+        takes_overrides=True,
     ),
 }

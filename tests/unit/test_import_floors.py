@@ -24,7 +24,7 @@ FLOORS = [
     {"calibrate", "placement"},
     {"start", "job"},
     {"outputs"},
-    {"pipeline"},
+    {"pipeline", "refactor"},
     {"commands"},
     {"cli"},
 ]
