@@ -77,6 +77,7 @@ class _Rebuild:
         made = make_factors(target, svd, self.config.init, dtype, weight_S_R)
         before = self.old["targets"][name]
         singular_values = svd.S_K[: scheme.num_triplets(target.r)].tolist()
+        more_energy = _energy(singular_values) / _energy(before["singular_values"])
         self.reports[name] = before | {
             "r": target.r,
             "lora_alpha": target.lora_alpha,
@@ -84,9 +85,7 @@ class _Rebuild:
             "singular_values": singular_values,
             "num_converged": _num_converged(before),
             "numerical_rank": numerical_rank(svd.S_K, target.M, target.N),
-            "captured_energy": min(
-                1.0, before["captured_energy"] * _energy(singular_values) / _energy(before["singular_values"])
-            ),
+            "captured_energy": min(1.0, before["captured_energy"] * more_energy),
             "offset_ratio": target.scaling * product_norm(made) / max(_norm(weight), 1e-30),
         }
         return made.A_RN, made.B_MR
@@ -206,8 +205,8 @@ def _beyond_convergence(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not beyond:
         return []
     return [
-        f"more singular directions than calibration was asked for in {len(beyond)} targets ({beyond[0]}, ...): the last "
-        "of them are less accurate; run loraga-dist init with this lora.r where that matters"
+        f"more singular directions than calibration was asked for in {len(beyond)} targets ({beyond[0]}, ...): the "
+        "last of them are less accurate; run loraga-dist init with this lora.r where that matters"
     ]
 
 

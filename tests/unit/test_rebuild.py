@@ -63,9 +63,13 @@ def line_of(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize(
-    ("dtype", "residual_dtype"), [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "float32")]
+    ("kind", "dtype", "residual_dtype"),
+    [
+        ("llama", torch.float32, "auto"),
+        ("llama", torch.bfloat16, "float32"),
+        ("gpt2", torch.bfloat16, "auto"),
+    ],
 )
 def test_a_materialized_base_is_the_one_that_full_writes(
     outputs: Callable[..., Path], kind: str, dtype: torch.dtype, residual_dtype: str, tmp_path: Path
@@ -126,12 +130,9 @@ def test_the_same_settings_give_the_same_files(
             assert after[name] == before[name], name
     old, new = report(source), report(tmp_path / "again")
     for name, target in old["targets"].items():
-        assert new["targets"][name]["offset_ratio"] == pytest.approx(target["offset_ratio"], rel=1e-2)
-        assert {**new["targets"][name], "offset_ratio": 0} == {
-            **target,
-            "offset_ratio": 0,
-            "num_converged": 2 * target["r"],
-        }
+        assert new["targets"][name]["offset_ratio"] == pytest.approx(target["offset_ratio"], rel=1e-5)
+        target |= {"offset_ratio": new["targets"][name]["offset_ratio"], "num_converged": 2 * target["r"]}
+        assert new["targets"][name] == target
     assert new["warnings"] == old["warnings"]
 
 
@@ -148,7 +149,7 @@ def test_other_settings_are_those_of_a_fresh_run(outputs: Callable[..., Path], t
         assert report(tmp_path / "new")["targets"][name]["captured_energy"] == pytest.approx(
             target["captured_energy"], abs=1e-5
         )
-    assert not report(tmp_path / "new")["warnings"]
+    assert report(tmp_path / "new")["warnings"] == report(fresh)["warnings"]
 
 
 def test_stock_peft_starts_at_the_original_from_a_larger_rank(outputs: Callable[..., Path], tmp_path: Path) -> None:
