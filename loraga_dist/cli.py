@@ -1,4 +1,4 @@
-"""`loraga-dist init | verify`: arguments in, one line per mistake out, and the exit code."""
+"""`loraga-dist init | verify | convert ...`: arguments in, one line per mistake out, and the exit code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from loraga_dist.errors import LoragaError, UserError
+from loraga_dist.commands import OFFLINE_COMMANDS, Command
+from loraga_dist.errors import LoragaError, RunError, UserError
 
 if TYPE_CHECKING:
     from loraga_dist.distributed import World
@@ -27,11 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="check an output directory from its files alone", allow_abbrev=False)
     verify.add_argument("directory", type=Path)
     verify.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
+    for name, command in OFFLINE_COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.help, allow_abbrev=False))
     options, rest = parser.parse_known_args(arguments)
     if options.command == "init":
         return run_init(options, rest)
-    if rest:
+    offline = OFFLINE_COMMANDS.get(options.command)
+    if rest and not (offline and offline.takes_overrides):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if offline:
+        return run_offline(offline, options, rest)
     return run_verify(options.directory, options.base)
 
 
@@ -103,6 +109,18 @@ def run_verify(directory: Path, base: Path | None) -> int:
         checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
         print(f"{directory}: verified, {result.num_targets} targets{checked}")
     return 0 if result.ok else 3
+
+
+def run_offline(command: Command, options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    _prepare_libraries()
+    try:
+        command.run(options, overrides)
+    except LoragaError as error:
+        return _report_failure(error)
+    except Exception as error:
+        traceback.print_exc()
+        return _report_failure(RunError(f"{type(error).__name__}: {error}"))
+    return 0
 
 
 def _leave_together(world: World) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from loraga_dist.artifacts.adapter import AdapterTarget
-from loraga_dist.artifacts.residual import PlannedFile, plan_residual_files, require_targets, residual_dtype_of
+from loraga_dist.artifacts.residual import PlannedFile, factor_dtype, plan_residual_files, require_targets
 from loraga_dist.artifacts.staging import check_destination
 from loraga_dist.calibration import (
     Microbatch,
@@ -57,10 +57,9 @@ class Job:
     output_bytes: int
 
     def storage_dtype(self, target: Target) -> torch.dtype:
-        """What A0 and B0 of a target are rounded to: the coarser of the compute dtype and its residual's."""
+        """What A0 and B0 of a target are rounded to."""
         key = self.base.weight_keys(target.parameter_name)
-        residual = residual_dtype_of(self.base.index[key].dtype, self.residual_dtype)
-        return max(self.base.dtype, residual, key=lambda dtype: torch.finfo(dtype).eps)
+        return factor_dtype(self.base.dtype, self.base.index[key].dtype, self.residual_dtype)
 
 
 def prepare(config: InitConfig, world: World) -> Job:

@@ -120,15 +120,8 @@ def readme(report: Mapping[str, Any]) -> str:
     ratios = [target["offset_ratio"] for target in report["targets"].values()]
     if config["output"]["residual_base"] == "none":
         residual_note = (
-            f"`output.residual_base` was `none`: make `{RESIDUAL_BASE}/` by merging `{LORAGA_OFFSET}/` into the "
-            "original:\n\n"
-            "```python\n"
-            "from peft import PeftModel\n"
-            f"from transformers import {auto}\n"
-            f'model = {auto}.from_pretrained("{base}", dtype="auto")\n'
-            f'PeftModel.from_pretrained(model, "{directory}/{LORAGA_OFFSET}").merge_and_unload()'
-            f'.save_pretrained("{directory}/{RESIDUAL_BASE}")\n'
-            "```\n\n"
+            f"`output.residual_base` was `none`; this makes `{RESIDUAL_BASE}/`:\n\n"
+            f"```\nloraga-dist materialize-base {directory}\n```\n\n"
         )
     else:
         residual_note = ""
@@ -175,10 +168,23 @@ finetuning_type: lora
 
 LoRA-GA wants learning rates near those of full fine-tuning.
 
-## Merge and serve
+## After training
 
-The trained adapter belongs on `{RESIDUAL_BASE}/`: `PeftModel.from_pretrained(base, trained).merge_and_unload()` gives
-the fine-tuned model, which any server takes. Serving base and adapter apart works with `{RESIDUAL_BASE}/` as the base.
+A trained adapter belongs on `{RESIDUAL_BASE}/` too. As a plain LoRA on the original base, for any server or trainer:
+
+```
+loraga-dist convert --init {directory}/{LORAGA_INIT} --trained TRAINED --to CONVERTED
+```
+
+TRAINED is where the trainer saved it. `--rank` truncates it below 2r; `--merge DIR` writes a merged model.
+
+## Other settings
+
+Another rank, scale or split from `factors/`, without the gradients:
+
+```
+loraga-dist refactor {directory} --to DIR --lora.r R --init.scale unit
+```
 
 ## Check
 

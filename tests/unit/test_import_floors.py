@@ -26,7 +26,8 @@ FLOORS = [
     {"calibrate", "placement"},
     {"start", "job"},
     {"outputs"},
-    {"pipeline"},
+    {"pipeline", "refactor"},
+    {"commands"},
     {"cli"},
 ]
 MAY_IMPORT = {
