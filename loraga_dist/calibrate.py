@@ -60,9 +60,7 @@ def calibrate(
     found = Calibration()
     with phase("calibrate", len(plan.sweeps) * len(microbatches), "batch", shown=world.is_main) as progress:
 
-        def one_pass(
-            names: list[str], engine: GradientEngine, microbatches: Iterable[Microbatch]
-        ) -> tuple[float, int]:
+        def one_pass(names: list[str], engine: GradientEngine, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
             return sweep(
                 model,
                 names,

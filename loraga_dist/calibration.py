@@ -65,8 +65,9 @@ def load_samples(
     """Load, shuffle and tokenize the first `most_samples` of the calibration data: the same list on every rank.
 
     Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM; as there, samples that have
-    nothing to learn from (after truncation) are left out, and others take their place. Raises UserError, with the config key, for data that cannot
-    be read, has the wrong columns or values, does not fit the model's positions, or has no supervised token at all.
+    nothing to learn from (after truncation) are left out, and the next ones take their place. Raises UserError, with
+    the config key, for data that cannot be read, has the wrong columns or values, does not fit the model's positions,
+    or has no supervised token at all.
     """
     dataset = _load_dataset(config)
     encode = encoder(config, tokenizer, dataset, task_type, num_labels)
@@ -183,7 +184,7 @@ def microbatches_from_batches(
 
 
 def fingerprints(samples: Iterable[Sample]) -> list[str]:
-    """After each sample, sha256 over the token ids and labels so far: equal between ranks, and runs on the same data."""
+    """After each sample, the sha256 of all token ids and labels so far: equal between ranks, and between runs."""
     digest, found = hashlib.sha256(), []
     for sample in samples:
         digest.update(json.dumps([sample.inputs["input_ids"], sample.inputs["labels"]]).encode())

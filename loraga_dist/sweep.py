@@ -73,7 +73,8 @@ def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> t
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in microbatch.inputs.items()}
     labels = inputs.pop("labels")
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if base.config.is_encoder_decoder and labels.dim() == 2:  # a classifier has one label a sequence, and no target text
+    # a classifier has one label per sequence, which no decoder could read
+    if base.config.is_encoder_decoder and labels.dim() == 2:
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     if "use_cache" in inspect.signature(base.forward).parameters:
         inputs["use_cache"] = False
