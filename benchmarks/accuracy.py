@@ -290,8 +290,8 @@ def _gathered(world: World, scores: list[float], misses: list[float]) -> dict[st
 def _show(row: dict[str, Any], world: World) -> None:
     if world.is_main:
         print(
-            f"{row['gradients']:<40} ranks {row['ranks']}  r {row['r']:>2}  K {row['K']:>3}  refine {row['refine_passes']}  "
-            f"mean {row['mean']:.5f}  worst {row['worst']:.5f}  "
+            f"{row['gradients']:<40} ranks {row['ranks']}  r {row['r']:>2}  K {row['K']:>3}  "
+            f"refine {row['refine_passes']}  mean {row['mean']:.5f}  worst {row['worst']:.5f}  "
             f"captured energy off by {row['captured_energy_error']:.4f}{'  (default)' if row['default'] else ''}",
             flush=True,
         )
