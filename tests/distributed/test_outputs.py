@@ -64,6 +64,8 @@ CASES = {
     "gpt2-2-bare": Case("gpt2", 2, keys="bare"),
     "t5-1": Case("t5"),
     "t5-2": Case("t5", 2),
+    "bart-1": Case("bart", overrides=("--lora.modules_to_save", "[classification_head]")),
+    "bart-2": Case("bart", 2, overrides=("--lora.modules_to_save", "[classification_head]")),
     "bert-1": Case("bert"),
     "bert-2": Case("bert", 2),
     "bert-1-bf16": Case("bert", dtype=torch.bfloat16),
@@ -139,6 +141,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def example(kind: str) -> dict[str, torch.Tensor]:
     ids = torch.arange(3, 43).view(2, 20) % 250
+    if kind == "bart":
+        ids[:, -1] = 257
     return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if kind == "t5" else {"input_ids": ids}
 
 
@@ -229,7 +233,7 @@ def test_seeds_ranks_and_layouts_agree(runs: Any, name: str) -> None:
         assert run.report[field] == reference.report[field]
 
 
-@pytest.mark.parametrize("kind", ["tied", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize("kind", ["tied", "gpt2", "t5", "bert", "bart"])
 def test_families_agree_between_one_and_two_ranks(runs: Any, kind: str) -> None:
     alone, sharded = runs(f"{kind}-1"), runs(f"{kind}-2")
     for target in alone.report["targets"]:
