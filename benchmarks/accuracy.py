@@ -34,7 +34,7 @@ from loraga_dist.calibration import (
 )
 from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
 from loraga_dist.distributed import World
-from loraga_dist.engines import ExactEngine, Matrix, SketchEngine
+from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
 from loraga_dist.losses import causal_lm
@@ -111,18 +111,19 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         ]
 
     rows = []
+    home = StateHome(world.device)
     data = {
         "all tokens": everything,
         "1 token a sequence": [_keep(microbatch, 1) for microbatch in everything],
     }
     for name, microbatches in data.items():
-        exact = ExactEngine(matrices(1), device=world.device, seed=0)
+        exact = ExactEngine(matrices(1), home=home, seed=0, dtype=base.dtype)
         num_tokens = observe(exact, microbatches)
         gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(world, num_tokens)}
         few = num_tokens / len(microbatches) < width(8, 256, 256, None)
         for r in RANKS:
             for refine_passes in (0, 1):
-                engine = SketchEngine(matrices(r), device=world.device, seed=0)
+                engine = SketchEngine(matrices(r), home=home, seed=0, dtype=base.dtype)
                 observe(engine, microbatches)
                 for _ in range(refine_passes):
                     engine.begin_refinement(world)
@@ -219,7 +220,7 @@ def _synthetic_run(
         G_MN += dy_TM.T @ x_TN
     world = World.current()
     matrix = Matrix(name="G", M=n, N=n, num_triplets=2 * r, width=width(2 * r, n, n, columns), owner=0, engine="sketch")
-    engine = SketchEngine([matrix], device=torch.device("cpu"), seed=seed)
+    engine = SketchEngine([matrix], home=StateHome(torch.device("cpu")), seed=seed, dtype=torch.float32)
     for refinement in range(refine_passes + 1):
         if refinement:
             engine.begin_refinement(world)

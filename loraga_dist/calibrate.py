@@ -14,12 +14,13 @@ from loraga_dist.config import GradientConfig
 from loraga_dist.distributed import World
 from loraga_dist.engines import GradientEngine, GradientSVD, SketchEngine
 from loraga_dist.engines.group import EngineGroup
+from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.losses import LossSum
 from loraga_dist.plan import Plan
 from loraga_dist.progress import phase
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.sweep import sweep
+from loraga_dist.sweep import full_float32_matmul, sweep
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Calibration:
     seconds_factorize: float = 0.0
 
 
+@full_float32_matmul()
 def calibrate(
     model: nn.Module,
     plan: Plan,
@@ -67,7 +69,8 @@ def calibrate(
 
         for matrices in plan.sweeps:
             started = time.monotonic()
-            group = EngineGroup.of(matrices, device=world.device, seed=seed)
+            home = StateHome.choose(config.state_device, world.device, plan.state_bytes_per_rank)
+            group = EngineGroup.of(matrices, home=home, seed=seed, dtype=next(model.parameters()).dtype)
             loss, num_tokens = one_pass([matrix.name for matrix in matrices], group)
             found.mean_loss, found.num_supervised_tokens = loss / num_tokens, num_tokens
             found.refine_passes = _refine_passes(config, plan, num_tokens / len(microbatches))

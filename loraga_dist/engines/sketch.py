@@ -96,21 +96,20 @@ class SketchEngine:
         self,
         matrices: Sequence[Matrix],
         *,
-        device: torch.device,
+        home: StateHome,
         seed: int,
-        dtype: torch.dtype = torch.float32,
-        home: StateHome | None = None,
+        dtype: torch.dtype,
     ) -> None:
         """dtype: of x and dy; data of another dtype is right, too, but the bases are cast for it every time."""
         self._seed = seed
-        self._device = device
+        self._device = home.device
         self._dtype = dtype
-        self._home = home or StateHome(device)
+        self._home = home
         self._half = 0
         self._halves_seen: set[int] = set()
         self._states = {
             matrix.name: _State(
-                matrix=matrix, E_2MS=self._home.keep(torch.zeros(2, matrix.M, ERROR_COLUMNS, device=device))
+                matrix=matrix, E_2MS=self._home.keep(torch.zeros(2, matrix.M, ERROR_COLUMNS, device=home.device))
             )
             for matrix in matrices
         }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraga_dist.cli import leave_process
 from loraga_dist.distributed import World
-from loraga_dist.engines import Matrix, SketchEngine
+from loraga_dist.engines import Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
 
@@ -66,7 +66,7 @@ def factorize(stream: Stream, world: World, refine_passes: int) -> dict:
         owner=world.size - 1,
         engine="sketch",
     )
-    engine = SketchEngine([matrix], device=torch.device("cpu"), seed=0, dtype=stream.dtype)
+    engine = SketchEngine([matrix], home=StateHome(torch.device("cpu")), seed=0, dtype=stream.dtype)
     for refinement in range(refine_passes + 1):
         if refinement:
             engine.begin_refinement(world)
