@@ -45,6 +45,7 @@ from loraga_dist.sweep import sweep
 from loraga_dist.targets import meta_copy, select_targets
 
 RANKS = (4, 8, 16, 32)
+REFINES = (0, 1)
 
 
 def main() -> None:
@@ -122,7 +123,7 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(world, num_tokens)}
         few = num_tokens / len(microbatches) < width(8, 256, 256, None)
         for r in RANKS:
-            for refine_passes in (0, 1):
+            for refine_passes in REFINES:
                 engine = SketchEngine(matrices(r), home=home, seed=0, dtype=base.dtype)
                 observe(engine, microbatches)
                 for _ in range(refine_passes):
@@ -169,7 +170,7 @@ def synthetic(n: int = 1024, r: int = 8, microbatches: int = 32, tokens: int = 2
     for name, (decays, order) in cases.items():
         # K = 3R, R = 2r, and the default rule
         for columns in (2 * r * 2, None):
-            for refine_passes in (0, 1):
+            for refine_passes in REFINES:
                 scores, misses = [], []
                 for seed in (0, 1):
                     score, miss = _synthetic_run(

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from cost_runs import Bench, Outcome, Shape, mean, step_energy
 from memory import hardware
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from loraga_dist.artifacts.report import versions
 from loraga_dist.memory import return_freed_memory_at_once
@@ -63,52 +65,57 @@ def main() -> None:
     if options.sweep:
         content: dict[str, Any] = {"points": sweep(options.repeats, quick=options.quick)}
         plot(content["points"], options.plots)
+        write(content, options.json)
     else:
         shape = QUICK if options.quick else LLAMA_2_7B_LAYER
-        content = {"shape": asdict(shape), **compare(shape, options.repeats)}
-        show(content)
+        for content in compare(shape, options.repeats):
+            show(content)
+            write(content, options.json)
+
+
+def write(content: dict[str, Any], path: Path | None) -> None:
     content |= {"hardware": hardware(), "threads": torch.get_num_threads(), "versions": versions()}
-    if options.json:
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    if path:
+        path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def compare(shape: Shape, repeats: int) -> dict[str, Any]:
+def compare(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
+    """The figures so far, after every repeat; with energies at last, when the exact gradients are there."""
     bench = Bench(shape, torch.device("cpu"))
-    warm_up(bench)
-    runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": [], "exact": []}
+    bench.warm_up()
+    runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": []}
     for repeat in range(repeats):
-        runs["floor"].append(bench.floor())
-        runs["sketch"].append(bench.sketch(place=repeat == 0))
-        runs["peft"].append(bench.peft())
-    runs["exact"].append(bench.exact())
-    gradients = runs["exact"][0].gradients
+        for way, outcomes in runs.items():
+            outcomes.append(bench.sketch(place=repeat == 0) if way == "sketch" else getattr(bench, way)())
+            print(f"{way}: {outcomes[-1].seconds:.2f} s", flush=True)
+        yield {"shape": asdict(shape), "runs": figures(runs, {})}
+    runs["exact"] = [bench.exact()]
+    yield {"shape": asdict(shape), "runs": figures(runs, runs["exact"][0].gradients)}
+
+
+def figures(runs: dict[str, list[Outcome]], gradients: dict[str, Tensor]) -> dict[str, Any]:
+    """gradients: the truth about energies, or nothing."""
     floor_seconds, floor_bytes = medians(runs["floor"])
-    rows = {}
-    for name, outcomes in runs.items():
+    rows: dict[str, Any] = {}
+    for way, outcomes in runs.items():
         seconds, peak_bytes = medians(outcomes)
-        energies = [step_energy(gradients[target], *pair) for target, pair in outcomes[0].directions.items()]
-        rows[name] = {
+        rows[way] = {
             "seconds": [outcome.seconds for outcome in outcomes],
             "median_seconds": seconds,
             "over_floor": seconds / floor_seconds,
             "over_peft": seconds / medians(runs["peft"])[0],
             "peak_bytes": [outcome.peak_bytes for outcome in outcomes],
             "extra_bytes": peak_bytes - floor_bytes,
-            "captured_energy": mean(energies) if energies else None,
-            "details": outcomes[0].details,
+            "details": [outcome.details for outcome in outcomes],
         }
-    exact = rows["exact"]["captured_energy"]
-    for row in rows.values():
-        row["share_of_exact"] = row["captured_energy"] / exact if row["captured_energy"] else None
-    return {"runs": rows}
-
-
-def warm_up(bench: Bench) -> None:
-    """Libraries choose and cache their kernels at the first call of a shape."""
-    everything, bench.microbatches = bench.microbatches, bench.microbatches[:2]
-    bench.sketch()
-    bench.peft()
-    bench.microbatches = everything
+    energies = {
+        way: mean([step_energy(G_MN, *outcomes[0].directions[target]) for target, G_MN in gradients.items()])
+        for way, outcomes in runs.items()
+        if gradients and outcomes[0].directions
+    }
+    for way, energy in energies.items():
+        rows[way] |= {"captured_energy": energy, "share_of_exact": energy / energies["exact"]}
+    return rows
 
 
 def medians(outcomes: list[Outcome]) -> tuple[float, float]:
@@ -123,7 +130,7 @@ def show(content: dict[str, Any]) -> None:
     for column in ("", "seconds", "x floor", "x PEFT", "extra MiB", "captured energy", "of exact's"):
         table.add_column(column, justify="right")
     for name, row in content["runs"].items():
-        energy = row["captured_energy"]
+        energy = row.get("captured_energy")
         table.add_row(
             name,
             f"{row['median_seconds']:.2f}",
@@ -135,8 +142,8 @@ def show(content: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
-    details = content["runs"]["sketch"]["details"]
-    console.print({key: round(value, 3) for key, value in details.items() if key.startswith("seconds")})
+    for details in content["runs"]["sketch"]["details"]:
+        console.print({key: round(value, 3) for key, value in details.items() if key.startswith("seconds")})
 
 
 def sweep(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
@@ -144,7 +151,7 @@ def sweep(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
     for quantity, shapes in SWEEPS.items():
         for shape in shapes[:2] if quick else shapes:
             bench = Bench(replace(shape, microbatches=4) if quick else shape, torch.device("cpu"))
-            warm_up(bench)
+            bench.warm_up()
             runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": []}
             for _ in range(repeats):
                 runs["floor"].append(bench.floor())
