@@ -50,6 +50,8 @@ class Outcome:
     """One run of one way."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Of all threads: what other work on the machine does not change much."""
     peak_bytes: int = 0
     directions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By target: U_MR and V_NR, spanning what B0 and A0 span."""
@@ -209,6 +211,7 @@ class Bench:
         gc.collect()
         self._wait()
         outcome = Outcome()
+        cpu_started = time.process_time()
         if self.world.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with PeakMemory(self.world.device) as memory:
@@ -222,6 +225,7 @@ class Bench:
                 started = time.perf_counter()
                 yield outcome
                 outcome.seconds = time.perf_counter() - started
+        outcome.cpu_seconds = time.process_time() - cpu_started
         outcome.peak_bytes = memory.peak_bytes
 
     def _wait(self) -> None:

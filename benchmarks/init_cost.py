@@ -87,7 +87,11 @@ def compare(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
     for repeat in range(repeats):
         for way, outcomes in runs.items():
             outcomes.append(bench.sketch(place=repeat == 0) if way == "sketch" else getattr(bench, way)())
-            print(f"{way}: {outcomes[-1].seconds:.2f} s", flush=True)
+            last = outcomes[-1]
+            print(
+                f"{way}: {last.seconds:.1f} s, {last.cpu_seconds:.1f} s of cores, {last.peak_bytes >> 20} MiB",
+                flush=True,
+            )
         yield {"shape": asdict(shape), "runs": figures(runs, {})}
     runs["exact"] = [bench.exact()]
     yield {"shape": asdict(shape), "runs": figures(runs, runs["exact"][0].gradients)}
@@ -102,6 +106,7 @@ def figures(runs: dict[str, list[Outcome]], gradients: dict[str, Tensor]) -> dic
         rows[way] = {
             "seconds": [outcome.seconds for outcome in outcomes],
             "median_seconds": seconds,
+            "cpu_seconds": [outcome.cpu_seconds for outcome in outcomes],
             "over_floor": seconds / floor_seconds,
             "over_peft": seconds / medians(runs["peft"])[0],
             "peak_bytes": [outcome.peak_bytes for outcome in outcomes],
