@@ -41,7 +41,7 @@ from loraga_dist.calibration import (
 from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
 from loraga_dist.distributed import World
-from loraga_dist.engines import ExactEngine, Matrix, SketchEngine
+from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
 from loraga_dist.losses import causal_lm
@@ -52,6 +52,7 @@ from loraga_dist.sweep import sweep
 from loraga_dist.targets import meta_copy, select_targets
 
 RANKS = (4, 8, 16, 32)
+REFINES = (0, 1)
 
 
 def main() -> None:
@@ -151,13 +152,14 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         ]
 
     rows = []
+    home = StateHome(world.device)
     data = {
         "all tokens": everything,
         "1 token a sequence": [_keep(microbatch, 1) for microbatch in everything],
     }
     for name, microbatches in data.items():
-        exact = ExactEngine(matrices(1), device=world.device, seed=0)
-        one_pass = [SketchEngine(matrices(r), device=world.device, seed=0) for r in RANKS]
+        exact = ExactEngine(matrices(1), home=home, seed=0, dtype=base.dtype)
+        one_pass = [SketchEngine(matrices(r), home=home, seed=0, dtype=base.dtype) for r in RANKS]
         num_tokens = observe([exact, *one_pass], microbatches)
         refined = copy.deepcopy(one_pass)
         for engine in refined:
@@ -209,7 +211,7 @@ def synthetic(n: int = 1024, r: int = 8, microbatches: int = 32, tokens: int = 2
     for name, (decays, order) in cases.items():
         # K = 3R, R = 2r, and the default rule
         for columns in (2 * r * 2, None):
-            for refine_passes in (0, 1):
+            for refine_passes in REFINES:
                 scores, misses = [], []
                 for seed in (0, 1):
                     score, miss = _synthetic_run(
@@ -261,7 +263,7 @@ def _synthetic_run(
         G_MN += dy_TM.T @ x_TN
     world = World.current()
     matrix = Matrix(name="G", M=n, N=n, num_triplets=2 * r, width=width(2 * r, n, n, columns), owner=0, engine="sketch")
-    engine = SketchEngine([matrix], device=torch.device("cpu"), seed=seed)
+    engine = SketchEngine([matrix], home=StateHome(torch.device("cpu")), seed=seed, dtype=torch.float32)
     for refinement in range(refine_passes + 1):
         if refinement:
             engine.begin_refinement(world)

@@ -15,12 +15,13 @@ from loraga_dist.config import GradientConfig
 from loraga_dist.distributed import World
 from loraga_dist.engines import GradientEngine, GradientSVD, SketchEngine
 from loraga_dist.engines.group import EngineGroup
+from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.losses import LossSum
 from loraga_dist.plan import Plan
 from loraga_dist.progress import phase
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.sweep import sweep
+from loraga_dist.sweep import full_float32_matmul, sweep
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Calibration:
     seconds_factorize: float = 0.0
 
 
+@full_float32_matmul()
 def calibrate(
     model: nn.Module,
     plan: Plan,

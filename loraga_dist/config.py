@@ -20,6 +20,7 @@ Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "unit", "gd", "weight_svd", "peft"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
+StateDevice = Literal["auto", "device", "host"]
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
@@ -102,6 +103,9 @@ class GradientConfig(Section):
     """Targets accumulated per sweep over the data: 1 is one parameter at a time, null as many as the budget holds."""
     state_budget_gib: float = Field(default=4.0, gt=0)
     """Memory per rank that gradient state may take; more targets than fit make more sweeps."""
+    state_device: StateDevice = "auto"
+    """Where that state lives between two uses; `host` is pinned host memory, at the price of copies in every backward.
+    `auto` is the device, unless the state would fill half of what is free there."""
     oversampling: int | None = Field(default=None, ge=1)
     """Extra columns beyond the 2r that are used; null is the engine's own rule. What `sketch` gains accuracy from."""
     refine_passes: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"

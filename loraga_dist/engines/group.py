@@ -9,6 +9,7 @@ import torch
 
 from loraga_dist.engines import ENGINES
 from loraga_dist.engines.base import Collectives, GradientEngine, GradientSVD, Matrix
+from loraga_dist.engines.home import StateHome
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,13 @@ class EngineGroup:
     engine_of: dict[str, GradientEngine]
 
     @classmethod
-    def of(cls, matrices: Sequence[Matrix], *, device: torch.device, seed: int) -> EngineGroup:
+    def of(cls, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> EngineGroup:
+        """dtype: of the data the engines will see."""
         engines: list[GradientEngine] = []
         engine_of: dict[str, GradientEngine] = {}
         for kind in dict.fromkeys(matrix.engine for matrix in matrices):
             members = [matrix for matrix in matrices if matrix.engine == kind]
-            engines.append(ENGINES[kind].engine(members, device=device, seed=seed))
+            engines.append(ENGINES[kind].engine(members, home=home, seed=seed, dtype=dtype))
             engine_of |= {matrix.name: engines[-1] for matrix in members}
         return cls(engines, engine_of)
 

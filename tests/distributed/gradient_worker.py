@@ -17,7 +17,7 @@ from loraga_dist.calibration import assign_microbatches, load_samples
 from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, ModelConfig
 from loraga_dist.distributed import World
-from loraga_dist.engines import ExactEngine
+from loraga_dist.engines import ExactEngine, StateHome
 from loraga_dist.losses import causal_lm
 from loraga_dist.models import find_base_model
 from loraga_dist.plan import make_plan
@@ -68,7 +68,7 @@ def main() -> None:
         module = sharding.attach(model)
         worst, seen = 0.0, 0
         for matrices in plan.sweeps:
-            engine = ExactEngine(matrices, device=world.device, seed=0)
+            engine = ExactEngine(matrices, home=StateHome(world.device), seed=0, dtype=torch.float32)
             _, num_tokens = sweep(
                 module,
                 [matrix.name for matrix in matrices],

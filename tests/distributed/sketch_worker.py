@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraga_dist.cli import leave_process
 from loraga_dist.distributed import World
-from loraga_dist.engines import ExactEngine, Matrix, SketchEngine
+from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
 
@@ -64,6 +64,7 @@ STREAMS = {
     "late": Stream(16, 64, 0.5, silent=3),
     "two tasks in turn": Stream(16, 64, 0.5, second_task=8),
     "one microbatch": Stream(1, 64, 0.5),
+    "many tokens a microbatch": Stream(2, 1024, 0.5, dtype=torch.bfloat16),
     "fewer tokens than triplets": Stream(1, 1, 0.5),
 }
 
@@ -83,7 +84,7 @@ def show(engine: ExactEngine | SketchEngine, stream: Stream, index: int, world: 
 
 def cosines(kind: type[ExactEngine] | type[SketchEngine], stream: Stream, world: World) -> dict:
     """The split-half cosine after every microbatch, asked for on the way, and the one that comes with the triplets."""
-    engine = kind([matrix_owned_by(world.size - 1)], device=torch.device("cpu"), seed=0)
+    engine = kind([matrix_owned_by(world.size - 1)], home=StateHome(torch.device("cpu")), seed=0, dtype=stream.dtype)
     asked: list[float | None] = []
     for index in range(stream.microbatches):
         show(engine, stream, index, world)
@@ -99,7 +100,7 @@ def cosines(kind: type[ExactEngine] | type[SketchEngine], stream: Stream, world:
 
 
 def factorize(stream: Stream, world: World, refine_passes: int) -> dict:
-    engine = SketchEngine([matrix_owned_by(world.size - 1)], device=torch.device("cpu"), seed=0)
+    engine = SketchEngine([matrix_owned_by(world.size - 1)], home=StateHome(torch.device("cpu")), seed=0, dtype=stream.dtype)
     for refinement in range(refine_passes + 1):
         if refinement:
             engine.begin_refinement(world)
