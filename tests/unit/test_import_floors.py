@@ -20,7 +20,7 @@ FLOORS = [
     {"targets", "formats", "taps", "models"},
     {"calibration"},
     {"sharding", "plan", "artifacts"},
-    {"sweep"},
+    {"sweep", "checkpoint"},
     {"calibrate", "placement"},
     {"start", "job"},
     {"outputs"},
