@@ -17,7 +17,7 @@ PACKAGE = ROOT / "loraga_dist"
 FLOORS = [
     {"errors", "linalg", "losses", "memory", "progress"},
     {"config", "distributed", "safetensors_files", "schemes", "engines"},
-    {"targets", "formats", "taps", "models"},
+    {"targets", "formats", "taps", "models", "watch"},
     {"calibration"},
     {"sharding", "plan", "artifacts"},
     {"sweep", "checkpoint"},
