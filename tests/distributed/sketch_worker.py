@@ -51,6 +51,7 @@ STREAMS = {
     "few tokens": Stream(16, 2, 0.5),
     "late": Stream(16, 64, 0.5, silent=3),
     "one microbatch": Stream(1, 64, 0.5),
+    "many tokens a microbatch": Stream(2, 1024, 0.5, dtype=torch.bfloat16),
     "fewer tokens than triplets": Stream(1, 1, 0.5),
 }
 
@@ -65,7 +66,7 @@ def factorize(stream: Stream, world: World, refine_passes: int) -> dict:
         owner=world.size - 1,
         engine="sketch",
     )
-    engine = SketchEngine([matrix], device=torch.device("cpu"), seed=0)
+    engine = SketchEngine([matrix], device=torch.device("cpu"), seed=0, dtype=stream.dtype)
     for refinement in range(refine_passes + 1):
         if refinement:
             engine.begin_refinement(world)

@@ -26,6 +26,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         ("few tokens", 0.99, 0.9999),
         ("late", 0.9995, 0.9999),
         ("one microbatch", 0.999, 0.9999),
+        ("many tokens a microbatch", 0.9995, 0.9999),
         ("fewer tokens than triplets", 0.9999, 0.9999),
     ],
 )
