@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,6 +30,9 @@ class Calibration:
     owned: dict[str, GradientSVD] = field(default_factory=dict)
     mean_loss: float = 0.0
     num_supervised_tokens: int = 0
+    num_microbatches: int = 0
+    """Global microbatches that were used; fewer than there are only where `reached_target`."""
+    reached_target: bool = False
     refine_passes: int = 0
     seconds_calibrate: float = 0.0
     seconds_factorize: float = 0.0
@@ -43,8 +47,11 @@ def calibrate(
     sharding: Sharding,
     loss_sum: LossSum,
     seed: int,
+    target_cosine: float | None,
 ) -> Calibration:
     """Accumulate, reduce and factorize the mean gradient of every target, one group of the plan after the other.
+
+    target_cosine: once the median split-half cosine of the first group reaches it, no new microbatch is looked at.
 
     Raises RunError for a loss or gradient that is not finite, or a target whose gradient is zero; UserError for a
     target outside the loss. On every rank alike.
@@ -53,7 +60,7 @@ def calibrate(
     found = Calibration()
     with phase("calibrate", len(plan.sweeps) * len(microbatches), "batch", shown=world.is_main) as progress:
 
-        def one_pass(names: list[str], engine: GradientEngine) -> tuple[float, int]:
+        def one_pass(names: list[str], engine: GradientEngine, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
             return sweep(
                 model,
                 names,
@@ -68,14 +75,19 @@ def calibrate(
         for matrices in plan.sweeps:
             started = time.monotonic()
             group = EngineGroup.of(matrices, device=world.device, seed=seed)
-            loss, num_tokens = one_pass([matrix.name for matrix in matrices], group)
+            stream = _UntilEnough(microbatches, group, target_cosine, world)
+            loss, num_tokens = one_pass([matrix.name for matrix in matrices], group, stream)
+            progress.extend((stream.num_taken - len(microbatches)) * len(plan.sweeps))
+            microbatches, target_cosine = microbatches[: stream.num_taken], None
+            found.num_microbatches = stream.num_taken
+            found.reached_target |= stream.reached_target
             found.mean_loss, found.num_supervised_tokens = loss / num_tokens, num_tokens
             found.refine_passes = _refine_passes(config, plan, num_tokens / len(microbatches))
             for _ in range(found.refine_passes):
                 for engine in (engine for engine in group.engines if isinstance(engine, SketchEngine)):
                     progress.extend(len(microbatches))
                     engine.begin_refinement(world)
-                    one_pass(engine.names, engine)
+                    one_pass(engine.names, engine, microbatches)
             swept = time.monotonic()
             for name, result in group.factorize(world, num_tokens):
                 found.owned[name] = _on_host(result)
@@ -83,6 +95,42 @@ def calibrate(
             found.seconds_calibrate += swept - started
             found.seconds_factorize += time.monotonic() - swept
     return found
+
+
+class _UntilEnough:
+    """This rank's microbatches, until two halves of those taken agree on the gradient; the same number on every rank.
+
+    Ends early where the median split-half cosine over all ranks' matrices reaches `target_cosine`, if there is one.
+    """
+
+    def __init__(
+        self, microbatches: Sequence[Microbatch], engine: GradientEngine, target_cosine: float | None, world: World
+    ) -> None:
+        self._microbatches = microbatches
+        self._engine = engine
+        self._target_cosine = target_cosine
+        self._world = world
+        self.num_taken = 0
+        self.reached_target = False
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        for microbatch in self._microbatches:
+            yield microbatch
+            # from here on the engine has seen it
+            self.num_taken += 1
+            if self._target_cosine is not None and self._is_checked():
+                self.reached_target = self._median_cosine() >= self._target_cosine
+            if self.reached_target:
+                break
+
+    def _is_checked(self) -> bool:
+        """After 4, 6, 8, 12, 16, 24, ... microbatches and the last: few collectives, and at most half too many."""
+        zeros = self.num_taken.bit_length() - 2
+        return self.num_taken == len(self._microbatches) or (zeros > 0 and self.num_taken % (1 << zeros) == 0)
+
+    def _median_cosine(self) -> float:
+        everyone = self._world.all_json(self._engine.split_half_cosines(self._world))
+        return statistics.median(cosine or 0.0 for cosines in everyone for cosine in cosines)
 
 
 def _refine_passes(config: GradientConfig, plan: Plan, tokens_per_microbatch: float) -> int:

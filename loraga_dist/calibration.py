@@ -47,7 +47,6 @@ class Microbatch:
     """What one rank puts through one forward and backward: int64 CPU tensors, padded on the right."""
 
     inputs: dict[str, Tensor]
-    num_sequences: int
     num_supervised_tokens: int
     index: int
     """Number of the global microbatch."""
@@ -63,17 +62,21 @@ def load_samples(
     max_positions: int | None,
     num_labels: int | None = None,
 ) -> list[Sample]:
-    """Load, shuffle, cut to `max_samples` and tokenize the calibration data: the same list on every rank.
+    """Load, shuffle and tokenize the first `most_samples` of the calibration data: the same list on every rank.
 
     Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM; as there, samples that have
-    nothing to learn from (after truncation) are left out. Raises UserError, with the config key, for data that cannot
-    be read, has the wrong columns or values, does not fit the model's positions, or has no supervised token at all.
+    nothing to learn from (after truncation) are left out, and the next ones take their place. Raises UserError, with
+    the config key, for data that cannot be read, has the wrong columns or values, does not fit the model's positions,
+    or has no supervised token at all.
     """
     dataset = _load_dataset(config)
     encode = encoder(config, tokenizer, dataset, task_type, num_labels)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     samples = []
-    for row in order[: config.max_samples].tolist():
+    for position, row in enumerate(order.tolist()):
+        # a data set in which so many samples in a row have no supervised token is taken to have none at all
+        if len(samples) == config.most_samples or (not samples and position == config.most_samples):
+            break
         try:
             inputs = encode(dataset[row])
         except BadRowError as problem:
@@ -132,13 +135,12 @@ def assign_microbatches(
         start = index * global_size + rank * per_device_batch_size
         mine = samples[start : start + per_device_batch_size]
         if not mine:
-            filler = Microbatch(_collate(samples[:1], pad_token_id), 0, 0, index, ())
+            filler = Microbatch(_collate(samples[:1], pad_token_id), 0, index, ())
             microbatches.append(without_supervision(filler, index))
             continue
         microbatches.append(
             Microbatch(
                 inputs=_collate(mine, pad_token_id),
-                num_sequences=len(mine),
                 num_supervised_tokens=sum(sample.num_supervised_tokens for sample in mine),
                 index=index,
                 sample_ids=tuple(sample.row for sample in mine),
@@ -150,7 +152,7 @@ def assign_microbatches(
 def without_supervision(microbatch: Microbatch, index: int) -> Microbatch:
     """A copy with every label masked, for a rank that must take part in a step for which it has no data."""
     labels = torch.full_like(microbatch.inputs["labels"], IGNORED)
-    return Microbatch(microbatch.inputs | {"labels": labels}, 0, 0, index, ())
+    return Microbatch(microbatch.inputs | {"labels": labels}, 0, index, ())
 
 
 def microbatches_from_batches(
@@ -173,7 +175,6 @@ def microbatches_from_batches(
         microbatches.append(
             Microbatch(
                 inputs=inputs,
-                num_sequences=len(inputs["input_ids"]),
                 num_supervised_tokens=count_supervised_tokens(inputs["labels"], task_type),
                 index=index,
                 sample_ids=(),
@@ -182,12 +183,13 @@ def microbatches_from_batches(
     return microbatches
 
 
-def fingerprint(samples: Iterable[Sample]) -> str:
-    """sha256 over the token ids and labels in order: equal on all ranks, and between runs on the same data."""
-    digest = hashlib.sha256()
+def fingerprints(samples: Iterable[Sample]) -> list[str]:
+    """After each sample, the sha256 of all token ids and labels so far: equal between ranks, and between runs."""
+    digest, found = hashlib.sha256(), []
     for sample in samples:
         digest.update(json.dumps([sample.inputs["input_ids"], sample.inputs["labels"]]).encode())
-    return f"sha256:{digest.hexdigest()}"
+        found.append(f"sha256:{digest.hexdigest()}")
+    return found
 
 
 def _collate(samples: list[Sample], pad_token_id: int) -> dict[str, Tensor]:

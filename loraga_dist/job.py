@@ -18,7 +18,7 @@ from loraga_dist.calibration import (
     Microbatch,
     Sample,
     assign_microbatches,
-    fingerprint,
+    fingerprints,
     load_samples,
     padding_token_id,
 )
@@ -52,9 +52,14 @@ class Job:
     residual_dtype: str
     microbatches: list[Microbatch]
     """This rank's."""
-    num_sequences: int
-    data_fingerprint: str
+    data_fingerprints: list[str]
+    """Of the first 1, 2, ... samples; a run need not use them all."""
     output_bytes: int
+
+    def num_sequences(self, num_microbatches: int, world_size: int) -> int:
+        """Samples in the first global microbatches."""
+        size = world_size * self.config.calibration.per_device_batch_size
+        return min(num_microbatches * size, len(self.data_fingerprints))
 
     def storage_dtype(self, target: Target) -> torch.dtype:
         """What A0 and B0 of a target are rounded to: the coarser of the compute dtype and its residual's."""
@@ -112,8 +117,7 @@ def prepare(config: InitConfig, world: World) -> Job:
             per_device_batch_size=config.calibration.per_device_batch_size,
             pad_token_id=_padding(config, base, tokenizer),
         ),
-        num_sequences=len(samples),
-        data_fingerprint=fingerprint(samples),
+        data_fingerprints=fingerprints(samples),
         output_bytes=_output_bytes(config, plan, residual_files, saved),
     )
 
@@ -156,8 +160,8 @@ def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Samp
 
 def agree_on_inputs(job: Job, config: InitConfig, world: World) -> None:
     """Raise UserError on all ranks unless they all read the same data; a collective."""
-    fingerprints = world.all_texts(job.data_fingerprint)
-    others = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
+    everyone = world.all_texts(job.data_fingerprints[-1])
+    others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     with world.together():
         if others:
             calibration = config.calibration

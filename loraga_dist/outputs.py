@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, 
 from loraga_dist.artifacts.report_page import write_report_page
 from loraga_dist.artifacts.residual import digest_base, finish_residual_base, write_residual_files
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
+from loraga_dist.calibrate import Calibration
 from loraga_dist.config import InitConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
@@ -128,20 +130,25 @@ def make_report(
         }
         for found in start.targets
     }
+    calibration = start.calibration
+    num_sequences = job.num_sequences(calibration.num_microbatches, world.size)
+    stopped_by = _stopped_by(job, calibration)
     return finite(
         {
             "schema_version": SCHEMA_VERSION,
             "config": config.model_dump(),
             "base_fingerprint": fingerprints.base,
             "residual_fingerprint": fingerprints.residual,
-            "data_fingerprint": job.data_fingerprint,
+            "data_fingerprint": job.data_fingerprints[num_sequences - 1],
             "versions": versions(),
             "world_size": world.size,
             "engine": config.gradient.engine,
-            "refine_passes": start.calibration.refine_passes,
-            "num_sequences": job.num_sequences,
-            "num_supervised_tokens": start.calibration.num_supervised_tokens,
-            "mean_loss": start.calibration.mean_loss,
+            "refine_passes": calibration.refine_passes,
+            "num_sequences": num_sequences,
+            "num_supervised_tokens": calibration.num_supervised_tokens,
+            "stopped_by": stopped_by,
+            "split_half_cosine": _median_cosine(start),
+            "mean_loss": calibration.mean_loss,
             "seconds": dict(seconds),
             "peak_bytes_per_rank": [peak for peak, _ in per_rank],
             "planned_peak_bytes_per_rank": [planned for _, planned in per_rank],
@@ -149,9 +156,25 @@ def make_report(
             "targets": targets,
             "saved_parameters": job.saved_parameters,
             "identity_check": dataclasses.asdict(start.identity_check),
-            "warnings": find_warnings(targets),
+            "warnings": find_warnings(targets, stopped_by=stopped_by, refine_passes=calibration.refine_passes),
         }
     )
+
+
+def _stopped_by(job: Job, calibration: Calibration) -> str:
+    """What ended the calibration data: `target_cosine`, `sample_limit` or `max_samples`, or that there was no more."""
+    if calibration.reached_target:
+        return "target_cosine"
+    wanted = job.config.calibration
+    if len(job.data_fingerprints) < wanted.most_samples:
+        return "data"
+    return "sample_limit" if wanted.max_samples == "auto" else "max_samples"
+
+
+def _median_cosine(start: Start) -> float | None:
+    """Split-half cosine of the median target; None where there was a single microbatch."""
+    known = [found.split_half_cosine for found in start.targets if found.split_half_cosine is not None]
+    return statistics.median(known) if known else None
 
 
 def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, Any], world: World) -> str:

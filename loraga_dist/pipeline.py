@@ -65,6 +65,7 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
                 config,
                 sharding=sharding,
                 rounding=job.storage_dtype,
+                target_cosine=config.calibration.target_cosine if config.calibration.max_samples == "auto" else None,
                 keep=lambda target, made: factors.__setitem__(target.name, made) if world.is_main else None,
             )
             seconds["calibrate"] = start.calibration.seconds_calibrate

@@ -54,6 +54,7 @@ def start_in_place(
     *,
     sharding: Sharding,
     rounding: Callable[[Target], torch.dtype],
+    target_cosine: float | None = None,
     keep: Callable[[Target, LoraFactors], None] | None = None,
 ) -> Start:
     """Calibrate on `model`, then turn it into its own LoRA-GA start. Every rank calls this; none holds the model."""
@@ -68,6 +69,7 @@ def start_in_place(
             sharding=sharding,
             loss_sum=LOSSES[config.lora.task_type],
             seed=config.init.seed,
+            target_cosine=target_cosine,
         )
         before = probe_logits(module, microbatches[0], sharding)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from loraga_dist.taps import tapped
 def sweep(
     model: nn.Module,
     names: Sequence[str],
-    microbatches: Sequence[Microbatch],
+    microbatches: Iterable[Microbatch],
     engine: GradientEngine,
     *,
     sharding: Sharding,
@@ -36,6 +36,7 @@ def sweep(
 ) -> tuple[float, int]:
     """Show the engine every (x, dy) of the named modules over this rank's microbatches.
 
+    microbatches: as many on every rank. The next one is asked for when the engine is done with the one before.
     Returns the loss summed over all ranks' supervised tokens, and their number. Raises RunError on every rank when a
     loss or a gradient is not finite, naming batch and layer, and UserError when a module took no part in the loss.
     """
@@ -72,7 +73,8 @@ def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> t
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in microbatch.inputs.items()}
     labels = inputs.pop("labels")
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if base.config.is_encoder_decoder:
+    # a classifier has one label per sequence, which no decoder could read
+    if base.config.is_encoder_decoder and labels.dim() == 2:
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     if "use_cache" in inspect.signature(base.forward).parameters:
         inputs["use_cache"] = False

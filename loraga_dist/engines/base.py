@@ -79,6 +79,10 @@ class GradientEngine(Protocol):
         """After every backward, on all ranks."""
         ...
 
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        """Of the owned matrices, over the data so far; a collective."""
+        ...
+
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         """Reduce every matrix to its owner; yield the owned ones. The state is gone afterwards."""
         ...

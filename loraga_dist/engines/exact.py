@@ -60,6 +60,15 @@ class ExactEngine:
     def end_microbatch(self, world: Collectives) -> None:
         return None
 
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        cosines = []
+        for matrix in self._matrices.values():
+            E_2MS = self._E[matrix.name].clone()  # the sum must not count again when the sweep ends
+            world.reduce_(E_2MS, matrix.owner)
+            if matrix.owner == world.rank:
+                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+        return cosines
+
     def mean_gradients(self, world: Collectives, num_tokens: int) -> Iterator[tuple[Matrix, torch.Tensor]]:
         """Reduce every gradient to its owner, then hand over the owned ones, G_MN in float32, one by one."""
         owned = []

@@ -39,6 +39,9 @@ class EngineGroup:
         for engine in self.engines:
             engine.end_microbatch(world)
 
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        return [cosine for engine in self.engines for cosine in engine.split_half_cosines(world)]
+
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         for engine in self.engines:
             yield from engine.factorize(world, num_tokens)

@@ -159,6 +159,19 @@ class SketchEngine:
                 due.append(state)
         self._refresh(due, world)
 
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        unfinished = {state.matrix.name for state in self._unfinished()}
+        cosines = []
+        for name, state in self._states.items():
+            E_2MS = torch.zeros_like(state.E_2MS) if state.total_E_2MS is None else state.total_E_2MS
+            if name in unfinished:  # what was seen since the last refresh is on all ranks, and stays there
+                since_E_2MS = state.E_2MS.clone()
+                world.reduce_(since_E_2MS, state.matrix.owner)
+                E_2MS = E_2MS + since_E_2MS
+            if state.matrix.owner == world.rank:
+                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+        return cosines
+
     def begin_refinement(self, world: Collectives) -> None:
         """Between two passes over the same data: the estimate becomes the bases, and all data is seen again with them.
 
