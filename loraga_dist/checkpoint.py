@@ -84,7 +84,7 @@ class CheckpointStore:
             if not problems:
                 with self._world.together():
                     return Checkpoint(
-                        path, json.loads((path / _CONTENT).read_bytes()), scan_checkpoint(path, _STEM)
+                        path, json.loads((path / _CONTENT).read_bytes()), SavedTensors(scan_checkpoint(path, _STEM))
                     ), damaged
             damaged.append(f"{path} is damaged ({problems[0]})")
         return None, damaged

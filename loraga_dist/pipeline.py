@@ -16,7 +16,7 @@ from torch import nn
 
 from loraga_dist.artifacts.staging import StagedDirectory
 from loraga_dist.calibrate import in_step
-from loraga_dist.calibration import microbatches_from_batches
+from loraga_dist.calibration import BatchDeal, microbatches_from_batches
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
@@ -61,7 +61,7 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
             start = start_in_place(
                 model,
                 job.plan,
-                job.microbatches,
+                job.deal,
                 config,
                 sharding=sharding,
                 rounding=job.storage_dtype,
@@ -123,7 +123,7 @@ def initialize(
     return start_in_place(
         model,
         plan,
-        in_step(microbatches, world),
+        BatchDeal(in_step(microbatches, world)),
         config,
         sharding=sharding,
         rounding=lambda target: dtype,

@@ -33,8 +33,8 @@ def test_the_newest_comes_back_as_it_was(store: CheckpointStore) -> None:
         save(store, i)
     found, damaged = store.newest()
     assert found is not None and not damaged and found.content == {"number": 4}
-    assert torch.equal(found.tensor("a"), torch.full((3, 5), 4.0))
-    assert torch.equal(found.tensor("b"), torch.arange(4, dtype=torch.float64))
+    assert torch.equal(found.tensors["a"], torch.full((3, 5), 4.0))
+    assert torch.equal(found.tensors["b"], torch.arange(4, dtype=torch.float64))
     assert sorted(path.name for path in store.directory.iterdir()) == ["000003", "000004"]
     store.clear()
     assert not store.directory.exists() and store.newest() == (None, [])
@@ -43,7 +43,7 @@ def test_the_newest_comes_back_as_it_was(store: CheckpointStore) -> None:
 def test_a_state_without_tensors(store: CheckpointStore) -> None:
     store.save({"number": 7}, {})
     found, _ = store.newest()
-    assert found is not None and found.content == {"number": 7} and found.slots == {}
+    assert found is not None and found.content == {"number": 7} and found.tensors.slots == {}
 
 
 @pytest.mark.parametrize("name", ["state.json", "state-00001-of-00001.safetensors", "state.safetensors.index.json"])
