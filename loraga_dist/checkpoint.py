@@ -28,17 +28,26 @@ _UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)
+class SavedTensors:
+    """Tensors by name, each read when asked for, to the host. Raises RunError when a file became unreadable."""
+
+    slots: dict[str, TensorSlot]
+
+    def __getitem__(self, name: str) -> Tensor:
+        slot = self.slots[name]
+        return read_range(slot, 0, slot.numel).view(slot.shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.slots
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A generation, read and whole."""
 
     path: Path
     content: dict[str, Any]
-    slots: dict[str, TensorSlot]
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, on the host; raises RunError when the file became unreadable."""
-        slot = self.slots[name]
-        return read_range(slot, 0, slot.numel).view(slot.shape)
+    tensors: SavedTensors
 
 
 class CheckpointStore:
@@ -83,9 +92,8 @@ class CheckpointStore:
             problems = check_checksums(path, self._world)
             if not problems:
                 with self._world.together():
-                    return Checkpoint(
-                        path, json.loads((path / _CONTENT).read_bytes()), SavedTensors(scan_checkpoint(path, _STEM))
-                    ), damaged
+                    content = json.loads((path / _CONTENT).read_bytes())
+                    return Checkpoint(path, content, SavedTensors(scan_checkpoint(path, _STEM))), damaged
             damaged.append(f"{path} is damaged ({problems[0]})")
         return None, damaged
 

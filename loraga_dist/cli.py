@@ -55,7 +55,9 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
 def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     _prepare_libraries()
     from loraga_dist.distributed import World
+    from loraga_dist.resume import StopRequest
 
+    stop = StopRequest()
     try:
         world = World.start()
     except LoragaError as error:
@@ -67,7 +69,7 @@ def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         with world.together():
             extra = ["--output.overwrite", "true"] if options.overwrite else []
             config = load_config(options.config, [*overrides, *extra])
-        report, verified = run(config, world)
+        report, verified = run(config, world, stop)
         if world.is_main:
             from loraga_dist.artifacts.report import print_summary
 

@@ -32,6 +32,7 @@ class StagedDirectory:
         self.destination = destination
         self.path = destination.with_name(f".{destination.name}.partial")
         self._old = destination.with_name(f".{destination.name}.replaced")
+        self.checkpoint_path = destination.with_name(f".{destination.name}.checkpoint")
         self._lock_path = destination.with_name(f".{destination.name}.lock")
         self._lock: BinaryIO | None = None
         self._world = world
