@@ -48,7 +48,7 @@ from loraga_dist.losses import causal_lm
 from loraga_dist.models import find_base_model
 from loraga_dist.progress import Progress
 from loraga_dist.sharding import SingleProcess, Zero3
-from loraga_dist.sweep import sweep
+from loraga_dist.sweep import LossTotals, sweep
 from loraga_dist.targets import meta_copy, select_targets
 
 RANKS = (4, 8, 16, 32)
@@ -126,7 +126,8 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
     module = sharding.attach(model)
 
     def observe(engines: Sequence[Any], microbatches: list[Microbatch]) -> int:
-        return sweep(
+        totals = LossTotals()
+        sweep(
             module,
             [target.name for target in targets],
             microbatches,
@@ -135,7 +136,9 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
             loss_sum=causal_lm,
             checkpointing="none",
             progress=Progress("", 1, "", shown=False),
-        )[1]
+            totals=totals,
+        )
+        return totals.num_tokens
 
     def matrices(r: int) -> list[Matrix]:
         return [

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -120,19 +120,89 @@ def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+class Deal(Protocol):
+    """This rank's microbatches out of all ranks' data; the same number on every rank."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """In one global microbatch."""
+        ...
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
+        """Of samples [start, stop); the first global microbatch gets this number."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleDeal:
+    """Samples that every rank knows, split evenly."""
+
+    samples: list[Sample]
+    rank: int
+    world_size: int
+    per_device_batch_size: int
+    pad_token_id: int
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.world_size * self.per_device_batch_size
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
+        return assign_microbatches(
+            self.samples[start:stop],
+            rank=self.rank,
+            world_size=self.world_size,
+            per_device_batch_size=self.per_device_batch_size,
+            pad_token_id=self.pad_token_id,
+            first_index=first_index,
+        )
+
+
+@dataclass(frozen=True)
+class BatchDeal:
+    """Each rank's own batches, which are one sample each to this end."""
+
+    batches: list[Microbatch]
+
+    samples_per_step = 1
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.batches)
+
+    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
+        assert start == first_index, "batches of a dataloader are not dealt out anew"
+        return self.batches[start:stop]
+
+
 def assign_microbatches(
-    samples: list[Sample], *, rank: int, world_size: int, per_device_batch_size: int, pad_token_id: int
+    samples: list[Sample],
+    *,
+    rank: int,
+    world_size: int,
+    per_device_batch_size: int,
+    pad_token_id: int,
+    first_index: int = 0,
 ) -> list[Microbatch]:
     """This rank's microbatches; every rank gets the same number, because each forward is a collective.
 
-    Global microbatch g holds `world_size * per_device_batch_size` consecutive samples, split among the ranks in order.
+    Each global microbatch, the first numbered `first_index`, holds `world_size * per_device_batch_size` consecutive
+    samples, split among the ranks in order.
     A rank that the last one leaves empty-handed gets a copy of sample 0 without any supervised token.
     """
     assert samples and 0 <= rank < world_size
     global_size = world_size * per_device_batch_size
     microbatches = []
-    for index in range(math.ceil(len(samples) / global_size)):
-        start = index * global_size + rank * per_device_batch_size
+    for step in range(math.ceil(len(samples) / global_size)):
+        index = first_index + step
+        start = step * global_size + rank * per_device_batch_size
         mine = samples[start : start + per_device_batch_size]
         if not mine:
             filler = Microbatch(_collate(samples[:1], pad_token_id), 0, index, ())

@@ -61,7 +61,9 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
 def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     _prepare_libraries()
     from loraga_dist.distributed import World
+    from loraga_dist.resume import StopRequest
 
+    stop = StopRequest()
     try:
         world = World.start()
     except LoragaError as error:
@@ -76,7 +78,7 @@ def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             config = load_config(options.config, [*overrides, *extra])
         world.require_same(versions(), "install the same on every node")
         world.require_same(config.model_dump(mode="json"), "start all ranks with the same file and options")
-        report, verified = run(config, world)
+        report, verified = run(config, world, stop)
         if world.is_main:
             from loraga_dist.artifacts.report import print_summary
 

@@ -175,6 +175,10 @@ class InitConfig(MethodConfig):
     model: ModelConfig
     calibration: CalibrationConfig
     output: OutputConfig
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the checkpoint that an interrupted run of the same work left beside `output.dir`."""
+    checkpoint_minutes: float = Field(default=30.0, gt=0)
+    """A checkpoint is also saved when this much time has gone by since the last."""
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> InitConfig:

@@ -15,9 +15,8 @@ from loraga_dist.artifacts.adapter import AdapterTarget
 from loraga_dist.artifacts.residual import PlannedFile, factor_dtype, plan_residual_files, require_targets
 from loraga_dist.artifacts.staging import check_destination
 from loraga_dist.calibration import (
-    Microbatch,
     Sample,
-    assign_microbatches,
+    SampleDeal,
     fingerprints,
     load_samples,
     padding_token_id,
@@ -50,16 +49,10 @@ class Job:
     residual_files: list[PlannedFile]
     """Planned whatever `output.residual_base` says: ranks share the digests of the base by the same files."""
     residual_dtype: str
-    microbatches: list[Microbatch]
-    """This rank's."""
+    deal: SampleDeal
     data_fingerprints: list[str]
     """Of the first 1, 2, ... samples; a run need not use them all."""
     output_bytes: int
-
-    def num_sequences(self, num_microbatches: int, world_size: int) -> int:
-        """Samples in the first global microbatches."""
-        size = world_size * self.config.calibration.per_device_batch_size
-        return min(num_microbatches * size, len(self.data_fingerprints))
 
     def storage_dtype(self, target: Target) -> torch.dtype:
         """What A0 and B0 of a target are rounded to."""
@@ -109,8 +102,8 @@ def prepare(config: InitConfig, world: World) -> Job:
         saved_parameters=saved_parameters,
         residual_files=residual_files,
         residual_dtype=config.output.residual_dtype,
-        microbatches=assign_microbatches(
-            samples,
+        deal=SampleDeal(
+            samples=samples,
             rank=world.rank,
             world_size=world.size,
             per_device_batch_size=config.calibration.per_device_batch_size,

@@ -30,7 +30,6 @@ from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, 
 from loraga_dist.artifacts.report_page import write_report_page
 from loraga_dist.artifacts.residual import digest_base, finish_residual_base, write_residual_files
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
-from loraga_dist.calibrate import Calibration
 from loraga_dist.config import InitConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
@@ -39,6 +38,7 @@ from loraga_dist.progress import phase
 from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.start import Start
+from loraga_dist.stream import Calibration
 from loraga_dist.targets import peft_lora_config
 
 
@@ -134,7 +134,6 @@ def make_report(
         for found in start.targets
     }
     calibration = start.calibration
-    num_sequences = job.num_sequences(calibration.num_microbatches, world.size)
     stopped_by = _stopped_by(job, calibration)
     return finite(
         {
@@ -142,12 +141,12 @@ def make_report(
             "config": config.model_dump(),
             "base_fingerprint": fingerprints.base,
             "residual_fingerprint": fingerprints.residual,
-            "data_fingerprint": job.data_fingerprints[num_sequences - 1],
+            "data_fingerprint": job.data_fingerprints[calibration.num_samples - 1],
             "versions": versions(),
             "world_size": world.size,
             "engine": config.gradient.engine,
             "refine_passes": calibration.refine_passes,
-            "num_sequences": num_sequences,
+            "num_sequences": calibration.num_samples,
             "num_supervised_tokens": calibration.num_supervised_tokens,
             "stopped_by": stopped_by,
             "split_half_cosine": _median_cosine(start),

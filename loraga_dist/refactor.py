@@ -151,7 +151,10 @@ def refactor(
                 "targets": rebuild.reports,
                 # no model was loaded to compare logits
                 "identity_check": old["identity_check"] | {"max_abs_logit_diff": None, "max_abs_logit": None},
-                "warnings": find_warnings(rebuild.reports) + _beyond_convergence(rebuild.reports),
+                "warnings": find_warnings(
+                    rebuild.reports, stopped_by=old["stopped_by"], refine_passes=old["refine_passes"]
+                )
+                + _beyond_convergence(rebuild.reports),
                 "refactored": {"from": str(source.resolve()), "seconds": time.monotonic() - started},
             }
         )

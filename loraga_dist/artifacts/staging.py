@@ -48,6 +48,7 @@ class StagedDirectory:
         self._key = key
         self.path = destination.with_name(f".{destination.name}.partial")
         self._old = destination.with_name(f".{destination.name}.replaced")
+        self.checkpoint_path = destination.with_name(f".{destination.name}.checkpoint")
         self._lock_path = destination.with_name(f".{destination.name}.lock")
         self._lock: BinaryIO | None = None
         self._world = world

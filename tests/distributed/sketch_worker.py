@@ -100,7 +100,9 @@ def cosines(kind: type[ExactEngine] | type[SketchEngine], stream: Stream, world:
 
 
 def factorize(stream: Stream, world: World, refine_passes: int) -> dict:
-    engine = SketchEngine([matrix_owned_by(world.size - 1)], home=StateHome(torch.device("cpu")), seed=0, dtype=stream.dtype)
+    engine = SketchEngine(
+        [matrix_owned_by(world.size - 1)], home=StateHome(torch.device("cpu")), seed=0, dtype=stream.dtype
+    )
     for refinement in range(refine_passes + 1):
         if refinement:
             engine.begin_refinement(world)
