@@ -64,7 +64,7 @@ def calibrate(
     sharding: Sharding,
     loss_sum: LossSum,
     seed: int,
-    target_cosine: float | None,
+    target_cosine: float | None = None,
     keeper: Keeper | None = None,
 ) -> Calibration:
     """Accumulate, reduce and factorize the mean gradient of every target, one group of the plan after the other.
