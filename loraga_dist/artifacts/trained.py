@@ -25,6 +25,8 @@ from loraga_dist.safetensors_files import BrokenFileError, TensorSlot, dtype_nam
 
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin")
+_NOT_WHOLE = ("lora_", "trainable_tokens_", ".base_layer.")
+"""Parts of keys that are no whole parameter which training replaced."""
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -148,7 +150,7 @@ def _check_tensors(
             )
         if not slot.dtype.is_floating_point or slot.dtype.itemsize == 1:
             raise refuse(key, f"is stored as {dtype_name(slot.dtype)}; save the adapter unquantized")
-        if key not in expected and ("lora_" in key or "trainable_tokens" in key or not key.startswith(_PREFIX)):
+        if key not in expected and (not key.startswith(_PREFIX) or any(part in key for part in _NOT_WHOLE)):
             raise refuse(key, f"is of no target of {init}; write an adapter trained from there, as plain LoRA")
     ranks = {target.name: target.r for target in targets}
     for name, target in report.targets.items():

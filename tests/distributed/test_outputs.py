@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.calibration import assign_microbatches, load_samples
-from loraga_dist.cli import init_main
+from loraga_dist.cli import init_main, main
 from loraga_dist.config import CalibrationConfig
 
 R, ALPHA, GAMMA = 4, 8, 16
@@ -231,6 +231,15 @@ def test_seeds_ranks_and_layouts_agree(runs: Any, name: str) -> None:
         assert relative(run.product(target), reference.product(target)) < 1e-4, target
     for field in ("base_fingerprint", "data_fingerprint", "num_supervised_tokens"):
         assert run.report[field] == reference.report[field]
+
+
+@pytest.mark.parametrize("name", ["llama-2-sketch", "llama-2-bf16", "bert-2"])
+def test_refactoring_under_the_same_settings_changes_nothing(runs: Any, name: str, tmp_path: Path) -> None:
+    run = runs(name)
+    assert main(["refactor", str(run.out), "--to", str(tmp_path / "again")]) == 0
+    for adapter in ("loraga_init", "loraga_offset"):
+        file = f"{adapter}/adapter_model.safetensors"
+        assert (tmp_path / "again" / file).read_bytes() == (run.out / file).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["tied", "gpt2", "t5", "bert", "bart"])

@@ -286,6 +286,10 @@ def into_pickle(directory: Path) -> None:
             f"{Q.replace('q_proj', 'other')} is of no target",
         ),
         (lambda d: edit_tensors(d, lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), "is stored as F8_E4M3"),
+        (
+            lambda d: edit_tensors(d, lambda t: t.update({Q.replace("lora_A", "base_layer"): t[Q].clone()})),
+            "base_layer.weight is of no target",
+        ),
         (lambda d: edit_config(d, r=8), "has rank 8 and"),
         (lambda d: edit_config(d, use_dora=True), "has use_dora"),
         (lambda d: edit_config(d, bias="all"), "has bias 'all'"),
