@@ -83,6 +83,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def ranks_on_node(self) -> int:
+        """As the launcher says; 1 where it says nothing."""
+        return _ranks_on_node()
+
     def stop(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -167,12 +172,15 @@ def _environment_int(name: str, default: int) -> int:
         raise UserError(name, text, "is not a number; start through torchrun or deepspeed") from None
 
 
+def _ranks_on_node() -> int:
+    # torchrun and deepspeed have different names for it
+    return _environment_int("LOCAL_WORLD_SIZE", _environment_int("LOCAL_SIZE", 1))
+
+
 def _share_cores() -> None:
     """Give each rank of a node its part of the cores: ranks that all use all of them slow each other down tenfold."""
     if "OMP_NUM_THREADS" not in os.environ:
-        # torchrun and deepspeed have different names for it
-        ranks_here = _environment_int("LOCAL_WORLD_SIZE", _environment_int("LOCAL_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_node()))
 
 
 def _device(local_rank: int) -> torch.device:

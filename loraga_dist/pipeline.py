@@ -20,6 +20,7 @@ from loraga_dist.calibration import microbatches_from_batches
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
+from loraga_dist.forecast import planned_memory, refuse_what_cannot_fit
 from loraga_dist.job import agree_on_inputs, prepare
 from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.outputs import finish_directory, make_report, write_weights
@@ -47,15 +48,15 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
             job = prepare(config, world)
         config = job.config
         agree_on_inputs(job, config, world)
+        with world.together():
+            planned = planned_memory(job, config, world)
+            refuse_what_cannot_fit(planned, job, config, world)
         staged = StagedDirectory(job.destination, world)
         staged.create(job.output_bytes)
         try:
             sharded = world.size > 1 or config.deepspeed is not None
             sharding = Zero3(world, config.deepspeed) if sharded else SingleProcess(world)
             model = sharding.load(job.base.directory, job.base.model_class, job.base.config, job.base.dtype, job.slots)
-            planned_peak_bytes = (
-                sharding.partition_bytes(model) + sharding.largest_block_bytes(model) + job.plan.state_bytes_per_rank
-            )
             seconds["load"] = time.monotonic() - started
             factors: dict[str, LoraFactors] = {}
             start = start_in_place(
@@ -75,7 +76,7 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
             seconds["write"] = time.monotonic() - write_started
             seconds["total"] = time.monotonic() - started
             report = make_report(
-                job, config, start, fingerprints, seconds, memory.peak_bytes, planned_peak_bytes, world
+                job, config, start, fingerprints, seconds, memory.peak_bytes, planned.peak_bytes, world
             )
             verified = finish_directory(staged.path, config, report, world)
             with world.together():

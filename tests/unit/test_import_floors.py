@@ -21,9 +21,10 @@ FLOORS = [
     {"calibration"},
     {"sharding", "plan", "artifacts"},
     {"sweep"},
-    {"calibrate", "placement"},
+    {"calibrate", "placement", "rehearsal"},
+    {"estimate"},
     {"start", "job"},
-    {"outputs"},
+    {"outputs", "forecast"},
     {"pipeline"},
     {"cli"},
 ]
