@@ -160,12 +160,12 @@ def rank_memory(rank: int, plan: Plan, shape: ModelShape, rehearsal: Rehearsal |
                 triplet_bytes(matrix) + 8 * matrix.M * ERROR_COLUMNS for matrix in owned if matrix.engine == "sketch"
             ),
         }
-        host = {"triplets of owned targets": triplets_before} if triplets_before else {}
+        found_before = {"triplets of owned targets": triplets_before} if triplets_before else {}
         union = max((factorization_bytes(matrix) for matrix in owned if matrix.engine == "sketch"), default=0)
         microbatch, workspace = (backward, 0) if backward >= union else (0, union)
-        calibrate.append((state | {"microbatch": microbatch, "workspace": workspace}, host))
+        calibrate.append((state | {"microbatch": microbatch, "workspace": workspace}, found_before))
         largest = max((factorization_bytes(matrix) for matrix in owned), default=0)
-        factorize.append((state | {"workspace": largest}, host))
+        factorize.append((state | {"workspace": largest}, found_before))
         triplets_before += sum(triplet_bytes(matrix) for matrix in owned)
 
     largest_target = max(4 * target.r * (target.M + target.N) for target in plan.targets)

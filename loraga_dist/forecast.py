@@ -78,6 +78,10 @@ class Forecaster:
         rehearsal = self.rehearsal(plan, shapes, self.config.gradient, gathers=setting.sharded)
         return rank_memory(rank, plan, self.shape, rehearsal, setting)
 
+    def activations_known(self, world_size: int, shapes: Shapes) -> bool:
+        plan, gathers = self.plan(world_size), self.setting(world_size).sharded
+        return self.rehearsal(plan, shapes, self.config.gradient, gathers=gathers) is not None
+
     def worst(self, world_size: int, shapes: Shapes) -> RankMemory:
         """Of the rank that needs most."""
         plan, setting = self.plan(world_size), self.setting(world_size)
@@ -130,9 +134,13 @@ def forecaster_of(job: Job, config: InitConfig, world: World) -> Forecaster:
 def planned_memory(job: Job, config: InitConfig, world: World) -> RankMemory:
     """What this rank will hold, for its own largest microbatch."""
     forecaster = forecaster_of(job, config, world)
+    return forecaster.memory(world.rank, job.plan, largest_microbatch(job), forecaster.setting(world.size))
+
+
+def largest_microbatch(job: Job) -> Shapes:
+    """Shapes of this rank's microbatch with most tokens."""
     largest = max(job.microbatches, key=lambda microbatch: microbatch.inputs["input_ids"].numel())
-    shapes = {name: tuple(tensor.shape) for name, tensor in largest.inputs.items()}
-    return forecaster.memory(world.rank, job.plan, shapes, forecaster.setting(world.size))
+    return {name: tuple(tensor.shape) for name, tensor in largest.inputs.items()}
 
 
 def refuse_what_cannot_fit(planned: RankMemory, job: Job, config: InitConfig, world: World) -> None:

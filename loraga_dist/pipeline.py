@@ -20,11 +20,12 @@ from loraga_dist.calibration import microbatches_from_batches
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
-from loraga_dist.forecast import planned_memory, refuse_what_cannot_fit
+from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
 from loraga_dist.job import agree_on_inputs, prepare
 from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.outputs import finish_directory, make_report, write_weights
 from loraga_dist.plan import make_plan
+from loraga_dist.plan_report import plan_report, print_plan
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
@@ -87,6 +88,18 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
                 staged.discard()
             raise
     return report, verified
+
+
+def dry_run(config: InitConfig, world: World) -> None:
+    """`loraga-dist init --dry_run`: everything `run` does before it allocates or writes, then the plan on rank 0."""
+    with world.together():
+        job = prepare(config, world)
+    agree_on_inputs(job, config, world)
+    with world.together():
+        refuse_what_cannot_fit(planned_memory(job, config, world), job, config, world)
+        if world.is_main:
+            forecaster, shapes = forecaster_of(job, config, world), largest_microbatch(job)
+            print_plan(plan_report(forecaster, world.size, shapes=shapes, num_sequences=job.num_sequences))
 
 
 def initialize(

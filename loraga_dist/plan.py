@@ -33,6 +33,11 @@ class Plan:
         """Engine state every rank holds during one sweep."""
         return sum(_state_bytes(matrix) for matrix in sweep)
 
+    @staticmethod
+    def svd_cost(matrix: Matrix) -> int:
+        """What owners are balanced by; grows as the flops of the factorization do."""
+        return _svd_cost(matrix)
+
 
 def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme, world_size: int) -> Plan:
     """Cut the targets, in module order, into groups that fit the budget; balance each group's owners by SVD cost.

@@ -25,6 +25,7 @@ FLOORS = [
     {"estimate"},
     {"start", "job"},
     {"outputs", "forecast"},
+    {"plan_report"},
     {"pipeline"},
     {"cli"},
 ]
