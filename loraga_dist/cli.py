@@ -1,14 +1,15 @@
-"""`loraga-dist init | verify | convert ...`: arguments in, one line per mistake out, and the exit code."""
+"""`loraga-dist plan | init | verify | convert ...`: arguments in, one line per mistake out, and the exit code."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
     from loraga_dist.distributed import World
 
 
+_OVERRIDES = "Any key of the file can be given as --section.key value."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (0 done and verified, 2 wrong input, 3 failed)."""
     parser = argparse.ArgumentParser(prog="loraga-dist", description="LoRA-GA starts for models of any size.")
     commands = parser.add_subparsers(dest="command", required=True)
     init = commands.add_parser("init", help="write a LoRA-GA start for a model", allow_abbrev=False)
     add_init_arguments(init)
+    plan = commands.add_parser("plan", help="say what init would take, and whether it fits", allow_abbrev=False)
+    add_plan_arguments(plan)
     verify = commands.add_parser("verify", help="check an output directory from its files alone", allow_abbrev=False)
     verify.add_argument("directory", type=Path)
     verify.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
@@ -33,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.command == "init":
         return run_init(options, rest)
+    if options.command == "plan":
+        return run_plan(options, rest)
     offline = OFFLINE_COMMANDS.get(options.command)
     if rest and not (offline and offline.takes_overrides):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -55,7 +63,50 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it; LOCAL_RANK says the same
-    parser.epilog = "Any key of the file can be given as --section.key value."
+    parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
+    parser.epilog = _OVERRIDES
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--ranks", type=_positive(int), default=1, help="processes, one per device (default 1)")
+    parser.add_argument("--gib_per_rank", type=_positive(float), help="memory of one device; says what fits")
+    parser.add_argument("--device_tflops", type=_positive(float), help="peak of one device; gives a time range")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what will compute (default cuda)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.epilog = _OVERRIDES
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = "number above 0"  # argparse names it in its message
+    return parse
+
+
+def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    _prepare_libraries()
+    try:
+        import torch
+
+        from loraga_dist.config import load_config
+        from loraga_dist.plan_report import forecaster_for, plan_report, print_plan
+
+        forecaster = forecaster_for(load_config(options.config, overrides), torch.device(options.device))
+        report = plan_report(
+            forecaster, options.ranks, gib_per_rank=options.gib_per_rank, device_tflops=options.device_tflops
+        )
+    except LoragaError as error:
+        return _report_failure(error)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_plan(report)
+    return 0
 
 
 def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -71,13 +122,17 @@ def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     try:
         from loraga_dist.artifacts.report import versions
         from loraga_dist.config import load_config
-        from loraga_dist.pipeline import run
+        from loraga_dist.pipeline import dry_run, run
 
         with world.together():
             extra = ["--output.overwrite", "true"] if options.overwrite else []
             config = load_config(options.config, [*overrides, *extra])
         world.require_same(versions(), "install the same on every node")
         world.require_same(config.model_dump(mode="json"), "start all ranks with the same file and options")
+        if options.dry_run:
+            dry_run(config, world)
+            _leave_together(world)
+            return 0
         report, verified = run(config, world, stop)
         if world.is_main:
             from loraga_dist.artifacts.report import print_summary

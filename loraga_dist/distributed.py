@@ -77,6 +77,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def ranks_on_node(self) -> int:
+        """As the launcher says; 1 where it says nothing."""
+        return _ranks_on_node()
+
     def stop(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -187,6 +192,11 @@ def _connect(place: Placement, backend: str) -> None:
             f"rank {place.rank}: all ranks met at {place.master_addr}:{place.master_port}, but {backend} does not "
             f"connect them; set {variable} to the network interface between the nodes ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _ranks_on_node() -> int:
+    # torchrun and deepspeed have different names for it
+    return environment_int(os.environ, "LOCAL_WORLD_SIZE", environment_int(os.environ, "LOCAL_SIZE", 1))
 
 
 def _share_cores(place: Placement) -> None:

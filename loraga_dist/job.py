@@ -24,6 +24,7 @@ from loraga_dist.calibration import (
 from loraga_dist.config import InitConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
+from loraga_dist.estimate import ModelShape
 from loraga_dist.models import BaseModel, find_base_model
 from loraga_dist.plan import Plan, make_plan
 from loraga_dist.safetensors_files import TensorSlot
@@ -42,6 +43,7 @@ class Job:
     base: BaseModel
     slots: dict[str, TensorSlot] | None
     """The checkpoint's tensors by parameter name; None where transformers has to convert them."""
+    shape: ModelShape
     plan: Plan
     targets: list[AdapterTarget]
     saved_parameters: dict[str, str]
@@ -73,6 +75,7 @@ def prepare(config: InitConfig, world: World) -> Job:
     except (ValueError, ImportError) as error:
         raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
     slots = base.slots_of(meta_model)
+    shape = ModelShape.of(meta_model, base.dtype)
     selection = select_targets(meta_model, config.lora, scheme.num_triplets)
     adapter_targets = [
         AdapterTarget(**dataclasses.asdict(target), weight_key=base.weight_keys(target.parameter_name))
@@ -97,6 +100,7 @@ def prepare(config: InitConfig, world: World) -> Job:
         destination=destination,
         base=base,
         slots=slots,
+        shape=shape,
         plan=plan,
         targets=adapter_targets,
         saved_parameters=saved_parameters,

@@ -23,10 +23,12 @@ from loraga_dist.checkpoint import CheckpointStore
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
+from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
 from loraga_dist.job import Job, agree_on_inputs, prepare
 from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.outputs import finish_directory, make_report, write_weights
 from loraga_dist.plan import make_plan
+from loraga_dist.plan_report import plan_report, print_plan
 from loraga_dist.resume import RunKeeper, StopRequest, base_identity
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
@@ -51,6 +53,9 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             job = prepare(config, world)
         config = job.config
         agree_on_inputs(job, config, world)
+        with world.together():
+            planned = planned_memory(job, config, world)
+            refuse_what_cannot_fit(planned, job, config, world)
         staged = StagedDirectory(job.destination, world)
         staged.create(job.output_bytes)
         try:
@@ -58,9 +63,6 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             sharded = world.size > 1 or config.deepspeed is not None
             sharding = Zero3(world, config.deepspeed) if sharded else SingleProcess(world)
             model = sharding.load(job.base.directory, job.base.model_class, job.base.config, job.base.dtype, job.slots)
-            planned_peak_bytes = (
-                sharding.partition_bytes(model) + sharding.largest_block_bytes(model) + job.plan.state_bytes_per_rank
-            )
             seconds["load"] = time.monotonic() - started
             factors: dict[str, LoraFactors] = {}
             start = start_in_place(
@@ -83,7 +85,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             seconds["write"] = time.monotonic() - write_started
             seconds["total"] = time.monotonic() - started
             report = make_report(
-                job, config, start, fingerprints, seconds, memory.peak_bytes, planned_peak_bytes, world
+                job, config, start, fingerprints, seconds, memory.peak_bytes, planned.peak_bytes, world
             )
             verified = finish_directory(staged.path, config, report, world)
             with world.together():
@@ -111,6 +113,18 @@ def _keeper(job: Job, directory: Path, stop: StopRequest, world: World) -> RunKe
     else:
         keeper.start_over()
     return keeper
+
+
+def dry_run(config: InitConfig, world: World) -> None:
+    """`loraga-dist init --dry_run`: everything `run` does before it allocates or writes, then the plan on rank 0."""
+    with world.together():
+        job = prepare(config, world)
+    agree_on_inputs(job, config, world)
+    with world.together():
+        refuse_what_cannot_fit(planned_memory(job, config, world), job, config, world)
+        if world.is_main:
+            forecaster, shapes = forecaster_of(job, config, world), largest_microbatch(job)
+            print_plan(plan_report(forecaster, world.size, shapes=shapes, num_sequences=job.deal.num_samples))
 
 
 def initialize(
