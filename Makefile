@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: quickstart test launchers lint format clean
+.PHONY: quickstart test test-faults launchers lint format clean
 
 PYTHON ?= python3
 PIP := .venv/bin/pip --disable-pip-version-check install --constraint constraints.txt
@@ -23,6 +23,10 @@ quickstart: .venv/.installed
 
 test: lint launchers
 	pytest
+
+# More of the kills that `make test` has a few of; minutes.
+test-faults: .venv/.installed-dev
+	pytest tests/faults --kills 30
 
 # SLURM for tests/launchers, where we may install it; elsewhere its tests are skipped and say why.
 launchers:

@@ -18,6 +18,7 @@ from loraga_dist.errors import LoragaError, RunError, UserError
 
 if TYPE_CHECKING:
     from loraga_dist.distributed import World
+    from loraga_dist.watch import Watch
 
 
 _OVERRIDES = "Any key of the file can be given as --section.key value."
@@ -113,12 +114,14 @@ def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     _prepare_libraries()
     from loraga_dist.distributed import World
     from loraga_dist.resume import StopRequest
+    from loraga_dist.watch import Watch
 
     stop = StopRequest()
     try:
         world = World.start()
     except LoragaError as error:
         return _report_failure(error)
+    watch = Watch(world) if world.size > 1 else None
     try:
         from loraga_dist.artifacts.report import versions
         from loraga_dist.config import load_config
@@ -131,7 +134,7 @@ def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         world.require_same(config.model_dump(mode="json"), "start all ranks with the same file and options")
         if options.dry_run:
             dry_run(config, world)
-            _leave_together(world)
+            _leave_together(world, watch)
             return 0
         report, verified = run(config, world, stop)
         if world.is_main:
@@ -139,16 +142,26 @@ def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
             print_summary(report, config.output.dir, verified)
     except LoragaError as error:
-        if not error.on_all_ranks and world.size > 1:
-            return _fail_alone(world, str(error), error.exit_code)
+        if not error.on_all_ranks and watch is not None:
+            # the others may wait for this rank in a collective
+            watch.fail(f"failed: {error}", error.exit_code, perhaps_of_another=False)
         if world.is_main:
             _report_failure(error)
-        _leave_together(world)
+        _leave_together(world, watch)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("loraga-dist: interrupted", file=sys.stderr, flush=True)
+        leave_process(130)
     except Exception as error:
+        if watch is not None:
+            # what a collective says when another rank has gone is a RuntimeError
+            of_another = isinstance(error, RuntimeError)
+            if not of_another:
+                traceback.print_exc()
+            watch.fail(f"failed: {type(error).__name__}: {error}", 3, perhaps_of_another=of_another)
         traceback.print_exc()
-        return _fail_alone(world, f"{type(error).__name__}: {error}", 3)
-    _leave_together(world)
+        return _report_failure(RunError(f"{type(error).__name__}: {error}"))
+    _leave_together(world, watch)
     return 0
 
 
@@ -180,7 +193,9 @@ def run_offline(command: Command, options: argparse.Namespace, overrides: Sequen
     return 0
 
 
-def _leave_together(world: World) -> None:
+def _leave_together(world: World, watch: Watch | None) -> None:
+    if watch is not None:
+        watch.stop()
     # a rank that exits early would have the launcher kill the one that is still printing
     sys.stdout.flush()
     sys.stderr.flush()
@@ -199,14 +214,9 @@ def leave_process(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def _fail_alone(world: World, message: str, exit_code: int) -> NoReturn:
-    """End at once: the others may wait for this rank in a collective, and the launcher ends them when it is gone."""
-    print(f"loraga-dist: rank {world.rank} failed: {message}", file=sys.stderr, flush=True)
-    os._exit(exit_code)
-
-
 def _report_failure(error: LoragaError) -> int:
-    print(f"loraga-dist: {error}", file=sys.stderr, flush=True)
+    for line in (str(error), *getattr(error, "__notes__", ())):
+        print(f"loraga-dist: {line}", file=sys.stderr, flush=True)
     return error.exit_code
 
 

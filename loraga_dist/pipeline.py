@@ -22,7 +22,7 @@ from loraga_dist.calibration import BatchDeal, microbatches_from_batches
 from loraga_dist.checkpoint import CheckpointStore
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.distributed import World
-from loraga_dist.errors import UserError
+from loraga_dist.errors import LoragaError, UserError
 from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
 from loraga_dist.job import Job, agree_on_inputs, prepare
 from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
@@ -92,9 +92,11 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
                 if world.is_main:
                     staged.commit()
             keeper.done()
-        except BaseException:
+        except BaseException as error:
             if world.is_main:
                 staged.discard()
+                if isinstance(error, LoragaError) and error.exit_code == 3 and staged.checkpoint_path.is_dir():
+                    error.add_note(f"the same command goes on from the checkpoint in {staged.checkpoint_path}")
             raise
     return report, verified
 
