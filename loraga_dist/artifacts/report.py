@@ -115,7 +115,7 @@ def print_summary(report: Mapping[str, Any], directory: str, verified: str) -> N
         ),
         ("stopped by", _stop(report)),
         ("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())),
-        ("peak MiB per rank", f"{' '.join(peaks)}  (weights + largest block + engine state: {' '.join(planned)})"),
+        ("peak MiB per rank", f"{' '.join(peaks)}  (planned: {' '.join(planned)})"),
         (
             "identity",
             f"logits differ by {check['max_abs_logit_diff']:.2e} at most, largest {check['max_abs_logit']:.2e} "
