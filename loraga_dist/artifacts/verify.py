@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, PositiveInt, ValidationError
+from pydantic import BaseModel, PositiveInt, ValidationError, field_validator
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, rank_and_scaling, saved_key
@@ -114,6 +114,13 @@ class _Report(BaseModel):
     targets: dict[str, _ReportTarget]
     saved_parameters: dict[str, str] = {}
 
+    @field_validator("schema_version")
+    @classmethod
+    def _is_ours(cls, value: int) -> int:
+        if value != SCHEMA_VERSION:
+            raise ValueError(f"is {value}, and this version reads {SCHEMA_VERSION}")
+        return value
+
 
 @dataclass
 class _Compared:
@@ -210,7 +217,7 @@ def _collected(problems: list[str], subject: str) -> Iterator[None]:
 
 def _read_report(directory: Path) -> _Report:
     try:
-        report = _Report.model_validate_json((directory / REPORT).read_bytes())
+        return _Report.model_validate_json((directory / REPORT).read_bytes())
     except OSError as error:
         raise RunError(
             f"{REPORT}: cannot be read ({error.strerror}); is this the directory of a finished run?"
@@ -219,9 +226,6 @@ def _read_report(directory: Path) -> _Report:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise RunError(f"{REPORT}: {where}: {first['msg']}") from error
-    if report.schema_version != SCHEMA_VERSION:
-        raise RunError(f"{REPORT}: schema_version is {report.schema_version}, this version reads {SCHEMA_VERSION}")
-    return report
 
 
 def _missing_files(directory: Path, report: _Report) -> list[str]:
