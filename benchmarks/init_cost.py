@@ -106,6 +106,8 @@ def figures(runs: dict[str, list[Outcome]], gradients: dict[str, Tensor]) -> dic
         rows[way] = {
             "seconds": [outcome.seconds for outcome in outcomes],
             "median_seconds": seconds,
+            "cpu_over_floor": cpu_median(outcomes) / cpu_median(runs["floor"]),
+            "cpu_over_peft": cpu_median(outcomes) / cpu_median(runs["peft"]),
             "cpu_seconds": [outcome.cpu_seconds for outcome in outcomes],
             "over_floor": seconds / floor_seconds,
             "over_peft": seconds / medians(runs["peft"])[0],
@@ -130,9 +132,23 @@ def medians(outcomes: list[Outcome]) -> tuple[float, float]:
     )
 
 
+def cpu_median(outcomes: list[Outcome]) -> float:
+    return statistics.median(outcome.cpu_seconds for outcome in outcomes)
+
+
 def show(content: dict[str, Any]) -> None:
     table = Table(title=f"{content['shape']}")
-    for column in ("", "seconds", "x floor", "x PEFT", "extra MiB", "captured energy", "of exact's"):
+    for column in (
+        "",
+        "seconds",
+        "x floor",
+        "x PEFT",
+        "x floor, of cores",
+        "x PEFT, of cores",
+        "extra MiB",
+        "captured energy",
+        "of exact's",
+    ):
         table.add_column(column, justify="right")
     for name, row in content["runs"].items():
         energy = row.get("captured_energy")
@@ -141,6 +157,8 @@ def show(content: dict[str, Any]) -> None:
             f"{row['median_seconds']:.2f}",
             f"{row['over_floor']:.3f}",
             f"{row['over_peft']:.3f}",
+            f"{row['cpu_over_floor']:.3f}",
+            f"{row['cpu_over_peft']:.3f}",
             f"{row['extra_bytes'] / 2**20:.0f}",
             "" if energy is None else f"{energy:.4f}",
             "" if energy is None else f"{row['share_of_exact']:.5f}",
@@ -166,10 +184,12 @@ def sweep(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
             point: dict[str, Any] = {"quantity": quantity, "value": getattr(shape, quantity), "shape": asdict(shape)}
             for name, outcomes in runs.items():
                 seconds, peak_bytes = medians(outcomes)
-                point[name] = {"seconds": seconds, "extra_bytes": peak_bytes - floor_bytes}
+                extra_bytes = peak_bytes - floor_bytes
+                point[name] = {"seconds": seconds, "cpu_seconds": cpu_median(outcomes), "extra_bytes": extra_bytes}
             points.append(point)
             print(
-                f"{quantity} {point['value']}: " + ", ".join(f"{name} {point[name]['seconds']:.2f} s" for name in runs)
+                f"{quantity} {point['value']}: "
+                + ", ".join(f"{name} {point[name]['cpu_seconds']:.2f} s" for name in runs)
             )
     return points
 
@@ -184,11 +204,14 @@ def plot(points: list[dict[str, Any]], directory: Path) -> None:
     colors = {"floor": "#888888", "sketch": "#1b6ca8", "peft": "#c8553d"}
     names = {"floor": "forward + input gradients", "sketch": "loraga_dist (sketch)", "peft": "PEFT"}
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "loraga_dist", "font.size": 9})
-    for metric, unit, scale in (("seconds", "seconds", 1.0), ("extra_bytes", "MiB above the floor's peak", 2**20)):
+    for metric, unit, scale in (
+        ("cpu_seconds", "seconds of cores", 1.0),
+        ("extra_bytes", "MiB above the floor's peak", 2**20),
+    ):
         figure, all_axes = plt.subplots(1, len(labels), figsize=(11, 2.8), layout="constrained")
         for axes, (quantity, label) in zip(all_axes, labels.items(), strict=True):
             mine = [point for point in points if point["quantity"] == quantity]
-            for name in names if metric == "seconds" else ("sketch", "peft"):
+            for name in names if metric == "cpu_seconds" else ("sketch", "peft"):
                 values = [point[name][metric] / scale for point in mine]
                 axes.plot([point["value"] for point in mine], values, "o-", ms=3, color=colors[name], label=names[name])
             axes.set_xlabel(label)
