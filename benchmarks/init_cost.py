@@ -36,7 +36,7 @@ from loraga_dist.memory import return_freed_memory_at_once
 LLAMA_2_7B_LAYER = Shape(
     hidden=4096, intermediate=11008, layers=1, heads=32, key_value_heads=32, microbatches=32, tokens=512
 )
-QUICK = Shape(hidden=512, intermediate=1376, layers=2, heads=8, key_value_heads=8, microbatches=8, tokens=256)
+QUICK = Shape(hidden=512, intermediate=1376, layers=1, heads=8, key_value_heads=8, microbatches=8, tokens=256)
 SWEEP_BASE = Shape(hidden=1024, intermediate=2752, layers=2, heads=8, key_value_heads=8, microbatches=16, tokens=256)
 SWEEPS: dict[str, list[Shape]] = {
     "tokens": [replace(SWEEP_BASE, tokens=tokens) for tokens in (128, 256, 512, 1024)],

@@ -54,7 +54,7 @@ def sparse_model(directory: Path) -> Path:
 
 
 def test_json_of_a_small_plan(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+    config = write_config(tmp_path, gradient={"engine": "sketch"})
     result = plan("--config", str(config), "--ranks", "3", "--device_tflops", "100", "--gib_per_rank", "1", "--json")
     succeed(result)
     report = json.loads(result.stdout)

@@ -166,10 +166,12 @@ def test_calibrate_against_autograd(kind: str, checkpointing: str, state_device:
         loss_sum=causal_lm,
         seed=0,
     )
+    # a random model's gradients have flat spectra, the hardest for a sketch
+    least = {"exact": 0.9999, "sketch": 0.99}[kind]
     reference = model.double()
     weights = {target.name: reference.get_submodule(target.name).weight.requires_grad_() for target in targets}
     for microbatch in microbatches:
         causal_lm(forward(reference, microbatch, DEVICE).float(), microbatch.inputs["labels"]).backward()
     for name, weight in weights.items():
         svd = found.owned[name].svd
-        assert efficiency(weight.grad.cpu(), svd.U_MK[:, R : 2 * R], svd.Vh_KN[:R].T) >= 0.999, name
+        assert efficiency(weight.grad.cpu(), svd.U_MK[:, R : 2 * R], svd.Vh_KN[:R].T) >= least, name

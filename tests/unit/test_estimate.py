@@ -121,7 +121,7 @@ def real_peak_bytes(
     """Most bytes that torch's allocator had out at once, from its own trace."""
     inputs = {name: torch.ones(shape, dtype=torch.long) for name, shape in shapes.items()}
     inputs["attention_mask"][0, -8:] = 0  # with padding there is a mask in memory
-    microbatch = Microbatch(inputs=inputs, num_sequences=BATCH, num_supervised_tokens=1, index=0, sample_ids=())
+    microbatch = Microbatch(inputs=inputs, num_supervised_tokens=1, index=0, sample_ids=())
     taps = tapped(model, names, lambda *_: None, checkpointing=checkpointing)
     with torch.autograd.profiler.profile(profile_memory=True) as trace, taps:
         LOSSES[task](forward(model, microbatch, torch.device("cpu")), inputs["labels"]).backward()
