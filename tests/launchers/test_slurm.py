@@ -92,9 +92,9 @@ def test_who_is_alone_in_a_job(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [[], ["--lora.rank", "4"]], ids=["verified", "failed"])
 def test_training_waits_for_a_verified_start(cluster: Cluster, tiny: TinyRun, wrong: list[str], tmp_path: Path) -> None:
     init, train = tmp_path / "init.sbatch", tmp_path / "train.sbatch"
-    lines = (ROOT / "launch" / "slurm" / "srun_per_gpu.sbatch").read_text().splitlines(keepends=True)
-    sizes = f"#SBATCH {' '.join(TWO_NODES)} --output={tmp_path}/init.log\n"
-    init.write_text("".join([lines[0], sizes, *(line for line in lines[1:] if "per-" not in line or line[1] != "S")]))
+    shipped = (ROOT / "launch" / "slurm" / "srun_per_gpu.sbatch").read_text()
+    sizes = f"#SBATCH {' '.join(TWO_NODES)} --output={tmp_path}/init.log"
+    init.write_text(shipped.replace("set -euo pipefail", f"{sizes}\nset -euo pipefail"))  # the last word on them counts
     adapter = tmp_path / "out" / "loraga_init" / "adapter_model.safetensors"
     train.write_text(f"#!/bin/bash\n#SBATCH --output={tmp_path}/train.log\ncksum < '{adapter}'\n")
 
@@ -110,3 +110,4 @@ def test_training_waits_for_a_verified_start(cluster: Cluster, tiny: TinyRun, wr
     else:
         assert training["JobState"] == "COMPLETED"
         assert (tmp_path / "train.log").read_text().split()[1] == str(adapter.stat().st_size)
+        tiny.require_same_start(tmp_path / "out")
