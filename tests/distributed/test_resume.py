@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from loraga_dist.artifacts.verify import verify
 
 WORKER = str(Path(__file__).with_name("resume_worker.py"))
-SKETCH = ("--gradient.engine", "sketch", "--gradient.refine_passes", "1")
+SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
 IN_GROUPS = ("--gradient.max_targets_in_flight", "9")
-ONE_PASS = ("--gradient.engine", "sketch", "--gradient.refine_passes", "0")
+ONE_PASS = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "0")
 
 
 @pytest.fixture(scope="module")
