@@ -185,7 +185,7 @@ def test_directory_verifies_and_keeps_the_contract(runs: Any, name: str) -> None
     assert {
         "schema_version", "config", "base_fingerprint", "data_fingerprint", "versions", "world_size", "engine",
         "num_sequences", "num_supervised_tokens", "seconds", "peak_bytes_per_rank", "planned_peak_bytes_per_rank",
-        "state_bytes_per_rank", "targets", "identity_check", "warnings",
+        "state_bytes_per_rank", "targets", "identity_check", "stopped_by", "split_half_cosine", "warnings",
     } <= report.keys()  # fmt: skip
     assert set(report["seconds"]) == {"load", "calibrate", "factorize", "write", "total"}
     assert report["world_size"] == run.case.world_size == len(report["peak_bytes_per_rank"])
