@@ -18,6 +18,7 @@ from loraga_dist.errors import LoragaError, RunError, UserError
 
 if TYPE_CHECKING:
     from loraga_dist.distributed import World
+    from loraga_dist.resume import StopRequest
     from loraga_dist.watch import Watch
 
 
@@ -112,11 +113,16 @@ def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     _prepare_libraries()
-    from loraga_dist.distributed import World
     from loraga_dist.resume import StopRequest
+
+    with StopRequest() as stop:
+        return _run_init(options, overrides, stop)
+
+
+def _run_init(options: argparse.Namespace, overrides: Sequence[str], stop: StopRequest) -> int:
+    from loraga_dist.distributed import World
     from loraga_dist.watch import Watch
 
-    stop = StopRequest()
     try:
         world = World.start()
     except LoragaError as error:

@@ -28,12 +28,19 @@ _FORMAT = 1
 
 
 class StopRequest:
-    """Whether a scheduler has asked this process to stop. Constructed in the main thread, once."""
+    """Whether a scheduler has asked this process to stop; listens while the context lasts, in the main thread."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name

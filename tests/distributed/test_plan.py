@@ -75,7 +75,7 @@ def test_json_of_a_small_plan(tmp_path: Path) -> None:
 
 
 def test_table_says_what_to_change(tmp_path: Path) -> None:
-    config = write_config(tmp_path, gradient={"checkpointing": "none"})
+    config = write_config(tmp_path, gradient={"checkpointing": "none", "engine": "sketch"})
     result = plan("--config", str(config), "--ranks", "2", "--gib_per_rank", "0.001")
     succeed(result)
     assert "too large" in result.stdout
