@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from loraga_dist.cli import leave_process
 from loraga_dist.config import load_config
@@ -25,13 +26,13 @@ class StopAfter(StopRequest):
         return "SIGUSR1" if self._looks == self._num_looks else None
 
 
-def main() -> int:
-    num_looks, config_path, *overrides = sys.argv[1:]
+def start(num_looks: int, config_path: str, overrides: Sequence[str]) -> int:
+    """The exit code; in this process, which may be one of several ranks."""
     world = World.start()
     try:
         with world.together():
             config = load_config(config_path, overrides)
-        run(config, world, StopAfter(int(num_looks)))
+        run(config, world, StopAfter(num_looks))
     except LoragaError as error:
         if world.is_main:
             print(error, file=sys.stderr)
@@ -42,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave_process(main())
+    leave_process(start(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
