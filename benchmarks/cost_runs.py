@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraga_dist.calibrate import calibrate
-from loraga_dist.calibration import Microbatch
+from loraga_dist.calibration import BatchDeal, Microbatch
 from loraga_dist.config import GradientConfig, LoraSection, SchemeConfig, StateDevice
 from loraga_dist.distributed import World
 from loraga_dist.engines import ExactEngine, SketchEngine
@@ -89,7 +89,7 @@ class Bench:
         draw = torch.Generator().manual_seed(index)
         ids = torch.multinomial(frequencies, self.shape.tokens, replacement=True, generator=draw)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-        return Microbatch(inputs, 1, self.shape.tokens - 1, index, ())
+        return Microbatch(inputs, self.shape.tokens - 1, index, ())
 
     def plan(self, gradient: GradientConfig) -> Plan:
         return make_plan(self.targets, gradient, SCHEMES["lora_ga"], 1)
@@ -181,7 +181,7 @@ class Bench:
         plan, sharding = self.plan(gradient), SingleProcess(self.world)
         with self._measured() as outcome:
             found = calibrate(
-                self.model, plan, self.microbatches, gradient, sharding=sharding, loss_sum=causal_lm, seed=0
+                self.model, plan, BatchDeal(self.microbatches), gradient, sharding=sharding, loss_sum=causal_lm, seed=0
             )
         r = self.shape.r
         for name, result in found.owned.items():

@@ -1,10 +1,10 @@
-"""Peak memory per rank of `loraga-dist init` on a random Llama, beside partition + largest block + engine state.
+"""Peak memory per rank of `loraga-dist init` on random Llamas, beside what the plan said before.
 
-usage: python benchmarks/memory.py [--size-gib 1] [--ranks 1,2,4] [--directory DIR] [--json FILE]
+usage: python benchmarks/memory.py [--size-gib 0.5,1] [--ranks 1,2,4] [--engine auto] [--directory DIR] [--json FILE]
 
-The peak is what the run itself reports: anonymous host memory above the process's level after imports, over the whole
-run from loading to the written residual base; on GPUs device memory. Sequences are short and come one at a time, since
-activations are in no column: what they take shows in the difference.
+The peak is what the run itself reports: resident host memory above the process's level after imports, over the whole
+run from loading to the written residual base; on GPUs device memory. A single process maps the weights from the
+checkpoint's files; their pages count.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 # TinyLlama-1.1B's shapes; the number of layers is chosen by size
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
-SEQUENCE_TOKENS = 64
-SEQUENCES = 4
+SEQUENCE_TOKENS = 256
+SEQUENCES = 8
 TIME_LIMIT_SECONDS = 1200
 
 _PAD, _END = 256, 257
@@ -77,14 +77,13 @@ def make_model(directory: Path, num_layers: int) -> None:
     partial.rename(directory)
 
 
-def measure(model: Path, num_ranks: int, scratch: Path) -> dict[str, Any]:
+def measure(model: Path, num_ranks: int, engine: str, scratch: Path) -> dict[str, Any]:
     """The report of one run of `launch/init.py` on `num_ranks` ranks of this machine."""
     output = scratch / f"{num_ranks}-ranks"
     config = scratch / f"{num_ranks}-ranks.yaml"
     tree = {
         "model": {"name_or_path": str(model)},
-        "lora": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0]},
-        "gradient": {"max_targets_in_flight": 1},
+        "gradient": {"engine": engine},
         "calibration": {"data_files": str(model / "calibration.jsonl"), "max_length": SEQUENCE_TOKENS},
         "output": {"dir": str(output), "residual_base": "full"},
     }
@@ -140,7 +139,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes_per_rank": peaks,
         "planned_peak_bytes_per_rank": planned,
         "state_bytes_per_rank": report["state_bytes_per_rank"],
-        "difference_bytes_per_rank": [peak - plan for peak, plan in zip(peaks, planned, strict=True)],
+        "planned_to_measured": [plan / peak for peak, plan in zip(peaks, planned, strict=True)],
         "seconds": report["seconds"],
     }
 
@@ -157,44 +156,43 @@ def hardware() -> dict[str, Any]:
 
 def print_table(runs: Sequence[dict[str, Any]]) -> None:
     table = Table(title="MiB per rank")
-    for column in ("ranks", "rank", "engine state", "partition + largest block + engine state", "peak", "difference"):
+    for column in ("model", "ranks", "rank", "engine state", "planned peak", "measured peak", "planned / measured"):
         table.add_column(column, justify="right")
     for run in runs:
-        rows = zip(
-            run["planned_peak_bytes_per_rank"],
-            run["peak_bytes_per_rank"],
-            run["difference_bytes_per_rank"],
-            strict=True,
-        )
-        for rank, columns in enumerate(rows):
-            amounts = [f"{num_bytes / 2**20:.0f}" for num_bytes in (run["state_bytes_per_rank"], *columns)]
-            table.add_row(str(run["ranks"]), str(rank), *amounts)
+        rows = zip(run["planned_peak_bytes_per_rank"], run["peak_bytes_per_rank"], strict=True)
+        for rank, (planned, peak) in enumerate(rows):
+            sizes = (run["state_bytes_per_rank"], planned, peak)
+            amounts = [f"{num_bytes / 2**20:.0f}" for num_bytes in sizes]
+            model_mib = f"{run['model_bytes'] / 2**20:.0f}"
+            table.add_row(model_mib, str(run["ranks"]), str(rank), *amounts, f"{planned / peak:.3f}")
     Console().print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size-gib", type=float, default=1.0, help="least size of the model (default 1)")
+    parser.add_argument("--size-gib", default="0.5,1", help="least sizes of the models (default 0.5,1)")
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to run on (default 1,2,4)")
+    parser.add_argument("--engine", default="auto", choices=("auto", "sketch", "exact"))
     parser.add_argument("--directory", type=Path, default=ROOT / "build" / "benchmarks", help="where the model is kept")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
 
-    num_layers = layers_for(options.size_gib * 2**30)
-    model = options.directory / f"llama-{num_layers}-layers"
-    make_model(model, num_layers)
     runs = []
     versions: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(dir=options.directory, prefix="memory-") as scratch:
+    for size_gib in map(float, options.size_gib.split(",")):
+        num_layers = layers_for(size_gib * 2**30)
+        model = options.directory / f"llama-{num_layers}-layers-{SEQUENCES}-texts"
+        make_model(model, num_layers)
+        model_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         for num_ranks in map(int, options.ranks.split(",")):
-            report = measure(model, num_ranks, Path(scratch))
-            runs.append(figures(report))
+            with tempfile.TemporaryDirectory(dir=options.directory, prefix="memory-") as scratch:
+                report = measure(model, num_ranks, options.engine, Path(scratch))
+            runs.append({"model_bytes": model_bytes, "num_layers": num_layers, **figures(report)})
             versions = report["versions"]
     print_table(runs)
     if options.json:
         content = {
-            "model_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
-            "num_layers": num_layers,
+            "engine": options.engine,
             "hardware": hardware(),
             "versions": versions,
             "runs": runs,

@@ -1,4 +1,5 @@
-"""Peak memory of this process: anonymous host memory by sampling, device memory by torch's own counter."""
+"""Memory of this process: its peak, resident host memory by sampling or device memory by torch's own counter; and
+what is free."""
 
 from __future__ import annotations
 
@@ -26,12 +27,32 @@ def return_freed_memory_at_once() -> None:
     mallopt(_M_TRIM_THRESHOLD, 1 << 20)
 
 
-def anonymous_bytes() -> int:
-    """Anonymous resident memory now; file mappings, which the kernel can take back, are not counted."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("/proc/self/status has no RssAnon line")
+def resident_bytes() -> int:
+    """Resident memory now: anonymous, and pages of mapped files, such as a checkpoint's weights in a single process.
+
+    The kernel can take the latter back, but then every sweep reads them from disk again.
+    """
+    return sum(_kib_in(Path("/proc/self/status"), "RssAnon:", "RssFile:")) * 1024
+
+
+def free_bytes(device: torch.device, ranks_on_node: int) -> int:
+    """Memory this rank can still take: of its GPU, or its share of the host's, swap included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_host_bytes() // ranks_on_node
+
+
+def free_host_bytes() -> int:
+    """What the kernel could give to new processes of this machine or container, swap included."""
+    free = sum(_kib_in(Path("/proc/meminfo"), "MemAvailable:", "SwapFree:")) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return free if text == "max" else min(free, int(text))
+
+
+def _kib_in(path: Path, *keys: str) -> list[int]:
+    fields = (line.split() for line in path.read_text().splitlines())
+    return [int(words[1]) for words in fields if words and words[0] in keys]
 
 
 class PeakMemory:
@@ -48,7 +69,7 @@ class PeakMemory:
     def peak_bytes(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self.baseline_bytes
-        self._highest = max(self._highest, anonymous_bytes())
+        self._highest = max(self._highest, resident_bytes())
         return self._highest - self.baseline_bytes
 
     def __enter__(self) -> PeakMemory:
@@ -56,7 +77,7 @@ class PeakMemory:
             self.baseline_bytes = torch.cuda.memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            self.baseline_bytes = self._highest = anonymous_bytes()
+            self.baseline_bytes = self._highest = resident_bytes()
             self._thread.start()
         return self
 
@@ -67,4 +88,4 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_SECONDS):
-            self._highest = max(self._highest, anonymous_bytes())
+            self._highest = max(self._highest, resident_bytes())

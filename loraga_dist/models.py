@@ -71,12 +71,19 @@ class WeightKeys:
         )
 
 
-def find_base_model(config: ModelConfig, task_type: TaskType, device: torch.device) -> BaseModel:
-    """Resolve path or hub id, read headers and config; raises UserError for anything that will not load."""
+def find_base_model(
+    config: ModelConfig, task_type: TaskType, device: torch.device, *, needs_weights: bool = True
+) -> BaseModel:
+    """Resolve path or hub id, read headers and config; raises UserError for anything that will not load.
+
+    needs_weights: without, a directory may hold a config.json alone (the index is then empty), and nothing else is
+    downloaded from the hub.
+    """
     from transformers import AutoConfig
 
-    directory = resolve_model_dir(config.name_or_path, config.revision)
-    index = read_checkpoint_index(directory)
+    directory = resolve_model_dir(config.name_or_path, config.revision, needs_weights=needs_weights)
+    has_weights = any(directory.glob("*.safetensors*"))
+    index = read_checkpoint_index(directory) if needs_weights or has_weights else {}
     try:
         hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -134,6 +141,8 @@ def _checkpoint_dtype(hf_config: Any, index: dict[str, TensorSlot]) -> torch.dty
         return stated
     # older checkpoints state none: their first floating tensor speaks for them
     held = next((slot.dtype for slot in index.values() if slot.dtype in DTYPES.values()), None)
+    if held is None and not index:
+        raise UserError("model.dtype", "auto", "config.json states no dtype and there are no weights; write one")
     if held is None:
         raise UserError(
             "model.name_or_path", str(next(iter(index.values())).path.parent), "holds no float32, bfloat16 or float16"

@@ -26,7 +26,17 @@ class Plan:
     @property
     def state_bytes_per_rank(self) -> int:
         """Engine state every rank holds during the largest sweep."""
-        return max(sum(_state_bytes(matrix) for matrix in sweep) for sweep in self.sweeps)
+        return max(self.state_bytes(sweep) for sweep in self.sweeps)
+
+    @staticmethod
+    def state_bytes(sweep: Sequence[Matrix]) -> int:
+        """Engine state every rank holds during one sweep."""
+        return sum(_state_bytes(matrix) for matrix in sweep)
+
+    @staticmethod
+    def svd_cost(matrix: Matrix) -> int:
+        """What owners are balanced by; grows as the flops of the factorization do."""
+        return _svd_cost(matrix)
 
 
 def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme, world_size: int) -> Plan:

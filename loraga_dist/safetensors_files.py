@@ -81,10 +81,11 @@ class TensorSlot:
         return math.prod(self.shape)
 
 
-def resolve_model_dir(name_or_path: str, revision: str | None = None) -> Path:
+def resolve_model_dir(name_or_path: str, revision: str | None = None, *, needs_weights: bool = True) -> Path:
     """The local directory of a model: the path as given, or the hub's snapshot of that id (downloaded if need be).
 
-    Raises UserError when there is neither. Weights other than safetensors are never downloaded.
+    Raises UserError when there is neither. Weights other than safetensors are never downloaded; without
+    `needs_weights` the config alone is.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -95,7 +96,7 @@ def resolve_model_dir(name_or_path: str, revision: str | None = None) -> Path:
         snapshot = snapshot_download(
             name_or_path,
             revision=revision,
-            allow_patterns=["*.safetensors", *MODEL_FILE_PATTERNS],
+            allow_patterns=["*.safetensors", *MODEL_FILE_PATTERNS] if needs_weights else ["config.json", "*.py"],
             # vendors' own second copy of the weights, beside the one transformers reads
             ignore_patterns=["consolidated*.safetensors", "original/*"],
         )

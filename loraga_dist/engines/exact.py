@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from loraga_dist.engines.base import (
     ERROR_COLUMNS,
     Collectives,
+    EngineState,
     GradientSVD,
     Matrix,
+    Tensors,
+    gather_on_owner_,
     seeded_generator,
     split_half_cosine,
 )
@@ -62,6 +66,30 @@ class ExactEngine:
 
     def end_microbatch(self, world: Collectives) -> None:
         return None
+
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        cosines = []
+        for matrix in self._matrices.values():
+            E_2MS = self._E[matrix.name].clone()  # the sum must not count again when the sweep ends
+            world.reduce_(E_2MS, matrix.owner)
+            if matrix.owner == world.rank:
+                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+        return cosines
+
+    def save_state(self, world: Collectives) -> EngineState:
+        tensors = {}
+        for name, matrix in self._matrices.items():
+            for part, sums in (("G", self._G[name]), ("E", self._E[name])):
+                if gather_on_owner_(sums, matrix.owner, world):
+                    tensors[f"{name}/{part}"] = sums.cpu()
+        return EngineState({"halves_seen": sorted(self._halves_seen)}, tensors)
+
+    def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
+        self._halves_seen = set(content["halves_seen"])
+        for name, matrix in self._matrices.items():
+            if matrix.owner == world.rank:
+                self._G[name].copy_(tensors[f"{name}/G"])
+                self._E[name].copy_(tensors[f"{name}/E"])
 
     def mean_gradients(self, world: Collectives, num_tokens: int) -> Iterator[tuple[Matrix, torch.Tensor]]:
         """Reduce every gradient to its owner, then hand over the owned ones, G_MN in float32, one by one."""

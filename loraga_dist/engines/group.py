@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from loraga_dist.engines import ENGINES
-from loraga_dist.engines.base import Collectives, GradientEngine, GradientSVD, Matrix
+from loraga_dist.engines.base import Collectives, EngineState, GradientEngine, GradientSVD, Matrix, Tensors
 from loraga_dist.engines.home import StateHome
 
 
@@ -40,6 +41,18 @@ class EngineGroup:
     def end_microbatch(self, world: Collectives) -> None:
         for engine in self.engines:
             engine.end_microbatch(world)
+
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        return [cosine for engine in self.engines for cosine in engine.split_half_cosines(world)]
+
+    def save_state(self, world: Collectives) -> EngineState:
+        states = [engine.save_state(world) for engine in self.engines]
+        tensors = {name: tensor for state in states for name, tensor in state.tensors.items()}
+        return EngineState({"engines": [state.content for state in states]}, tensors)
+
+    def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
+        for engine, of_engine in zip(self.engines, content["engines"], strict=True):
+            engine.load_state(of_engine, tensors, world)
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         for engine in self.engines:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,11 @@ from torch import Tensor
 from loraga_dist.engines.base import (
     ERROR_COLUMNS,
     Collectives,
+    EngineState,
     GradientSVD,
     Matrix,
+    Tensors,
+    gather_on_owner_,
     seeded_generator,
     split_half_cosine,
 )
@@ -158,6 +162,19 @@ class SketchEngine:
                 due.append(state)
         self._refresh(due, world)
 
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        unfinished = {state.matrix.name for state in self._unfinished()}
+        cosines = []
+        for name, state in self._states.items():
+            E_2MS = torch.zeros_like(state.E_2MS) if state.total_E_2MS is None else state.total_E_2MS
+            if name in unfinished:  # what was seen since the last refresh is on all ranks, and stays there
+                since_E_2MS = state.E_2MS.clone()
+                world.reduce_(since_E_2MS, state.matrix.owner)
+                E_2MS = E_2MS + since_E_2MS
+            if state.matrix.owner == world.rank:
+                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+        return cosines
+
     def begin_refinement(self, world: Collectives) -> None:
         """Between two passes over the same data: the estimate becomes the bases, and all data is seen again with them.
 
@@ -167,6 +184,46 @@ class SketchEngine:
         for state in self._states.values():
             state.S_J = None
             state.refining = True
+
+    def save_state(self, world: Collectives) -> EngineState:
+        tensors = {}
+        for name, state in self._states.items():
+            kept = {"E": state.E_2MS}
+            if state.window is not None:
+                kept |= {"Y": state.window.Y_MK, "Z": state.window.Z_NK}
+            for tensor in kept.values():
+                sums = self._home.fetch(tensor)
+                gather_on_owner_(sums, state.matrix.owner, world)
+                self._home.put_back(tensor, sums)
+            if state.matrix.owner == world.rank:
+                kept |= {"captures": torch.tensor(state.captures, dtype=torch.float64)}
+                kept |= {"P": state.P_MK, "Q": state.Q_NK, "S": state.S_J, "total_E": state.total_E_2MS}
+                tensors |= {f"{name}/{part}": tensor.cpu() for part, tensor in kept.items() if tensor is not None}
+        counts = {
+            name: [state.window is not None, state.num_microbatches, state.refreshed_at, state.refining]
+            for name, state in self._states.items()
+        }
+        return EngineState({"halves_seen": sorted(self._halves_seen), "counts": counts}, tensors)
+
+    def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
+        self._halves_seen = set(content["halves_seen"])
+        for name, state in self._states.items():
+            started, state.num_microbatches, state.refreshed_at, state.refining = content["counts"][name]
+            is_owner = state.matrix.owner == world.rank
+            if started:
+                P_MK, Q_NK = (tensors[f"{name}/{part}"].to(self._device) for part in "PQ")
+                state.window = self._window(state.matrix, P_MK, Q_NK)
+                if is_owner:
+                    state.P_MK, state.Q_NK = self._home.keep(P_MK), self._home.keep(Q_NK)
+                    self._home.put_back(state.window.Y_MK, tensors[f"{name}/Y"])
+                    self._home.put_back(state.window.Z_NK, tensors[f"{name}/Z"])
+            if is_owner:
+                self._home.put_back(state.E_2MS, tensors[f"{name}/E"])
+                state.captures = tensors[f"{name}/captures"].tolist()
+                if f"{name}/S" in tensors:
+                    state.S_J = tensors[f"{name}/S"].to(self._device)
+                if f"{name}/total_E" in tensors:
+                    state.total_E_2MS = self._home.keep(tensors[f"{name}/total_E"].to(self._device))
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         self._refresh(self._unfinished(), world, last=True)
@@ -209,18 +266,22 @@ class SketchEngine:
         for _ in range(COLD_ITERATIONS):
             P_MK = shared_basis(sum((_product(dy, x, Q_NK) for x, dy in rows), torch.zeros_like(P_MK)))
             Q_NK = shared_basis(sum((_product(x, dy, P_MK) for x, dy in rows), torch.zeros_like(Q_NK)))
-        Phi_NS = torch.randn(matrix.N, ERROR_COLUMNS, generator=self._generator(f"{matrix.name}/error"))
-        window = _Window(
-            P_MK=self._home.keep(P_MK.to(self._dtype)),
-            QPhi_NC=self._home.keep(torch.cat([Q_NK, Phi_NS.to(self._device)], dim=1).to(self._dtype)),
-            Y_MK=self._home.keep(torch.zeros_like(P_MK)),
-            Z_NK=self._home.keep(torch.zeros_like(Q_NK)),
-        )
+        window = self._window(matrix, P_MK, Q_NK)
         for x_TN, dy_TM in rows:
             self._sketch(state, window, x_TN, dy_TM)
         if world.rank == matrix.owner:
             state.P_MK, state.Q_NK = self._home.keep(P_MK), self._home.keep(Q_NK)
         return window
+
+    def _window(self, matrix: Matrix, P_MK: Tensor, Q_NK: Tensor) -> _Window:
+        """An empty window with these bases."""
+        Phi_NS = torch.randn(matrix.N, ERROR_COLUMNS, generator=self._generator(f"{matrix.name}/error"))
+        return _Window(
+            P_MK=self._home.keep(P_MK.to(self._dtype)),
+            QPhi_NC=self._home.keep(torch.cat([Q_NK, Phi_NS.to(self._device)], dim=1).to(self._dtype)),
+            Y_MK=self._home.keep(torch.zeros_like(P_MK)),
+            Z_NK=self._home.keep(torch.zeros_like(Q_NK)),
+        )
 
     def _refresh(self, states: Sequence[_State], world: Collectives, *, last: bool = False) -> None:
         windows = [(state, state.window) for state in states if state.window is not None]

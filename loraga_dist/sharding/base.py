@@ -79,14 +79,6 @@ class Sharding(ABC):
     def new_parameters(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Modules built in this context hold their parameters the backend's way, from the start."""
 
-    @abstractmethod
-    def partition_bytes(self, model: nn.Module) -> int:
-        """Bytes of parameters this rank holds for good."""
-
-    @abstractmethod
-    def largest_block_bytes(self, model: nn.Module) -> int:
-        """Bytes of the largest module whose parameters are gathered at one time."""
-
     @torch.no_grad()
     def subtract_lowrank(self, parameter: Parameter, target: Target, A_RN: torch.Tensor, B_MR: torch.Tensor) -> None:
         """W_MN -= scaling * B A on this rank's part of W; no communication."""

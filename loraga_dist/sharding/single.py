@@ -50,9 +50,3 @@ class SingleProcess(Sharding):
     @contextmanager
     def new_parameters(self, dtype: torch.dtype) -> Iterator[None]:
         yield
-
-    def partition_bytes(self, model: nn.Module) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-    def largest_block_bytes(self, model: nn.Module) -> int:
-        return 0

@@ -225,15 +225,6 @@ class Zero3(Sharding):
         with deepspeed.zero.Init(config_dict_or_path=calibration_settings(self._user_settings, dtype)):
             yield
 
-    def partition_bytes(self, model: nn.Module) -> int:
-        return sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in model.parameters())  # type: ignore[attr-defined]
-
-    def largest_block_bytes(self, model: nn.Module) -> int:
-        return max(
-            sum(p.ds_numel * p.ds_tensor.element_size() for p in module.parameters(recurse=False))  # type: ignore[attr-defined]
-            for module in model.modules()
-        )
-
 
 def _gather_under_gloo_by(all_gather: Callable[..., Any]) -> None:
     from deepspeed.comm import comm

@@ -24,7 +24,7 @@ from loraga_dist.plan import make_plan
 from loraga_dist.progress import Progress
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding import SingleProcess, Zero3
-from loraga_dist.sweep import forward, sweep
+from loraga_dist.sweep import LossTotals, forward, sweep
 from loraga_dist.targets import meta_copy, select_targets
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -69,7 +69,8 @@ def main() -> None:
         worst, seen = 0.0, 0
         for matrices in plan.sweeps:
             engine = ExactEngine(matrices, home=StateHome(world.device), seed=0, dtype=torch.float32)
-            _, num_tokens = sweep(
+            totals = LossTotals()
+            sweep(
                 module,
                 [matrix.name for matrix in matrices],
                 mine,
@@ -78,8 +79,9 @@ def main() -> None:
                 loss_sum=causal_lm,
                 checkpointing=checkpointing,
                 progress=Progress("", len(mine), "batch", shown=False),
+                totals=totals,
             )
-            for matrix, G_MN in engine.mean_gradients(world, num_tokens):
+            for matrix, G_MN in engine.mean_gradients(world, totals.num_tokens):
                 expected = reference[f"{matrix.name}.weight"]
                 worst = max(worst, ((G_MN - expected).norm() / expected.norm()).item())
                 seen += 1

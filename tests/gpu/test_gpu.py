@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from loraga_dist.calibrate import calibrate
-from loraga_dist.calibration import Microbatch
+from loraga_dist.calibration import BatchDeal, Microbatch
 from loraga_dist.config import GradientConfig, LoraSection
 from loraga_dist.distributed import World
 from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD, Matrix, StateHome
@@ -148,7 +148,7 @@ def test_calibrate_against_autograd(kind: str, checkpointing: str, state_device:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(DEVICE).requires_grad_(False).eval()
     ids = torch.randint(0, 256, (6, 1, 96))
-    microbatches = [Microbatch({"input_ids": x, "labels": x.clone()}, 1, 95, i, ()) for i, x in enumerate(ids)]
+    microbatches = [Microbatch({"input_ids": x, "labels": x.clone()}, 95, i, ()) for i, x in enumerate(ids)]
     scheme = SCHEMES["lora_ga"]
     targets = select_targets(meta_copy(LlamaForCausalLM, config), LoraSection(r=R), scheme.num_triplets).targets
     gradient = GradientConfig(
@@ -160,7 +160,7 @@ def test_calibrate_against_autograd(kind: str, checkpointing: str, state_device:
     found = calibrate(
         model,
         make_plan(targets, gradient, scheme, 1),
-        microbatches,
+        BatchDeal(microbatches),
         gradient,
         sharding=SingleProcess(World(0, 1, 0, DEVICE)),
         loss_sum=causal_lm,

@@ -1,0 +1,288 @@
+"""What a plan costs: bytes per rank and phase, disk, traffic and flops, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from loraga_dist.engines import Matrix
+from loraga_dist.engines.base import ERROR_COLUMNS
+from loraga_dist.plan import Plan
+from loraga_dist.rehearsal import Rehearsal
+from loraga_dist.sharding.slices import BLOCK_ELEMENTS
+
+RUNTIME_BYTES = 40 * 2**20
+"""What DeepSpeed and gloo take on a rank beside tensors, on CPUs; measured on a model of 2 MiB."""
+
+_WRITE_BYTES = 64 * 2**20
+"""Chunks of the residual base on their way from file to file."""
+
+_UNION_COPIES = 9
+"""M x K and N x K float32 matrices alive at once while a window's sketches are united with the estimate so far."""
+
+MAPPED_WEIGHTS = "mapped weights"
+
+Parts = dict[str, int]
+"""Bytes by what they hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What of a model decides costs; taken from a copy on the meta device."""
+
+    num_bytes_each: int
+    numels: list[int]
+    largest_module_numel: int
+    block_numel: int
+    """Parameters in the blocks that checkpointing recomputes."""
+    embedding_numel: int
+    """Parameters that are looked up, not multiplied."""
+    linear_numel: int
+    """Entries of all matrices a token is multiplied with."""
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype) -> ModelShape:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        modules = list(model.modules())
+        blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+        embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
+        weights = [getattr(module, "weight", None) for module in modules if not isinstance(module, nn.Embedding)]
+        return cls(
+            num_bytes_each=dtype.itemsize,
+            numels=[parameter.numel() for parameter in model.parameters()],
+            largest_module_numel=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules),
+            block_numel=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
+            embedding_numel=sum(parameter.numel() for module in embeddings for parameter in module.parameters()),
+            linear_numel=sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_bytes_each * sum(self.numels)
+
+    def partition_bytes(self, world_size: int) -> int:
+        """One rank's shards: every parameter is cut on its own, and padded."""
+        return self.num_bytes_each * sum(math.ceil(numel / world_size) for numel in self.numels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where a plan is to run."""
+
+    world_size: int
+    sharded: bool
+    on_host: bool
+    """The ranks compute on CPUs: what else lies on the host is in the same memory."""
+    weights_on_host: bool
+    """ZeRO-3 keeps the shards there (offload_param)."""
+    weights_mapped: bool
+    """A single process maps them from the checkpoint's files, until they are changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes one rank holds, by phase and by what they hold, above its level after imports."""
+
+    device: dict[str, Parts]
+    """By phase: load, calibrate, factorize, place, compare logits, write."""
+    host: dict[str, Parts]
+    """Empty where the ranks compute on CPUs; there all is in `device`."""
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.device, key=lambda phase: _total(self.device[phase]))
+
+    @property
+    def peak_bytes(self) -> int:
+        return _total(self.device[self.peak_phase])
+
+    @property
+    def required_bytes(self) -> int:
+        """The peak without mapped weights, which the kernel can take back and read again."""
+        return max(_total(parts) - parts.get(MAPPED_WEIGHTS, 0) for parts in self.device.values())
+
+    @property
+    def host_peak_bytes(self) -> int:
+        return max(map(_total, self.host.values()), default=0)
+
+
+def observation_bytes(matrix: Matrix, num_tokens: int, dtype: torch.dtype) -> int:
+    """What an engine takes while a tap hands it x_TN and dy_TM, beside its state.
+
+    Largest in `sketch` before it has bases: there it orthonormalizes the columns of both factors.
+    """
+    casts = 0 if dtype == torch.float32 else 4 * num_tokens * (matrix.M + matrix.N)
+    if matrix.engine == "exact":
+        return casts + 4 * num_tokens * ERROR_COLUMNS
+    width = min(2 * matrix.width, num_tokens, matrix.M, matrix.N)
+    return casts + 20 * width * max(matrix.M, matrix.N)
+
+
+def factorization_bytes(matrix: Matrix) -> int:
+    """What the owner takes for one target beside its state: a window's union, or the truncated SVD."""
+    M, N, K = matrix.M, matrix.N, matrix.width
+    if matrix.engine == "sketch":
+        return 4 * _UNION_COPIES * K * (M + N) + 8 * K * max(M, N)
+    dense = min(M, N) <= 2 * K
+    # the energy of G is summed in float64, which a CPU makes a copy for
+    return max(28 * M * N if dense else 96 * K * (M + N) + 2**25, 8 * M * N)
+
+
+def triplet_bytes(matrix: Matrix) -> int:
+    return 4 * matrix.width * (matrix.M + matrix.N + 1)
+
+
+def rank_memory(rank: int, plan: Plan, shape: ModelShape, rehearsal: Rehearsal | None, setting: Setting) -> RankMemory:
+    """The peak of every phase on one rank. Without a rehearsal activations count as nothing."""
+    W = setting.world_size
+    gathered = shape.largest_module_numel * shape.num_bytes_each if setting.sharded else 0
+    backward = gathered if rehearsal is None else rehearsal.backward_bytes
+    forward = gathered if rehearsal is None else rehearsal.forward_bytes
+    factors = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
+    adapter = factors if not setting.sharded else math.ceil(factors / 4 * shape.num_bytes_each / W)
+    found_host = {"triplets of owned targets": sum(triplet_bytes(matrix) for matrix in _owned(plan, rank))}
+    if rank == 0:
+        found_host["A and B of all targets"] = factors
+
+    calibrate: list[tuple[Parts, Parts]] = []
+    factorize: list[tuple[Parts, Parts]] = []
+    triplets_before = 0
+    for sweep in plan.sweeps:
+        owned = [matrix for matrix in sweep if matrix.owner == rank]
+        state = {
+            "engine state": plan.state_bytes(sweep),
+            "estimates of owned targets": sum(
+                triplet_bytes(matrix) + 8 * matrix.M * ERROR_COLUMNS for matrix in owned if matrix.engine == "sketch"
+            ),
+        }
+        found_before = {"triplets of owned targets": triplets_before} if triplets_before else {}
+        union = max((factorization_bytes(matrix) for matrix in owned if matrix.engine == "sketch"), default=0)
+        microbatch, workspace = (backward, 0) if backward >= union else (0, union)
+        calibrate.append((state | {"microbatch": microbatch, "workspace": workspace}, found_before))
+        largest = max((factorization_bytes(matrix) for matrix in owned), default=0)
+        factorize.append((state | {"workspace": largest}, found_before))
+        triplets_before += sum(triplet_bytes(matrix) for matrix in owned)
+
+    largest_target = max(4 * target.r * (target.M + target.N) for target in plan.targets)
+    largest_block = min(BLOCK_ELEMENTS, max(target.M * target.N for target in plan.targets))
+    phases: dict[str, tuple[Parts, Parts]] = {
+        "load": ({"gathered": gathered}, {}),
+        "calibrate": max(calibrate, key=lambda parts: _total(parts[0])),
+        "factorize": max(factorize, key=lambda parts: _total(parts[0])),
+        "place": ({"adapter": adapter, "workspace": largest_target + 12 * largest_block}, found_host),
+        "compare logits": ({"adapter": adapter, "microbatch": forward}, found_host),
+        "write": ({"adapter": adapter}, found_host | {"workspace": _WRITE_BYTES}),
+    }
+    device: dict[str, Parts] = {}
+    host: dict[str, Parts] = {}
+    for phase, (on_device, on_host) in phases.items():
+        where = host if setting.weights_on_host and not setting.on_host else device
+        device[phase], host[phase] = {}, {}
+        where[phase] |= _weights(plan, shape, setting, phase)
+        if setting.on_host and setting.sharded:
+            device[phase]["runtime"] = RUNTIME_BYTES
+        device[phase] |= {part: num_bytes for part, num_bytes in on_device.items() if num_bytes}
+        rest = device if setting.on_host else host
+        for part, num_bytes in on_host.items():
+            rest[phase][part] = rest[phase].get(part, 0) + num_bytes
+    return RankMemory(device=device, host={} if setting.on_host else host)
+
+
+def _weights(plan: Plan, shape: ModelShape, setting: Setting, phase: str) -> Parts:
+    weights = shape.partition_bytes(setting.world_size)
+    if not setting.weights_mapped:
+        return {"weights": weights}
+    changed = 0
+    if phase in ("place", "compare logits", "write"):
+        changed = shape.num_bytes_each * sum(target.M * target.N for target in plan.targets)
+    return {"weights": changed, MAPPED_WEIGHTS: weights - changed}
+
+
+def _total(parts: Parts) -> int:
+    return sum(parts.values())
+
+
+def _owned(plan: Plan, rank: int) -> list[Matrix]:
+    return [matrix for sweep in plan.sweeps for matrix in sweep if matrix.owner == rank]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Flops of all ranks together, and bytes that each rank receives, over the whole calibration."""
+
+    flops: dict[str, int]
+    traffic_bytes_per_rank: dict[str, int]
+
+
+def work(
+    plan: Plan,
+    shape: ModelShape,
+    *,
+    num_tokens: int,
+    microbatches_per_rank: int,
+    world_size: int,
+    checkpointed: bool,
+    refine_passes: int,
+) -> Work:
+    """Matrix products of the model and of the engines; attention scores are left out.
+
+    Per token: forward 2 flops an entry, backward (towards inputs; weights are frozen) the same, a checkpointed block
+    once more. `sketch` 4 K (M + N) a target, `exact` 2 M N. A refine pass is one more of all that for `sketch`.
+    """
+    passes = sum(1 + (refine_passes if _has(sweep, "sketch") else 0) for sweep in plan.sweeps)
+    recomputed = shape.block_numel if checkpointed else 0
+    model_per_token = 2 * (2 * shape.linear_numel + recomputed)
+    engine_per_token = sum(
+        4 * matrix.width * (matrix.M + matrix.N) * (1 + refine_passes)
+        if matrix.engine == "sketch"
+        else 2 * matrix.M * matrix.N
+        for sweep in plan.sweeps
+        for matrix in sweep
+    )
+    matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
+    refreshes = 2 + math.ceil(math.log2(max(2, microbatches_per_rank))) + refine_passes
+    gathers_per_pass = 2 * sum(shape.numels) + recomputed - shape.embedding_numel
+    away = 1 - 1 / world_size
+    return Work(
+        flops={"model": passes * num_tokens * model_per_token, "engine": num_tokens * engine_per_token},
+        traffic_bytes_per_rank={
+            "weights gathered": int(away * passes * microbatches_per_rank * gathers_per_pass * shape.num_bytes_each),
+            "gradients and bases": int(
+                away
+                * sum(
+                    4 * matrix.M * matrix.N
+                    if matrix.engine == "exact"
+                    else 2 * refreshes * 4 * matrix.width * (matrix.M + matrix.N)
+                    for matrix in matrices
+                )
+            ),
+            "A and B": int(away * sum(4 * target.r * (target.M + target.N) for target in plan.targets)),
+        },
+    )
+
+
+def disk_bytes(plan: Plan, residual_bytes: int) -> dict[str, int]:
+    """What a run writes, by directory. residual_bytes: 0 where output.residual_base is none."""
+    adapter = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
+    matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
+    return {
+        "loraga_init": adapter,
+        "loraga_offset": adapter,
+        "factors": sum(triplet_bytes(matrix) for matrix in matrices),
+        "residual_base": residual_bytes,
+    }
+
+
+def _has(sweep: Sequence[Matrix], engine: str) -> bool:
+    return any(matrix.engine == engine for matrix in sweep)
+
+
+def sink_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype) -> Callable[[str], int]:
+    """`observation_bytes` by target name."""
+    found = {matrix.name: observation_bytes(matrix, num_tokens, dtype) for sweep in plan.sweeps for matrix in sweep}
+    return found.__getitem__

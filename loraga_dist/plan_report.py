@@ -1,0 +1,251 @@
+"""`loraga-dist plan`: what a request will take, as one JSON object and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from loraga_dist.config import InitConfig
+from loraga_dist.errors import UserError
+from loraga_dist.estimate import ModelShape, disk_bytes, work
+from loraga_dist.forecast import Forecaster, advice, batch_shapes, verdict
+from loraga_dist.models import find_base_model
+from loraga_dist.plan import Plan
+from loraga_dist.schemes import SCHEMES
+from loraga_dist.sharding.zero3 import read_deepspeed_config
+from loraga_dist.targets import meta_copy, select_targets
+
+UTILISATION = (0.5, 0.2)
+"""Shares of a device's peak flops between which the time range is drawn."""
+
+_GIB = 2**30
+
+
+def forecaster_for(config: InitConfig, device: torch.device) -> Forecaster:
+    """Read config and headers, choose targets. Raises UserError for what `init` would refuse of them."""
+    read_deepspeed_config(config.deepspeed)
+    base = find_base_model(config.model, config.lora.task_type, device, needs_weights=False)
+    try:
+        meta_model = meta_copy(base.model_class, base.config)
+    except (ValueError, ImportError) as error:
+        raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
+    shape = ModelShape.of(meta_model, base.dtype)
+    selection = select_targets(meta_model, config.lora, SCHEMES[config.init.scheme].num_triplets)
+    return Forecaster(config=config, base=base, shape=shape, targets=selection.targets, on_host=device.type == "cpu")
+
+
+def plan_report(
+    forecaster: Forecaster,
+    world_size: int,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    num_sequences: int | None = None,
+    gib_per_rank: float | None = None,
+    device_tflops: float | None = None,
+) -> dict[str, Any]:
+    """Everything the plan says. Sizes are bytes, of the rank that needs most.
+
+    shapes, num_sequences: of the calibration data where it has been read; else the most that the config allows.
+    """
+    config, shape = forecaster.config, forecaster.shape
+    shapes_known = shapes or batch_shapes(config, forecaster.base)
+    num_sequences = num_sequences or config.calibration.most_samples
+    plan = forecaster.plan(world_size)
+    batch, length = shapes_known["input_ids"]
+    microbatches = -(-num_sequences // (world_size * batch))
+    refine_passes = 0 if config.gradient.refine_passes == "auto" else config.gradient.refine_passes
+    done = work(
+        plan,
+        shape,
+        num_tokens=num_sequences * length,
+        microbatches_per_rank=microbatches,
+        world_size=world_size,
+        checkpointed=config.gradient.checkpointing != "none",
+        refine_passes=refine_passes,
+    )
+    flops = sum(done.flops.values())
+    worst = forecaster.worst(world_size, shapes_known)
+    plain, recomputing = (
+        forecaster.changed(gradient={"checkpointing": kind}).worst(world_size, shapes_known)
+        for kind in ("none", "non_reentrant")
+    )
+    limit_bytes = None if gib_per_rank is None else gib_per_rank * _GIB
+    found = None if limit_bytes is None else verdict(worst.peak_bytes, limit_bytes)
+    return {
+        "model": {
+            "name_or_path": config.model.name_or_path,
+            "class": forecaster.base.model_class.__name__,
+            "parameters": sum(shape.numels),
+            "dtype": str(forecaster.base.dtype).removeprefix("torch."),
+            "bytes": shape.num_bytes,
+            "from_config_alone": not forecaster.base.index,
+        },
+        "ranks": world_size,
+        "device": "cpu" if forecaster.on_host else "cuda",
+        "calibration": {
+            "data_read": shapes is not None,
+            "sequences": num_sequences,
+            "tokens_per_sequence": length,
+            "sequences_per_microbatch": batch,
+            "microbatches_per_rank": microbatches,
+            "refine_passes": config.gradient.refine_passes,
+        },
+        "targets": _kinds(plan),
+        "owners": _owners(plan, world_size),
+        "sweeps": {
+            "count": len(plan.sweeps),
+            "targets": [len(sweep) for sweep in plan.sweeps],
+            "state_bytes": [plan.state_bytes(sweep) for sweep in plan.sweeps],
+        },
+        "memory_per_rank": {
+            "peak_bytes": worst.peak_bytes,
+            "peak_phase": worst.peak_phase,
+            "host_peak_bytes": worst.host_peak_bytes,
+            "peak_bytes_without_checkpointing": plain.peak_bytes,
+            "peak_bytes_with_checkpointing": recomputing.peak_bytes,
+            "partition_bytes": shape.partition_bytes(world_size),
+            "largest_gathered_module_bytes": shape.largest_module_numel * shape.num_bytes_each,
+            "activations_known": forecaster.activations_known(world_size, shapes_known),
+            "device_bytes": worst.device,
+            "host_bytes": worst.host,
+        },
+        "disk_bytes": disk_bytes(plan, _residual_bytes(forecaster)),
+        "traffic_bytes_per_rank": done.traffic_bytes_per_rank,
+        "flops": done.flops,
+        "seconds": None
+        if device_tflops is None
+        else {
+            "at_least": flops / (world_size * device_tflops * 1e12 * UTILISATION[0]),
+            "at_most": flops / (world_size * device_tflops * 1e12 * UTILISATION[1]),
+            "device_tflops": device_tflops,
+        },
+        "gib_per_rank": gib_per_rank,
+        "verdict": found,
+        "advice": [] if limit_bytes is None or found == "fits" else advice(forecaster, world_size, limit_bytes),
+    }
+
+
+def print_plan(report: Mapping[str, Any]) -> None:
+    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 110)
+    model, calibration, memory = report["model"], report["calibration"], report["memory_per_rank"]
+    console.print(_targets_table(report))
+    console.print(_memory_table(memory))
+    sweeps, owners, disk = report["sweeps"], report["owners"], report["disk_bytes"]
+    bound = "" if calibration["data_read"] else " at most (max_samples x max_length)"
+    traffic = ", ".join(f"{part} {_gib(value)}" for part, value in report["traffic_bytes_per_rank"].items())
+    lines = {
+        "model": f"{model['class']}, {model['parameters'] / 1e9:.2f} billion parameters, {_gib(model['bytes'])} GiB in "
+        f"{model['dtype']}" + (" (from config.json alone)" if model["from_config_alone"] else ""),
+        "data": f"{calibration['sequences']} sequences x {calibration['tokens_per_sequence']} tokens{bound}; "
+        f"{calibration['microbatches_per_rank']} microbatches of {calibration['sequences_per_microbatch']} per rank",
+        "sweeps": f"{sweeps['count']} over the data, of {_spread(sweeps['targets'])} targets; engine state "
+        f"{_gib(max(sweeps['state_bytes']))} GiB at most",
+        "owners": f"{_spread(owners['targets_per_rank'])} targets per rank; "
+        f"the busiest has {owners['busiest_to_mean']:.2f} of the mean factorization work",
+        "peak per rank": f"{_gib(memory['peak_bytes'])} GiB ({memory['peak_phase']}); with checkpointing "
+        f"{_gib(memory['peak_bytes_with_checkpointing'])}, without {_gib(memory['peak_bytes_without_checkpointing'])}"
+        + (f"; host {_gib(memory['host_peak_bytes'])}" if memory["host_peak_bytes"] else ""),
+        "disk GiB": ", ".join(f"{name} {_gib(num_bytes)}" for name, num_bytes in disk.items()),
+        "traffic GiB": f"{traffic}; received per rank",
+        "flops": f"{sum(report['flops'].values()):.3g}, of which the engines "
+        f"{report['flops']['engine'] / sum(report['flops'].values()):.1%}; attention scores not counted",
+        "time": _time(report),
+    }
+    if not memory["activations_known"]:
+        lines["warning"] = "activations are not counted: this model's code depends on its data"
+    if report["verdict"]:
+        lines["verdict"] = f"{report['verdict']}, on ranks of {report['gib_per_rank']:g} GiB"
+    for label, value in lines.items():
+        console.print(f"{label + ':':<15} {value}", soft_wrap=True)
+    for line in report["advice"]:
+        console.print(f"  - {line}", soft_wrap=True)
+
+
+def _time(report: Mapping[str, Any]) -> str:
+    seconds = report["seconds"]
+    if seconds is None:
+        return "add --device_tflops (the data sheet's peak in this dtype) for an estimate"
+    return (
+        f"{seconds['at_least'] / 60:.1f} to {seconds['at_most'] / 60:.1f} minutes of arithmetic, at "
+        f"{UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of {seconds['device_tflops']:g} TFLOPS per rank"
+    )
+
+
+def _targets_table(report: Mapping[str, Any]) -> Table:
+    table = Table(title=f"LoRA-GA plan of {report['model']['name_or_path']} on {report['ranks']} ranks")
+    for column in ("module", "targets", "M x N", "r", "engine", "K", "state MiB each"):
+        table.add_column(column, justify="left" if column in ("module", "engine") else "right")
+    for kind in report["targets"]:
+        table.add_row(
+            kind["module"],
+            str(kind["count"]),
+            f"{kind['M']} x {kind['N']}",
+            str(kind["r"]),
+            kind["engine"],
+            str(kind["width"]),
+            f"{kind['state_bytes_each'] / 2**20:.1f}",
+        )
+    return table
+
+
+def _memory_table(memory: Mapping[str, Any]) -> Table:
+    table = Table(title="GiB on the rank that needs most")
+    table.add_column("phase")
+    sides = [("", memory["device_bytes"]), ("host: ", memory["host_bytes"])]
+    columns = list(dict.fromkeys((side, part) for side, phases in sides for parts in phases.values() for part in parts))
+    for side, part in columns:
+        table.add_column(side + part, justify="right")
+    table.add_column("sum", justify="right")
+    held = dict(sides)
+    for phase, parts in memory["device_bytes"].items():
+        values = [held[side].get(phase, {}).get(part) for side, part in columns]
+        texts = ["" if value is None else f"{value / _GIB:.2f}" for value in values]
+        table.add_row(phase, *texts, f"{sum(parts.values()) / _GIB:.2f}")
+    return table
+
+
+def _kinds(plan: Plan) -> list[dict[str, Any]]:
+    ranks = {target.name: target.r for target in plan.targets}
+    kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for sweep in plan.sweeps:
+        for matrix in sweep:
+            module = matrix.name.rpartition(".")[2]
+            key = (module, matrix.M, matrix.N, ranks[matrix.name], matrix.engine, matrix.width)
+            names = ("module", "M", "N", "r", "engine", "width")
+            kind = kinds.setdefault(
+                key, dict(zip(names, key, strict=True)) | {"count": 0, "state_bytes_each": plan.state_bytes([matrix])}
+            )
+            kind["count"] += 1
+    return list(kinds.values())
+
+
+def _owners(plan: Plan, world_size: int) -> dict[str, Any]:
+    targets, cost = [0] * world_size, [0] * world_size
+    for sweep in plan.sweeps:
+        for matrix in sweep:
+            targets[matrix.owner] += 1
+            cost[matrix.owner] += plan.svd_cost(matrix)
+    return {"targets_per_rank": targets, "busiest_to_mean": max(cost) * world_size / sum(cost)}
+
+
+def _residual_bytes(forecaster: Forecaster) -> int:
+    output, index = forecaster.config.output, forecaster.base.index
+    if output.residual_base == "none":
+        return 0
+    each = None if output.residual_dtype == "auto" else getattr(torch, output.residual_dtype).itemsize
+    if index:
+        return sum(slot.numel * (each or slot.dtype.itemsize) for slot in index.values())
+    return sum(forecaster.shape.numels) * (each or forecaster.shape.num_bytes_each)
+
+
+def _spread(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.1f}" if num_bytes >= _GIB else f"{num_bytes / _GIB:.3f}"

@@ -1,0 +1,136 @@
+"""`loraga-dist plan`, `init --dry_run`, and what init refuses before it allocates a weight."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from builders import byte_tokenizer, config_tree, llama_config, save_data, save_model
+from launching import INIT, ROOT, Finished, run, run_ranks, succeed
+from transformers import LlamaForCausalLM
+
+from loraga_dist.safetensors_files import dtype_name
+from loraga_dist.targets import meta_copy
+
+WORKER = str(Path(__file__).with_name("partition_worker.py"))
+
+
+COMMAND = [sys.executable, "-c", "import sys; from loraga_dist.cli import main; sys.exit(main())"]
+
+
+def plan(*arguments: str) -> Finished:
+    return run([*COMMAND, "plan", *arguments])
+
+
+def write_config(directory: Path, **sections: dict[str, Any]) -> Path:
+    model = save_model(directory / "model")
+    tree = config_tree(model, save_data(directory / "data.jsonl"), directory / "out", **sections)
+    (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+    return directory / "config.yaml"
+
+
+def sparse_model(directory: Path) -> Path:
+    """A checkpoint of 9 TB whose files are holes: larger than any machine that runs this, and free."""
+    config = llama_config(hidden_size=65536, intermediate_size=262144, num_hidden_layers=64, head_dim=1024)
+    config.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    weight_map = {}
+    for name, parameter in meta_copy(LlamaForCausalLM, config).named_parameters():
+        num_bytes = 2 * parameter.numel()
+        entry = {"dtype": dtype_name(torch.bfloat16), "shape": list(parameter.shape), "data_offsets": [0, num_bytes]}
+        header = json.dumps({name: entry}).encode()
+        file = directory / f"{name}.safetensors"
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(file, 8 + len(header) + num_bytes)
+        weight_map[name] = file.name
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def test_json_of_a_small_plan(tmp_path: Path) -> None:
+    config = write_config(tmp_path, gradient={"engine": "sketch"})
+    result = plan("--config", str(config), "--ranks", "3", "--device_tflops", "100", "--gib_per_rank", "1", "--json")
+    succeed(result)
+    report = json.loads(result.stdout)
+    assert report["ranks"] == 3
+    assert report["calibration"] == {
+        "data_read": False, "sequences": 256, "tokens_per_sequence": 64, "sequences_per_microbatch": 2,
+        "microbatches_per_rank": 43, "refine_passes": "auto",
+    }  # fmt: skip
+    assert sum(report["owners"]["targets_per_rank"]) == sum(kind["count"] for kind in report["targets"]) == 21
+    memory = report["memory_per_rank"]
+    assert memory["peak_bytes"] == max(sum(parts.values()) for parts in memory["device_bytes"].values())
+    assert memory["peak_bytes_with_checkpointing"] < memory["peak_bytes_without_checkpointing"]
+    assert report["disk_bytes"]["residual_base"] == report["model"]["bytes"]
+    assert 0 < report["seconds"]["at_least"] < report["seconds"]["at_most"]
+    assert report["verdict"] == "fits"
+    assert report["advice"] == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_table_says_what_to_change(tmp_path: Path) -> None:
+    config = write_config(tmp_path, gradient={"checkpointing": "none"})
+    result = plan("--config", str(config), "--ranks", "2", "--gib_per_rank", "0.001")
+    succeed(result)
+    assert "too large" in result.stdout
+    assert "gradient.checkpointing non_reentrant" in result.stdout
+    assert "ranks" in result.stdout
+    assert "--device_tflops" in result.stdout
+
+
+def test_405b_from_its_config_alone_in_seconds() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = plan(
+        "--config", str(ROOT / "configs" / "llama-3-405b.yaml"), "--ranks", "16", "--gib_per_rank", "80", "--json",
+        "--model.name_or_path", str(ROOT / "benchmarks" / "shapes" / "llama-3-405b"),
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    succeed(result)
+    report = json.loads(result.stdout)
+    assert report["model"]["parameters"] == 405_853_388_800
+    assert report["model"]["from_config_alone"]
+    assert sum(kind["count"] for kind in report["targets"]) == 126 * 7
+    assert after.ru_utime - before.ru_utime < 20, "processor seconds: the machine may be busy with other things"
+
+
+def test_mistakes_end_with_code_2(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    for arguments in (["--lora.r", "60"], ["--model.name_or_path", str(tmp_path / "nowhere")], ["--lora.rr", "8"]):
+        result = plan("--config", str(config), *arguments)
+        assert result.code == 2
+        assert result.stderr.startswith(f"loraga-dist: {arguments[0].removeprefix('--')}"), result.stderr
+    assert plan("--config", str(config), "--ranks", "0").code == 2
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    results = run_ranks([INIT, "--config", str(config), "--dry_run"], 2)
+    succeed(results)
+    assert "24 sequences" in results[0].stdout
+    assert "on 2 ranks" in results[0].stdout
+    assert not results[1].stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_init_refuses_what_cannot_fit(tmp_path: Path) -> None:
+    model = sparse_model(tmp_path / "model")
+    tree = config_tree(model, save_data(tmp_path / "data.jsonl", rows=4), tmp_path / "out")
+    tree["gradient"] = {"engine": "sketch"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    results = run_ranks([INIT, "--config", str(tmp_path / "config.yaml")], 2)
+    assert [result.code for result in results] == [2, 2], results[0].stderr
+    (line,) = (line for line in results[0].stderr.splitlines() if line.startswith("loraga-dist:"))
+    assert "GiB free" in line
+    assert "ranks" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_are_as_planned(tmp_path: Path) -> None:
+    succeed(run_ranks([WORKER, str(save_model(tmp_path / "model"))], 3))

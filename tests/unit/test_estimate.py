@@ -1,0 +1,135 @@
+"""The plan's arithmetic against hand arithmetic, and the rehearsal against a run on real tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import TASKS, llama_config, make_model
+from transformers import LlamaForCausalLM
+
+from loraga_dist.calibration import Microbatch
+from loraga_dist.config import Checkpointing, GradientConfig, LoraSection
+from loraga_dist.estimate import ModelShape, Setting, factorization_bytes, rank_memory, triplet_bytes, work
+from loraga_dist.forecast import verdict
+from loraga_dist.losses import LOSSES
+from loraga_dist.plan import Plan, make_plan
+from loraga_dist.rehearsal import rehearse
+from loraga_dist.schemes import SCHEMES
+from loraga_dist.sweep import forward
+from loraga_dist.taps import tapped
+from loraga_dist.targets import meta_copy, select_targets
+
+SCHEME = SCHEMES["lora_ga"]
+BATCH, LENGTH = 4, 96
+
+
+def tiny_plan(world_size: int, **gradient: object) -> tuple[Plan, ModelShape]:
+    meta_model = meta_copy(LlamaForCausalLM, llama_config())
+    shape = ModelShape.of(meta_model, torch.bfloat16)
+    targets = select_targets(meta_model, LoraSection(r=4), SCHEME.num_triplets).targets
+    return make_plan(targets, GradientConfig.model_validate(gradient), SCHEME, world_size), shape
+
+
+def on_device(world_size: int) -> Setting:
+    return Setting(
+        world_size=world_size, sharded=world_size > 1, on_host=False, weights_on_host=False, weights_mapped=False
+    )
+
+
+def test_shapes_by_hand() -> None:
+    _, shape = tiny_plan(1)
+    d, ff, vocabulary, layers = 64, 112, 258, 3
+    block = 2 * d * d + 2 * d * (d // 2) + 3 * d * ff + 2 * d
+    assert shape.num_bytes == 2 * (2 * vocabulary * d + layers * block + d)
+    assert shape.block_numel == layers * block
+    assert shape.embedding_numel == vocabulary * d
+    assert shape.linear_numel == vocabulary * d + layers * (block - 2 * d)
+    assert shape.largest_module_numel == vocabulary * d
+    # of a 64-vector three ranks hold 22 elements each, of a 64 x 112 matrix 2390
+    thirds = {d * d: 1366, d * d // 2: 683, d * ff: 2390, d: 22, vocabulary * d: 5504}
+    count = {d * d: 2, d * d // 2: 2, d * ff: 3, d: 2}
+    expected = 2 * thirds[vocabulary * d] + thirds[d] + layers * sum(n * thirds[size] for size, n in count.items())
+    assert shape.partition_bytes(3) == 2 * expected
+
+
+def test_memory_by_hand() -> None:
+    plan, shape = tiny_plan(2, engine="exact", oversampling=8)
+    found = rank_memory(1, plan, shape, None, on_device(2))
+    block = [(64, 64)] * 2 + [(32, 64)] * 2 + [(112, 64)] * 2 + [(64, 112)]
+    gradients = 3 * sum(4 * (M * N + 32 * M + 16 * N) for M, N in block)
+    assert found.device["calibrate"]["weights"] == shape.partition_bytes(2)
+    assert found.device["calibrate"]["engine state"] == gradients
+    assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without a rehearsal the largest module alone"
+    mine = [matrix for sweep in plan.sweeps for matrix in sweep if matrix.owner == 1]
+    assert all(matrix.width == 16 for matrix in mine)
+    assert found.host["write"]["triplets of owned targets"] == sum(64 * (matrix.M + matrix.N + 1) for matrix in mine)
+    assert found.device["factorize"]["workspace"] == max(factorization_bytes(matrix) for matrix in mine)
+    assert "A and B of all targets" in rank_memory(0, plan, shape, None, on_device(2)).host["write"]
+
+
+def test_a_small_budget_makes_sweeps_and_less_state() -> None:
+    whole, shape = tiny_plan(1, engine="sketch")
+    half, _ = tiny_plan(1, engine="sketch", state_budget_gib=whole.state_bytes_per_rank / 2 / 2**30)
+    assert len(half.sweeps) > len(whole.sweeps) == 1
+    peaks = [rank_memory(0, plan, shape, None, on_device(1)).peak_bytes for plan in (whole, half)]
+    assert peaks[1] < peaks[0]
+    matrix = whole.sweeps[0][0]
+    assert triplet_bytes(matrix) == 4 * matrix.width * (matrix.M + matrix.N + 1)
+
+
+def test_work_by_hand() -> None:
+    plan, shape = tiny_plan(2, engine="exact")
+    done = work(plan, shape, num_tokens=10, microbatches_per_rank=5, world_size=2, checkpointed=True, refine_passes=0)
+    assert done.flops["model"] == 10 * (4 * shape.linear_numel + 2 * shape.block_numel)
+    assert done.flops["engine"] == 10 * 2 * 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 112)
+    blocks, rest = shape.block_numel, sum(shape.numels) - shape.block_numel - shape.embedding_numel
+    gathers = 3 * blocks + 2 * rest + shape.embedding_numel
+    assert done.traffic_bytes_per_rank["weights gathered"] == 5 * gathers * 2 // 2
+
+
+def test_verdict_leaves_a_margin_on_both_sides() -> None:
+    assert [verdict(peak, 100) for peak in (90, 91, 110, 111)] == ["fits", "tight", "tight", "too large"]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+@pytest.mark.parametrize(("kind", "layers"), [("llama", 3), ("llama", 12), ("t5", 2), ("gpt2", 2), ("bert", 2)])
+def test_a_rehearsal_takes_what_a_run_takes(kind: str, layers: int, checkpointing: Checkpointing) -> None:
+    model = LlamaForCausalLM(llama_config(num_hidden_layers=layers)).eval() if kind == "llama" else make_model(kind)
+    model.requires_grad_(False)
+    task = TASKS[kind]
+    labels = (BATCH,) if task == "SEQ_CLS" else (BATCH, LENGTH)
+    shapes = {"input_ids": (BATCH, LENGTH), "attention_mask": (BATCH, LENGTH), "labels": labels}
+    lora = LoraSection(task_type=task, exclude_modules=["score", "classifier"] if task == "SEQ_CLS" else None)  # type: ignore[arg-type]
+    targets = select_targets(meta_copy(type(model), model.config), lora, SCHEME.num_triplets).targets
+    names = [target.name for target in targets]
+    rehearsed = rehearse(
+        type(model), model.config, torch.float32, shapes, names,
+        loss_sum=LOSSES[task], checkpointing=checkpointing, gathers=False, sink_bytes=lambda name: 0,
+    )  # fmt: skip
+    assert rehearsed is not None
+    measured = real_peak_bytes(model, shapes, names, task, checkpointing)
+    assert rehearsed.backward_bytes == pytest.approx(measured, rel=0.1)
+
+
+def real_peak_bytes(
+    model: torch.nn.Module,
+    shapes: dict[str, tuple[int, ...]],
+    names: list[str],
+    task: str,
+    checkpointing: Checkpointing,
+) -> int:
+    """Most bytes that torch's allocator had out at once, from its own trace."""
+    inputs = {name: torch.ones(shape, dtype=torch.long) for name, shape in shapes.items()}
+    inputs["attention_mask"][0, -8:] = 0  # with padding there is a mask in memory
+    microbatch = Microbatch(inputs=inputs, num_supervised_tokens=1, index=0, sample_ids=())
+    taps = tapped(model, names, lambda *_: None, checkpointing=checkpointing)
+    with torch.autograd.profiler.profile(profile_memory=True) as trace, taps:
+        LOSSES[task](forward(model, microbatch, torch.device("cpu")), inputs["labels"]).backward()
+    assert trace.kineto_results is not None
+    changes = [event for event in trace.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert peak > 0, "the trace shows no memory"
+    return peak

@@ -1,0 +1,13 @@
+"""docs/PLANS.md is what benchmarks/plans.py prints now."""
+
+from __future__ import annotations
+
+import sys
+
+from launching import ROOT, run, succeed
+
+
+def test_plans_are_up_to_date() -> None:
+    result = run([sys.executable, str(ROOT / "benchmarks" / "plans.py")], timeout_seconds=300)
+    succeed(result)
+    assert result.stdout == (ROOT / "docs" / "PLANS.md").read_text(), "run python benchmarks/plans.py > docs/PLANS.md"
