@@ -39,13 +39,12 @@ LLAMA_2_7B_LAYER = Shape(
 QUICK = Shape(hidden=512, intermediate=1376, layers=1, heads=8, key_value_heads=8, microbatches=8, tokens=256)
 SWEEP_BASE = Shape(hidden=1024, intermediate=2752, layers=2, heads=8, key_value_heads=8, microbatches=16, tokens=256)
 SWEEPS: dict[str, list[Shape]] = {
-    "tokens": [replace(SWEEP_BASE, tokens=tokens) for tokens in (128, 256, 512, 1024)],
+    "tokens": [replace(SWEEP_BASE, tokens=tokens) for tokens in (128, 256, 512)],
     "hidden": [
-        replace(SWEEP_BASE, hidden=hidden, intermediate=hidden * 43 // 16, layers=1)
-        for hidden in (512, 1024, 2048, 3072)
+        replace(SWEEP_BASE, hidden=hidden, intermediate=hidden * 43 // 16, layers=1) for hidden in (512, 1024, 2048)
     ],
-    "r": [replace(SWEEP_BASE, r=r) for r in (4, 8, 16, 32, 64)],
-    "layers": [replace(SWEEP_BASE, layers=layers) for layers in (1, 2, 4, 8)],
+    "r": [replace(SWEEP_BASE, r=r) for r in (4, 8, 16, 32)],
+    "layers": [replace(SWEEP_BASE, layers=layers) for layers in (1, 2, 4)],
 }
 """By what grows. Widths keep Llama's proportions."""
 

@@ -79,8 +79,11 @@ class ExactEngine:
     def save_state(self, world: Collectives) -> EngineState:
         tensors = {}
         for name, matrix in self._matrices.items():
-            for part, sums in (("G", self._G[name]), ("E", self._E[name])):
-                if gather_on_owner_(sums, matrix.owner, world):
+            for part, kept in (("G", self._G[name]), ("E", self._E[name])):
+                sums = self._home.fetch(kept)
+                is_owner = gather_on_owner_(sums, matrix.owner, world)
+                self._home.put_back(kept, sums)
+                if is_owner:
                     tensors[f"{name}/{part}"] = sums.cpu()
         return EngineState({"halves_seen": sorted(self._halves_seen)}, tensors)
 
@@ -88,7 +91,7 @@ class ExactEngine:
         self._halves_seen = set(content["halves_seen"])
         for name, matrix in self._matrices.items():
             if matrix.owner == world.rank:
-                self._G[name].copy_(tensors[f"{name}/G"])
+                self._home.put_back(self._G[name], tensors[f"{name}/G"].to(self._home.device))
                 self._E[name].copy_(tensors[f"{name}/E"])
 
     def mean_gradients(self, world: Collectives, num_tokens: int) -> Iterator[tuple[Matrix, torch.Tensor]]:

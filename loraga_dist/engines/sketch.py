@@ -163,12 +163,13 @@ class SketchEngine:
         self._refresh(due, world)
 
     def split_half_cosines(self, world: Collectives) -> list[float | None]:
-        unfinished = {state.matrix.name for state in self._unfinished()}
+        unfinished, fetch = {state.matrix.name for state in self._unfinished()}, self._home.fetch
         cosines = []
         for name, state in self._states.items():
-            E_2MS = torch.zeros_like(state.E_2MS) if state.total_E_2MS is None else state.total_E_2MS
+            last_E_2MS = fetch(state.E_2MS)
+            E_2MS = torch.zeros_like(last_E_2MS) if state.total_E_2MS is None else fetch(state.total_E_2MS)
             if name in unfinished:  # what was seen since the last refresh is on all ranks, and stays there
-                since_E_2MS = state.E_2MS.clone()
+                since_E_2MS = last_E_2MS.clone()
                 world.reduce_(since_E_2MS, state.matrix.owner)
                 E_2MS = E_2MS + since_E_2MS
             if state.matrix.owner == world.rank:
@@ -198,7 +199,11 @@ class SketchEngine:
             if state.matrix.owner == world.rank:
                 kept |= {"captures": torch.tensor(state.captures, dtype=torch.float64)}
                 kept |= {"P": state.P_MK, "Q": state.Q_NK, "S": state.S_J, "total_E": state.total_E_2MS}
-                tensors |= {f"{name}/{part}": tensor.cpu() for part, tensor in kept.items() if tensor is not None}
+                tensors |= {
+                    f"{name}/{part}": self._home.fetch(tensor).cpu()
+                    for part, tensor in kept.items()
+                    if tensor is not None
+                }
         counts = {
             name: [state.window is not None, state.num_microbatches, state.refreshed_at, state.refining]
             for name, state in self._states.items()
@@ -215,10 +220,10 @@ class SketchEngine:
                 state.window = self._window(state.matrix, P_MK, Q_NK)
                 if is_owner:
                     state.P_MK, state.Q_NK = self._home.keep(P_MK), self._home.keep(Q_NK)
-                    self._home.put_back(state.window.Y_MK, tensors[f"{name}/Y"])
-                    self._home.put_back(state.window.Z_NK, tensors[f"{name}/Z"])
+                    self._home.put_back(state.window.Y_MK, tensors[f"{name}/Y"].to(self._device))
+                    self._home.put_back(state.window.Z_NK, tensors[f"{name}/Z"].to(self._device))
             if is_owner:
-                self._home.put_back(state.E_2MS, tensors[f"{name}/E"])
+                self._home.put_back(state.E_2MS, tensors[f"{name}/E"].to(self._device))
                 state.captures = tensors[f"{name}/captures"].tolist()
                 if f"{name}/S" in tensors:
                     state.S_J = tensors[f"{name}/S"].to(self._device)

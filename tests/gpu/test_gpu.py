@@ -112,6 +112,26 @@ def test_observe_does_not_wait_for_the_device(on_host: bool) -> None:
         engine.end_microbatch(world)
 
 
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("kind", ENGINES)
+def test_saved_state_goes_on_where_it_was(kind: str, on_host: bool) -> None:
+    world = World(0, 1, 0, DEVICE)
+    straight = factorize(kind, torch.bfloat16, on_host=on_host)
+    engine = new_engine(kind, torch.bfloat16, on_host=on_host)
+    for index in range(MICROBATCHES):
+        if index == 3:
+            engine.split_half_cosines(world)
+            saved = engine.save_state(world)
+            engine = new_engine(kind, torch.bfloat16, on_host=on_host)
+            engine.load_state(saved.content, saved.tensors, world)
+        engine.begin_microbatch(index)
+        engine.observe("target", *data(index, torch.bfloat16))
+        engine.end_microbatch(world)
+    resumed = dict(engine.factorize(world, TOKENS))["target"]
+    assert torch.allclose(resumed.svd.S_K, straight.svd.S_K, rtol=1e-4, atol=1e-5 * straight.svd.S_K[0].item())
+    assert resumed.split_half_cosine == pytest.approx(straight.split_half_cosine, abs=1e-5)
+
+
 def test_state_takes_what_the_plan_says_or_none_of_the_device() -> None:
     names = tuple(f"target{i}" for i in range(32))
     planned = len(names) * ENGINES["sketch"].state_bytes(M, N, ENGINES["sketch"].width(2 * R, M, N, None))
