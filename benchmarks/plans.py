@@ -66,7 +66,7 @@ def document(plans: list[dict[str, Any]]) -> str:
     for plan in plans:
         memory = plan["memory_per_rank"]
         calibrate = memory["device_bytes"]["calibrate"]
-        engine = calibrate["engine state"] + calibrate["estimates of owned targets"]
+        engine = calibrate["engine state"] + calibrate["owned estimates"]
         cells = [
             plan["recipe"],
             str(plan["r"]),
@@ -116,15 +116,15 @@ def arithmetic(plan: dict[str, Any]) -> list[str]:
         f"- One microbatch: {_gib(parts['microbatch'])} GiB at its highest, rehearsed on shapes alone. It holds",
         f"  - the inputs of the blocks: {layers} x {tokens} x {d} x 2 bytes = {_gib(layers * tokens * d * 2)} GiB;",
         "  - around the loss, bfloat16 logits",
-        f"    ({tokens} x {vocabulary} x 2 bytes = {_gib(tokens * vocabulary * 2)} GiB) and float32 ones, their log-softmax",
-        "    and its gradient",
+        f"    ({tokens} x {vocabulary} x 2 bytes = {_gib(tokens * vocabulary * 2)} GiB) and float32 ones, their",
+        "    log-softmax and its gradient",
         f"    ({tokens - 1} x {vocabulary} x 4 bytes = {_gib(logits * 4)} GiB each);",
         f"  - or the gathered head, {vocabulary} x {d} x 2 bytes = {_gib(vocabulary * d * 2)} GiB, with the logits;",
         "  - or what one block recomputes for its backward, with its largest gathered matrix.",
-        f"- Engine state, K = {widths}: M + N of all {sum(kind['count'] for kind in targets)} targets add up to {sides}.",
+        f"- Engine state, K = {widths}: M + N of {sum(kind['count'] for kind in targets)} targets add up to {sides}.",
         f"  P, Q, Y, Z take 4 bytes x 2 K x {sides} and the error sketches their part, {_gib(sum(state))} GiB in all:",
         f"  {len(state)} sweep{'s' * (len(state) > 1)} of {_gib(max(state))} GiB at most.",
-        f"- What an owner keeps of its targets, K triplets each: {_gib(parts['estimates of owned targets'])} GiB.",
+        f"- What an owner keeps of its targets, K triplets each: {_gib(parts['owned estimates'])} GiB.",
         f"- Sum: {_gib(sum(parts.values()))} GiB while it calibrates. The peak of all phases is"
         f" {_gib(memory['peak_bytes'])} GiB ({memory['peak_phase']}).",
         f"- On {plan['gib_per_rank']} GiB: {plan['verdict']}.",

@@ -145,9 +145,9 @@ def rank_memory(rank: int, plan: Plan, shape: ModelShape, rehearsal: Rehearsal |
     forward = gathered if rehearsal is None else rehearsal.forward_bytes
     factors = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
     adapter = factors if not setting.sharded else math.ceil(factors / 4 * shape.num_bytes_each / W)
-    found_host = {"triplets of owned targets": sum(triplet_bytes(matrix) for matrix in _owned(plan, rank))}
+    found_host = {"owned triplets": sum(triplet_bytes(matrix) for matrix in _owned(plan, rank))}
     if rank == 0:
-        found_host["A and B of all targets"] = factors
+        found_host["all A and B"] = factors
 
     calibrate: list[tuple[Parts, Parts]] = []
     factorize: list[tuple[Parts, Parts]] = []
@@ -156,11 +156,11 @@ def rank_memory(rank: int, plan: Plan, shape: ModelShape, rehearsal: Rehearsal |
         owned = [matrix for matrix in sweep if matrix.owner == rank]
         state = {
             "engine state": plan.state_bytes(sweep),
-            "estimates of owned targets": sum(
+            "owned estimates": sum(
                 triplet_bytes(matrix) + 8 * matrix.M * ERROR_COLUMNS for matrix in owned if matrix.engine == "sketch"
             ),
         }
-        found_before = {"triplets of owned targets": triplets_before} if triplets_before else {}
+        found_before = {"owned triplets": triplets_before} if triplets_before else {}
         union = max((factorization_bytes(matrix) for matrix in owned if matrix.engine == "sketch"), default=0)
         microbatch, workspace = (backward, 0) if backward >= union else (0, union)
         calibrate.append((state | {"microbatch": microbatch, "workspace": workspace}, found_before))

@@ -160,8 +160,10 @@ def refuse_what_cannot_fit(planned: RankMemory, job: Job, config: InitConfig, wo
 
 
 def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[str]:
-    """What to change where a plan does not fit: every change that helps, with the peak it leads to."""
+    """What to change where a plan does not fit, with the peak each change leads to; where it fits, what is faster."""
     now = forecaster.worst(world_size, batch_shapes(forecaster.config, forecaster.base)).peak_bytes
+    if verdict(now, limit_bytes) == "fits":
+        return _fewer_sweeps(forecaster, world_size, limit_bytes)
     lines = []
     if not forecaster.on_host or world_size > 1:
         lines.append(_ranks_that_fit(forecaster, world_size, limit_bytes))
@@ -184,6 +186,19 @@ def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[
             f"host: {_gib(now - weights)} GiB ({verdict(now - weights, limit_bytes)})"
         )
     return lines
+
+
+def _fewer_sweeps(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[str]:
+    """The smallest budget with which one sweep over the data does, or else half of the sweeps, if that fits."""
+    sweeps = forecaster.plan(world_size).sweeps
+    everything = sum(Plan.state_bytes(sweep) for sweep in sweeps) / 2**30
+    for wanted in sorted({1, -(-len(sweeps) // 2)} - {len(sweeps)}):
+        budget = math.ceil(10.5 * everything / wanted) / 10
+        changed = forecaster.changed(gradient={"state_budget_gib": budget})
+        peak, count = _peak(changed, world_size), len(changed.plan(world_size).sweeps)
+        if verdict(peak, limit_bytes) == "fits" and count < len(sweeps):
+            return [f"gradient.state_budget_gib {budget:g}: {count} instead of {len(sweeps)} sweeps, {_gib(peak)} GiB"]
+    return []
 
 
 def _changes(config: InitConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:

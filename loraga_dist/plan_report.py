@@ -125,7 +125,7 @@ def plan_report(
         },
         "gib_per_rank": gib_per_rank,
         "verdict": found,
-        "advice": [] if limit_bytes is None or found == "fits" else advice(forecaster, world_size, limit_bytes),
+        "advice": [] if limit_bytes is None else advice(forecaster, world_size, limit_bytes),
     }
 
 

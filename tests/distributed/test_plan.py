@@ -54,7 +54,7 @@ def sparse_model(directory: Path) -> Path:
 
 
 def test_json_of_a_small_plan(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+    config = write_config(tmp_path, gradient={"engine": "sketch"})
     result = plan("--config", str(config), "--ranks", "3", "--device_tflops", "100", "--gib_per_rank", "1", "--json")
     succeed(result)
     report = json.loads(result.stdout)
@@ -75,7 +75,7 @@ def test_json_of_a_small_plan(tmp_path: Path) -> None:
 
 
 def test_table_says_what_to_change(tmp_path: Path) -> None:
-    config = write_config(tmp_path, gradient={"checkpointing": "none"})
+    config = write_config(tmp_path, gradient={"checkpointing": "none", "engine": "sketch"})
     result = plan("--config", str(config), "--ranks", "2", "--gib_per_rank", "0.001")
     succeed(result)
     assert "too large" in result.stdout

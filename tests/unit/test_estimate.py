@@ -62,9 +62,9 @@ def test_memory_by_hand() -> None:
     assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without a rehearsal the largest module alone"
     mine = [matrix for sweep in plan.sweeps for matrix in sweep if matrix.owner == 1]
     assert all(matrix.width == 16 for matrix in mine)
-    assert found.host["write"]["triplets of owned targets"] == sum(64 * (matrix.M + matrix.N + 1) for matrix in mine)
+    assert found.host["write"]["owned triplets"] == sum(64 * (matrix.M + matrix.N + 1) for matrix in mine)
     assert found.device["factorize"]["workspace"] == max(factorization_bytes(matrix) for matrix in mine)
-    assert "A and B of all targets" in rank_memory(0, plan, shape, None, on_device(2)).host["write"]
+    assert "all A and B" in rank_memory(0, plan, shape, None, on_device(2)).host["write"]
 
 
 def test_a_small_budget_makes_sweeps_and_less_state() -> None:
