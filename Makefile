@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-faults launchers lint format clean
 
 PYTHON ?= python3
 PIP := .venv/bin/pip --disable-pip-version-check install --constraint constraints.txt
@@ -21,8 +21,23 @@ quickstart: .venv/.installed
 	deepspeed --num_gpus $$(( gpus == 1 ? 1 : 2 )) --master_port "$$port" \
 	    launch/init.py --config configs/quickstart.yaml --overwrite
 
-test: lint
+test: lint launchers
 	pytest
+
+# More of the kills that `make test` has a few of; minutes.
+test-faults: .venv/.installed-dev
+	pytest tests/faults --kills 30
+
+# SLURM for tests/launchers, where we may install it; elsewhere its tests are skipped and say why.
+launchers:
+	@missing=()
+	for pair in sbatch:slurm-wlm munged:munge ip:iproute2; do
+	    command -v "$${pair%%:*}" > /dev/null || missing+=("$${pair##*:}")
+	done
+	if (( EUID == 0 && $${#missing[@]} )) && command -v apt-get > /dev/null; then
+	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$${missing[@]}"; } \
+	        || echo "could not install $${missing[*]}: tests that need them are skipped" >&2
+	fi
 
 lint: .venv/.installed-dev
 	ruff check

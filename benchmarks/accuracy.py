@@ -1,19 +1,25 @@
 """How close one pass of the sketch engine comes to the exact gradient's optimum.
 
-    make quickstart                                   # pretrains the model this measures on
-    python benchmarks/accuracy.py --json accuracy.json
-    torchrun --standalone --nproc_per_node 2 benchmarks/accuracy.py --only real
+    make quickstart                                               # pretrains the model this measures on
+    python benchmarks/accuracy.py --json accuracy.json            # starts 1, 2 and 4 ranks, one after the other
+    python benchmarks/accuracy.py --ranks 2 --only real
 
 Efficiency: the share of the best possible first LoRA step that the found directions take (`linalg.efficiency`). Mean
 and worst over the targets of the quickstart model, default settings, and over seeds for the synthetic gradients.
+Captured energy: how far the report's figure is from the truth, without sign, in the mean.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,39 +38,74 @@ from loraga_dist.calibration import (
     count_supervised_tokens,
     load_samples,
 )
+from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
 from loraga_dist.distributed import World
-from loraga_dist.engines import ExactEngine, Matrix, SketchEngine
+from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
 from loraga_dist.losses import causal_lm
 from loraga_dist.models import find_base_model
 from loraga_dist.progress import Progress
 from loraga_dist.sharding import SingleProcess, Zero3
-from loraga_dist.sweep import sweep
+from loraga_dist.sweep import LossTotals, sweep
 from loraga_dist.targets import meta_copy, select_targets
 
 RANKS = (4, 8, 16, 32)
+REFINES = (0, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", default="build/quickstart", help="made by launch/quickstart.py")
     parser.add_argument("--only", choices=("real", "synthetic"))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes for the model's gradients")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    world = World.start()
-    rows: list[dict[str, Any]] = []
+    if "RANK" in os.environ:  # one of the ranks that `_launch` started
+        world = World.start()
+        rows = real(Path(options.directory), world)
+        if world.is_main:
+            options.json.write_text(json.dumps(rows))
+        world.barrier()
+        world.stop()
+        leave_process(0)
+    rows = []
     if options.only != "synthetic":
-        rows += real(Path(options.directory), world)
-    if options.only != "real" and world.size == 1:
+        rows += [row for world_size in options.ranks for row in _launch(options.directory, world_size)]
+    if options.only != "real":
         rows += synthetic()
-    if world.is_main and options.json:
-        hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "ranks": world.size}
+    if options.json:
+        hardware = {"machine": platform.machine(), "cores": os.cpu_count()}
         options.json.write_text(json.dumps({"rows": rows, "hardware": hardware, "versions": versions()}, indent=2))
-    world.barrier()
-    world.stop()
+
+
+def _launch(directory: str, world_size: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "rows.json"
+        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+        subprocess.run([*ranks, __file__, "--directory", directory, "--json", str(path)], check=True)
+        return json.loads(path.read_text())
+
+
+class Together:
+    """Several engines on one sweep."""
+
+    def __init__(self, engines: Sequence[Any]) -> None:
+        self.engines = engines
+
+    def begin_microbatch(self, index: int) -> None:
+        for engine in self.engines:
+            engine.begin_microbatch(index)
+
+    def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
+        for engine in self.engines:
+            engine.observe(name, x_TN, dy_TM)
+
+    def end_microbatch(self, world: World) -> None:
+        for engine in self.engines:
+            engine.end_microbatch(world)
 
 
 def real(directory: Path, world: World) -> list[dict[str, Any]]:
@@ -84,17 +125,20 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
     targets = select_targets(meta_copy(base.model_class, base.config), LoraSection(), lambda r: 2 * r).targets
     module = sharding.attach(model)
 
-    def observe(engine: Any, microbatches: list[Microbatch]) -> int:
-        return sweep(
+    def observe(engines: Sequence[Any], microbatches: list[Microbatch]) -> int:
+        totals = LossTotals()
+        sweep(
             module,
             [target.name for target in targets],
             microbatches,
-            engine,
+            Together(engines),  # type: ignore[arg-type]
             sharding=sharding,
             loss_sum=causal_lm,
             checkpointing="none",
             progress=Progress("", 1, "", shown=False),
-        )[1]
+            totals=totals,
+        )
+        return totals.num_tokens
 
     def matrices(r: int) -> list[Matrix]:
         return [
@@ -111,32 +155,34 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         ]
 
     rows = []
+    home = StateHome(world.device)
     data = {
         "all tokens": everything,
         "1 token a sequence": [_keep(microbatch, 1) for microbatch in everything],
     }
     for name, microbatches in data.items():
-        exact = ExactEngine(matrices(1), device=world.device, seed=0)
-        num_tokens = observe(exact, microbatches)
+        exact = ExactEngine(matrices(1), home=home, seed=0, dtype=base.dtype)
+        one_pass = [SketchEngine(matrices(r), home=home, seed=0, dtype=base.dtype) for r in RANKS]
+        num_tokens = observe([exact, *one_pass], microbatches)
+        refined = copy.deepcopy(one_pass)
+        for engine in refined:
+            engine.begin_refinement(world)
+        observe(refined, microbatches)
         gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(world, num_tokens)}
+        energies = {target: torch.linalg.svdvals(G_MN.double()).square() for target, G_MN in gradients.items()}
         few = num_tokens / len(microbatches) < width(8, 256, 256, None)
-        for r in RANKS:
-            for refine_passes in (0, 1):
-                engine = SketchEngine(matrices(r), device=world.device, seed=0)
-                observe(engine, microbatches)
-                for _ in range(refine_passes):
-                    engine.begin_refinement(world)
-                    observe(engine, microbatches)
+        for refine_passes, engines in enumerate((one_pass, refined)):
+            for r, engine in zip(RANKS, engines, strict=True):
                 found = dict(engine.factorize(world, num_tokens))
                 scores, misses = [], []
                 for target, result in found.items():
-                    G_MN = gradients[target]
-                    scores.append(efficiency(G_MN, result.svd.U_MK[:, r : 2 * r], result.svd.Vh_KN[:r].T))
-                    energy = torch.linalg.svdvals(G_MN.double()).square()
+                    svd, energy = result.svd, energies[target]
+                    scores.append(efficiency(gradients[target], svd.U_MK[:, r : 2 * r], svd.Vh_KN[:r].T))
                     misses.append(abs(result.captured_energy - (energy[: 2 * r].sum() / energy.sum()).item()))
                 rows.append(
                     {
                         "gradients": f"quickstart model, {name}",
+                        "ranks": world.size,
                         "r": r,
                         "K": max(result.svd.width for result in found.values()),
                         "refine_passes": refine_passes,
@@ -168,7 +214,7 @@ def synthetic(n: int = 1024, r: int = 8, microbatches: int = 32, tokens: int = 2
     for name, (decays, order) in cases.items():
         # K = 3R, R = 2r, and the default rule
         for columns in (2 * r * 2, None):
-            for refine_passes in (0, 1):
+            for refine_passes in REFINES:
                 scores, misses = [], []
                 for seed in (0, 1):
                     score, miss = _synthetic_run(
@@ -179,6 +225,7 @@ def synthetic(n: int = 1024, r: int = 8, microbatches: int = 32, tokens: int = 2
                 rows.append(
                     {
                         "gradients": f"synthetic {name}",
+                        "ranks": 1,
                         "r": r,
                         "K": width(2 * r, n, n, columns),
                         "refine_passes": refine_passes,
@@ -219,7 +266,7 @@ def _synthetic_run(
         G_MN += dy_TM.T @ x_TN
     world = World.current()
     matrix = Matrix(name="G", M=n, N=n, num_triplets=2 * r, width=width(2 * r, n, n, columns), owner=0, engine="sketch")
-    engine = SketchEngine([matrix], device=torch.device("cpu"), seed=seed)
+    engine = SketchEngine([matrix], home=StateHome(torch.device("cpu")), seed=seed, dtype=torch.float32)
     for refinement in range(refine_passes + 1):
         if refinement:
             engine.begin_refinement(world)
@@ -235,7 +282,7 @@ def _synthetic_run(
 
 
 def _gathered(world: World, scores: list[float], misses: list[float]) -> dict[str, float]:
-    shares = [json.loads(text) for text in world.all_texts(json.dumps([scores, misses]))]
+    shares = world.all_json([scores, misses])
     scores = [score for share, _ in shares for score in share]
     misses = [miss for _, share in shares for miss in share]
     return {
@@ -248,8 +295,8 @@ def _gathered(world: World, scores: list[float], misses: list[float]) -> dict[st
 def _show(row: dict[str, Any], world: World) -> None:
     if world.is_main:
         print(
-            f"{row['gradients']:<40} r {row['r']:>2}  K {row['K']:>3}  refine {row['refine_passes']}  "
-            f"mean {row['mean']:.5f}  worst {row['worst']:.5f}  "
+            f"{row['gradients']:<40} ranks {row['ranks']}  r {row['r']:>2}  K {row['K']:>3}  "
+            f"refine {row['refine_passes']}  mean {row['mean']:.5f}  worst {row['worst']:.5f}  "
             f"captured energy off by {row['captured_energy_error']:.4f}{'  (default)' if row['default'] else ''}",
             flush=True,
         )

@@ -3,86 +3,185 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from loraga_dist.calibration import Microbatch, without_supervision
+from loraga_dist.calibration import Deal, Microbatch, without_supervision
 from loraga_dist.config import GradientConfig
 from loraga_dist.distributed import World
 from loraga_dist.engines import GradientEngine, GradientSVD, SketchEngine
+from loraga_dist.engines.base import EngineState, Tensors
 from loraga_dist.engines.group import EngineGroup
+from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.losses import LossSum
 from loraga_dist.plan import Plan
 from loraga_dist.progress import phase
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.sweep import sweep
+from loraga_dist.stream import Calibration, IsEnough, Position, Stream, halves_agree
+from loraga_dist.sweep import LossTotals, full_float32_matmul, sweep
+
+_ENGINES = "engines"
+"""In saved content: the engines' part. Absent between two sweeps."""
 
 
-@dataclass
-class Calibration:
-    """What the sweeps found. `owned` holds this rank's targets only, on the host."""
+class Saved(Protocol):
+    """A calibration's state as it was saved: JSON and tensors."""
 
-    owned: dict[str, GradientSVD] = field(default_factory=dict)
-    mean_loss: float = 0.0
-    num_supervised_tokens: int = 0
-    refine_passes: int = 0
-    seconds_calibrate: float = 0.0
-    seconds_factorize: float = 0.0
+    @property
+    def content(self) -> dict[str, Any]: ...
+
+    @property
+    def tensors(self) -> Tensors: ...
 
 
+class Keeper(Protocol):
+    """Saves what a later run goes on from."""
+
+    def restored(self) -> Saved | None:
+        """What an earlier run of the same work left; a collective."""
+        ...
+
+    def after_microbatch(self, state: Callable[[], EngineState]) -> None:
+        """Save if it is time, on all ranks alike; raises Preempted where the run was asked to stop. A collective."""
+        ...
+
+    def save(self, state: EngineState) -> None: ...
+
+
+@full_float32_matmul()
 def calibrate(
     model: nn.Module,
     plan: Plan,
-    microbatches: Sequence[Microbatch],
+    deal: Deal,
     config: GradientConfig,
     *,
     sharding: Sharding,
     loss_sum: LossSum,
     seed: int,
+    target_cosine: float | None = None,
+    keeper: Keeper | None = None,
 ) -> Calibration:
     """Accumulate, reduce and factorize the mean gradient of every target, one group of the plan after the other.
+
+    target_cosine: once the median split-half cosine of the first group reaches it, no new microbatch is looked at.
 
     Raises RunError for a loss or gradient that is not finite, or a target whose gradient is zero; UserError for a
     target outside the loss. On every rank alike.
     """
     world = sharding.world
-    found = Calibration()
-    with phase("calibrate", len(plan.sweeps) * len(microbatches), "batch", shown=world.is_main) as progress:
+    found, at = Calibration(num_samples=deal.num_samples), Position()
+    saved = keeper.restored() if keeper is not None else None
+    if saved is not None:
+        found, at = _restored(saved, plan, world)
+    num_steps = _steps(found, deal)
+    with phase("calibrate", (len(plan.sweeps) - at.sweep) * num_steps, "batch", shown=world.is_main) as progress:
 
-        def one_pass(names: list[str], engine: GradientEngine) -> tuple[float, int]:
-            return sweep(
-                model,
-                names,
-                microbatches,
-                engine,
-                sharding=sharding,
-                loss_sum=loss_sum,
-                checkpointing=config.checkpointing,
-                progress=progress,
-            )
+        def one_pass(
+            at: Position, group: EngineGroup, engine: GradientEngine, names: list[str], is_enough: IsEnough
+        ) -> None:
+            def keep() -> None:
+                if keeper is not None:
+                    keeper.after_microbatch(lambda: _state(found, at, group, world))
 
-        for matrices in plan.sweeps:
+            stream = Stream(deal, found, at, is_enough, keep)
+            if stream.rest:
+                sweep(
+                    model,
+                    names,
+                    stream,
+                    engine,
+                    sharding=sharding,
+                    loss_sum=loss_sum,
+                    checkpointing=config.checkpointing,
+                    progress=progress,
+                    totals=at.totals,
+                )
+            at.refinement, at.num_samples, at.num_microbatches = at.refinement + 1, 0, 0
+
+        for matrices in plan.sweeps[at.sweep :]:
             started = time.monotonic()
-            group = EngineGroup.of(matrices, device=world.device, seed=seed)
-            loss, num_tokens = one_pass([matrix.name for matrix in matrices], group)
-            found.mean_loss, found.num_supervised_tokens = loss / num_tokens, num_tokens
-            found.refine_passes = _refine_passes(config, plan, num_tokens / len(microbatches))
-            for _ in range(found.refine_passes):
-                for engine in (engine for engine in group.engines if isinstance(engine, SketchEngine)):
-                    progress.extend(len(microbatches))
-                    engine.begin_refinement(world)
-                    one_pass(engine.names, engine)
+            home = StateHome.choose(config.state_device, world.device, plan.state_bytes_per_rank)
+            group = EngineGroup.of(matrices, home=home, seed=seed, dtype=next(model.parameters()).dtype)
+            if saved is not None and _ENGINES in saved.content:
+                group.load_state(saved.content[_ENGINES], saved.tensors, world)
+                progress.extend(-at.num_microbatches)
+            saved = None
+            if at.refinement == 0:
+                # the first sweep decides how much data there is for all passes
+                is_enough = halves_agree(group, target_cosine if at.sweep == 0 else None, world)
+                one_pass(at, group, group, [matrix.name for matrix in matrices], is_enough)
+                progress.extend((_steps(found, deal) - num_steps) * (len(plan.sweeps) - at.sweep))
+                num_steps = _steps(found, deal)
+                found.num_supervised_tokens = at.totals.num_tokens
+                found.mean_loss = at.totals.loss_sum / at.totals.num_tokens
+                found.refine_passes = _refine_passes(config, plan, at.totals.num_tokens / num_steps)
+            for engine in (engine for engine in group.engines if isinstance(engine, SketchEngine)):
+                while at.refinement <= found.refine_passes:
+                    progress.extend(num_steps)
+                    if at.num_microbatches == 0:
+                        engine.begin_refinement(world)
+                    one_pass(at, group, engine, engine.names, halves_agree(engine, None, world))
             swept = time.monotonic()
-            for name, result in group.factorize(world, num_tokens):
+            for name, result in group.factorize(world, found.num_supervised_tokens):
                 found.owned[name] = _on_host(result)
             _refuse_zero_gradients(found.owned, world)
             found.seconds_calibrate += swept - started
             found.seconds_factorize += time.monotonic() - swept
+            at = Position(sweep=at.sweep + 1)
+            if keeper is not None:
+                keeper.save(_state(found, at, None, world))
     return found
+
+
+def _steps(found: Calibration, deal: Deal) -> int:
+    """Global microbatches in a pass over the data that is used."""
+    return -(-found.num_samples // deal.samples_per_step)
+
+
+def _state(found: Calibration, at: Position, group: EngineGroup | None, world: World) -> EngineState:
+    """Everything a later run needs, from between two microbatches or, without a group, after a sweep."""
+    numbers = {
+        name: [result.captured_energy, result.split_half_cosine, result.window_capture]
+        for name, result in found.owned.items()
+    }
+    tensors = {
+        f"{name}/svd.{part}": tensor
+        for name, result in found.owned.items()
+        for part, tensor in (("U", result.svd.U_MK), ("S", result.svd.S_K), ("Vh", result.svd.Vh_KN))
+    }
+    content: dict[str, Any] = {
+        "found": asdict(replace(found, owned={})),
+        "numbers": {name: of_target for part in world.all_json(numbers) for name, of_target in part.items()},
+        "at": asdict(at),
+    }
+    if group is not None:
+        engines = group.save_state(world)
+        content[_ENGINES] = engines.content
+        tensors |= engines.tensors
+    return EngineState(content, tensors)
+
+
+def _restored(saved: Saved, plan: Plan, world: World) -> tuple[Calibration, Position]:
+    content, tensors = saved.content, saved.tensors
+    found = Calibration(**content["found"])
+    owners = plan.owners
+    for name, (captured, cosine, capture) in content["numbers"].items():
+        if owners[name] == world.rank:
+            U_MK, S_K, Vh_KN = (tensors[f"{name}/svd.{part}"] for part in ("U", "S", "Vh"))
+            found.owned[name] = GradientSVD(
+                svd=TruncatedSVD(U_MK=U_MK, S_K=S_K, Vh_KN=Vh_KN),
+                captured_energy=captured,
+                split_half_cosine=cosine,
+                window_capture=capture,
+            )
+    at = content["at"]
+    return found, Position(**(at | {"totals": LossTotals(**at["totals"])}))
 
 
 def _refine_passes(config: GradientConfig, plan: Plan, tokens_per_microbatch: float) -> int:

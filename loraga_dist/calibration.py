@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +47,6 @@ class Microbatch:
     """What one rank puts through one forward and backward: int64 CPU tensors, padded on the right."""
 
     inputs: dict[str, Tensor]
-    num_sequences: int
     num_supervised_tokens: int
     index: int
     """Number of the global microbatch."""
@@ -63,17 +62,21 @@ def load_samples(
     max_positions: int | None,
     num_labels: int | None = None,
 ) -> list[Sample]:
-    """Load, shuffle, cut to `max_samples` and tokenize the calibration data: the same list on every rank.
+    """Load, shuffle and tokenize the first `most_samples` of the calibration data: the same list on every rank.
 
     Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM; as there, samples that have
-    nothing to learn from (after truncation) are left out. Raises UserError, with the config key, for data that cannot
-    be read, has the wrong columns or values, does not fit the model's positions, or has no supervised token at all.
+    nothing to learn from (after truncation) are left out, and the next ones take their place. Raises UserError, with
+    the config key, for data that cannot be read, has the wrong columns or values, does not fit the model's positions,
+    or has no supervised token at all.
     """
     dataset = _load_dataset(config)
     encode = encoder(config, tokenizer, dataset, task_type, num_labels)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     samples = []
-    for row in order[: config.max_samples].tolist():
+    for position, row in enumerate(order.tolist()):
+        # a data set in which so many samples in a row have no supervised token is taken to have none at all
+        if len(samples) == config.most_samples or (not samples and position == config.most_samples):
+            break
         try:
             inputs = encode(dataset[row])
         except BadRowError as problem:
@@ -117,28 +120,97 @@ def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+class Deal(Protocol):
+    """This rank's microbatches out of all ranks' data; the same number on every rank."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """In one global microbatch."""
+        ...
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
+        """Of samples [start, stop); the first global microbatch gets this number."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleDeal:
+    """Samples that every rank knows, split evenly."""
+
+    samples: list[Sample]
+    rank: int
+    world_size: int
+    per_device_batch_size: int
+    pad_token_id: int
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.world_size * self.per_device_batch_size
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
+        return assign_microbatches(
+            self.samples[start:stop],
+            rank=self.rank,
+            world_size=self.world_size,
+            per_device_batch_size=self.per_device_batch_size,
+            pad_token_id=self.pad_token_id,
+            first_index=first_index,
+        )
+
+
+@dataclass(frozen=True)
+class BatchDeal:
+    """Each rank's own batches, which are one sample each to this end."""
+
+    batches: list[Microbatch]
+
+    samples_per_step = 1
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.batches)
+
+    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
+        assert start == first_index, "batches of a dataloader are not dealt out anew"
+        return self.batches[start:stop]
+
+
 def assign_microbatches(
-    samples: list[Sample], *, rank: int, world_size: int, per_device_batch_size: int, pad_token_id: int
+    samples: list[Sample],
+    *,
+    rank: int,
+    world_size: int,
+    per_device_batch_size: int,
+    pad_token_id: int,
+    first_index: int = 0,
 ) -> list[Microbatch]:
     """This rank's microbatches; every rank gets the same number, because each forward is a collective.
 
-    Global microbatch g holds `world_size * per_device_batch_size` consecutive samples, split among the ranks in order.
+    Each global microbatch, the first numbered `first_index`, holds `world_size * per_device_batch_size` consecutive
+    samples, split among the ranks in order.
     A rank that the last one leaves empty-handed gets a copy of sample 0 without any supervised token.
     """
     assert samples and 0 <= rank < world_size
     global_size = world_size * per_device_batch_size
     microbatches = []
-    for index in range(math.ceil(len(samples) / global_size)):
-        start = index * global_size + rank * per_device_batch_size
+    for step in range(math.ceil(len(samples) / global_size)):
+        index = first_index + step
+        start = step * global_size + rank * per_device_batch_size
         mine = samples[start : start + per_device_batch_size]
         if not mine:
-            filler = Microbatch(_collate(samples[:1], pad_token_id), 0, 0, index, ())
+            filler = Microbatch(_collate(samples[:1], pad_token_id), 0, index, ())
             microbatches.append(without_supervision(filler, index))
             continue
         microbatches.append(
             Microbatch(
                 inputs=_collate(mine, pad_token_id),
-                num_sequences=len(mine),
                 num_supervised_tokens=sum(sample.num_supervised_tokens for sample in mine),
                 index=index,
                 sample_ids=tuple(sample.row for sample in mine),
@@ -150,7 +222,7 @@ def assign_microbatches(
 def without_supervision(microbatch: Microbatch, index: int) -> Microbatch:
     """A copy with every label masked, for a rank that must take part in a step for which it has no data."""
     labels = torch.full_like(microbatch.inputs["labels"], IGNORED)
-    return Microbatch(microbatch.inputs | {"labels": labels}, 0, 0, index, ())
+    return Microbatch(microbatch.inputs | {"labels": labels}, 0, index, ())
 
 
 def microbatches_from_batches(
@@ -173,7 +245,6 @@ def microbatches_from_batches(
         microbatches.append(
             Microbatch(
                 inputs=inputs,
-                num_sequences=len(inputs["input_ids"]),
                 num_supervised_tokens=count_supervised_tokens(inputs["labels"], task_type),
                 index=index,
                 sample_ids=(),
@@ -182,12 +253,13 @@ def microbatches_from_batches(
     return microbatches
 
 
-def fingerprint(samples: Iterable[Sample]) -> str:
-    """sha256 over the token ids and labels in order: equal on all ranks, and between runs on the same data."""
-    digest = hashlib.sha256()
+def fingerprints(samples: Iterable[Sample]) -> list[str]:
+    """After each sample, the sha256 of all token ids and labels so far: equal between ranks, and between runs."""
+    digest, found = hashlib.sha256(), []
     for sample in samples:
         digest.update(json.dumps([sample.inputs["input_ids"], sample.inputs["labels"]]).encode())
-    return f"sha256:{digest.hexdigest()}"
+        found.append(f"sha256:{digest.hexdigest()}")
+    return found
 
 
 def _collate(samples: list[Sample], pad_token_id: int) -> dict[str, Tensor]:

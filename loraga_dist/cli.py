@@ -1,4 +1,4 @@
-"""`loraga-dist plan | init | verify`: arguments in, one line per mistake out, and the exit code."""
+"""`loraga-dist plan | init | verify | convert ...`: arguments in, one line per mistake out, and the exit code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from loraga_dist.errors import LoragaError, UserError
+from loraga_dist.commands import OFFLINE_COMMANDS, Command
+from loraga_dist.errors import LoragaError, RunError, UserError
 
 if TYPE_CHECKING:
     from loraga_dist.distributed import World
+    from loraga_dist.watch import Watch
 
 
 _OVERRIDES = "Any key of the file can be given as --section.key value."
@@ -33,13 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="check an output directory from its files alone", allow_abbrev=False)
     verify.add_argument("directory", type=Path)
     verify.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
+    for name, command in OFFLINE_COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.help, allow_abbrev=False))
     options, rest = parser.parse_known_args(arguments)
     if options.command == "init":
         return run_init(options, rest)
     if options.command == "plan":
         return run_plan(options, rest)
-    if rest:
+    offline = OFFLINE_COMMANDS.get(options.command)
+    if rest and not (offline and offline.takes_overrides):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if offline:
+        return run_offline(offline, options, rest)
     return run_verify(options.directory, options.base)
 
 
@@ -106,38 +113,55 @@ def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     _prepare_libraries()
     from loraga_dist.distributed import World
+    from loraga_dist.resume import StopRequest
+    from loraga_dist.watch import Watch
 
+    stop = StopRequest()
     try:
         world = World.start()
     except LoragaError as error:
         return _report_failure(error)
+    watch = Watch(world) if world.size > 1 else None
     try:
+        from loraga_dist.artifacts.report import versions
         from loraga_dist.config import load_config
         from loraga_dist.pipeline import dry_run, run
 
         with world.together():
             extra = ["--output.overwrite", "true"] if options.overwrite else []
             config = load_config(options.config, [*overrides, *extra])
+        world.require_same(versions(), "install the same on every node")
+        world.require_same(config.model_dump(mode="json"), "start all ranks with the same file and options")
         if options.dry_run:
             dry_run(config, world)
-            _leave_together(world)
+            _leave_together(world, watch)
             return 0
-        report, verified = run(config, world)
+        report, verified = run(config, world, stop)
         if world.is_main:
             from loraga_dist.artifacts.report import print_summary
 
             print_summary(report, config.output.dir, verified)
     except LoragaError as error:
-        if not error.on_all_ranks and world.size > 1:
-            return _fail_alone(world, str(error), error.exit_code)
+        if not error.on_all_ranks and watch is not None:
+            # the others may wait for this rank in a collective
+            watch.fail(f"failed: {error}", error.exit_code, perhaps_of_another=False)
         if world.is_main:
             _report_failure(error)
-        _leave_together(world)
+        _leave_together(world, watch)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("loraga-dist: interrupted", file=sys.stderr, flush=True)
+        leave_process(130)
     except Exception as error:
+        if watch is not None:
+            # what a collective says when another rank has gone is a RuntimeError
+            of_another = isinstance(error, RuntimeError)
+            if not of_another:
+                traceback.print_exc()
+            watch.fail(f"failed: {type(error).__name__}: {error}", 3, perhaps_of_another=of_another)
         traceback.print_exc()
-        return _fail_alone(world, f"{type(error).__name__}: {error}", 3)
-    _leave_together(world)
+        return _report_failure(RunError(f"{type(error).__name__}: {error}"))
+    _leave_together(world, watch)
     return 0
 
 
@@ -157,7 +181,21 @@ def run_verify(directory: Path, base: Path | None) -> int:
     return 0 if result.ok else 3
 
 
-def _leave_together(world: World) -> None:
+def run_offline(command: Command, options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    _prepare_libraries()
+    try:
+        command.run(options, overrides)
+    except LoragaError as error:
+        return _report_failure(error)
+    except Exception as error:
+        traceback.print_exc()
+        return _report_failure(RunError(f"{type(error).__name__}: {error}"))
+    return 0
+
+
+def _leave_together(world: World, watch: Watch | None) -> None:
+    if watch is not None:
+        watch.stop()
     # a rank that exits early would have the launcher kill the one that is still printing
     sys.stdout.flush()
     sys.stderr.flush()
@@ -176,14 +214,9 @@ def leave_process(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def _fail_alone(world: World, message: str, exit_code: int) -> NoReturn:
-    """End at once: the others may wait for this rank in a collective, and the launcher ends them when it is gone."""
-    print(f"loraga-dist: rank {world.rank} failed: {message}", file=sys.stderr, flush=True)
-    os._exit(exit_code)
-
-
 def _report_failure(error: LoragaError) -> int:
-    print(f"loraga-dist: {error}", file=sys.stderr, flush=True)
+    for line in (str(error), *getattr(error, "__notes__", ())):
+        print(f"loraga-dist: {line}", file=sys.stderr, flush=True)
     return error.exit_code
 
 

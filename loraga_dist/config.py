@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -20,6 +20,7 @@ Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "unit", "gd", "weight_svd", "peft"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
+StateDevice = Literal["auto", "device", "host"]
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
@@ -102,9 +103,12 @@ class GradientConfig(Section):
     """Targets accumulated per sweep over the data: 1 is one parameter at a time, null as many as the budget holds."""
     state_budget_gib: float = Field(default=4.0, gt=0)
     """Memory per rank that gradient state may take; more targets than fit make more sweeps."""
+    state_device: StateDevice = "auto"
+    """Where that state lives between two uses; `host` is pinned host memory, at the price of copies in every backward.
+    `auto` is the device, unless the state would fill half of what is free there."""
     oversampling: int | None = Field(default=None, ge=1)
     """Extra columns beyond the 2r that are used; null is the engine's own rule. What `sketch` gains accuracy from."""
-    refine_passes: int | Literal["auto"] = Field(default="auto")
+    refine_passes: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """More passes of `sketch` over the same data: one makes it practically exact. `auto` takes one where a microbatch
     of all ranks has fewer supervised tokens than the sketch has columns."""
     checkpointing: Checkpointing = "non_reentrant"
@@ -124,13 +128,25 @@ class CalibrationConfig(Section):
     """SEQ_CLS: the column with the integer class."""
     max_length: int = Field(default=1024, ge=2)
     """Longer samples are truncated to this many tokens."""
-    max_samples: int = Field(default=256, ge=1)
+    max_samples: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
+    """`auto` goes on over the shuffled data until two halves of what was seen agree on the gradient."""
+    target_cosine: float = Field(default=0.9, gt=0, lt=1)
+    """`max_samples: auto` stops where the median target's split-half cosine reaches this; with several sweeps the
+    targets of the first one decide."""
+    sample_limit: int = Field(default=2048, ge=1)
+    """`max_samples: auto` stops here at the latest. The disagreement of halves falls as one over their size, so that
+    data whose first 256 samples reach a cosine of 0.53 reaches 0.9 within 2048."""
     per_device_batch_size: int = Field(default=1, ge=1)
     assistant_only_loss: bool = False
     completion_only_loss: bool | None = None
     """null: True for prompt-completion data, as TRL does."""
     seed: int = Field(default=42, ge=0)
     """Seed of the one shuffle of the data."""
+
+    @property
+    def most_samples(self) -> int:
+        """Samples a run reads at most."""
+        return self.sample_limit if self.max_samples == "auto" else self.max_samples
 
 
 class OutputConfig(Section):
@@ -159,6 +175,10 @@ class InitConfig(MethodConfig):
     model: ModelConfig
     calibration: CalibrationConfig
     output: OutputConfig
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the checkpoint that an interrupted run of the same work left beside `output.dir`."""
+    checkpoint_minutes: float = Field(default=30.0, gt=0)
+    """A checkpoint is also saved when this much time has gone by since the last."""
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> InitConfig:

@@ -1,7 +1,4 @@
-"""Who am I among the ranks, and the few collectives the pipeline needs.
-
-The launcher's environment (torchrun, deepspeed) names the rank; without one the run is a single process.
-"""
+"""One process group over the ranks the launcher started, and the few collectives the pipeline needs."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import importlib
 import json
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 from loraga_dist.errors import LoragaError, RunError, UserError
+from loraga_dist.launcher import Placement, environment_int, find_placement
+from loraga_dist.rendezvous import meet
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -42,34 +41,29 @@ class World:
 
     @classmethod
     def start(cls) -> World:
-        """Join the process group the launcher describes; raises UserError when its variables do not fit together."""
+        """Join the process group the launcher describes.
+
+        Raises UserError when its variables do not fit together, RunError when the ranks do not find each other.
+        """
         if dist.is_initialized():
             return cls.current()
-        size = _environment_int("WORLD_SIZE", 1)
-        rank = _environment_int("RANK", 0)
-        local_rank = _environment_int("LOCAL_RANK", 0)
-        if not 0 <= rank < size:
-            raise UserError("RANK", rank, f"is outside WORLD_SIZE {size}; start through torchrun or deepspeed")
-        device = _device(local_rank)
-        if size > 1:
-            _share_cores()
+        place = find_placement(os.environ)
+        device = _device(place.local_rank)
+        if place.size > 1:
+            os.environ.update(place.variables())
+            _share_cores(place)
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             # its functions take the group that exists at its import as default arguments, and so keep gloo's threads
             # alive past `stop`: a rank then aborts at exit now and then
             importlib.import_module("torch.distributed.nn.functional")
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                rank=rank,
-                world_size=size,
-                timeout=COLLECTIVE_TIMEOUT,
-            )
-        return cls(rank, size, local_rank, device)
+            _connect(place, "nccl" if device.type == "cuda" else "gloo")
+        return cls(place.rank, place.size, place.local_rank, device)
 
     @classmethod
     def current(cls) -> World:
         """The process group as it stands, for callers that run inside somebody's training script."""
-        local_rank = _environment_int("LOCAL_RANK", 0)
+        local_rank = environment_int(os.environ, "LOCAL_RANK", 0)
         if not dist.is_initialized():
             return cls(0, 1, local_rank, _device(local_rank))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, _device(local_rank))
@@ -136,6 +130,21 @@ class World:
         """Every rank's value, in rank order, as JSON gives it back: tuples have become lists."""
         return [json.loads(text) for text in self.all_texts(json.dumps(value))]
 
+    def require_same(self, facts: Mapping[str, object], remedy: str) -> None:
+        """Raise UserError on all ranks unless each of them has the same facts; a collective. Names those that differ.
+
+        facts: what JSON can hold, nested or not.
+        """
+        of_ranks = [dict(_dotted(tree)) for tree in self.all_json(facts)]
+        ours = of_ranks[0]
+        for key in sorted(set().union(*of_ranks)):
+            others = [rank for rank, theirs in enumerate(of_ranks) if theirs.get(key) != ours.get(key)]
+            if others:
+                problem = f"is {of_ranks[others[0]].get(key)!r} on ranks {others}; {remedy}"
+                error = UserError(key, ours.get(key), problem)
+                error.on_all_ranks = True
+                raise error
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A section without collectives in which ranks may fail one by one: all leave it, or all raise the first error.
@@ -162,25 +171,43 @@ class World:
         raise error
 
 
-def _environment_int(name: str, default: int) -> int:
-    text = os.environ.get(name)
-    if text is None:
-        return default
+def _dotted(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _connect(place: Placement, backend: str) -> None:
+    store = meet(place)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
     try:
-        return int(text)
-    except ValueError:
-        raise UserError(name, text, "is not a number; start through torchrun or deepspeed") from None
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=COLLECTIVE_TIMEOUT
+        )
+    except RuntimeError as error:
+        variable = f"{backend.upper()}_SOCKET_IFNAME"
+        raise RunError(
+            f"rank {place.rank}: all ranks met at {place.master_addr}:{place.master_port}, but {backend} does not "
+            f"connect them; set {variable} to the network interface between the nodes ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _ranks_on_node() -> int:
     # torchrun and deepspeed have different names for it
-    return _environment_int("LOCAL_WORLD_SIZE", _environment_int("LOCAL_SIZE", 1))
+    return environment_int(os.environ, "LOCAL_WORLD_SIZE", environment_int(os.environ, "LOCAL_SIZE", 1))
 
 
-def _share_cores() -> None:
+def _share_cores(place: Placement) -> None:
     """Give each rank of a node its part of the cores: ranks that all use all of them slow each other down tenfold."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_node()))
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0))
+    threads = cores // place.local_size
+    if place.launcher == "slurm":  # where SLURM binds tasks to cores, those it shows are this rank's alone
+        threads = min(cores, environment_int(os.environ, "SLURM_CPUS_PER_TASK", threads))
+    torch.set_num_threads(max(1, threads))
 
 
 def _device(local_rank: int) -> torch.device:

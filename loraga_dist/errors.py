@@ -26,5 +26,11 @@ class UserError(LoragaError):
         self.key = key
 
 
+class Preempted(LoragaError):
+    """The run was asked to stop and has saved its state; the same command goes on from there (exit code 143)."""
+
+    exit_code = 143
+
+
 class RunError(LoragaError):
     """The run failed although the input was right (exit code 3)."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loraga_dist.config import CalibrationConfig, GradientConfig, InitConfig
+from loraga_dist.config import GradientConfig, InitConfig
 from loraga_dist.distributed import World
+from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape, RankMemory, Setting, rank_memory, sink_bytes
 from loraga_dist.job import Job
@@ -37,24 +38,36 @@ class Forecaster:
     targets: Sequence[Target]
     on_host: bool
     """The ranks compute on CPUs."""
+    device_bytes: float | None = None
+    """Memory of one device, where it is known: `gradient.state_device: auto` depends on it."""
     _rehearsals: dict[Any, Rehearsal | None] = field(default_factory=dict, repr=False)
 
     def plan(self, world_size: int, gradient: GradientConfig | None = None) -> Plan:
         scheme = SCHEMES[self.config.init.scheme]
         return make_plan(self.targets, gradient or self.config.gradient, scheme, world_size)
 
-    def setting(self, world_size: int) -> Setting:
+    def setting(self, plan: Plan, world_size: int) -> Setting:
         zero = read_deepspeed_config(self.config.deepspeed).get("zero_optimization", {})
         sharded = world_size > 1 or self.config.deepspeed is not None
+        weights_on_host = sharded and (zero.get("offload_param") or {}).get("device") == "cpu"
         return Setting(
             world_size=world_size,
             sharded=sharded,
             on_host=self.on_host,
-            weights_on_host=sharded and (zero.get("offload_param") or {}).get("device") == "cpu",
+            weights_on_host=weights_on_host,
             weights_mapped=self.on_host
             and not sharded
             and all(slot.dtype == self.base.dtype for slot in self.base.index.values()),
+            state_on_host=not self.on_host
+            and self._state_on_host(plan, 0 if weights_on_host else self.shape.partition_bytes(world_size)),
         )
+
+    def _state_on_host(self, plan: Plan, weights_bytes: int) -> bool:
+        """What `StateHome.choose` will do once the weights are on the device."""
+        choice = self.config.gradient.state_device
+        if choice != "auto" or self.device_bytes is None:
+            return choice == "host"
+        return plan.state_bytes_per_rank > DEVICE_SHARE * (self.device_bytes - weights_bytes)
 
     def rehearsal(self, plan: Plan, shapes: Shapes, gradient: GradientConfig, *, gathers: bool) -> Rehearsal | None:
         """Of the sweep whose backward goes deepest: the first, for targets are in module order."""
@@ -76,15 +89,17 @@ class Forecaster:
 
     def memory(self, rank: int, plan: Plan, shapes: Shapes, setting: Setting) -> RankMemory:
         rehearsal = self.rehearsal(plan, shapes, self.config.gradient, gathers=setting.sharded)
-        return rank_memory(rank, plan, self.shape, rehearsal, setting)
+        return rank_memory(rank, plan, self.shape, rehearsal, math.prod(shapes["input_ids"]), setting)
 
     def activations_known(self, world_size: int, shapes: Shapes) -> bool:
-        plan, gathers = self.plan(world_size), self.setting(world_size).sharded
+        plan = self.plan(world_size)
+        gathers = self.setting(plan, world_size).sharded
         return self.rehearsal(plan, shapes, self.config.gradient, gathers=gathers) is not None
 
     def worst(self, world_size: int, shapes: Shapes) -> RankMemory:
         """Of the rank that needs most."""
-        plan, setting = self.plan(world_size), self.setting(world_size)
+        plan = self.plan(world_size)
+        setting = self.setting(plan, world_size)
         work = [0] * world_size
         for sweep in plan.sweeps:
             for matrix in sweep:
@@ -95,26 +110,14 @@ class Forecaster:
     def changed(self, **sections: dict[str, Any]) -> Forecaster:
         """The same request with some keys changed."""
         update = {name: getattr(self.config, name).model_copy(update=keys) for name, keys in sections.items()}
-        return Forecaster(
-            config=self.config.model_copy(update=update),
-            base=self.base,
-            shape=self.shape,
-            targets=self.targets,
-            on_host=self.on_host,
-            _rehearsals=self._rehearsals,
-        )
-
-
-def sample_limit(calibration: CalibrationConfig) -> int:
-    """Most samples that calibration reads."""
-    return calibration.max_samples
+        return replace(self, config=self.config.model_copy(update=update))
 
 
 def batch_shapes(config: InitConfig, base: BaseModel) -> dict[str, tuple[int, ...]]:
     """The largest microbatch the settings allow."""
     calibration = config.calibration
     length = min(calibration.max_length, base.max_positions or calibration.max_length)
-    size = min(calibration.per_device_batch_size, sample_limit(calibration))
+    size = min(calibration.per_device_batch_size, calibration.most_samples)
     labels = (size,) if config.lora.task_type == "SEQ_CLS" else (size, length)
     return {"input_ids": (size, length), "attention_mask": (size, length), "labels": labels}
 
@@ -128,18 +131,26 @@ def verdict(peak_bytes: int, limit_bytes: float) -> str:
 
 def forecaster_of(job: Job, config: InitConfig, world: World) -> Forecaster:
     on_host = world.device.type == "cpu"
-    return Forecaster(config=config, base=job.base, shape=job.shape, targets=job.plan.targets, on_host=on_host)
+    return Forecaster(
+        config=config,
+        base=job.base,
+        shape=job.shape,
+        targets=job.plan.targets,
+        on_host=on_host,
+        device_bytes=None if on_host else free_bytes(world.device, world.ranks_on_node),
+    )
 
 
 def planned_memory(job: Job, config: InitConfig, world: World) -> RankMemory:
     """What this rank will hold, for its own largest microbatch."""
     forecaster = forecaster_of(job, config, world)
-    return forecaster.memory(world.rank, job.plan, largest_microbatch(job), forecaster.setting(world.size))
+    return forecaster.memory(world.rank, job.plan, largest_microbatch(job), forecaster.setting(job.plan, world.size))
 
 
 def largest_microbatch(job: Job) -> Shapes:
     """Shapes of this rank's microbatch with most tokens."""
-    largest = max(job.microbatches, key=lambda microbatch: microbatch.inputs["input_ids"].numel())
+    microbatches = job.deal.microbatches(0, job.deal.num_samples, 0)
+    largest = max(microbatches, key=lambda microbatch: microbatch.inputs["input_ids"].numel())
     return {name: tuple(tensor.shape) for name, tensor in largest.inputs.items()}
 
 
@@ -179,7 +190,8 @@ def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[
         lines.append(f"all of these: {_gib(peak)} GiB ({verdict(peak, limit_bytes)})")
         if verdict(peak, limit_bytes) != "fits":
             lines.append(f"with all of these, {_ranks_that_fit(together, world_size, limit_bytes)}")
-    if not forecaster.on_host and not forecaster.setting(world_size).weights_on_host and world_size > 1:
+    setting = forecaster.setting(forecaster.plan(world_size), world_size)
+    if not forecaster.on_host and not setting.weights_on_host and world_size > 1:
         weights = forecaster.shape.partition_bytes(world_size)
         lines.append(
             f"deepspeed: configs/deepspeed/zero3_offload_cpu.json moves {_gib(weights)} GiB of weights per rank to the "
@@ -211,6 +223,8 @@ def _changes(config: InitConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if calibration.max_length >= 512:
         length = calibration.max_length // 2
         yield f"calibration.max_length {length}", "calibration", {"max_length": length}
+    if gradient.state_device != "host":
+        yield "gradient.state_device host (copies in every backward)", "gradient", {"state_device": "host"}
     budget = gradient.state_budget_gib / 4
     yield f"gradient.state_budget_gib {budget:g} (more sweeps)", "gradient", {"state_budget_gib": budget}
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from loraga_dist.artifacts.adapter import AdapterTarget
-from loraga_dist.artifacts.residual import PlannedFile, plan_residual_files, require_targets, residual_dtype_of
+from loraga_dist.artifacts.residual import PlannedFile, factor_dtype, plan_residual_files, require_targets
 from loraga_dist.artifacts.staging import check_destination
 from loraga_dist.calibration import (
-    Microbatch,
     Sample,
-    assign_microbatches,
-    fingerprint,
+    SampleDeal,
+    fingerprints,
     load_samples,
     padding_token_id,
 )
@@ -52,17 +51,15 @@ class Job:
     residual_files: list[PlannedFile]
     """Planned whatever `output.residual_base` says: ranks share the digests of the base by the same files."""
     residual_dtype: str
-    microbatches: list[Microbatch]
-    """This rank's."""
-    num_sequences: int
-    data_fingerprint: str
+    deal: SampleDeal
+    data_fingerprints: list[str]
+    """Of the first 1, 2, ... samples; a run need not use them all."""
     output_bytes: int
 
     def storage_dtype(self, target: Target) -> torch.dtype:
-        """What A0 and B0 of a target are rounded to: the coarser of the compute dtype and its residual's."""
+        """What A0 and B0 of a target are rounded to."""
         key = self.base.weight_keys(target.parameter_name)
-        residual = residual_dtype_of(self.base.index[key].dtype, self.residual_dtype)
-        return max(self.base.dtype, residual, key=lambda dtype: torch.finfo(dtype).eps)
+        return factor_dtype(self.base.dtype, self.base.index[key].dtype, self.residual_dtype)
 
 
 def prepare(config: InitConfig, world: World) -> Job:
@@ -109,15 +106,14 @@ def prepare(config: InitConfig, world: World) -> Job:
         saved_parameters=saved_parameters,
         residual_files=residual_files,
         residual_dtype=config.output.residual_dtype,
-        microbatches=assign_microbatches(
-            samples,
+        deal=SampleDeal(
+            samples=samples,
             rank=world.rank,
             world_size=world.size,
             per_device_batch_size=config.calibration.per_device_batch_size,
             pad_token_id=_padding(config, base, tokenizer),
         ),
-        num_sequences=len(samples),
-        data_fingerprint=fingerprint(samples),
+        data_fingerprints=fingerprints(samples),
         output_bytes=_output_bytes(config, plan, residual_files, saved),
     )
 
@@ -160,8 +156,8 @@ def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Samp
 
 def agree_on_inputs(job: Job, config: InitConfig, world: World) -> None:
     """Raise UserError on all ranks unless they all read the same data; a collective."""
-    fingerprints = world.all_texts(job.data_fingerprint)
-    others = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
+    everyone = world.all_texts(job.data_fingerprints[-1])
+    others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     with world.together():
         if others:
             calibration = config.calibration

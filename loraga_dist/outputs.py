@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, write_adapter
 from loraga_dist.artifacts.factors import write_factors
 from loraga_dist.artifacts.manifest import TensorDigest, fingerprint, write_checksums
 from loraga_dist.artifacts.names import (
@@ -33,8 +35,10 @@ from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
 from loraga_dist.job import Job
 from loraga_dist.progress import phase
+from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.start import Start
+from loraga_dist.stream import Calibration
 from loraga_dist.targets import peft_lora_config
 
 
@@ -58,7 +62,8 @@ def write_weights(
         if world.is_main:
             for name in (*names, LORAGA_INIT, LORAGA_OFFSET):
                 (directory / name).mkdir()
-            _write_adapters(directory, job, config, factors)
+            saved = {name: job.base.index[key] for name, key in job.saved_parameters.items()}
+            write_adapters(directory, config, job.targets, lambda name: (factors[name].A_RN, factors[name].B_MR), saved)
     write_factors(directory / FACTORS, {name: found.svd for name, found in start.calibration.owned.items()}, world)
 
     share = shares(job.residual_files, lambda file: file.num_bytes, world.size)[world.rank]
@@ -128,20 +133,24 @@ def make_report(
         }
         for found in start.targets
     }
+    calibration = start.calibration
+    stopped_by = _stopped_by(job, calibration)
     return finite(
         {
             "schema_version": SCHEMA_VERSION,
             "config": config.model_dump(),
             "base_fingerprint": fingerprints.base,
             "residual_fingerprint": fingerprints.residual,
-            "data_fingerprint": job.data_fingerprint,
+            "data_fingerprint": job.data_fingerprints[calibration.num_samples - 1],
             "versions": versions(),
             "world_size": world.size,
             "engine": config.gradient.engine,
-            "refine_passes": start.calibration.refine_passes,
-            "num_sequences": job.num_sequences,
-            "num_supervised_tokens": start.calibration.num_supervised_tokens,
-            "mean_loss": start.calibration.mean_loss,
+            "refine_passes": calibration.refine_passes,
+            "num_sequences": calibration.num_samples,
+            "num_supervised_tokens": calibration.num_supervised_tokens,
+            "stopped_by": stopped_by,
+            "split_half_cosine": _median_cosine(start),
+            "mean_loss": calibration.mean_loss,
             "seconds": dict(seconds),
             "peak_bytes_per_rank": [peak for peak, _ in per_rank],
             "planned_peak_bytes_per_rank": [planned for _, planned in per_rank],
@@ -149,9 +158,25 @@ def make_report(
             "targets": targets,
             "saved_parameters": job.saved_parameters,
             "identity_check": dataclasses.asdict(start.identity_check),
-            "warnings": find_warnings(targets),
+            "warnings": find_warnings(targets, stopped_by=stopped_by, refine_passes=calibration.refine_passes),
         }
     )
+
+
+def _stopped_by(job: Job, calibration: Calibration) -> str:
+    """What ended the calibration data: `target_cosine`, `sample_limit` or `max_samples`, or that there was no more."""
+    if calibration.reached_target:
+        return "target_cosine"
+    wanted = job.config.calibration
+    if len(job.data_fingerprints) < wanted.most_samples:
+        return "data"
+    return "sample_limit" if wanted.max_samples == "auto" else "max_samples"
+
+
+def _median_cosine(start: Start) -> float | None:
+    """Split-half cosine of the median target; None where there was a single microbatch."""
+    known = [found.split_half_cosine for found in start.targets if found.split_half_cosine is not None]
+    return statistics.median(known) if known else None
 
 
 def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, Any], world: World) -> str:
@@ -186,18 +211,18 @@ def _write_texts(directory: Path, config: InitConfig, report: Mapping[str, Any])
             raise RunError(f"write: {directory / name} cannot be written ({error.strerror})") from error
 
 
-def _write_adapters(directory: Path, job: Job, config: InitConfig, factors: Mapping[str, LoraFactors]) -> None:
-    for name, base, revision, negate in (
-        (LORAGA_INIT, f"{config.output.dir}/{RESIDUAL_BASE}", None, False),
-        (LORAGA_OFFSET, config.model.name_or_path, config.model.revision, True),
-    ):
-        peft_config = peft_lora_config(config.lora)
-        peft_config.base_model_name_or_path, peft_config.revision = base, revision
-        write_adapter(
-            directory / name,
-            peft_config,
-            job.targets,
-            lambda target: (factors[target].A_RN, factors[target].B_MR),
-            negate_b=negate,
-            saved={name: job.base.index[key] for name, key in job.saved_parameters.items()},
-        )
+def write_adapters(
+    directory: Path,
+    config: InitConfig,
+    targets: Sequence[AdapterTarget],
+    factors: Callable[[str], tuple[Tensor, Tensor]],
+    saved: Mapping[str, TensorSlot],
+) -> None:
+    """`loraga_init` with the given A0, B0, asked for once per target, and `loraga_offset` with the stored A0, -B0."""
+    of_init = peft_lora_config(config.lora)
+    of_init.base_model_name_or_path = f"{config.output.dir}/{RESIDUAL_BASE}"
+    write_adapter(directory / LORAGA_INIT, of_init, targets, factors, saved=saved)
+    of_offset = peft_lora_config(config.lora)
+    of_offset.base_model_name_or_path, of_offset.revision = config.model.name_or_path, config.model.revision
+    stored = AdapterFile(directory / LORAGA_INIT)
+    write_adapter(directory / LORAGA_OFFSET, of_offset, targets, stored.factors, negate_b=True, saved=saved)

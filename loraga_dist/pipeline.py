@@ -10,22 +10,26 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from loraga_dist.artifacts.staging import StagedDirectory
 from loraga_dist.calibrate import in_step
-from loraga_dist.calibration import microbatches_from_batches
+from loraga_dist.calibration import BatchDeal, microbatches_from_batches
+from loraga_dist.checkpoint import CheckpointStore
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.distributed import World
-from loraga_dist.errors import UserError
+from loraga_dist.errors import LoragaError, UserError
 from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
-from loraga_dist.job import agree_on_inputs, prepare
+from loraga_dist.job import Job, agree_on_inputs, prepare
 from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.outputs import finish_directory, make_report, write_weights
 from loraga_dist.plan import make_plan
 from loraga_dist.plan_report import plan_report, print_plan
+from loraga_dist.resume import RunKeeper, StopRequest, base_identity
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
@@ -33,7 +37,7 @@ from loraga_dist.start import Start, start_in_place
 from loraga_dist.targets import meta_copy, select_targets
 
 
-def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
+def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, Any], str]:
     """`loraga-dist init`: from a checkpoint and data to a verified output directory.
 
     Every rank calls it. Returns the report and what was verified. Raises UserError before weights are
@@ -55,6 +59,7 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
         staged = StagedDirectory(job.destination, world)
         staged.create(job.output_bytes)
         try:
+            keeper = _keeper(job, staged.checkpoint_path, stop, world)
             sharded = world.size > 1 or config.deepspeed is not None
             sharding = Zero3(world, config.deepspeed) if sharded else SingleProcess(world)
             model = sharding.load(job.base.directory, job.base.model_class, job.base.config, job.base.dtype, job.slots)
@@ -63,15 +68,18 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
             start = start_in_place(
                 model,
                 job.plan,
-                job.microbatches,
+                job.deal,
                 config,
                 sharding=sharding,
                 rounding=job.storage_dtype,
+                target_cosine=config.calibration.target_cosine if config.calibration.max_samples == "auto" else None,
+                keeper=keeper,
                 keep=lambda target, made: factors.__setitem__(target.name, made) if world.is_main else None,
             )
             seconds["calibrate"] = start.calibration.seconds_calibrate
             seconds["factorize"] = start.calibration.seconds_factorize
             del model
+            keeper.leave_if_asked()
             write_started = time.monotonic()
             fingerprints = write_weights(staged.path, job, config, start, factors, world)
             seconds["write"] = time.monotonic() - write_started
@@ -83,11 +91,30 @@ def run(config: InitConfig, world: World) -> tuple[dict[str, Any], str]:
             with world.together():
                 if world.is_main:
                     staged.commit()
-        except BaseException:
+            keeper.done()
+        except BaseException as error:
             if world.is_main:
                 staged.discard()
+                if isinstance(error, LoragaError) and error.exit_code == 3 and staged.checkpoint_path.is_dir():
+                    error.add_note(f"the same command goes on from the checkpoint in {staged.checkpoint_path}")
             raise
     return report, verified
+
+
+def _keeper(job: Job, directory: Path, stop: StopRequest, world: World) -> RunKeeper:
+    config = job.config
+    work = {
+        **config.model_dump(mode="json", include={"model", "lora", "init", "gradient", "calibration"}),
+        "base": base_identity(job.base.index),
+        "data": job.data_fingerprints[-1],
+        "loraga_dist": version("loraga_dist"),
+    }
+    keeper = RunKeeper(CheckpointStore(directory, world), work, stop, config.checkpoint_minutes, world)
+    if config.resume == "auto":
+        keeper.look()
+    else:
+        keeper.start_over()
+    return keeper
 
 
 def dry_run(config: InitConfig, world: World) -> None:
@@ -99,7 +126,7 @@ def dry_run(config: InitConfig, world: World) -> None:
         refuse_what_cannot_fit(planned_memory(job, config, world), job, config, world)
         if world.is_main:
             forecaster, shapes = forecaster_of(job, config, world), largest_microbatch(job)
-            print_plan(plan_report(forecaster, world.size, shapes=shapes, num_sequences=job.num_sequences))
+            print_plan(plan_report(forecaster, world.size, shapes=shapes, num_sequences=job.deal.num_samples))
 
 
 def initialize(
@@ -136,7 +163,7 @@ def initialize(
     return start_in_place(
         model,
         plan,
-        in_step(microbatches, world),
+        BatchDeal(in_step(microbatches, world)),
         config,
         sharding=sharding,
         rounding=lambda target: dtype,

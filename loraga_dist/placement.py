@@ -15,7 +15,7 @@ from loraga_dist.calibration import Microbatch
 from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.engines import GradientSVD
 from loraga_dist.engines.base import seeded_generator
-from loraga_dist.linalg import numerical_rank, truncated_svd
+from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd
 from loraga_dist.plan import Plan
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding.base import Sharding
@@ -102,11 +102,37 @@ def place_factors(
                     window_capture=_known(capture),
                     engine=engines[target.name],
                     numerical_rank=int(rank),
-                    offset_ratio=target.scaling * _product_norm(factors) / max(square_norm**0.5, 1e-30),
+                    offset_ratio=target.scaling * product_norm(factors) / max(square_norm**0.5, 1e-30),
                 )
             )
     world.barrier()
     return reports
+
+
+def make_factors(
+    target: Target, svd: TruncatedSVD, config: SchemeConfig, dtype: torch.dtype, weight_S_R: torch.Tensor | None
+) -> LoraFactors:
+    """A0, B0 of one target, rounded to `dtype` and stored in float32; the same wherever and whenever they are made.
+
+    weight_S_R: `weight_singular_values`, for the scale that wants them.
+    """
+    factors = SCHEMES[config.scheme].factors(
+        svd,
+        r=target.r,
+        scaling=target.scaling,
+        direction=config.direction,
+        scale=config.scale,
+        stable_gamma=config.stable_gamma,
+        generator=seeded_generator(config.seed, f"{target.name}/direction", torch.device("cpu")),
+        weight_S_K=weight_S_R,
+    )
+    return LoraFactors(A_RN=factors.A_RN.to(dtype).float(), B_MR=factors.B_MR.to(dtype).float())
+
+
+def weight_singular_values(W: torch.Tensor, target: Target, config: SchemeConfig) -> torch.Tensor:
+    """Leading r singular values of a target's weight as the model holds it, float32 on the host."""
+    generator = seeded_generator(config.seed, f"{target.name}/weight", W.device)
+    return truncated_svd(W.float(), rank=target.r, oversampling=target.r, generator=generator).S_K.cpu()
 
 
 def _share_factors(
@@ -120,26 +146,16 @@ def _share_factors(
 ) -> tuple[LoraFactors, list[float]]:
     """The owner's factors, and its numbers for the report, on every rank."""
     world, device = sharding.world, sharding.world.device
-    scheme = SCHEMES[config.scheme]
     weight_S_R = _weight_singular_values(target, owner, weight, sharding, config)
     A_RN = torch.empty(target.r, target.N, device=device)
     B_MR = torch.empty(target.M, target.r, device=device)
-    num_triplets = scheme.num_triplets(target.r)
+    num_triplets = SCHEMES[config.scheme].num_triplets(target.r)
     numbers = torch.empty(4 + num_triplets, dtype=torch.float64, device=device)
     if world.rank == owner:
         assert result is not None, f"{target.name} was not factorized by its owner"
-        factors = scheme.factors(
-            result.svd,
-            r=target.r,
-            scaling=target.scaling,
-            direction=config.direction,
-            scale=config.scale,
-            stable_gamma=config.stable_gamma,
-            generator=seeded_generator(config.seed, f"{target.name}/direction", torch.device("cpu")),
-            weight_S_K=weight_S_R,
-        )
-        A_RN.copy_(factors.A_RN.to(dtype))
-        B_MR.copy_(factors.B_MR.to(dtype))
+        factors = make_factors(target, result.svd, config, dtype, weight_S_R)
+        A_RN.copy_(factors.A_RN)
+        B_MR.copy_(factors.B_MR)
         known = [float("nan") if x is None else x for x in (result.split_half_cosine, result.window_capture)]
         rank = numerical_rank(result.svd.S_K, target.M, target.N)
         numbers.copy_(
@@ -160,10 +176,7 @@ def _weight_singular_values(
     if config.scale != "weight_svd":
         return None
     with sharding.full_weight(weight) as W:
-        if sharding.world.rank != owner:
-            return None
-        generator = seeded_generator(config.seed, f"{target.name}/weight", W.device)
-        return truncated_svd(W.float(), rank=target.r, oversampling=target.r, generator=generator).S_K.cpu()
+        return weight_singular_values(W, target, config) if sharding.world.rank == owner else None
 
 
 def _known(value: float) -> float | None:
@@ -171,7 +184,7 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _product_norm(factors: LoraFactors) -> float:
+def product_norm(factors: LoraFactors) -> float:
     """||B A||_F from the r x r Gram matrices."""
     A, B = factors.A_RN.double(), factors.B_MR.double()
     return ((B.t() @ B) * (A @ A.t())).sum().clamp_min(0).sqrt().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from rich.table import Table
 from loraga_dist.config import InitConfig
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape, disk_bytes, work
-from loraga_dist.forecast import Forecaster, advice, batch_shapes, sample_limit, verdict
+from loraga_dist.forecast import Forecaster, advice, batch_shapes, verdict
 from loraga_dist.models import find_base_model
 from loraga_dist.plan import Plan
 from loraga_dist.schemes import SCHEMES
@@ -51,9 +52,11 @@ def plan_report(
 
     shapes, num_sequences: of the calibration data where it has been read; else the most that the config allows.
     """
+    if gib_per_rank is not None:
+        forecaster = replace(forecaster, device_bytes=gib_per_rank * _GIB)
     config, shape = forecaster.config, forecaster.shape
     shapes_known = shapes or batch_shapes(config, forecaster.base)
-    num_sequences = num_sequences or sample_limit(config.calibration)
+    num_sequences = num_sequences or config.calibration.most_samples
     plan = forecaster.plan(world_size)
     batch, length = shapes_known["input_ids"]
     microbatches = -(-num_sequences // (world_size * batch))

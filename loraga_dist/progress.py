@@ -47,7 +47,7 @@ class Progress:
             )
 
     def extend(self, steps: int) -> None:
-        """More steps than were announced."""
+        """More steps than were announced, or fewer."""
         self._total += steps
         if self._bar is not None:
             self._bar.total = self._total

@@ -74,7 +74,6 @@ def rehearse(
             stack.cut()
             microbatch = Microbatch(
                 inputs={name: torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()},
-                num_sequences=0,
                 num_supervised_tokens=0,
                 index=0,
                 sample_ids=(),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from loraga_dist.calibrate import Calibration, calibrate
-from loraga_dist.calibration import Microbatch
+from loraga_dist.calibrate import Keeper, calibrate
+from loraga_dist.calibration import Deal
 from loraga_dist.config import MethodConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
@@ -20,6 +20,7 @@ from loraga_dist.placement import TargetReport, add_adapter, place_factors, prob
 from loraga_dist.plan import Plan
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding import Sharding
+from loraga_dist.stream import Calibration
 from loraga_dist.targets import Target
 
 _FLOAT32_TOLERANCE = 1e-3
@@ -49,27 +50,32 @@ class Start:
 def start_in_place(
     model: nn.Module,
     plan: Plan,
-    microbatches: Sequence[Microbatch],
+    deal: Deal,
     config: MethodConfig,
     *,
     sharding: Sharding,
     rounding: Callable[[Target], torch.dtype],
+    target_cosine: float | None = None,
+    keeper: Keeper | None = None,
     keep: Callable[[Target, LoraFactors], None] | None = None,
 ) -> Start:
     """Calibrate on `model`, then turn it into its own LoRA-GA start. Every rank calls this; none holds the model."""
+    probe = deal.microbatches(0, deal.samples_per_step, 0)[0]
     model.requires_grad_(False).eval()  # no dropout, also in the logits that are compared
     module = sharding.attach(model)
     try:
         calibration = calibrate(
             module,
             plan,
-            microbatches,
+            deal,
             config.gradient,
             sharding=sharding,
             loss_sum=LOSSES[config.lora.task_type],
             seed=config.init.seed,
+            target_cosine=target_cosine,
+            keeper=keeper,
         )
-        before = probe_logits(module, microbatches[0], sharding)
+        before = probe_logits(module, probe, sharding)
     finally:
         sharding.detach()
 
@@ -82,7 +88,7 @@ def start_in_place(
     peft_model.requires_grad_(False)
     module = sharding.attach(peft_model)
     try:
-        after = probe_logits(module.eval(), microbatches[0], sharding)
+        after = probe_logits(module.eval(), probe, sharding)
     finally:
         sharding.detach()
         for parameter in trainable:

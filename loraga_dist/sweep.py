@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,25 +24,34 @@ from loraga_dist.sharding.base import Sharding
 from loraga_dist.taps import tapped
 
 
+@dataclass
+class LossTotals:
+    """Over all ranks' microbatches of a sweep so far."""
+
+    loss_sum: float = 0.0
+    num_tokens: int = 0
+
+
 def sweep(
     model: nn.Module,
     names: Sequence[str],
-    microbatches: Sequence[Microbatch],
+    microbatches: Iterable[Microbatch],
     engine: GradientEngine,
     *,
     sharding: Sharding,
     loss_sum: LossSum,
     checkpointing: Checkpointing,
     progress: Progress,
-) -> tuple[float, int]:
+    totals: LossTotals,
+) -> None:
     """Show the engine every (x, dy) of the named modules over this rank's microbatches.
 
-    Returns the loss summed over all ranks' supervised tokens, and their number. Raises RunError on every rank when a
-    loss or a gradient is not finite, naming batch and layer, and UserError when a module took no part in the loss.
+    microbatches: as many on every rank. The next one is asked for when the engine is done with the one before.
+    totals: gets the loss and the number of supervised tokens of all ranks. Raises RunError on every rank when a loss or
+    a gradient is not finite, naming batch and layer, and UserError when a module took no part in the loss.
     """
     world = sharding.world
     monitor = _Monitor(engine, names, world.device)
-    total_loss, total_tokens = 0.0, 0
     with tapped(model, names, monitor.observe, checkpointing=checkpointing), full_float32_matmul():
         for microbatch in microbatches:
             engine.begin_microbatch(microbatch.index)
@@ -53,8 +63,8 @@ def sweep(
             loss_value, failures, tokens = world.sum_(sums).tolist()
             if failures or not math.isfinite(loss_value):
                 _name_the_culprit(model, microbatch, loss.item(), monitor, world, sharding)
-            total_loss += loss_value
-            total_tokens += int(tokens)
+            totals.loss_sum += loss_value
+            totals.num_tokens += int(tokens)
             engine.end_microbatch(world)
             progress.advance()
     with world.together():
@@ -64,7 +74,6 @@ def sweep(
                 missing,
                 "took no part in the loss, so there is no gradient to start from; list these here",
             )
-    return total_loss, total_tokens
 
 
 def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> torch.Tensor:
@@ -72,7 +81,8 @@ def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> t
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in microbatch.inputs.items()}
     labels = inputs.pop("labels")
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if base.config.is_encoder_decoder:
+    # a classifier has one label per sequence, which no decoder could read
+    if base.config.is_encoder_decoder and labels.dim() == 2:
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     if "use_cache" in inspect.signature(base.forward).parameters:
         inputs["use_cache"] = False
@@ -101,8 +111,10 @@ class _Monitor:
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
         self._seen.add(name)
-        # a sum is finite exactly when its terms are, as float32 holds any sum of a gradient's finite entries
-        self._failed[self._row[name]] |= ~dy_TM.sum(dtype=torch.float32).isfinite()
+        # a sum is finite exactly when its terms are, as float32 and bfloat16 hold any sum of a gradient's entries;
+        # summing bfloat16 as it is is many times faster than as float32
+        dtype = torch.float32 if dy_TM.dtype == torch.float16 else None
+        self._failed[self._row[name]] |= ~dy_TM.sum(dtype=dtype).isfinite()
         self._engine.observe(name, x_TN, dy_TM)
 
     def failures(self) -> torch.Tensor:

@@ -79,16 +79,19 @@ def _checkpointed_blocks(
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks = {name: module for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
+    # an instance attribute hides the class's forward; the user, or a library, may have set one already
+    hidden = {name: block.__dict__["forward"] for name, block in blocks.items() if "forward" in block.__dict__}
     try:
         for name, block in blocks.items():
             holds_tap = any(target.startswith(f"{name}.") for target in names)
             wrap = _reentrant if checkpointing == "reentrant" else _non_reentrant
-            # an instance attribute hides the class's forward; deleting it restores the block
             block.forward = wrap(block.forward, holds_tap)
         yield
     finally:
-        for block in blocks.values():
+        for name, block in blocks.items():
             block.__dict__.pop("forward", None)
+            if name in hidden:
+                block.forward = hidden[name]
 
 
 def _non_reentrant(forward: Callable[..., Any], holds_tap: bool) -> Callable[..., Any]:

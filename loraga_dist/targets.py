@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,11 +133,12 @@ def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Calla
         )
     if not targets:
         raise UserError("lora.target_modules", shown, "matches no module; write names the model has, or all-linear")
-    _check_patterns(lora, targets)
+    check_patterns(lora, targets)
     return Selection(targets=targets, saved_parameters=saved_parameters)
 
 
-def _check_patterns(lora: LoraSection, targets: list[Target]) -> None:
+def check_patterns(lora: LoraSection, targets: Sequence[Target]) -> None:
+    """Raise UserError for a rank or alpha pattern that matches no target."""
     from peft.utils.other import get_pattern_key
 
     for key, patterns in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern)):

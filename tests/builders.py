@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -24,12 +26,14 @@ VOCABULARY = 258
 """256 bytes, then padding and end of sequence."""
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(*, add_eos: bool = False) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<pad>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if add_eos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 257)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
@@ -53,7 +57,7 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 
 def make_model(kind: str, seed: int = 0) -> torch.nn.Module:
-    """A random model of one of the families the tests cover: llama, tied, gpt2, t5, bert."""
+    """A random model of one of the families the tests cover: llama, tied, gpt2, t5, bert, bart."""
     torch.manual_seed(seed)
     special = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257}
     if kind == "llama":
@@ -69,6 +73,13 @@ def make_model(kind: str, seed: int = 0) -> torch.nn.Module:
             pad_token_id=256, eos_token_id=257, decoder_start_token_id=256, dropout_rate=0.1,
         )  # fmt: skip
         return T5ForConditionalGeneration(config).eval()
+    if kind == "bart":
+        config = BartConfig(
+            vocab_size=VOCABULARY, d_model=48, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=80, decoder_ffn_dim=80, max_position_embeddings=128,
+            num_labels=3, decoder_start_token_id=257, forced_eos_token_id=None, init_std=0.1, **special,
+        )  # fmt: skip
+        return BartForSequenceClassification(config).eval()
     assert kind == "bert"
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80,
@@ -77,7 +88,14 @@ def make_model(kind: str, seed: int = 0) -> torch.nn.Module:
     return BertForSequenceClassification(config).eval()
 
 
-TASKS = {"llama": "CAUSAL_LM", "tied": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
+TASKS = {
+    "llama": "CAUSAL_LM",
+    "tied": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "t5": "SEQ_2_SEQ_LM",
+    "bert": "SEQ_CLS",
+    "bart": "SEQ_CLS",
+}
 
 
 def save_model(
@@ -85,7 +103,8 @@ def save_model(
 ) -> Path:
     model = make_model(kind, seed).to(dtype)
     model.save_pretrained(directory, max_shard_size="100KB" if shards else "1GB")
-    byte_tokenizer().save_pretrained(directory)
+    # BART's classifier reads the last end of sequence
+    byte_tokenizer(add_eos=kind == "bart").save_pretrained(directory)
     return directory
 
 

@@ -24,3 +24,7 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reads or leaves anything in the user's caches."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=6, help="how many runs tests/faults kills a rank of")

@@ -32,7 +32,15 @@ def free_port() -> int:
 
 def run(command: Sequence[str], *, timeout_seconds: float = 120, env: Mapping[str, str] | None = None) -> Finished:
     """Run one command, a launcher with all its ranks for instance, as a process group of its own."""
-    return _collect([_start(command, env or {})], timeout_seconds)[0]
+    return collect([_start(command, env or {})], timeout_seconds)[0]
+
+
+def run_together(
+    commands: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]], *, timeout_seconds: float = 120
+) -> list[Finished]:
+    """Run several commands at once, each with its own variables; results in their order."""
+    processes = [_start(command, env) for command, env in zip(commands, envs, strict=True)]
+    return collect(processes, timeout_seconds)
 
 
 def run_ranks(
@@ -42,8 +50,15 @@ def run_ranks(
 
     No launcher stands between, so every rank's own exit code and output can be seen.
     """
+    return collect(start_ranks(arguments, world_size, env=env), timeout_seconds)
+
+
+def start_ranks(
+    arguments: Sequence[str], world_size: int, *, env: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """The processes of `run_ranks`, for a test that does something to them; hand them to `collect` in any case."""
     port = str(free_port())
-    processes = [
+    return [
         _start(
             [sys.executable, *arguments],
             {
@@ -58,7 +73,6 @@ def run_ranks(
         )
         for rank in range(world_size)
     ]
-    return _collect(processes, timeout_seconds)
 
 
 def succeed(results: Finished | Sequence[Finished]) -> None:
@@ -79,7 +93,8 @@ def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[s
     )
 
 
-def _collect(processes: list[subprocess.Popen[str]], timeout_seconds: float) -> list[Finished]:
+def collect(processes: list[subprocess.Popen[str]], timeout_seconds: float) -> list[Finished]:
+    """Wait for the processes, each so long at most; whatever happens, none of their groups is left."""
     results = []
     try:
         for process in processes:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -87,6 +87,12 @@ def write_adapter(
         config.save_pretrained(str(directory))
     except OSError as error:
         raise RunError(f"{directory / ADAPTER_CONFIG} cannot be written ({error.strerror})") from error
+
+
+class FactorSource(Protocol):
+    """What gives A_RN and B_MR of a target, one target at a time."""
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]: ...
 
 
 class AdapterFile:

@@ -116,7 +116,8 @@ def _read_checksums(directory: Path) -> dict[str, str] | None:
     except (OSError, UnicodeDecodeError):
         return None
     matches = [match for match in map(_LINE.fullmatch, lines) if match]
-    return None if rest or len(matches) < len(lines) else {match["name"]: match["digest"] for match in matches}
+    whole = lines and not rest and len(matches) == len(lines)
+    return {match["name"]: match["digest"] for match in matches} if whole else None
 
 
 def _sizes_seen_by_main(directory: Path, world: World) -> dict[str, int]:

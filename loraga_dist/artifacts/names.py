@@ -13,6 +13,7 @@ PLOTS = "plots"
 RESOLVED_CONFIG = "resolved_config.yaml"
 README = "README.md"
 CHECKSUMS = "SHA256SUMS"
+CONVERSION = "loraga_conversion.json"
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

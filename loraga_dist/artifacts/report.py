@@ -20,6 +20,18 @@ LOW_SPLIT_HALF_COSINE = 0.5
 LOW_WINDOW_CAPTURE = 0.7
 """Below it a window of the data held much energy outside the sketch's bases."""
 
+LARGE_OFFSET_RATIO = 1
+"""Above it the start changes a weight by more than its own size."""
+
+_MORE_DATA = {
+    "max_samples": "raise calibration.max_samples, or write auto",
+    "sample_limit": "raise calibration.sample_limit",
+    "target_cosine": "raise calibration.target_cosine",
+    "data": "all of the data was used; add more",
+}
+"""How to get more calibration data, by what ended it this time."""
+_MOST_NAMED = 3
+
 _PACKAGES = ("loraga_dist", "torch", "transformers", "peft", "deepspeed", "safetensors")
 
 
@@ -33,30 +45,39 @@ def versions() -> dict[str, str]:
     return found
 
 
-def find_warnings(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a user should look at before training: one line each, with what to do."""
+def find_warnings(targets: Mapping[str, Mapping[str, Any]], *, stopped_by: str, refine_passes: int) -> list[str]:
+    """What a user should look at before training: one line each, with the worst targets, and what to do."""
+    values = {
+        field: {name: target[field] for name, target in targets.items() if target[field] is not None}
+        for field in ("offset_ratio", "split_half_cosine", "window_capture", "numerical_rank")
+    }
+    large = {name: ratio for name, ratio in values["offset_ratio"].items() if ratio > LARGE_OFFSET_RATIO}
+    noisy = {name: cosine for name, cosine in values["split_half_cosine"].items() if cosine < LOW_SPLIT_HALF_COSINE}
+    drifted = {name: capture for name, capture in values["window_capture"].items() if capture < LOW_WINDOW_CAPTURE}
+    deficient = {
+        name: rank for name, rank in values["numerical_rank"].items() if rank < len(targets[name]["singular_values"])
+    }
     lines = []
-    large = [name for name, target in targets.items() if target["offset_ratio"] > 1]
     if large:
         lines.append(
-            f"offset_ratio above 1 (s*B0*A0 outweighs W) in {_some(large)}: use a smaller lora.lora_alpha or a larger "
-            "init.stable_gamma, or output.residual_dtype float32"
+            f"offset_ratio above {LARGE_OFFSET_RATIO} (s*B0*A0 outweighs W) in {_worst(large, targets, highest=True)}: "
+            "lower lora.lora_alpha or raise init.stable_gamma; output.residual_dtype float32 keeps the rounding small"
         )
-    if noisy := _below(targets, "split_half_cosine", LOW_SPLIT_HALF_COSINE):
+    if noisy:
         lines.append(
-            f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_some(noisy)}: two halves of the data disagree on "
-            "the gradient; raise calibration.max_samples"
+            f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_worst(noisy, targets)}: two halves of the data "
+            f"disagree on the gradient; {_MORE_DATA[stopped_by]}"
         )
-    if drifted := _below(targets, "window_capture", LOW_WINDOW_CAPTURE):
+    if drifted and not refine_passes:  # a refine pass sees all data with the final bases
         lines.append(
-            f"window_capture below {LOW_WINDOW_CAPTURE} in {_some(drifted)}: the gradient changed while the data went "
-            "by; set gradient.refine_passes 1"
+            f"window_capture below {LOW_WINDOW_CAPTURE} in {_worst(drifted, targets)}: the gradient changed while the "
+            "data went by; set gradient.refine_passes 1, or mix the data better: raise "
+            "calibration.per_device_batch_size"
         )
-    deficient = [name for name, target in targets.items() if target["numerical_rank"] < len(target["singular_values"])]
     if deficient:
         lines.append(
-            f"the gradient has fewer directions than 2r in {_some(deficient)}: the missing columns of B start at zero, "
-            "as in plain LoRA; raise calibration.max_samples or lower lora.r"
+            f"the gradient has fewer directions than 2r in {_worst(deficient, targets)}: the missing columns of B "
+            f"start at zero, as in plain LoRA; lower lora.r, or use more data ({_MORE_DATA[stopped_by]})"
         )
     return lines
 
@@ -92,6 +113,7 @@ def print_summary(report: Mapping[str, Any], directory: str, verified: str) -> N
             f"{report['num_sequences']} sequences, {report['num_supervised_tokens']} supervised tokens, "
             f"mean loss {report['mean_loss']:.4f}",
         ),
+        ("stopped by", _stop(report)),
         ("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())),
         ("peak MiB per rank", f"{' '.join(peaks)}  (planned: {' '.join(planned)})"),
         (
@@ -120,15 +142,8 @@ def readme(report: Mapping[str, Any]) -> str:
     ratios = [target["offset_ratio"] for target in report["targets"].values()]
     if config["output"]["residual_base"] == "none":
         residual_note = (
-            f"`output.residual_base` was `none`: make `{RESIDUAL_BASE}/` by merging `{LORAGA_OFFSET}/` into the "
-            "original:\n\n"
-            "```python\n"
-            "from peft import PeftModel\n"
-            f"from transformers import {auto}\n"
-            f'model = {auto}.from_pretrained("{base}", dtype="auto")\n'
-            f'PeftModel.from_pretrained(model, "{directory}/{LORAGA_OFFSET}").merge_and_unload()'
-            f'.save_pretrained("{directory}/{RESIDUAL_BASE}")\n'
-            "```\n\n"
+            f"`output.residual_base` was `none`; this makes `{RESIDUAL_BASE}/`:\n\n"
+            f"```\nloraga-dist materialize-base {directory}\n```\n\n"
         )
     else:
         residual_note = ""
@@ -175,10 +190,23 @@ finetuning_type: lora
 
 LoRA-GA wants learning rates near those of full fine-tuning.
 
-## Merge and serve
+## After training
 
-The trained adapter belongs on `{RESIDUAL_BASE}/`: `PeftModel.from_pretrained(base, trained).merge_and_unload()` gives
-the fine-tuned model, which any server takes. Serving base and adapter apart works with `{RESIDUAL_BASE}/` as the base.
+A trained adapter belongs on `{RESIDUAL_BASE}/` too. As a plain LoRA on the original base, for any server or trainer:
+
+```
+loraga-dist convert --init {directory}/{LORAGA_INIT} --trained TRAINED --to CONVERTED
+```
+
+TRAINED is where the trainer saved it. `--rank` truncates it below 2r; `--merge DIR` writes a merged model.
+
+## Other settings
+
+Another rank, scale or split from `factors/`, without the gradients:
+
+```
+loraga-dist refactor {directory} --to DIR --lora.r R --init.scale unit
+```
 
 ## Check
 
@@ -199,13 +227,19 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _below(targets: Mapping[str, Mapping[str, Any]], field: str, bound: float) -> list[str]:
-    """Names of the targets whose value is known and below the bound."""
-    return [name for name, target in targets.items() if target[field] is not None and target[field] < bound]
+def _worst(found: Mapping[str, float], targets: Mapping[str, Any], *, highest: bool = False) -> str:
+    """How many of the targets, and the first few from the worst on with their figures."""
+    names = sorted(found, key=found.__getitem__, reverse=highest)
+    shown = ", ".join(f"{name} {found[name]:.3g}" for name in names[:_MOST_NAMED])
+    return f"{len(names)} of {len(targets)} targets ({shown}{', ...' if len(names) > _MOST_NAMED else ''})"
 
 
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} targets ({names[0]}, ...)"
+def _stop(report: Mapping[str, Any]) -> str:
+    """What ended the calibration data, and how well its halves agree."""
+    calibration, cosine = report["config"]["calibration"], report["split_half_cosine"]
+    wanted = f" of {calibration['target_cosine']}" if calibration["max_samples"] == "auto" else ""
+    reached = "unknown" if cosine is None else f"{cosine:.3f}{wanted}"
+    return f"{report['stopped_by']}; split-half cosine of the median target {reached}"
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -394,6 +394,8 @@ def _facts(report: Mapping[str, Any]) -> str:
         "engine": report["engine"],
         "sequences": f"{report['num_sequences']:,}",
         "supervised tokens": f"{report['num_supervised_tokens']:,}",
+        "stopped by": report["stopped_by"],
+        "split-half cosine, median": _number(report["split_half_cosine"], ".3f"),
         "mean loss": _number(report["mean_loss"], ".4f"),
         "identity check": f"logits differ by {_number(check['max_abs_logit_diff'], '.2e')} at most, "
         f"largest {_number(check['max_abs_logit'], '.3g')} ({check['dtype']})",

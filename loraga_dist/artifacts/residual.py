@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget
+from loraga_dist.artifacts.adapter import AdapterTarget, FactorSource
 from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, no_progress
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
 from loraga_dist.artifacts.parallel import over_cores
@@ -73,6 +74,11 @@ def residual_dtype_of(dtype: torch.dtype, residual_dtype: str) -> torch.dtype:
     return dtype if residual_dtype == "auto" or dtype not in _WIDE_FLOATS else getattr(torch, residual_dtype)
 
 
+def factor_dtype(compute: torch.dtype, weight: torch.dtype, residual_dtype: str) -> torch.dtype:
+    """What a target's A0 and B0 are rounded to: the coarser of the compute dtype and its residual's."""
+    return max(compute, residual_dtype_of(weight, residual_dtype), key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def plan_residual_files(
     index: Mapping[str, TensorSlot], residual_dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[PlannedFile]:
@@ -95,7 +101,7 @@ def write_residual_files(
     files: Iterable[PlannedFile],
     index: Mapping[str, TensorSlot],
     targets: Iterable[AdapterTarget],
-    adapter: AdapterFile,
+    adapter: FactorSource,
     destination: Path,
     on_progress: OnBytes = no_progress,
 ) -> dict[str, tuple[TensorDigest, TensorDigest]]:
@@ -119,6 +125,31 @@ def write_residual_files(
                     TensorDigest(dtype_name(index[key].dtype), shape, base_digest.hexdigest()),
                     TensorDigest(dtype_name(dtype), shape, residual_digest.hexdigest()),
                 )
+    return digests
+
+
+def write_model(
+    model_dir: Path,
+    index: Mapping[str, TensorSlot],
+    targets: Sequence[AdapterTarget],
+    adapter: FactorSource,
+    destination: Path,
+    residual_dtype: str = "auto",
+    replaced: Mapping[str, TensorSlot] = MappingProxyType({}),
+    on_progress: OnBytes = no_progress,
+) -> dict[str, tuple[TensorDigest, TensorDigest]]:
+    """A whole model directory W - s B A from one process, as `write_residual_files` writes it, on all cores.
+
+    replaced: tensors that take the place of the checkpoint's under their keys, in the checkpoint's dtypes.
+    """
+    files = plan_residual_files(index, residual_dtype)
+    sources = {**index, **replaced}
+    digests = {}
+    for part in over_cores(
+        lambda file: write_residual_files([file], sources, targets, adapter, destination, on_progress), files
+    ):
+        digests |= part
+    finish_residual_base(model_dir, destination, files, residual_dtype)
     return digests
 
 
@@ -178,7 +209,7 @@ def rows_per_chunk(target: AdapterTarget) -> int:
 
 
 def _residual_chunks(
-    slot: TensorSlot, dtype: torch.dtype, target: AdapterTarget | None, adapter: AdapterFile
+    slot: TensorSlot, dtype: torch.dtype, target: AdapterTarget | None, adapter: FactorSource
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if target is None:
         for start, end in chunks(slot.numel, CHUNK_ELEMENTS):

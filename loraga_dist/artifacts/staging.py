@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,23 +17,38 @@ from loraga_dist.errors import RunError, UserError
 
 
 def check_destination(config: OutputConfig) -> Path:
-    """The directory to make; raises UserError when something is there that must not be replaced."""
-    destination = Path(config.dir).resolve()
+    """The output directory to make; raises UserError when something is there that must not be replaced."""
+    return free_place(Path(config.dir), "output.dir", marker=REPORT, overwrite=config.overwrite)
+
+
+def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: Iterable[Path] = ()) -> Path:
+    """The directory to make, resolved; raises UserError, for `key`, when something is there that must not be replaced.
+
+    marker: the file by which our own earlier output is known, the only thing `overwrite` replaces.
+    inputs: what the command reads, and so must not write over.
+    """
+    destination = path.resolve()
     if destination.exists():
-        if not config.overwrite:
-            raise UserError("output.dir", config.dir, "exists; write another directory, or add --overwrite")
-        if not (destination / REPORT).is_file():
-            raise UserError("output.dir", config.dir, "exists and is no output of loraga-dist; write another directory")
+        if not overwrite:
+            raise UserError(key, str(path), "exists; write another directory, or add --overwrite")
+        if not (destination / marker).is_file():
+            raise UserError(key, str(path), "exists and is no output of loraga-dist; write another directory")
+    for source in inputs:
+        if source.resolve().is_relative_to(destination):
+            raise UserError(key, str(path), f"holds {source}, which is read; write another directory")
     return destination
 
 
 class StagedDirectory:
     """A hidden sibling of the destination, until `commit` puts it there."""
 
-    def __init__(self, destination: Path, world: World) -> None:
+    def __init__(self, destination: Path, world: World, key: str = "output.dir") -> None:
+        """key: what the user names the destination by."""
         self.destination = destination
+        self._key = key
         self.path = destination.with_name(f".{destination.name}.partial")
         self._old = destination.with_name(f".{destination.name}.replaced")
+        self.checkpoint_path = destination.with_name(f".{destination.name}.checkpoint")
         self._lock_path = destination.with_name(f".{destination.name}.lock")
         self._lock: BinaryIO | None = None
         self._world = world
@@ -53,22 +70,23 @@ class StagedDirectory:
                     free_bytes = shutil.disk_usage(self.path).free
                 except OSError as error:
                     raise UserError(
-                        "output.dir",
+                        self._key,
                         str(self.destination),
                         f"cannot be written ({error.strerror}); write another place",
                     ) from error
                 if free_bytes < num_bytes:
                     self.discard()
+                    spared = ", or output.residual_base: none" if self._key == "output.dir" else ""
                     raise UserError(
-                        "output.dir",
+                        self._key,
                         str(self.destination),
                         f"needs {num_bytes / 2**30:.3g} GiB and the disk has {free_bytes / 2**30:.3g} free; "
-                        "write another place, or output.residual_base: none",
+                        f"write another place{spared}",
                     )
         with self._world.together():
             if not self.path.is_dir():
                 raise UserError(
-                    "output.dir",
+                    self._key,
                     str(self.destination),
                     f"is not seen by rank {self._world.rank}; write a place on a file system that all ranks share",
                 )
@@ -105,7 +123,7 @@ class StagedDirectory:
         except BlockingIOError:
             self._lock = None
             raise UserError(
-                "output.dir", str(self.destination), "is being written by another run; wait for it or write another"
+                self._key, str(self.destination), "is being written by another run; wait for it or write another"
             ) from None
 
     def _drop_lock(self) -> None:
@@ -113,6 +131,22 @@ class StagedDirectory:
             self._lock_path.unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
+
+
+@contextmanager
+def whole_directory(destination: Path, key: str, num_bytes: int) -> Iterator[Path]:
+    """An empty directory for one process to fill: in place when the block ends, gone when it raises.
+
+    key: what the user names the destination by. num_bytes: what will be written, checked against the free space.
+    """
+    staged = StagedDirectory(destination, World.alone(), key)
+    staged.create(num_bytes)
+    try:
+        yield staged.path
+        staged.commit()
+    except BaseException:
+        staged.discard()
+        raise
 
 
 def _sync_directory(path: Path) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, PositiveInt, ValidationError
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, rank_and_scaling, saved_key
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, saved_key
 from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, check_checksums, fingerprint, no_progress
 from loraga_dist.artifacts.names import (
     ADAPTER_CONFIG,
@@ -28,12 +25,11 @@ from loraga_dist.artifacts.names import (
     LORAGA_OFFSET,
     MODEL_CONFIG,
     README,
-    REPORT,
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
 from loraga_dist.artifacts.parallel import over_cores, shares
-from loraga_dist.artifacts.report import SCHEMA_VERSION
+from loraga_dist.artifacts.reading import Report, load_adapter, open_base, read_report
 from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
@@ -42,22 +38,16 @@ from loraga_dist.artifacts.residual import (
     rows_per_chunk,
     subtract_offset,
 )
-from loraga_dist.config import Dtype
 from loraga_dist.distributed import World
 from loraga_dist.errors import LoragaError, RunError
 from loraga_dist.safetensors_files import (
     TensorSlot,
     as_bytes,
     dtype_name,
-    read_checkpoint_index,
     read_range,
     read_rows,
-    resolve_model_dir,
     scan_checkpoint,
 )
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 _MAX_ORTHONORMALITY_ERROR = 1e-4
 _EXPONENT_BITS = 0x7FF << 52
@@ -82,39 +72,6 @@ class VerifyResult:
         return not self.problems
 
 
-class _ReportModel(BaseModel):
-    name_or_path: str
-    revision: str | None = None
-
-
-class _ReportOutput(BaseModel):
-    residual_base: Literal["full", "none"]
-    residual_dtype: Dtype
-
-
-class _ReportConfig(BaseModel):
-    model: _ReportModel
-    output: _ReportOutput
-
-
-class _ReportTarget(BaseModel):
-    shape: tuple[PositiveInt, PositiveInt]
-    r: PositiveInt
-    weight_key: str
-    transposed: bool
-
-
-class _Report(BaseModel):
-    """The fields of the report that can be held against the files."""
-
-    schema_version: int
-    config: _ReportConfig
-    base_fingerprint: str
-    residual_fingerprint: str | None
-    targets: dict[str, _ReportTarget]
-    saved_parameters: dict[str, str] = {}
-
-
 @dataclass
 class _Compared:
     """What holding a share of the base's tensors against the residual base gave."""
@@ -136,10 +93,13 @@ def verify(
     """
     world = world or World.alone()
     try:
-        report = _read_report(directory)
+        report = read_report(directory)
     except RunError as error:
         return VerifyResult([str(error)], 0, 0.0, residual_checked=False)
 
+    # where the report says none, materialize-base may have made it since
+    has_residual = report.config.output.residual_base == "full" or (directory / RESIDUAL_BASE).exists()
+    residual = directory / RESIDUAL_BASE if has_residual else None
     problems = check_checksums(directory, world, on_progress)
     compared: _Compared | None = None
     with world.together():
@@ -147,35 +107,45 @@ def verify(
             problems += _missing_files(directory, report)
         opened_adapter = opened_base = None
         with _collected(problems, LORAGA_INIT):
-            opened_adapter = _load_adapter(directory / LORAGA_INIT, report)
+            opened_adapter = load_adapter(directory / LORAGA_INIT, report)
         if opened_adapter and world.is_main:
             problems += _check_finite(*opened_adapter)
             with _collected(problems, LORAGA_OFFSET):
-                problems += _check_offset(*opened_adapter, *_load_adapter(directory / LORAGA_OFFSET, report))
+                problems += _check_offset(*opened_adapter, *load_adapter(directory / LORAGA_OFFSET, report))
         with _collected(problems, FACTORS):
             problems += _check_factors(directory, report, world)
         with _collected(problems, "base"):
-            opened_base = _open_base(report, base)
+            opened_base = open_base(report, base)
         if opened_adapter and opened_base and world.is_main:
             with _collected(problems, LORAGA_INIT):
                 problems += _check_saved(opened_adapter[0], opened_base[1], report.saved_parameters)
         with _collected(problems, RESIDUAL_BASE):
             if opened_base and opened_adapter:
-                found, compared = _compare(report, *opened_base, directory, *opened_adapter, world, on_progress)
+                found, compared = _compare(report, *opened_base, residual, *opened_adapter, world, on_progress)
                 problems += found
     problems, whole = _merge(problems, compared, world)
     max_units = None
     if whole is not None and opened_base is not None:
-        other_base = _check_base(report, opened_base[0], whole.base_digests)
-        # the differences found to another model than the base mean nothing
-        problems += other_base or whole.problems
-        if not other_base and report.config.output.residual_base == "full":
-            max_units = whole.max_units
-            if fingerprint(whole.residual_digests) != report.residual_fingerprint:
-                problems.append(f"{RESIDUAL_BASE}: its fingerprint is not the report's residual_fingerprint")
+        is_base = fingerprint(whole.base_digests) == report.base_fingerprint
+        problems += _conclude(report, opened_base[0], whole)
+        max_units = whole.max_units if is_base and has_residual else None
     return VerifyResult(
         list(dict.fromkeys(problems)), len(report.targets), max_units or 0.0, residual_checked=max_units is not None
     )
+
+
+def check_residual(
+    report: Report,
+    base_dir: Path,
+    base: Mapping[str, TensorSlot],
+    residual_dir: Path,
+    adapter: AdapterFile,
+    targets: list[AdapterTarget],
+    on_progress: OnBytes = no_progress,
+) -> list[str]:
+    """What is wrong with a residual base, wherever it lies, one line each. Raises BrokenFileError for its files."""
+    problems, compared = _compare(report, base_dir, base, residual_dir, adapter, targets, World.alone(), on_progress)
+    return problems if compared is None else problems + _conclude(report, base_dir, compared)
 
 
 def bytes_to_verify(directory: Path) -> int:
@@ -208,81 +178,12 @@ def _collected(problems: list[str], subject: str) -> Iterator[None]:
         problems.append(f"{subject}: {error}")
 
 
-def _read_report(directory: Path) -> _Report:
-    try:
-        report = _Report.model_validate_json((directory / REPORT).read_bytes())
-    except OSError as error:
-        raise RunError(
-            f"{REPORT}: cannot be read ({error.strerror}); is this the directory of a finished run?"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise RunError(f"{REPORT}: {where}: {first['msg']}") from error
-    if report.schema_version != SCHEMA_VERSION:
-        raise RunError(f"{REPORT}: schema_version is {report.schema_version}, this version reads {SCHEMA_VERSION}")
-    return report
-
-
-def _missing_files(directory: Path, report: _Report) -> list[str]:
+def _missing_files(directory: Path, report: Report) -> list[str]:
     wanted = [RESOLVED_CONFIG, README, CHECKSUMS, f"{FACTORS}/{FACTORS_INDEX}"]
     wanted += [f"{name}/{file}" for name in (LORAGA_INIT, LORAGA_OFFSET) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     if report.config.output.residual_base == "full":
         wanted.append(f"{RESIDUAL_BASE}/{MODEL_CONFIG}")
     return [f"{name}: is missing" for name in wanted if not (directory / name).is_file()]
-
-
-def _load_adapter(directory: Path, report: _Report) -> tuple[AdapterFile, list[AdapterTarget]]:
-    """The adapter of exactly the report's targets, scaled as PEFT will read its config; raises RunError."""
-    config = _peft_config(directory)
-    adapter = AdapterFile(directory)
-    targets, expected = [], {}
-    for name, target in report.targets.items():
-        M, N = target.shape
-        try:
-            r, lora_alpha, scaling = rank_and_scaling(config, name)
-        except (ArithmeticError, TypeError, ValueError, re.error) as error:
-            raise RunError(f"{ADAPTER_CONFIG} gives {name} no rank and scaling ({error})") from error
-        if r != target.r:
-            raise RunError(f"{ADAPTER_CONFIG} gives {name} rank {r}, {REPORT} says {target.r}")
-        targets.append(
-            AdapterTarget(
-                name=name,
-                weight_key=target.weight_key,
-                M=M,
-                N=N,
-                r=r,
-                lora_alpha=lora_alpha,
-                scaling=scaling,
-                transposed=target.transposed,
-            )
-        )
-        expected |= zip(adapter_keys(name), ((r, N), (M, r)), strict=True)
-    found = {key: slot.shape for key, slot in adapter.slots.items()}
-    for name in report.saved_parameters:
-        if found.pop(saved_key(name), None) is None:
-            raise RunError(f"{saved_key(name)} is missing, which PEFT wants for modules_to_save")
-    if found != expected:
-        key = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-        raise RunError(f"{key} has shape {found.get(key)} and should have {expected.get(key)}")
-    for key in expected:  # copies for modules_to_save keep the base's dtype
-        if adapter.slots[key].dtype != torch.float32:
-            raise RunError(f"{key} is stored as {dtype_name(adapter.slots[key].dtype)}, not F32")
-    return adapter, targets
-
-
-def _peft_config(directory: Path) -> LoraConfig:
-    from peft import LoraConfig, PeftConfig
-
-    if not (directory / ADAPTER_CONFIG).is_file():  # PEFT would go and ask the hub
-        raise RunError(f"{ADAPTER_CONFIG} is missing")
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise RunError(f"PEFT cannot load {ADAPTER_CONFIG} ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(config, LoraConfig) or config.init_lora_weights is not True:
-        raise RunError(f"{ADAPTER_CONFIG} is not plain LoRA with init_lora_weights true")
-    return config
 
 
 def _check_finite(adapter: AdapterFile, targets: list[AdapterTarget]) -> list[str]:
@@ -324,7 +225,7 @@ def _check_offset(
     return problems
 
 
-def _check_factors(directory: Path, report: _Report, world: World) -> list[str]:
+def _check_factors(directory: Path, report: Report, world: World) -> list[str]:
     """This rank's share of the targets' triplets: layout, order, orthonormality."""
     slots = scan_checkpoint(directory / FACTORS, FACTORS_STEM)
     expected = {f"{name}.{part}" for name in report.targets for part in ("U", "S", "Vh")}
@@ -349,20 +250,19 @@ def _check_factors(directory: Path, report: _Report, world: World) -> list[str]:
     return problems
 
 
-def _open_base(report: _Report, base: Path | None) -> tuple[Path, dict[str, TensorSlot]]:
-    model = report.config.model
-    directory = base if base is not None else resolve_model_dir(model.name_or_path, model.revision)
-    return directory, read_checkpoint_index(directory)
-
-
-def _check_base(report: _Report, base_dir: Path, digests: Mapping[str, TensorDigest]) -> list[str]:
-    if fingerprint(digests) == report.base_fingerprint:
-        return []
-    return [f"base: {base_dir} is not the base of this output: its fingerprint is not the report's base_fingerprint"]
+def _conclude(report: Report, base_dir: Path, whole: _Compared) -> list[str]:
+    """The problems that a comparison of all tensors shows."""
+    if fingerprint(whole.base_digests) != report.base_fingerprint:
+        # the differences found to another model than the base mean nothing
+        problem = "its fingerprint is not the report's base_fingerprint"
+        return [f"base: {base_dir} is not the base of this output: {problem}"]
+    if whole.residual_digests and report.residual_fingerprint not in (None, fingerprint(whole.residual_digests)):
+        return [*whole.problems, f"{RESIDUAL_BASE}: its fingerprint is not the report's residual_fingerprint"]
+    return whole.problems
 
 
 def _check_layout(
-    report: _Report,
+    report: Report,
     base_dir: Path,
     base: Mapping[str, TensorSlot],
     residual: Mapping[str, TensorSlot],
@@ -391,10 +291,10 @@ def _described(layout: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
 
 
 def _compare(
-    report: _Report,
+    report: Report,
     base_dir: Path,
     base: Mapping[str, TensorSlot],
-    directory: Path,
+    residual_dir: Path | None,
     adapter: AdapterFile,
     targets: list[AdapterTarget],
     world: World,
@@ -402,12 +302,12 @@ def _compare(
 ) -> tuple[list[str], _Compared | None]:
     """Read this rank's share of base and residual base side by side; problems instead when their layouts differ.
 
-    Without a residual base the base alone is read, for its fingerprint.
+    residual_dir: None if there is none; the base alone is read then, for its fingerprint.
     """
     share = shares(base, lambda key: base[key].num_bytes, world.size)[world.rank]
-    if report.config.output.residual_base == "none":
+    if residual_dir is None:
         return [], _Compared(base_digests=digest_base(base, share, on_progress))
-    residual = scan_checkpoint(directory / RESIDUAL_BASE)
+    residual = scan_checkpoint(residual_dir)
     target_of = {target.weight_key: target for target in targets}
     if problems := _check_layout(report, base_dir, base, residual, target_of):
         return problems, None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from loraga_dist.engines import exact, sketch
 from loraga_dist.engines.base import GradientEngine, GradientSVD, Matrix
 from loraga_dist.engines.exact import ExactEngine
+from loraga_dist.engines.home import StateHome
 from loraga_dist.engines.sketch import SketchEngine
 
 
@@ -25,4 +26,13 @@ ENGINES = {
     "sketch": EngineKind(engine=SketchEngine, width=sketch.width, state_bytes=sketch.state_bytes),
 }
 
-__all__ = ["ENGINES", "EngineKind", "ExactEngine", "GradientEngine", "GradientSVD", "Matrix", "SketchEngine"]
+__all__ = [
+    "ENGINES",
+    "EngineKind",
+    "ExactEngine",
+    "GradientEngine",
+    "GradientSVD",
+    "Matrix",
+    "SketchEngine",
+    "StateHome",
+]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from loraga_dist.linalg import TruncatedSVD
 
@@ -48,18 +49,36 @@ class Collectives(Protocol):
     @property
     def rank(self) -> int: ...
 
-    def reduce_(self, tensor: torch.Tensor, owner: int) -> None: ...
+    def reduce_(self, tensor: Tensor, owner: int) -> None: ...
 
-    def broadcast_(self, tensor: torch.Tensor, owner: int) -> torch.Tensor: ...
+    def broadcast_(self, tensor: Tensor, owner: int) -> Tensor: ...
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def sum_(self, tensor: Tensor) -> Tensor: ...
+
+
+class Tensors(Protocol):
+    """Saved tensors by name, read when asked for."""
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What accumulation goes on from, on any number of ranks: sums over ranks, each with the matrix's owner."""
+
+    content: dict[str, Any]
+    """Counts, as JSON; the same on every rank."""
+    tensors: dict[str, Tensor]
+    """Of the matrices this rank owns, on the host."""
 
 
 ERROR_COLUMNS = 16
 """Width of the Gaussian error sketches; the energy they estimate is within about 0.02 of the truth."""
 
 
-def split_half_cosine(E_2MS: torch.Tensor, halves_seen: int) -> float | None:
+def split_half_cosine(E_2MS: Tensor, halves_seen: int) -> float | None:
     """Cosine between the mean gradients of even and odd microbatches, from their error sketches."""
     if halves_seen < 2:
         return None
@@ -73,15 +92,35 @@ class GradientEngine(Protocol):
 
     def begin_microbatch(self, index: int) -> None: ...
 
-    def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None: ...
+    def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None: ...
 
     def end_microbatch(self, world: Collectives) -> None:
         """After every backward, on all ranks."""
         ...
 
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        """Of the owned matrices, over the data so far; a collective."""
+        ...
+
+    def save_state(self, world: Collectives) -> EngineState:
+        """Between microbatches, a collective. The owners' sums replace the ranks' parts; accumulation can go on."""
+        ...
+
+    def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
+        """Into a fresh engine of the same matrices, whoever owns them now."""
+        ...
+
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         """Reduce every matrix to its owner; yield the owned ones. The state is gone afterwards."""
         ...
+
+
+def gather_on_owner_(tensor: Tensor, owner: int, world: Collectives) -> bool:
+    """Sum over ranks into the owner's tensor and zero the others', so that later sums are right; True on the owner."""
+    world.reduce_(tensor, owner)
+    if world.rank != owner:
+        tensor.zero_()
+    return world.rank == owner
 
 
 def seeded_generator(seed: int, name: str, device: torch.device) -> torch.Generator:

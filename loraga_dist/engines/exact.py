@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from loraga_dist.engines.base import (
     ERROR_COLUMNS,
     Collectives,
+    EngineState,
     GradientSVD,
     Matrix,
+    Tensors,
+    gather_on_owner_,
     seeded_generator,
     split_half_cosine,
 )
+from loraga_dist.engines.home import StateHome
 from loraga_dist.linalg import truncated_svd
 
 OVERSAMPLING = 32
@@ -33,20 +38,21 @@ def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
 class ExactEngine:
     """Accumulates G_MN = sum over tokens of dy x^T in float32; see `GradientEngine`."""
 
-    def __init__(self, matrices: Sequence[Matrix], *, device: torch.device, seed: int) -> None:
+    def __init__(self, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> None:
+        """dtype: of x and dy; the state is float32 whatever it is."""
         self._matrices = {matrix.name: matrix for matrix in matrices}
         self._seed = seed
-        self._device = device
+        self._home = home
         self._half = 0
         self._halves_seen: set[int] = set()
         self._G: dict[str, torch.Tensor] = {}
         self._E: dict[str, torch.Tensor] = {}
         self._Phi: dict[str, torch.Tensor] = {}
         for matrix in matrices:
-            self._G[matrix.name] = torch.zeros(matrix.M, matrix.N, device=device)
-            self._E[matrix.name] = torch.zeros(2, matrix.M, ERROR_COLUMNS, device=device)
+            self._G[matrix.name] = home.keep(torch.zeros(matrix.M, matrix.N, device=home.device))
+            self._E[matrix.name] = torch.zeros(2, matrix.M, ERROR_COLUMNS, device=home.device)
             generator = seeded_generator(seed, f"{matrix.name}/error", torch.device("cpu"))
-            self._Phi[matrix.name] = torch.randn(matrix.N, ERROR_COLUMNS, generator=generator).to(device)
+            self._Phi[matrix.name] = torch.randn(matrix.N, ERROR_COLUMNS, generator=generator).to(home.device)
 
     def begin_microbatch(self, index: int) -> None:
         self._half = index % 2
@@ -54,24 +60,52 @@ class ExactEngine:
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
         x, dy = x_TN.float(), dy_TM.float()
-        self._G[name].addmm_(dy.t(), x)
+        kept = self._G[name]
+        self._home.put_back(kept, self._home.fetch(kept).addmm_(dy.t(), x))
         self._E[name][self._half].addmm_(dy.t(), x @ self._Phi[name])
 
     def end_microbatch(self, world: Collectives) -> None:
         return None
 
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        cosines = []
+        for matrix in self._matrices.values():
+            E_2MS = self._E[matrix.name].clone()  # the sum must not count again when the sweep ends
+            world.reduce_(E_2MS, matrix.owner)
+            if matrix.owner == world.rank:
+                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+        return cosines
+
+    def save_state(self, world: Collectives) -> EngineState:
+        tensors = {}
+        for name, matrix in self._matrices.items():
+            for part, sums in (("G", self._G[name]), ("E", self._E[name])):
+                if gather_on_owner_(sums, matrix.owner, world):
+                    tensors[f"{name}/{part}"] = sums.cpu()
+        return EngineState({"halves_seen": sorted(self._halves_seen)}, tensors)
+
+    def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
+        self._halves_seen = set(content["halves_seen"])
+        for name, matrix in self._matrices.items():
+            if matrix.owner == world.rank:
+                self._G[name].copy_(tensors[f"{name}/G"])
+                self._E[name].copy_(tensors[f"{name}/E"])
+
     def mean_gradients(self, world: Collectives, num_tokens: int) -> Iterator[tuple[Matrix, torch.Tensor]]:
         """Reduce every gradient to its owner, then hand over the owned ones, G_MN in float32, one by one."""
         owned = []
         for matrix in self._matrices.values():
-            world.reduce_(self._G[matrix.name], matrix.owner)
+            kept = self._G[matrix.name]
+            G_MN = self._home.fetch(kept)
+            world.reduce_(G_MN, matrix.owner)
+            self._home.put_back(kept, G_MN)
             world.reduce_(self._E[matrix.name], matrix.owner)
             if matrix.owner == world.rank:
                 owned.append(matrix)
             else:
                 del self._G[matrix.name], self._E[matrix.name]
         for matrix in owned:
-            yield matrix, self._G.pop(matrix.name).div_(num_tokens)
+            yield matrix, self._home.fetch(self._G.pop(matrix.name)).div_(num_tokens)
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         for matrix, G_MN in self.mean_gradients(world, num_tokens):
@@ -79,7 +113,7 @@ class ExactEngine:
                 G_MN,
                 rank=matrix.num_triplets,
                 oversampling=matrix.width - matrix.num_triplets,
-                generator=seeded_generator(self._seed, matrix.name, self._device),
+                generator=seeded_generator(self._seed, matrix.name, self._home.device),
             )
             captured = _ratio(
                 svd.S_K[: matrix.num_triplets].double().square().sum().item(),

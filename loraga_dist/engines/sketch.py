@@ -5,15 +5,15 @@ Z = G^T P over a window of global microbatches. At the end of a window the ranks
 owner, united with what earlier windows found (`linalg.boolean_sum`), and only the new bases travel back. Each refresh
 multiplies the estimate by new data, a step of subspace iteration that costs no pass of its own; windows double.
 
-The first microbatch has no bases yet. Each rank keeps its own gradient of it in factored form, (x, dy) compressed to
-a low-rank product, so that the ranks can iterate on it together and then project it like any other data: nothing runs
-twice.
+The first microbatch has no bases yet. Each rank keeps its x and dy of it, or a low-rank product that stands for them if
+they have many rows, until the ranks have found bases together; then it is sketched like any other data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,19 @@ from torch import Tensor
 from loraga_dist.engines.base import (
     ERROR_COLUMNS,
     Collectives,
+    EngineState,
     GradientSVD,
     Matrix,
+    Tensors,
+    gather_on_owner_,
     seeded_generator,
     split_half_cosine,
 )
+from loraga_dist.engines.home import StateHome
 from loraga_dist.linalg import TruncatedSVD, boolean_sum, complete_basis, orthonormal_columns
 
 COLD_ITERATIONS = 2
-"""Rounds of subspace iteration on the first microbatch's gradient: in the tap on one rank's part, then over ranks."""
+"""Rounds of subspace iteration on the first microbatch's gradient."""
 
 
 def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
@@ -43,41 +47,53 @@ def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
 
 
 def state_bytes(M: int, N: int, width: int) -> int:
-    """Float32 bytes one matrix takes on every rank: bases, accumulators and error sketches."""
-    return 4 * (2 * width * (M + N) + 2 * M * ERROR_COLUMNS + N * ERROR_COLUMNS)
+    """Bytes one matrix takes at most: accumulators, bases in 16 bits and, on the owner, float32; error sketches."""
+    return _WINDOW_BYTES * width * (M + N) + 4 * 2 * M * ERROR_COLUMNS + 2 * N * ERROR_COLUMNS
+
+
+_WINDOW_BYTES = 10
+"""Of a window, per column and row of the matrix: Y or Z, P or Q in 16 bits, and P or Q in float32."""
+
+
+def kept_rows(width: int, M: int, N: int, num_tokens: int, itemsize: int) -> int:
+    """Rows of x and dy that stand for the first microbatch: all, while the window to come is no smaller, else 2K."""
+    if num_tokens * itemsize <= _WINDOW_BYTES * width or 2 * width >= num_tokens:
+        return num_tokens
+    return min(2 * width, M, N)
 
 
 @dataclass
 class _Window:
-    """Bases, and the sketches Y = G Q, Z = G^T P of the data since they were made."""
+    """Bases as the data's dtype has them, and the float32 sketches Y = G Q, Z = G^T P of the data since they were made.
+
+    The error sketch's test matrix Phi_NS stands beside Q, so that one product makes both.
+    """
 
     P_MK: Tensor
-    Q_NK: Tensor
+    QPhi_NC: Tensor
     Y_MK: Tensor
     Z_NK: Tensor
-
-    def observe(self, x_TN: Tensor, dy_TM: Tensor) -> None:
-        _add_product(self.Y_MK, dy_TM, x_TN @ self.Q_NK.to(x_TN.dtype))
-        _add_product(self.Z_NK, x_TN, dy_TM @ self.P_MK.to(dy_TM.dtype))
 
 
 @dataclass
 class _State:
-    """One target's sketch on this rank."""
+    """One target's sketch on this rank. Tensors are where `StateHome` keeps them."""
 
     matrix: Matrix
-    Phi_NS: Tensor
     E_2MS: Tensor
     """Error sketches G Phi of even and odd microbatches, since the last refresh."""
     cold: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(L_MK, V_NK) with L V^T this rank's gradient before there were bases."""
+    """(x_TN, dy_TM) of the microbatch at hand, while there are no bases."""
     window: _Window | None = None
     """None until the target has seen a token."""
     num_microbatches: int = 0
     refreshed_at: int = 0
     refining: bool = False
-    svd: TruncatedSVD | None = None
-    """On the owner: the estimate from all windows so far, summed over tokens."""
+    P_MK: Tensor | None = None
+    Q_NK: Tensor | None = None
+    """On the owner: the bases in float32."""
+    S_J: Tensor | None = None
+    """On the owner, once there is an estimate: singular values of sum(dy x^T), whose vectors lead P and Q."""
     total_E_2MS: Tensor | None = None
     """On the owner: error sketches of all windows so far."""
     captures: list[float] = field(default_factory=list)
@@ -87,19 +103,27 @@ class _State:
 class SketchEngine:
     """Sketches every gradient in one pass; see the module's docstring and `GradientEngine`."""
 
-    def __init__(self, matrices: Sequence[Matrix], *, device: torch.device, seed: int) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        *,
+        home: StateHome,
+        seed: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """dtype: of x and dy; data of another dtype is right, too, but the bases are cast for it every time."""
         self._seed = seed
-        self._device = device
+        self._device = home.device
+        self._dtype = dtype
+        self._home = home
         self._half = 0
         self._halves_seen: set[int] = set()
-        self._states: dict[str, _State] = {}
-        for matrix in matrices:
-            generator = self._generator(f"{matrix.name}/error")
-            self._states[matrix.name] = _State(
-                matrix=matrix,
-                Phi_NS=torch.randn(matrix.N, ERROR_COLUMNS, generator=generator).to(device),
-                E_2MS=torch.zeros(2, matrix.M, ERROR_COLUMNS, device=device),
+        self._states = {
+            matrix.name: _State(
+                matrix=matrix, E_2MS=self._home.keep(torch.zeros(2, matrix.M, ERROR_COLUMNS, device=home.device))
             )
+            for matrix in matrices
+        }
 
     @property
     def names(self) -> list[str]:
@@ -112,12 +136,25 @@ class SketchEngine:
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
         state = self._states[name]
         if state.window is None:
-            width = 2 * state.matrix.width
-            state.cold.append(_compress(x_TN.float(), dy_TM.float(), width, self._generator(f"{name}/cold")))
+            x_TN, dy_TM = self._few_rows(state.matrix, x_TN, dy_TM)
+            state.cold.append((self._home.keep(x_TN), self._home.keep(dy_TM)))
         else:
-            state.window.observe(x_TN, dy_TM)
+            self._sketch(state, state.window, x_TN, dy_TM)
+
+    def _sketch(self, state: _State, window: _Window, x_TN: Tensor, dy_TM: Tensor) -> None:
+        K = state.matrix.width
+        right_NC = self._home.fetch(window.QPhi_NC).to(x_TN.dtype)
+        if state.refining:  # the first pass has the error sketch
+            right_NC = right_NC[:, :K]
+        product_MC = dy_TM.t() @ (x_TN @ right_NC)
+        self._add(window.Y_MK, product_MC[:, :K])
         if not state.refining:
-            _add_product(state.E_2MS[self._half], dy_TM, x_TN @ state.Phi_NS.to(x_TN.dtype))
+            self._add(state.E_2MS[self._half], product_MC[:, K:])
+        self._add(window.Z_NK, x_TN.t() @ (dy_TM @ self._home.fetch(window.P_MK).to(dy_TM.dtype)))
+
+    def _add(self, kept: Tensor, increment: Tensor) -> None:
+        accumulator = self._home.fetch(kept)
+        self._home.put_back(kept, accumulator.add_(increment))
 
     def end_microbatch(self, world: Collectives) -> None:
         """A collective: starts targets that have seen their first token, refreshes those whose window is full."""
@@ -132,6 +169,19 @@ class SketchEngine:
                 due.append(state)
         self._refresh(due, world)
 
+    def split_half_cosines(self, world: Collectives) -> list[float | None]:
+        unfinished = {state.matrix.name for state in self._unfinished()}
+        cosines = []
+        for name, state in self._states.items():
+            E_2MS = torch.zeros_like(state.E_2MS) if state.total_E_2MS is None else state.total_E_2MS
+            if name in unfinished:  # what was seen since the last refresh is on all ranks, and stays there
+                since_E_2MS = state.E_2MS.clone()
+                world.reduce_(since_E_2MS, state.matrix.owner)
+                E_2MS = E_2MS + since_E_2MS
+            if state.matrix.owner == world.rank:
+                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+        return cosines
+
     def begin_refinement(self, world: Collectives) -> None:
         """Between two passes over the same data: the estimate becomes the bases, and all data is seen again with them.
 
@@ -139,15 +189,55 @@ class SketchEngine:
         """
         self._refresh(self._unfinished(), world)
         for state in self._states.values():
-            state.svd = None
+            state.S_J = None
             state.refining = True
+
+    def save_state(self, world: Collectives) -> EngineState:
+        tensors = {}
+        for name, state in self._states.items():
+            kept = {"E": state.E_2MS}
+            if state.window is not None:
+                kept |= {"Y": state.window.Y_MK, "Z": state.window.Z_NK}
+            for tensor in kept.values():
+                sums = self._home.fetch(tensor)
+                gather_on_owner_(sums, state.matrix.owner, world)
+                self._home.put_back(tensor, sums)
+            if state.matrix.owner == world.rank:
+                kept |= {"captures": torch.tensor(state.captures, dtype=torch.float64)}
+                kept |= {"P": state.P_MK, "Q": state.Q_NK, "S": state.S_J, "total_E": state.total_E_2MS}
+                tensors |= {f"{name}/{part}": tensor.cpu() for part, tensor in kept.items() if tensor is not None}
+        counts = {
+            name: [state.window is not None, state.num_microbatches, state.refreshed_at, state.refining]
+            for name, state in self._states.items()
+        }
+        return EngineState({"halves_seen": sorted(self._halves_seen), "counts": counts}, tensors)
+
+    def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
+        self._halves_seen = set(content["halves_seen"])
+        for name, state in self._states.items():
+            started, state.num_microbatches, state.refreshed_at, state.refining = content["counts"][name]
+            is_owner = state.matrix.owner == world.rank
+            if started:
+                P_MK, Q_NK = (tensors[f"{name}/{part}"].to(self._device) for part in "PQ")
+                state.window = self._window(state.matrix, P_MK, Q_NK)
+                if is_owner:
+                    state.P_MK, state.Q_NK = self._home.keep(P_MK), self._home.keep(Q_NK)
+                    self._home.put_back(state.window.Y_MK, tensors[f"{name}/Y"])
+                    self._home.put_back(state.window.Z_NK, tensors[f"{name}/Z"])
+            if is_owner:
+                self._home.put_back(state.E_2MS, tensors[f"{name}/E"])
+                state.captures = tensors[f"{name}/captures"].tolist()
+                if f"{name}/S" in tensors:
+                    state.S_J = tensors[f"{name}/S"].to(self._device)
+                if f"{name}/total_E" in tensors:
+                    state.total_E_2MS = self._home.keep(tensors[f"{name}/total_E"].to(self._device))
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         self._refresh(self._unfinished(), world, last=True)
-        for name, state in self._states.items():
+        for name in self.names:
+            state = self._states.pop(name)
             if state.matrix.owner == world.rank:
                 yield name, self._result(state, num_tokens)
-        self._states.clear()
 
     def _unfinished(self) -> list[_State]:
         return [state for state in self._states.values() if state.num_microbatches > state.refreshed_at]
@@ -156,21 +246,21 @@ class SketchEngine:
         cold = [state for state in self._states.values() if state.window is None]
         if not cold:
             return
-        seen = [float(any(bool(L_MK.any()) for L_MK, _ in state.cold)) for state in cold]
-        seen = world.sum_(torch.tensor(seen, device=self._device)).tolist()
-        for state in (state for state, ranks in zip(cold, seen, strict=True) if ranks):
-            state.window = self._first_window(state, world)
-            state.cold = []
+        seen = world.sum_(torch.stack([self._largest_gradient(state) for state in cold])).tolist()
+        for state, any_rank in zip(cold, seen, strict=True):
+            if any_rank:
+                state.window = self._first_window(state, world)
+            state.cold.clear()
+
+    def _largest_gradient(self, state: _State) -> Tensor:
+        """Largest magnitude in the cold rows' dy; 0 without rows."""
+        magnitudes = [self._home.fetch(dy_TM).abs().amax().float() for _, dy_TM in state.cold]
+        return torch.stack([*magnitudes, torch.zeros((), device=self._device)]).amax()
 
     def _first_window(self, state: _State, world: Collectives) -> _Window:
         """Bases from the first microbatch by subspace iteration over ranks; then its sketch, as of any other data."""
         matrix, generator = state.matrix, self._generator(f"{state.matrix.name}/start")
-
-        def times_G(Q_NK: Tensor) -> Tensor:
-            return sum((L @ (V.T @ Q_NK) for L, V in state.cold), Q_NK.new_zeros(matrix.M, matrix.width))
-
-        def times_Gt(P_MK: Tensor) -> Tensor:
-            return sum((V @ (L.T @ P_MK) for L, V in state.cold), P_MK.new_zeros(matrix.N, matrix.width))
+        rows = [(self._home.fetch(x_TN), self._home.fetch(dy_TM)) for x_TN, dy_TM in state.cold]
 
         def shared_basis(X_MK: Tensor) -> Tensor:
             world.reduce_(X_MK, matrix.owner)
@@ -178,104 +268,137 @@ class SketchEngine:
                 X_MK = complete_basis(orthonormal_columns(X_MK)[0], matrix.width, generator)
             return world.broadcast_(X_MK, matrix.owner)
 
+        P_MK = torch.zeros(matrix.M, matrix.width, device=self._device)
         Q_NK = torch.randn(matrix.N, matrix.width, generator=generator).to(self._device)
         for _ in range(COLD_ITERATIONS):
-            P_MK = shared_basis(times_G(Q_NK))
-            Q_NK = shared_basis(times_Gt(P_MK))
-        return _Window(P_MK=P_MK, Q_NK=Q_NK, Y_MK=times_G(Q_NK), Z_NK=times_Gt(P_MK))
+            P_MK = shared_basis(sum((_product(dy, x, Q_NK) for x, dy in rows), torch.zeros_like(P_MK)))
+            Q_NK = shared_basis(sum((_product(x, dy, P_MK) for x, dy in rows), torch.zeros_like(Q_NK)))
+        window = self._window(matrix, P_MK, Q_NK)
+        for x_TN, dy_TM in rows:
+            self._sketch(state, window, x_TN, dy_TM)
+        if world.rank == matrix.owner:
+            state.P_MK, state.Q_NK = self._home.keep(P_MK), self._home.keep(Q_NK)
+        return window
+
+    def _window(self, matrix: Matrix, P_MK: Tensor, Q_NK: Tensor) -> _Window:
+        """An empty window with these bases."""
+        Phi_NS = torch.randn(matrix.N, ERROR_COLUMNS, generator=self._generator(f"{matrix.name}/error"))
+        return _Window(
+            P_MK=self._home.keep(P_MK.to(self._dtype)),
+            QPhi_NC=self._home.keep(torch.cat([Q_NK, Phi_NS.to(self._device)], dim=1).to(self._dtype)),
+            Y_MK=self._home.keep(torch.zeros_like(P_MK)),
+            Z_NK=self._home.keep(torch.zeros_like(Q_NK)),
+        )
 
     def _refresh(self, states: Sequence[_State], world: Collectives, *, last: bool = False) -> None:
         windows = [(state, state.window) for state in states if state.window is not None]
         # three rounds over the targets, so that owners unite theirs at the same time
         for state, window in windows:
-            for tensor in (window.Y_MK, window.Z_NK, state.E_2MS):
-                world.reduce_(tensor, state.matrix.owner)
+            for kept in (window.Y_MK, window.Z_NK, state.E_2MS):
+                sum_of_ranks = self._home.fetch(kept)
+                world.reduce_(sum_of_ranks, state.matrix.owner)
+                self._home.put_back(kept, sum_of_ranks)
         for state, window in windows:
             if state.matrix.owner == world.rank:
                 self._unite(state, window)
         for state, window in windows:
             if not last:
-                world.broadcast_(window.P_MK, state.matrix.owner)
-                world.broadcast_(window.Q_NK, state.matrix.owner)
-            for tensor in (window.Y_MK, window.Z_NK, state.E_2MS):
-                tensor.zero_()
+                for kept in (window.P_MK, window.QPhi_NC):
+                    self._home.put_back(kept, world.broadcast_(self._home.fetch(kept), state.matrix.owner))
+            for kept in (window.Y_MK, window.Z_NK, state.E_2MS):
+                self._home.put_back(kept, self._home.fetch(kept).zero_())
             state.refreshed_at = state.num_microbatches
 
     def _unite(self, state: _State, window: _Window) -> None:
         """On the owner: this window's sketches and the estimate of the earlier ones become the new estimate."""
-        width = state.matrix.width
-        P_MK, Q_NK, Y_MK, Z_NK = window.P_MK, window.Q_NK, window.Y_MK, window.Z_NK
+        assert state.P_MK is not None and state.Q_NK is not None
+        K, fetch = state.matrix.width, self._home.fetch
+        P_MK, Q_NK, QPhi_NC = fetch(state.P_MK), fetch(state.Q_NK), fetch(window.QPhi_NC)
+        Y_MK, Z_NK, E_2MS = fetch(window.Y_MK), fetch(window.Z_NK), fetch(state.E_2MS)
         if not state.refining:
-            alone = boolean_sum(Y_MK, Z_NK, P_MK, Q_NK, width)
-            state.captures.append(_captured(alone, state.E_2MS.sum(dim=0), state.Phi_NS))
-        if state.svd is not None:
-            # the carried estimate joins after the reduce, or it would count once per rank
-            US_MK, SVh_KN = state.svd.U_MK * state.svd.S_K, state.svd.S_K[:, None] * state.svd.Vh_KN
-            Y_MK = Y_MK + US_MK @ (state.svd.Vh_KN @ Q_NK)
-            Z_NK = Z_NK + SVh_KN.T @ (state.svd.U_MK.T @ P_MK)
-        state.svd = boolean_sum(Y_MK, Z_NK, P_MK, Q_NK, width)
-        state.total_E_2MS = state.E_2MS + (0 if state.total_E_2MS is None else state.total_E_2MS)
+            Phi_NS = QPhi_NC[:, K:].float()
+            # P P^T G + (I - P P^T) G Q Q^T on Phi
+            outside = Y_MK @ (Q_NK.T @ Phi_NS)
+            held_MS = outside + P_MK @ (Z_NK.T @ Phi_NS - P_MK.T @ outside)
+            state.captures.append(_share_held(held_MS, E_2MS.sum(dim=0)))
+        if state.S_J is not None:
+            # the carried estimate joins after the reduce, or it would count once per rank; its vectors lead P and Q
+            J = len(state.S_J)
+            Y_MK[:, :J] += P_MK[:, :J] * state.S_J
+            Z_NK[:, :J] += Q_NK[:, :J] * state.S_J
+        svd = boolean_sum(Y_MK, Z_NK, P_MK, Q_NK, K)
+        state.S_J = svd.S_K
         generator = self._generator(f"{state.matrix.name}/refresh{state.num_microbatches}")
-        window.P_MK.copy_(complete_basis(state.svd.U_MK, width, generator))
-        window.Q_NK.copy_(complete_basis(state.svd.Vh_KN.T, width, generator))
+        P_MK.copy_(complete_basis(svd.U_MK, K, generator))
+        Q_NK.copy_(complete_basis(svd.Vh_KN.T, K, generator))
+        self._home.put_back(state.P_MK, P_MK)
+        self._home.put_back(state.Q_NK, Q_NK)
+        self._home.put_back(window.P_MK, fetch(window.P_MK).copy_(P_MK))
+        QPhi_NC[:, :K] = Q_NK
+        self._home.put_back(window.QPhi_NC, QPhi_NC)
+        state.total_E_2MS = self._home.keep(E_2MS + (0 if state.total_E_2MS is None else fetch(state.total_E_2MS)))
 
     def _result(self, state: _State, num_tokens: int) -> GradientSVD:
-        matrix = state.matrix
-        if state.svd is None or state.total_E_2MS is None:  # no token reached this target
-            empty = [torch.zeros(n, 0, device=self._device) for n in (matrix.M, matrix.N)]
-            svd = TruncatedSVD(U_MK=empty[0], S_K=torch.zeros(0, device=self._device), Vh_KN=empty[1].T)
-            E_2MS = state.E_2MS
+        """On the owner: `width` triplets; those beyond the estimate have singular value 0 and arbitrary vectors."""
+        matrix, fetch = state.matrix, self._home.fetch
+        K = matrix.width
+        if state.window is None:  # no token reached this target
+            generator = self._generator(f"{matrix.name}/padding")
+            P_MK, Q_NK = (
+                complete_basis(torch.zeros(rows, 0, device=self._device), K, generator) for rows in (matrix.M, matrix.N)
+            )
+            S_J = torch.zeros(0, device=self._device)
+            E_2MS, Phi_NS = fetch(state.E_2MS), torch.zeros(matrix.N, ERROR_COLUMNS, device=self._device)
         else:
-            svd, E_2MS = state.svd, state.total_E_2MS
-        svd = _padded(svd, matrix.width, self._generator(f"{matrix.name}/padding"))
-        svd = TruncatedSVD(U_MK=svd.U_MK, S_K=svd.S_K / num_tokens, Vh_KN=svd.Vh_KN)
+            assert state.P_MK is not None and state.Q_NK is not None
+            assert state.S_J is not None and state.total_E_2MS is not None
+            P_MK, Q_NK, S_J = fetch(state.P_MK), fetch(state.Q_NK), state.S_J
+            E_2MS, Phi_NS = fetch(state.total_E_2MS), fetch(state.window.QPhi_NC)[:, K:].float()
+        svd = TruncatedSVD(
+            U_MK=P_MK, S_K=torch.cat([S_J, S_J.new_zeros(K - len(S_J))]) / num_tokens, Vh_KN=Q_NK.T.contiguous()
+        )
+        wanted, E_MS = svd.leading(matrix.num_triplets), E_2MS.sum(dim=0) / num_tokens
+        held_MS = wanted.U_MK @ (wanted.S_K[:, None] * (wanted.Vh_KN @ Phi_NS))
         return GradientSVD(
             svd=svd,
-            captured_energy=_captured(svd.leading(matrix.num_triplets), E_2MS.sum(dim=0) / num_tokens, state.Phi_NS),
+            captured_energy=_share_held(held_MS, E_MS),
             split_half_cosine=split_half_cosine(E_2MS, len(self._halves_seen)),
             window_capture=_worst_against_best_before(state.captures),
         )
+
+    def _few_rows(self, matrix: Matrix, x_TN: Tensor, dy_TM: Tensor) -> tuple[Tensor, Tensor]:
+        """x and dy as they are while the window that takes their place is no smaller, else a product close to theirs.
+
+        The product is found by subspace iteration on the factors and has 2K rows.
+        """
+        itemsize = max(x_TN.itemsize, dy_TM.itemsize)
+        width = kept_rows(matrix.width, matrix.M, matrix.N, len(x_TN), itemsize)
+        if width == len(x_TN):
+            return x_TN, dy_TM
+        V_NK = torch.randn(matrix.N, width, generator=self._generator(f"{matrix.name}/cold")).to(x_TN.device)
+        for _ in range(COLD_ITERATIONS):
+            U_MK, _ = orthonormal_columns(_product(dy_TM, x_TN, V_NK))
+            V_NK, _ = orthonormal_columns(_product(x_TN, dy_TM, U_MK))
+        # G V V^T, as "rows" V^T of x and (G V)^T of dy
+        return V_NK.t().to(x_TN.dtype), _product(dy_TM, x_TN, V_NK).t().to(dy_TM.dtype)
 
     def _generator(self, name: str) -> torch.Generator:
         # on the CPU, so that ranks draw the same numbers whatever their devices are
         return seeded_generator(self._seed, name, torch.device("cpu"))
 
 
-def _add_product(accumulator_MK: Tensor, left_TM: Tensor, right_TK: Tensor) -> None:
-    """accumulator += left^T right, the accumulator in float32 whatever the inputs are."""
-    if left_TM.dtype == torch.float32:
-        accumulator_MK.addmm_(left_TM.t(), right_TK)
-    else:
-        accumulator_MK.add_(left_TM.t() @ right_TK)
+def _product(left_TM: Tensor, right_TN: Tensor, basis_NK: Tensor) -> Tensor:
+    """left^T (right basis), float32."""
+    return (left_TM.t() @ (right_TN @ basis_NK.to(right_TN.dtype))).float()
 
 
-def _compress(x_TN: Tensor, dy_TM: Tensor, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(L_MK, V_NK) with L V^T the best part of dy^T x within `width` columns, by subspace iteration on the factors."""
-    width = min(width, *x_TN.shape, *dy_TM.shape)
-    V_NK = torch.randn(x_TN.shape[1], width, generator=generator).to(x_TN.device)
-    for _ in range(COLD_ITERATIONS):
-        U_MK, _ = orthonormal_columns(dy_TM.t() @ (x_TN @ V_NK))
-        V_NK, _ = orthonormal_columns(x_TN.t() @ (dy_TM @ U_MK))
-    return dy_TM.t() @ (x_TN @ V_NK), V_NK
-
-
-def _captured(svd: TruncatedSVD, E_MS: Tensor, Phi_NS: Tensor) -> float:
-    """1 - ||(G - U S V^T) Phi||^2 / ||G Phi||^2, an estimate of the energy share the triplets hold."""
-    rest = E_MS - svd.U_MK @ (svd.S_K[:, None] * (svd.Vh_KN @ Phi_NS))
+def _share_held(held_MS: Tensor, E_MS: Tensor) -> float:
+    """1 - ||(G - H) Phi||^2 / ||G Phi||^2 from H Phi and G Phi, an estimate of the energy share of G that H holds."""
+    rest = torch.linalg.vector_norm(E_MS - held_MS, dtype=torch.float64).square()
     whole = torch.linalg.vector_norm(E_MS, dtype=torch.float64).square()
-    return 1 - (torch.linalg.vector_norm(rest, dtype=torch.float64).square() / whole).item() if whole else 0.0
+    return 1 - (rest / whole).item() if whole else 0.0
 
 
 def _worst_against_best_before(captures: Sequence[float]) -> float | None:
     ratios = [capture / max(captures[:i]) for i, capture in enumerate(captures) if i and max(captures[:i]) > 0]
     return min(ratios, default=None)
-
-
-def _padded(svd: TruncatedSVD, width: int, generator: torch.Generator) -> TruncatedSVD:
-    """`width` triplets: the missing ones have singular value 0 and arbitrary orthonormal vectors."""
-    missing = width - svd.width
-    return TruncatedSVD(
-        U_MK=complete_basis(svd.U_MK, width, generator),
-        S_K=torch.cat([svd.S_K, svd.S_K.new_zeros(missing)]),
-        Vh_KN=complete_basis(svd.Vh_KN.T, width, generator).T.contiguous(),
-    )

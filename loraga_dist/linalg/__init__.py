@@ -1,5 +1,6 @@
 """Pure torch linear algebra; imports nothing else of this package."""
 
+from loraga_dist.linalg.product import product_svd
 from loraga_dist.linalg.randomized_svd import TruncatedSVD, numerical_rank, sign_fix, truncated_svd
 from loraga_dist.linalg.subspace import captured_energy, efficiency, principal_sines
 from loraga_dist.linalg.union import boolean_sum, complete_basis, orthonormal_columns
@@ -13,6 +14,7 @@ __all__ = [
     "numerical_rank",
     "orthonormal_columns",
     "principal_sines",
+    "product_svd",
     "sign_fix",
     "truncated_svd",
 ]

@@ -17,14 +17,14 @@ from loraga_dist.calibration import assign_microbatches, load_samples
 from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, ModelConfig
 from loraga_dist.distributed import World
-from loraga_dist.engines import ExactEngine
+from loraga_dist.engines import ExactEngine, StateHome
 from loraga_dist.losses import causal_lm
 from loraga_dist.models import find_base_model
 from loraga_dist.plan import make_plan
 from loraga_dist.progress import Progress
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding import SingleProcess, Zero3
-from loraga_dist.sweep import forward, sweep
+from loraga_dist.sweep import LossTotals, forward, sweep
 from loraga_dist.targets import meta_copy, select_targets
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -68,8 +68,9 @@ def main() -> None:
         module = sharding.attach(model)
         worst, seen = 0.0, 0
         for matrices in plan.sweeps:
-            engine = ExactEngine(matrices, device=world.device, seed=0)
-            _, num_tokens = sweep(
+            engine = ExactEngine(matrices, home=StateHome(world.device), seed=0, dtype=torch.float32)
+            totals = LossTotals()
+            sweep(
                 module,
                 [matrix.name for matrix in matrices],
                 mine,
@@ -78,8 +79,9 @@ def main() -> None:
                 loss_sum=causal_lm,
                 checkpointing=checkpointing,
                 progress=Progress("", len(mine), "batch", shown=False),
+                totals=totals,
             )
-            for matrix, G_MN in engine.mean_gradients(world, num_tokens):
+            for matrix, G_MN in engine.mean_gradients(world, totals.num_tokens):
                 expected = reference[f"{matrix.name}.weight"]
                 worst = max(worst, ((G_MN - expected).norm() / expected.norm()).item())
                 seen += 1

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.calibration import assign_microbatches, load_samples
-from loraga_dist.cli import init_main
+from loraga_dist.cli import init_main, main
 from loraga_dist.config import CalibrationConfig
 
 R, ALPHA, GAMMA = 4, 8, 16
@@ -64,6 +64,8 @@ CASES = {
     "gpt2-2-bare": Case("gpt2", 2, keys="bare"),
     "t5-1": Case("t5"),
     "t5-2": Case("t5", 2),
+    "bart-1": Case("bart", overrides=("--lora.modules_to_save", "[classification_head]")),
+    "bart-2": Case("bart", 2, overrides=("--lora.modules_to_save", "[classification_head]")),
     "bert-1": Case("bert"),
     "bert-2": Case("bert", 2),
     "bert-1-bf16": Case("bert", dtype=torch.bfloat16),
@@ -139,6 +141,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def example(kind: str) -> dict[str, torch.Tensor]:
     ids = torch.arange(3, 43).view(2, 20) % 250
+    if kind == "bart":
+        ids[:, -1] = 257
     return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if kind == "t5" else {"input_ids": ids}
 
 
@@ -181,7 +185,7 @@ def test_directory_verifies_and_keeps_the_contract(runs: Any, name: str) -> None
     assert {
         "schema_version", "config", "base_fingerprint", "data_fingerprint", "versions", "world_size", "engine",
         "num_sequences", "num_supervised_tokens", "seconds", "peak_bytes_per_rank", "planned_peak_bytes_per_rank",
-        "state_bytes_per_rank", "targets", "identity_check", "warnings",
+        "state_bytes_per_rank", "targets", "identity_check", "stopped_by", "split_half_cosine", "warnings",
     } <= report.keys()  # fmt: skip
     assert set(report["seconds"]) == {"load", "calibrate", "factorize", "write", "total"}
     assert report["world_size"] == run.case.world_size == len(report["peak_bytes_per_rank"])
@@ -229,7 +233,16 @@ def test_seeds_ranks_and_layouts_agree(runs: Any, name: str) -> None:
         assert run.report[field] == reference.report[field]
 
 
-@pytest.mark.parametrize("kind", ["tied", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize("name", ["llama-2-sketch", "llama-2-bf16", "bert-2"])
+def test_refactoring_under_the_same_settings_changes_nothing(runs: Any, name: str, tmp_path: Path) -> None:
+    run = runs(name)
+    assert main(["refactor", str(run.out), "--to", str(tmp_path / "again")]) == 0
+    for adapter in ("loraga_init", "loraga_offset"):
+        file = f"{adapter}/adapter_model.safetensors"
+        assert (tmp_path / "again" / file).read_bytes() == (run.out / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["tied", "gpt2", "t5", "bert", "bart"])
 def test_families_agree_between_one_and_two_ranks(runs: Any, kind: str) -> None:
     alone, sharded = runs(f"{kind}-1"), runs(f"{kind}-2")
     for target in alone.report["targets"]:

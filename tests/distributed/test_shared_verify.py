@@ -14,8 +14,7 @@ from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import init_main
 
 FLIPPED = (
-    "residual_base/model-00001-of-*.safetensors",
-    "residual_base/model-00002-of-*.safetensors",
+    "residual_base/model.safetensors",
     "factors/*.safetensors",
     "loraga_offset/adapter_model.safetensors",
     "README.md",

@@ -1,10 +1,18 @@
-"""One clone for all tests here: pretraining its quickstart model takes longer than everything else."""
+"""One clone for all tests here: pretraining its quickstart model takes longer than everything else. And one cluster."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
+import yaml
+from builders import config_tree, save_data, save_model
 from clones import Clone, make_clone
-from launching import succeed
+from cluster import Cluster, running
+from cluster import missing as cluster_missing
+from launching import INIT, run, succeed
+from starts import TinyRun
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +25,26 @@ def quickstarted(clone: Clone) -> Clone:
     """The clone after its first `make quickstart`."""
     succeed(clone.once("make quickstart"))
     return clone
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    root = tmp_path_factory.mktemp("tiny")
+    tree = config_tree(
+        save_model(root / "model"),
+        save_data(root / "data.jsonl"),
+        root / "reference",
+        output={"dir": str(root / "reference"), "residual_base": "none"},
+    )
+    config = root / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    succeed(run([sys.executable, INIT, "--config", str(config)]))
+    return TinyRun(config, root / "reference")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if reason := cluster_missing():
+        pytest.skip(reason)
+    with running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster

@@ -20,7 +20,7 @@ from loraga_dist.calibration import (
     IGNORED,
     Sample,
     assign_microbatches,
-    fingerprint,
+    fingerprints,
     load_samples,
     microbatches_from_batches,
     padding_token_id,
@@ -253,12 +253,11 @@ def test_ranks_share_the_samples_and_take_equally_many_steps(world_size: int, ba
     assert seen == [sample.row for sample in samples]
     flat = [microbatch for microbatches in ranks for microbatch in microbatches]
     assert sum(m.num_supervised_tokens for m in flat) == sum(s.num_supervised_tokens for s in samples)
-    assert sum(m.num_sequences for m in flat) == len(samples)
     for microbatch in flat:
         assert int((microbatch.inputs["labels"][:, 1:] != IGNORED).sum()) == microbatch.num_supervised_tokens
         padding = microbatch.inputs["attention_mask"] == 0
         assert (microbatch.inputs["input_ids"][padding] == 99).all()
-        if not microbatch.num_sequences:
+        if not microbatch.sample_ids:
             assert torch.equal(microbatch.inputs["input_ids"], torch.tensor([samples[0].inputs["input_ids"]]))
 
 
@@ -273,6 +272,21 @@ def test_seed_shuffles_and_max_samples_cuts(tmp_path: Path) -> None:
     assert sorted(everything) == list(range(20)) != everything
     assert rows(max_samples=5) == everything[:5] == rows(max_samples=5)
     assert rows(seed=1) != everything
+    assert rows(max_samples="auto", sample_limit=5) == everything[:5]
+
+
+def test_samples_without_loss_are_replaced_by_the_next(tmp_path: Path) -> None:
+    masked = {"prompt": "p" * 40, "completion": "cut off"}
+    rows = [masked if i % 4 else {"prompt": "a", "completion": "b"} for i in range(40)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+
+    def found(**kwargs: Any) -> list[int]:
+        config = CalibrationConfig(data_files=data, max_length=20, **kwargs)
+        return [s.row for s in load_samples(config, make_tokenizer(), task_type="CAUSAL_LM", max_positions=None)]
+
+    everything = found()
+    assert sorted(everything) == list(range(0, 40, 4))
+    assert found(max_samples=6) == everything[:6]
 
 
 def test_sources_agree(tmp_path: Path) -> None:
@@ -302,11 +316,12 @@ def test_sources_agree(tmp_path: Path) -> None:
 
 def test_fingerprint_follows_content_and_order(tmp_path: Path) -> None:
     samples = samples_of(tmp_path, COMPLETIONS)
-    original = fingerprint(samples)
-    assert original == fingerprint(samples_of(tmp_path, COMPLETIONS)) and original.startswith("sha256:")
-    assert fingerprint(samples[::-1]) != original
+    original = fingerprints(samples)
+    assert original == fingerprints(samples_of(tmp_path, COMPLETIONS)) and original[0].startswith("sha256:")
+    assert fingerprints(samples[:2]) == original[:2] and len(set(original)) == len(samples)
+    assert fingerprints(samples[::-1])[-1] != original[-1]
     # the same tokens under another loss mask are other data
-    assert fingerprint(samples_of(tmp_path, COMPLETIONS, completion_only_loss=False)) != original
+    assert fingerprints(samples_of(tmp_path, COMPLETIONS, completion_only_loss=False))[-1] != original[-1]
 
 
 def test_own_dataloader(tmp_path: Path) -> None:
@@ -315,11 +330,7 @@ def test_own_dataloader(tmp_path: Path) -> None:
     batches = [dict(microbatch.inputs) | {"ids": ["not", "a tensor"]} for microbatch in expected]
     actual = microbatches_from_batches(batches, "CAUSAL_LM", limit=1)
     assert len(actual) == 1 and actual[0].inputs.keys() == expected[0].inputs.keys()
-    assert (actual[0].num_sequences, actual[0].num_supervised_tokens, actual[0].index) == (
-        expected[0].num_sequences,
-        expected[0].num_supervised_tokens,
-        0,
-    )
+    assert (actual[0].num_supervised_tokens, actual[0].index) == (expected[0].num_supervised_tokens, 0)
     (shifted,) = microbatches_from_batches(batches[:1], "SEQ_2_SEQ_LM")
     assert shifted.num_supervised_tokens == int((expected[0].inputs["labels"] != IGNORED).sum())
     with pytest.raises(UserError, match="no tensor named labels"):

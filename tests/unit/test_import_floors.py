@@ -16,17 +16,20 @@ PACKAGE = ROOT / "loraga_dist"
 # A module or sub-package imports only from floors below its own.
 FLOORS = [
     {"errors", "linalg", "losses", "memory", "progress"},
+    {"launcher"},
+    {"rendezvous"},
     {"config", "distributed", "safetensors_files", "schemes", "engines"},
-    {"targets", "formats", "taps", "models"},
+    {"targets", "formats", "taps", "models", "watch"},
     {"calibration"},
     {"sharding", "plan", "artifacts"},
-    {"sweep"},
-    {"calibrate", "placement", "rehearsal"},
-    {"estimate"},
+    {"sweep", "checkpoint"},
+    {"stream", "placement", "resume", "rehearsal"},
+    {"calibrate", "estimate"},
     {"start", "job"},
     {"outputs", "forecast"},
     {"plan_report"},
-    {"pipeline"},
+    {"pipeline", "refactor"},
+    {"commands"},
     {"cli"},
 ]
 MAY_IMPORT = {
@@ -34,8 +37,22 @@ MAY_IMPORT = {
     "schemes": {"linalg", "errors"},
     "engines": {"linalg"},
 }
-HEAVY = ("trl", "datasets", "deepspeed", "matplotlib")
-CORE = ["config", "schemes", "engines", "calibration", "models", "plan", "sharding", "sweep", "job", "pipeline", "cli"]
+HEAVY = ("trl", "datasets", "deepspeed", "matplotlib", "mpi4py")
+CORE = [
+    "launcher",
+    "distributed",
+    "config",
+    "schemes",
+    "engines",
+    "calibration",
+    "models",
+    "plan",
+    "sharding",
+    "sweep",
+    "job",
+    "pipeline",
+    "cli",
+]
 
 
 def _imports(path: Path) -> Iterator[str]:

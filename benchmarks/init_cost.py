@@ -1,0 +1,231 @@
+"""What a LoRA-GA start costs beside the forward and backward it needs anyway, and beside PEFT's.
+
+    python benchmarks/init_cost.py --json init_cost.json      # about 9 minutes on two cores
+    python benchmarks/init_cost.py --quick                    # a small model, seconds
+    python benchmarks/init_cost.py --sweep --json sweep.json  # how cost grows; plots go to docs/plots/
+
+In turns, `--repeats` times: *floor* (forward and input gradients alone), *sketch* (ours: calibrate and factorize),
+*peft* (stock `preprocess_loraga` and `get_peft_model`); *exact* (ours with the exact engine) once, as the truth about
+energies. Same model, same batches, no checkpointing, medians. One layer of Llama-2-7B in bfloat16, 32 microbatches of
+512 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from cost_runs import Bench, Outcome, Shape, mean, step_energy
+from memory import hardware
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from loraga_dist.artifacts.report import versions
+from loraga_dist.memory import return_freed_memory_at_once
+
+LLAMA_2_7B_LAYER = Shape(
+    hidden=4096, intermediate=11008, layers=1, heads=32, key_value_heads=32, microbatches=32, tokens=512
+)
+QUICK = Shape(hidden=512, intermediate=1376, layers=1, heads=8, key_value_heads=8, microbatches=8, tokens=256)
+SWEEP_BASE = Shape(hidden=1024, intermediate=2752, layers=2, heads=8, key_value_heads=8, microbatches=16, tokens=256)
+SWEEPS: dict[str, list[Shape]] = {
+    "tokens": [replace(SWEEP_BASE, tokens=tokens) for tokens in (128, 256, 512, 1024)],
+    "hidden": [
+        replace(SWEEP_BASE, hidden=hidden, intermediate=hidden * 43 // 16, layers=1)
+        for hidden in (512, 1024, 2048, 3072)
+    ],
+    "r": [replace(SWEEP_BASE, r=r) for r in (4, 8, 16, 32, 64)],
+    "layers": [replace(SWEEP_BASE, layers=layers) for layers in (1, 2, 4, 8)],
+}
+"""By what grows. Widths keep Llama's proportions."""
+
+PLOTS = Path(__file__).resolve().parent.parent / "docs" / "plots"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a small model")
+    parser.add_argument("--sweep", action="store_true", help="growth in tokens, width, rank and layers instead")
+    parser.add_argument("--plots", type=Path, default=PLOTS, help="where --sweep puts its plots")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return_freed_memory_at_once()
+    if options.sweep:
+        content: dict[str, Any] = {"points": sweep(options.repeats, quick=options.quick)}
+        plot(content["points"], options.plots)
+        write(content, options.json)
+    else:
+        shape = QUICK if options.quick else LLAMA_2_7B_LAYER
+        for content in compare(shape, options.repeats):
+            show(content)
+            write(content, options.json)
+
+
+def write(content: dict[str, Any], path: Path | None) -> None:
+    content |= {"hardware": hardware(), "threads": torch.get_num_threads(), "versions": versions()}
+    if path:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def compare(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
+    """The figures so far, after every repeat; with energies at last, when the exact gradients are there."""
+    bench = Bench(shape, torch.device("cpu"))
+    bench.warm_up()
+    runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": []}
+    for repeat in range(repeats):
+        for way, outcomes in runs.items():
+            outcomes.append(bench.sketch(place=repeat == 0) if way == "sketch" else getattr(bench, way)())
+            last = outcomes[-1]
+            print(
+                f"{way}: {last.seconds:.1f} s, {last.cpu_seconds:.1f} s of cores, {last.peak_bytes >> 20} MiB",
+                flush=True,
+            )
+        yield {"shape": asdict(shape), "runs": figures(runs, {})}
+    runs["exact"] = [bench.exact()]
+    yield {"shape": asdict(shape), "runs": figures(runs, runs["exact"][0].gradients)}
+
+
+def figures(runs: dict[str, list[Outcome]], gradients: dict[str, Tensor]) -> dict[str, Any]:
+    """gradients: the truth about energies, or nothing."""
+    floor_seconds, floor_bytes = medians(runs["floor"])
+    rows: dict[str, Any] = {}
+    for way, outcomes in runs.items():
+        seconds, peak_bytes = medians(outcomes)
+        rows[way] = {
+            "seconds": [outcome.seconds for outcome in outcomes],
+            "median_seconds": seconds,
+            "cpu_over_floor": cpu_median(outcomes) / cpu_median(runs["floor"]),
+            "cpu_over_peft": cpu_median(outcomes) / cpu_median(runs["peft"]),
+            "cpu_seconds": [outcome.cpu_seconds for outcome in outcomes],
+            "over_floor": seconds / floor_seconds,
+            "over_peft": seconds / medians(runs["peft"])[0],
+            "peak_bytes": [outcome.peak_bytes for outcome in outcomes],
+            "extra_bytes": peak_bytes - floor_bytes,
+            "details": [outcome.details for outcome in outcomes],
+        }
+    energies = {
+        way: mean([step_energy(G_MN, *outcomes[0].directions[target]) for target, G_MN in gradients.items()])
+        for way, outcomes in runs.items()
+        if gradients and outcomes[0].directions
+    }
+    for way, energy in energies.items():
+        rows[way] |= {"captured_energy": energy, "share_of_exact": energy / energies["exact"]}
+    return rows
+
+
+def medians(outcomes: list[Outcome]) -> tuple[float, float]:
+    return (
+        statistics.median(outcome.seconds for outcome in outcomes),
+        statistics.median(outcome.peak_bytes for outcome in outcomes),
+    )
+
+
+def cpu_median(outcomes: list[Outcome]) -> float:
+    return statistics.median(outcome.cpu_seconds for outcome in outcomes)
+
+
+def show(content: dict[str, Any]) -> None:
+    table = Table(title=f"{content['shape']}")
+    for column in (
+        "",
+        "seconds",
+        "x floor",
+        "x PEFT",
+        "x floor, of cores",
+        "x PEFT, of cores",
+        "extra MiB",
+        "captured energy",
+        "of exact's",
+    ):
+        table.add_column(column, justify="right")
+    for name, row in content["runs"].items():
+        energy = row.get("captured_energy")
+        table.add_row(
+            name,
+            f"{row['median_seconds']:.2f}",
+            f"{row['over_floor']:.3f}",
+            f"{row['over_peft']:.3f}",
+            f"{row['cpu_over_floor']:.3f}",
+            f"{row['cpu_over_peft']:.3f}",
+            f"{row['extra_bytes'] / 2**20:.0f}",
+            "" if energy is None else f"{energy:.4f}",
+            "" if energy is None else f"{row['share_of_exact']:.5f}",
+        )
+    console = Console()
+    console.print(table)
+    for details in content["runs"]["sketch"]["details"]:
+        console.print({key: round(value, 3) for key, value in details.items() if key.startswith("seconds")})
+
+
+def sweep(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
+    points = []
+    for quantity, shapes in SWEEPS.items():
+        for shape in shapes[:2] if quick else shapes:
+            bench = Bench(replace(shape, microbatches=4) if quick else shape, torch.device("cpu"))
+            bench.warm_up()
+            runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": []}
+            for _ in range(repeats):
+                runs["floor"].append(bench.floor())
+                runs["sketch"].append(bench.sketch())
+                runs["peft"].append(bench.peft())
+            floor_bytes = medians(runs["floor"])[1]
+            point: dict[str, Any] = {"quantity": quantity, "value": getattr(shape, quantity), "shape": asdict(shape)}
+            for name, outcomes in runs.items():
+                seconds, peak_bytes = medians(outcomes)
+                extra_bytes = peak_bytes - floor_bytes
+                point[name] = {"seconds": seconds, "cpu_seconds": cpu_median(outcomes), "extra_bytes": extra_bytes}
+            points.append(point)
+            print(
+                f"{quantity} {point['value']}: "
+                + ", ".join(f"{name} {point[name]['cpu_seconds']:.2f} s" for name in runs)
+            )
+    return points
+
+
+def plot(points: list[dict[str, Any]], directory: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = {"tokens": "tokens per microbatch", "hidden": "hidden size", "r": "LoRA rank r", "layers": "layers"}
+    colors = {"floor": "#888888", "sketch": "#1b6ca8", "peft": "#c8553d"}
+    names = {"floor": "forward + input gradients", "sketch": "loraga_dist (sketch)", "peft": "PEFT"}
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "loraga_dist", "font.size": 9})
+    for metric, unit, scale in (
+        ("cpu_seconds", "seconds of cores", 1.0),
+        ("extra_bytes", "MiB above the floor's peak", 2**20),
+    ):
+        figure, all_axes = plt.subplots(1, len(labels), figsize=(11, 2.8), layout="constrained")
+        for axes, (quantity, label) in zip(all_axes, labels.items(), strict=True):
+            mine = [point for point in points if point["quantity"] == quantity]
+            for name in names if metric == "cpu_seconds" else ("sketch", "peft"):
+                values = [point[name][metric] / scale for point in mine]
+                axes.plot([point["value"] for point in mine], values, "o-", ms=3, color=colors[name], label=names[name])
+            axes.set_xlabel(label)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([point["value"] for point in mine], [str(point["value"]) for point in mine])
+            axes.minorticks_off()
+            axes.set_ylim(bottom=0)
+            axes.spines[["top", "right"]].set_visible(False)
+        all_axes[0].set_ylabel(unit)
+        all_axes[0].legend(frameon=False, fontsize=8)
+        directory.mkdir(parents=True, exist_ok=True)
+        figure.savefig(directory / f"init_cost_{metric}.svg", metadata={"Date": None})
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

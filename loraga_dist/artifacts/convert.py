@@ -1,0 +1,208 @@
+"""A trained adapter as a plain LoRA on the original base, or merged into it: offline, one matrix at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, write_adapter
+from loraga_dist.artifacts.manifest import fingerprint
+from loraga_dist.artifacts.names import CONVERSION
+from loraga_dist.artifacts.reading import open_base
+from loraga_dist.artifacts.report import versions
+from loraga_dist.artifacts.residual import digest_base, require_targets, write_model
+from loraga_dist.artifacts.staging import free_place, whole_directory
+from loraga_dist.artifacts.trained import Update, open_update
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.linalg import product_svd
+from loraga_dist.progress import phase
+from loraga_dist.safetensors_files import TensorSlot
+
+_MAX_RELATIVE_ERROR = 1e-6
+"""Of a stored update, beside what truncation drops; two roundings to float32 cost about a tenth of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `convert` made."""
+
+    init: str
+    trained: str
+    base: str
+    """The original base, as the adapter names it."""
+    num_targets: int
+    r: int | None
+    """Of the adapter; None if only a merged model was written."""
+    kept_energy: dict[str, float]
+    """Share of every target's ||update||_F^2 that the adapter holds."""
+    total_kept_energy: float
+    """The same over all targets together."""
+    saved_parameters: list[str]
+    """Parameters that were trained whole and went along."""
+    warnings: list[str]
+
+
+def convert(
+    init: Path,
+    trained: Path,
+    *,
+    to: Path | None = None,
+    merge: Path | None = None,
+    rank: int | None = None,
+    base: Path | None = None,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> Conversion:
+    """Write an adapter trained from `init` for the original base: `to` as a plain LoRA, `merge` as a merged model.
+
+    Per target the update s_t B_t A_t - s_0 B_0 A_0 is factorized anew in float64 before any cast, because storing
+    [A_t; A_0] in 16 bits would lose much of a small difference of large terms. The adapter has one rank, no patterns
+    and scaling 1 (`lora_alpha` = r): all that every server reads. Smaller updates are padded with zeros.
+
+    rank: of the adapter, the best approximation of that rank; by default the 2r that hold the whole update. `merge`
+    always takes the whole update. base: the original model, if it is not where the report says.
+    Each output appears whole or not at all. Raises UserError for input that does not fit together, RunError when
+    writing fails.
+    """
+    if to is None and merge is None:
+        raise UserError("--to", None, "is missing; write a directory for the adapter, or --merge for a merged model")
+    if rank is not None and rank < 1:
+        raise UserError("--rank", rank, "must be 1 or more")
+    update = open_update(init, trained)
+    inputs = [init.parent, trained]
+    base_dir, index = None, {}
+    if merge is not None:
+        base_dir, index = open_base(update.report, base)
+        inputs.append(base_dir)
+        merge = free_place(merge, "--merge", marker=CONVERSION, overwrite=overwrite, inputs=inputs)
+    if to is not None:
+        to = free_place(to, "--to", marker=CONVERSION, overwrite=overwrite, inputs=inputs)
+    if to == merge:
+        raise UserError("--merge", str(merge), "is the directory of --to; write another")
+
+    found = Conversion(
+        init=str(init),
+        trained=str(trained),
+        base=str(base) if base is not None else update.report.config.model.name_or_path,
+        num_targets=len(update.targets),
+        r=None,
+        kept_energy={},
+        total_kept_energy=1.0,
+        saved_parameters=list(update.saved),
+        warnings=update.warnings,
+    )
+    if to is not None:
+        r = rank or update.full_rank
+        num_bytes = sum(4 * r * (target.M + target.N) for target in update.targets.values())
+        with whole_directory(to, "--to", num_bytes) as directory:
+            found = _write_adapter(directory, update, found, r, show_progress)
+            _write_record(directory, found)
+    if merge is not None:
+        assert base_dir is not None
+        with whole_directory(merge, "--merge", sum(slot.num_bytes for slot in index.values())) as directory:
+            _write_merged(directory, update, base_dir, index, show_progress)
+            _write_record(directory, found)
+    return found
+
+
+def refactorize(A_KN: Tensor, B_MK: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A_RN, B_MR (fp32) whose product is the best rank-r approximation of B A, and all singular values S_J (fp64).
+
+    The singular values are shared out evenly; what the product's rank is short of r is zeros.
+    """
+    U_MJ, S_J, Vh_JN = product_svd(B_MK, A_KN)
+    kept = min(r, len(S_J))
+    root_J = S_J[:kept].sqrt()
+    A_RN, B_MR = torch.zeros(r, A_KN.shape[1]), torch.zeros(B_MK.shape[0], r)
+    A_RN[:kept] = root_J[:, None] * Vh_JN[:kept]
+    B_MR[:, :kept] = U_MJ[:, :kept] * root_J
+    return A_RN, B_MR, S_J
+
+
+def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, show_progress: bool) -> Conversion:
+    from peft import LoraConfig
+
+    kept, total = {}, {}
+    with phase("convert", 2 * len(update.targets), "target", shown=show_progress) as progress:
+
+        def factors(name: str) -> tuple[Tensor, Tensor]:
+            A_RN, B_MR, S_J = refactorize(*update.factors(name), r)
+            total[name] = S_J.square().sum().item()
+            kept[name] = S_J[:r].square().sum().item()
+            progress.advance()
+            return A_RN, B_MR
+
+        targets = [_with_rank(target, r) for target in update.targets.values()]
+        config = LoraConfig(
+            task_type=update.task_type,  # type: ignore[arg-type]
+            base_model_name_or_path=found.base,
+            r=r,
+            lora_alpha=r,
+            modules_to_save=update.modules_to_save,
+        )
+        write_adapter(directory, config, targets, factors, saved=update.saved)
+        stored = AdapterFile(directory)
+        for target in targets:
+            _check_stored(update, stored, target.name, total[target.name], kept[target.name])
+            progress.advance()
+    return dataclasses.replace(
+        found,
+        r=r,
+        kept_energy={name: kept[name] / total[name] if total[name] else 1.0 for name in kept},
+        total_kept_energy=sum(kept.values()) / sum(total.values()),
+    )
+
+
+def _with_rank(target: AdapterTarget, r: int, scaling: float = 1.0) -> AdapterTarget:
+    return dataclasses.replace(target, r=r, lora_alpha=r, scaling=scaling)
+
+
+def _check_stored(update: Update, stored: AdapterFile, name: str, energy: float, kept_energy: float) -> None:
+    """Raise RunError unless the stored factors are as far from the update as truncation makes them."""
+    A_RN, B_MR = stored.factors(name)
+    A_KN, B_MK = update.factors(name)
+    _, S_J, _ = product_svd(torch.cat([B_MK, -B_MR.double()], dim=1), torch.cat([A_KN, A_RN.double()]))
+    error = (S_J.norm().item() - max(0.0, energy - kept_energy) ** 0.5) / (energy or 1.0) ** 0.5
+    if not error <= _MAX_RELATIVE_ERROR:
+        raise RunError(f"convert: {name} was stored with a relative error of {error:.1e}; is the disk sound?")
+
+
+def _write_merged(
+    directory: Path, update: Update, base_dir: Path, index: dict[str, TensorSlot], show_progress: bool
+) -> None:
+    # what is subtracted is s B A
+    targets = [_with_rank(target, 2 * target.r, scaling=-1.0) for target in update.targets.values()]
+    require_targets(index, targets)
+    replaced = {_base_key(name, slot, index, update): slot for name, slot in update.saved.items()}
+    num_bytes = sum(slot.num_bytes for slot in index.values())
+    with phase("merge", num_bytes, "B", shown=show_progress) as progress:
+        digests = write_model(
+            base_dir, index, targets, update, directory, replaced=replaced, on_progress=progress.advance
+        )
+    base_digests = {key: base for key, (base, _) in digests.items()} | digest_base(index, replaced)
+    if fingerprint(base_digests) != update.report.base_fingerprint:
+        raise UserError("--base", str(base_dir), "is not the base of loraga_init: its weights have another fingerprint")
+
+
+def _base_key(name: str, slot: TensorSlot, index: dict[str, TensorSlot], update: Update) -> str:
+    """The checkpoint key of a parameter that was trained whole."""
+    key = update.report.saved_parameters.get(name, name)
+    shape = index[key].shape if key in index else None
+    if shape != slot.shape:
+        problem = f"was trained with shape {slot.shape} and the base's checkpoint has {shape}"
+        raise UserError("--merge", name, f"{problem}; merge with PEFT's merge_and_unload instead")
+    return key
+
+
+def _write_record(directory: Path, found: Conversion) -> None:
+    """What the directory was made from; also by what a later `overwrite` knows it."""
+    record = {**dataclasses.asdict(found), "versions": versions()}
+    try:
+        (directory / CONVERSION).write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise RunError(f"{directory / CONVERSION} cannot be written ({error.strerror})") from error

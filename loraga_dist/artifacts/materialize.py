@@ -1,0 +1,44 @@
+"""`residual_base/` for an output that was written without: from the original base and the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraga_dist.artifacts.names import LORAGA_INIT, MODEL_CONFIG, RESIDUAL_BASE
+from loraga_dist.artifacts.reading import load_adapter, open_base, read_report
+from loraga_dist.artifacts.residual import require_targets, residual_dtype_of, write_model
+from loraga_dist.artifacts.staging import free_place, whole_directory
+from loraga_dist.artifacts.verify import check_residual
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.progress import phase
+
+
+def materialize_base(
+    directory: Path, *, to: Path | None = None, base: Path | None = None, show_progress: bool = False
+) -> Path:
+    """Write the residual base of an output directory, as `output.residual_base: full` does, and return its path.
+
+    to: by default `residual_base/` in the output directory, where its adapter looks for it. base: the original model,
+    if it is not where the report says. Streamed in bounded memory and held against base and adapter before it appears.
+    Raises UserError for a directory or base that does not fit, RunError when writing or the check fails.
+    """
+    try:
+        report = read_report(directory)
+        adapter, targets = load_adapter(directory / LORAGA_INIT, report)
+    except RunError as error:
+        raise UserError("directory", str(directory), f"{error}; write the directory of a finished run") from error
+    destination = free_place(
+        to if to is not None else directory / RESIDUAL_BASE, "--to", marker=MODEL_CONFIG, overwrite=False
+    )
+    base_dir, index = open_base(report, base)
+    require_targets(index, targets)
+    dtype = report.config.output.residual_dtype
+    num_bytes = sum(slot.numel * residual_dtype_of(slot.dtype, dtype).itemsize for slot in index.values())
+    with whole_directory(destination, "--to", num_bytes) as path:
+        with phase("write", num_bytes, "B", shown=show_progress) as progress:
+            write_model(base_dir, index, targets, adapter, path, dtype, on_progress=progress.advance)
+        with phase("verify", sum(slot.num_bytes for slot in index.values()), "B", shown=show_progress) as progress:
+            problems = check_residual(report, base_dir, index, path, adapter, targets, progress.advance)
+        if problems:
+            raise RunError(f"verify: {'; '.join(problems[:5])}")
+    return destination

@@ -1,0 +1,200 @@
+"""What training made of `loraga_init`: the update s_t B_t A_t - s_0 B_0 A_0 of every weight, from two adapter files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys
+from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT
+from loraga_dist.artifacts.reading import (
+    Report,
+    expected_shapes,
+    load_adapter,
+    read_lora_config,
+    read_report,
+    targets_under,
+)
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.safetensors_files import BrokenFileError, TensorSlot, dtype_name
+
+_PREFIX = "base_model.model."
+_PICKLES = ("adapter_model.bin", "pytorch_model.bin")
+_NOT_WHOLE = ("lora_", "trainable_tokens_", ".base_layer.")
+"""Parts of keys that are no whole parameter which training replaced."""
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """B A = s_t B_t A_t - s_0 B_0 A_0 per target, and the parameters that were trained whole."""
+
+    report: Report
+    targets: dict[str, AdapterTarget]
+    """As trained."""
+    saved: dict[str, TensorSlot]
+    """Trained copies of whole parameters (`modules_to_save`, resized embeddings) by parameter name."""
+    task_type: str | None
+    modules_to_save: list[str] | None
+    warnings: list[str]
+    trained: AdapterFile
+    init: AdapterFile
+    init_targets: dict[str, AdapterTarget]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """[A_t; A_0] (2r, N) and [s_t B_t, -s_0 B_0] (M, 2r) in float64, whose product B A is the update."""
+        A_RN, B_MR = (factor.double() for factor in self.trained.factors(name))
+        A0_RN, B0_MR = (factor.double() for factor in self.init.factors(name))
+        scaling, scaling0 = self.targets[name].scaling, self.init_targets[name].scaling
+        return torch.cat([A_RN, A0_RN]), torch.cat([scaling * B_MR, -scaling0 * B0_MR], dim=1)
+
+    @property
+    def full_rank(self) -> int:
+        """The smallest rank that holds every target's update."""
+        return max(2 * target.r for target in self.targets.values())
+
+
+def open_update(init: Path, trained: Path) -> Update:
+    """Read and check both adapters; raises UserError, naming `--init` or `--trained`, for what does not fit together.
+
+    init: `loraga_init` in its output directory, whose report says what the adapter belongs to.
+    trained: a directory with the adapter that a trainer saved. Keys may carry the adapter's name, as in a plain state
+    dict; any floating dtype.
+    """
+    report, init_adapter, init_targets = _open_init(init)
+    if not (trained / ADAPTER_WEIGHTS).is_file():
+        raise UserError("--trained", str(trained), _nothing_trained(trained))
+    try:
+        config, adapter = read_lora_config(trained), _TrainedFile(trained)
+        targets = targets_under(config, report)
+    except RunError as error:
+        raise UserError("--trained", str(trained), f"{error}; write an adapter trained from {init}") from error
+    for key in ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication"):
+        if getattr(config, key, None):
+            raise UserError("--trained", str(trained), f"has {key}, which a plain LoRA cannot hold; train without it")
+    if config.bias != "none":
+        raise UserError("--trained", str(trained), f"has bias {config.bias!r}; train with bias 'none'")
+    _check_tensors(trained, init, adapter, targets, report)
+    _check_values(trained, adapter, init_adapter, targets)
+    lora_keys = expected_shapes(targets)
+    return Update(
+        report=report,
+        targets={target.name: target for target in targets},
+        saved={key.removeprefix(_PREFIX): slot for key, slot in sorted(adapter.slots.items()) if key not in lora_keys},
+        task_type=config.task_type,
+        modules_to_save=sorted(config.modules_to_save) if config.modules_to_save else None,
+        warnings=_find_warnings(config.base_model_name_or_path, [adapter.slots[key] for key in lora_keys], report),
+        trained=adapter,
+        init=init_adapter,
+        init_targets={target.name: target for target in init_targets},
+    )
+
+
+class _TrainedFile(AdapterFile):
+    """The file of a trainer, under the keys PEFT itself would write. Raises BrokenFileError."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        plain: dict[str, TensorSlot] = {}
+        for key, slot in self.slots.items():
+            if ".original_module." in key:  # the untrained copy beside one of modules_to_save
+                continue
+            name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
+            name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+            if name in plain:
+                raise BrokenFileError(f"{ADAPTER_WEIGHTS} holds several adapters ({plain[name].name}, {key})")
+            plain[name] = slot
+        self.slots = plain
+
+
+def _open_init(init: Path) -> tuple[Report, AdapterFile, list[AdapterTarget]]:
+    output = init.resolve().parent
+    if not (output / REPORT).is_file():
+        instead = init / LORAGA_INIT if (init / REPORT).is_file() else f"the {LORAGA_INIT} of an output directory"
+        raise UserError("--init", str(init), f"has no {REPORT} beside it; write {instead}")
+    try:
+        report = read_report(output)
+        return report, *load_adapter(init, report)
+    except RunError as error:
+        raise UserError("--init", str(init), f"{error}; write the {LORAGA_INIT} of a verified output") from error
+
+
+def _nothing_trained(directory: Path) -> str:
+    if not directory.is_dir():
+        return "is no directory; write the one the trainer saved the adapter to"
+    if checkpoints := sorted(path.parent.name for path in directory.glob(f"*/{ADAPTER_WEIGHTS}")):
+        return f"holds no {ADAPTER_WEIGHTS}, its subdirectories do; write one of {', '.join(checkpoints)}"
+    if pickle := next((name for name in _PICKLES if (directory / name).is_file()), None):
+        return f"holds a pickle only ({pickle}), which is never loaded; save with safe_serialization=True"
+    return f"holds no {ADAPTER_WEIGHTS}; write the directory the trainer saved the adapter to"
+
+
+def _check_tensors(
+    trained: Path, init: Path, adapter: AdapterFile, targets: list[AdapterTarget], report: Report
+) -> None:
+    def refuse(key: str, problem: str) -> UserError:
+        return UserError("--trained", str(trained), f"{key} {problem}")
+
+    expected = expected_shapes(targets)
+    for key, slot in adapter.slots.items():
+        if not slot.numel:
+            raise refuse(
+                key,
+                f"is empty, shape {slot.shape}: ZeRO-3 shards were saved ungathered; save again with "
+                "stage3_gather_16bit_weights_on_model_save true in the DeepSpeed config",
+            )
+        if not slot.dtype.is_floating_point or slot.dtype.itemsize == 1:
+            raise refuse(key, f"is stored as {dtype_name(slot.dtype)}; save the adapter unquantized")
+        if key not in expected and (not key.startswith(_PREFIX) or any(part in key for part in _NOT_WHOLE)):
+            raise refuse(key, f"is of no target of {init}; write an adapter trained from there, as plain LoRA")
+    ranks = {target.name: target.r for target in targets}
+    for name, target in report.targets.items():
+        if ranks[name] != target.r:
+            raise refuse(name, f"has rank {ranks[name]} and {init} has {target.r}; write an adapter trained from there")
+    for key, shape in expected.items():
+        found = adapter.slots.get(key)
+        if found is None or found.shape != shape:
+            problem = "is missing" if found is None else f"has shape {found.shape} and {init} has {shape}"
+            raise refuse(key, f"{problem}; write an adapter trained from there")
+    for name in report.saved_parameters:
+        if _PREFIX + name not in adapter.slots:
+            raise refuse(_PREFIX + name, "is missing, which modules_to_save trains; save the adapter with PEFT")
+
+
+def _check_values(trained: Path, adapter: AdapterFile, init: AdapterFile, targets: list[AdapterTarget]) -> None:
+    changed = False
+    for target in targets:
+        pairs = zip(adapter.factors(target.name), init.factors(target.name), strict=True)
+        for key, (factor, start) in zip(adapter_keys(target.name), pairs, strict=True):
+            if not factor.isfinite().all():
+                problem = f"{key} has values that are not finite; write an earlier checkpoint"
+                raise UserError("--trained", str(trained), problem)
+            changed = changed or not torch.equal(factor.float(), start)
+    if not changed:
+        problem = "is the start itself, nothing was trained; load loraga_init with is_trainable=True and train"
+        raise UserError("--trained", str(trained), problem)
+
+
+def _find_warnings(trained_on: str | None, factors: Iterable[TensorSlot], report: Report) -> list[str]:
+    lines = []
+    if trained_on and _same_place(trained_on, report.config.model.name_or_path):
+        lines.append(
+            f"the trained adapter names the original base {trained_on}; if it was not trained on residual_base, or "
+            "with loraga_offset merged in, the result is wrong"
+        )
+    coarse = sorted({dtype_name(slot.dtype) for slot in factors if slot.dtype in _SIXTEEN_BITS})
+    if coarse:
+        lines.append(
+            f"the trained adapter is stored in {', '.join(coarse)}, whose rounding is large against a small update; "
+            "save it in float32 to keep all of it"
+        )
+    return lines
+
+
+def _same_place(left: str, right: str) -> bool:
+    return left == right or Path(left).expanduser().resolve() == Path(right).expanduser().resolve()

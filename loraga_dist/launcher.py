@@ -1,0 +1,269 @@
+"""Who started this process, and which of how many it is: torchrun's variables, SLURM's, or an MPI's."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from loraga_dist.errors import UserError
+
+MAX_SLURM_STEP_ID = 0xFFFFFFF0
+"""Ids from here on are no steps of srun (batch script, interactive shell); SLURM_MAX_NORMAL_STEP_ID in slurm.h."""
+
+FIRST_PORT, NUM_PORTS = 12000, 20000
+"""Below the ports that Linux hands out by itself (from 32768), so that those are not in the way."""
+
+_LAUNCHERS = "start through deepspeed, torchrun, srun or mpirun"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """This process among those the launcher started, and where rank 0 waits for the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+
+    def variables(self) -> dict[str, str]:
+        """The same in torchrun's names, which torch, DeepSpeed and accelerate read."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+@dataclass(frozen=True)
+class _Started:
+    """What the program that starts processes says of this one."""
+
+    by: str
+    rank: int
+    size: int
+    size_variable: str
+
+
+def find_placement(environment: Mapping[str, str]) -> Placement:
+    """Read the launcher's variables; without any the process is alone.
+
+    torchrun's variables come first (deepspeed sets the same), then SLURM's, then MPI's, which takes mpi4py.
+    Raises UserError when variables are missing, or when they would split one launch into several runs.
+    """
+    started = _started_by(environment)
+    if "RANK" in environment:
+        placement = _from_torch(environment)
+        if started and started.size > 1:
+            _require_one_run(environment, placement, started)
+        return placement
+    size = environment_int(environment, "WORLD_SIZE", started.size if started else 1)
+    if started is None:
+        if size > 1:
+            raise UserError("RANK", None, f"is not set although WORLD_SIZE is {size}; {_LAUNCHERS}")
+    elif size != started.size:
+        raise UserError(
+            "WORLD_SIZE", size, f"{started.by} started {started.size} processes ({started.size_variable}); unset it"
+        )
+    elif size > 1:
+        return (_from_slurm if started.by == "srun" else _from_mpi)(environment, started)
+    return Placement(0, 1, 0, 1, "127.0.0.1", 0, "none")
+
+
+def _started_by(environment: Mapping[str, str]) -> _Started | None:
+    """The innermost of mpirun and srun: in a SLURM job mpirun starts its daemons through srun."""
+    step_id = environment_int(environment, "SLURM_STEP_ID", MAX_SLURM_STEP_ID)
+    in_step = step_id < MAX_SLURM_STEP_ID and "SLURM_STEP_NUM_TASKS" in environment
+    prefix = None
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        prefix = "OMPI_COMM_WORLD"
+    elif "PMI_SIZE" in environment and (not in_step or "MPI_LOCALRANKID" in environment):
+        prefix = "PMI"  # `srun --mpi=pmi2` sets it too, but not Hydra's local rank
+    if prefix:
+        size = environment_int(environment, f"{prefix}_SIZE")
+        return _Started("mpirun", environment_int(environment, f"{prefix}_RANK"), size, f"{prefix}_SIZE")
+    if in_step:
+        size = environment_int(environment, "SLURM_STEP_NUM_TASKS")
+        return _Started("srun", environment_int(environment, "SLURM_PROCID"), size, "SLURM_STEP_NUM_TASKS")
+    return None
+
+
+def _from_torch(environment: Mapping[str, str]) -> Placement:
+    rank, size = environment_int(environment, "RANK"), environment_int(environment, "WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise UserError("RANK", rank, f"is outside WORLD_SIZE {size}; {_LAUNCHERS}")
+    if size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                raise UserError(name, None, f"is not set although RANK is {rank} of {size}; {_LAUNCHERS}")
+    return Placement(
+        rank,
+        size,
+        environment_int(environment, "LOCAL_RANK", 0),
+        # torchrun and deepspeed have different names for it
+        environment_int(environment, "LOCAL_WORLD_SIZE", environment_int(environment, "LOCAL_SIZE", 1)),
+        environment.get("MASTER_ADDR", "127.0.0.1"),
+        environment_int(environment, "MASTER_PORT", 0),
+        "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed" if "CROSS_SIZE" in environment else "RANK",
+    )
+
+
+def _require_one_run(environment: Mapping[str, str], placement: Placement, started: _Started) -> None:
+    """Raise UserError where every process that srun or mpirun started would be a run of its own."""
+    agents = environment_int(environment, "GROUP_WORLD_SIZE", environment_int(environment, "CROSS_SIZE", 0))
+    if agents:
+        if agents < started.size:
+            raise UserError(
+                started.size_variable,
+                started.size,
+                f"{started.by} started {started.size} launchers, and this one's run has {agents}; tell "
+                f"{placement.launcher} how many nodes there are and which this is, as launch/slurm/ does, or start one",
+            )
+    elif (placement.rank, placement.size) != (started.rank, started.size):
+        raise UserError(
+            "RANK",
+            placement.rank,
+            f"with WORLD_SIZE {placement.size} contradicts {started.by}, for which this is process {started.rank} of "
+            f"{started.size}; unset RANK and WORLD_SIZE",
+        )
+
+
+def _from_slurm(environment: Mapping[str, str], started: _Started) -> Placement:
+    address = environment.get("MASTER_ADDR")
+    if not address:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+        alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
+        address = "127.0.0.1" if alone else expand_nodelist(nodes)[0]
+    counts = expand_task_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", str(started.size)))
+    node = environment_int(environment, "SLURM_NODEID", 0)
+    if node >= len(counts):
+        raise UserError("SLURM_NODEID", node, f"is outside SLURM_STEP_TASKS_PER_NODE, which has {len(counts)} nodes")
+    job_id = environment_int(environment, "SLURM_JOB_ID", 0)
+    step_id = environment_int(environment, "SLURM_STEP_ID", 0)
+    return Placement(
+        started.rank,
+        started.size,
+        environment_int(environment, "SLURM_LOCALID"),
+        counts[node],
+        address,
+        environment_int(environment, "MASTER_PORT", port_of_job(job_id, step_id)),
+        "slurm",
+    )
+
+
+def port_of_job(job_id: int, step_id: int = 0) -> int:
+    """A port that all ranks of a job step know without talking; jobs that share a node differ."""
+    return FIRST_PORT + (31 * job_id + step_id) % NUM_PORTS
+
+
+def _from_mpi(environment: Mapping[str, str], started: _Started) -> Placement:
+    """Rank, size and local rank as MPI has them; rank 0 tells the others where it waits."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # not installed, or no MPI library where it looks
+        raise UserError(
+            started.size_variable,
+            started.size,
+            f"mpirun's ranks need mpi4py and this MPI's library ({error}); pip install mpi4py",
+        ) from error
+    world = MPI.COMM_WORLD
+    if world.Get_size() != started.size:
+        library = MPI.Get_library_version().partition(",")[0].strip()
+        raise UserError(
+            started.size_variable,
+            started.size,
+            f"mpi4py sees {world.Get_size()} process: it loads {library}, which is not this mpirun's; "
+            "put the mpirun of the same MPI on PATH, or install mpi4py against this one",
+        )
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    host = "127.0.0.1" if node.Get_size() == world.Get_size() else socket.gethostname()
+    found = f"{environment.get('MASTER_ADDR', host)} {environment_int(environment, 'MASTER_PORT', _free_port())}"
+    buffer = bytearray(found.encode().ljust(512))
+    world.Bcast(buffer)
+    address, port = buffer.decode().split()
+    placement = Placement(
+        world.Get_rank(), world.Get_size(), node.Get_rank(), node.Get_size(), address, int(port), "mpi"
+    )
+    node.Free()
+    MPI.Finalize()  # for mpirun a process that ends without it has crashed
+    return placement
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def expand_nodelist(text: str) -> list[str]:
+    """Host names of SLURM's short form, `gpu[01-03,7],login`; `scontrol` is asked only for what is not understood.
+
+    Raises UserError when neither can read it.
+    """
+    try:
+        return [host for pattern in _split_outside_brackets(text) for host in _expand_pattern(pattern)]
+    except ValueError:
+        command = ["scontrol", "show", "hostnames", text]
+    hosts: list[str] = []
+    with suppress(OSError, subprocess.SubprocessError):
+        hosts = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    if not hosts:
+        raise UserError("SLURM_JOB_NODELIST", text, "is no list of nodes; set MASTER_ADDR to the first node")
+    return hosts
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    patterns = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
+    if not patterns or ",".join(patterns) != text:
+        raise ValueError(text)
+    return patterns
+
+
+def _expand_pattern(pattern: str) -> Iterator[str]:
+    """`rack[1-2]n[01-02]` -> rack1n01, rack1n02, rack2n01, rack2n02."""
+    head, bracket, rest = pattern.partition("[")
+    if not bracket:
+        yield head
+        return
+    ranges, _, tail = rest.partition("]")
+    ends = list(_expand_pattern(tail))
+    for part in ranges.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise ValueError(part)
+        first, last = match[1], match[2] or match[1]
+        for number in range(int(first), int(last) + 1):
+            for end in ends:
+                yield f"{head}{number:0{len(first)}d}{end}"
+
+
+def expand_task_counts(text: str) -> list[int]:
+    """Tasks on each node from SLURM's short form: `2(x3),1` -> [2, 2, 2, 1]. Raises UserError when it is none."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise UserError("SLURM_STEP_TASKS_PER_NODE", text, "is not understood; start through srun")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def environment_int(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """The number in a launcher's variable; raises UserError when there is none and no default says what that means."""
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        problem = "is not set although other variables of a launcher are" if text is None else "is not a number"
+        raise UserError(name, text, f"{problem}; {_LAUNCHERS}") from None

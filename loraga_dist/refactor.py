@@ -1,0 +1,239 @@
+"""Another rank, split or scale from the factors of a finished output: no gradient is taken, no model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget
+from loraga_dist.artifacts.manifest import fingerprint
+from loraga_dist.artifacts.names import FACTORS, FACTORS_STEM, LORAGA_INIT, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
+from loraga_dist.artifacts.reading import open_base, read_report, targets_under
+from loraga_dist.artifacts.report import find_warnings, finite, versions
+from loraga_dist.artifacts.residual import (
+    CHUNK_ELEMENTS,
+    chunks,
+    factor_dtype,
+    require_targets,
+    residual_dtype_of,
+    write_model,
+)
+from loraga_dist.artifacts.staging import free_place, whole_directory
+from loraga_dist.config import InitConfig, load_config
+from loraga_dist.distributed import World
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.linalg import TruncatedSVD, numerical_rank
+from loraga_dist.models import DTYPES
+from loraga_dist.outputs import finish_directory, write_adapters
+from loraga_dist.placement import make_factors, product_norm, weight_singular_values
+from loraga_dist.progress import phase
+from loraga_dist.safetensors_files import TensorSlot, read_range, read_rows, scan_checkpoint
+from loraga_dist.schemes import SCHEMES
+from loraga_dist.targets import check_patterns, peft_lora_config
+
+_CHANGEABLE = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}
+"""Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rebuild:
+    """A new start from old factors: makes A0, B0 of one target at a time and notes what the report says of it."""
+
+    config: InitConfig
+    old: Mapping[str, Any]
+    """The report of the output that the factors come from."""
+    targets: dict[str, AdapterTarget]
+    slots: dict[str, TensorSlot]
+    """Of `factors/`."""
+    index: dict[str, TensorSlot]
+    """Of the base's checkpoint."""
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self.old["identity_check"]["dtype"]]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        target, scheme = self.targets[name], SCHEMES[self.config.init.scheme]
+        weight = self.index[target.weight_key]
+        U, S, Vh = (self.slots[f"{name}.{part}"] for part in ("U", "S", "Vh"))
+        svd = TruncatedSVD(
+            U_MK=read_rows(U, 0, U.shape[0]), S_K=read_rows(S, 0, S.shape[0]), Vh_KN=read_rows(Vh, 0, Vh.shape[0])
+        )
+        weight_S_R = None
+        if self.config.init.scale == "weight_svd":
+            W = read_rows(weight, 0, weight.shape[0]).to(self.compute_dtype)
+            weight_S_R = weight_singular_values(W, target, self.config.init)
+        dtype = factor_dtype(self.compute_dtype, weight.dtype, self.config.output.residual_dtype)
+        made = make_factors(target, svd, self.config.init, dtype, weight_S_R)
+        before = self.old["targets"][name]
+        singular_values = svd.S_K[: scheme.num_triplets(target.r)].tolist()
+        more_energy = _energy(singular_values) / _energy(before["singular_values"])
+        self.reports[name] = before | {
+            "r": target.r,
+            "lora_alpha": target.lora_alpha,
+            "scaling": target.scaling,
+            "singular_values": singular_values,
+            "num_converged": _num_converged(before),
+            "numerical_rank": numerical_rank(svd.S_K, target.M, target.N),
+            "captured_energy": min(1.0, before["captured_energy"] * more_energy),
+            "offset_ratio": target.scaling * product_norm(made) / max(_norm(weight), 1e-30),
+        }
+        return made.A_RN, made.B_MR
+
+
+def refactor(
+    source: Path,
+    to: Path,
+    overrides: Sequence[str] = (),
+    *,
+    base: Path | None = None,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> tuple[dict[str, Any], str]:
+    """Write the output directory `to` from `factors/` of the output directory `source`, under other settings.
+
+    overrides: `--section.key value` over the source's configuration; keys that the gradients depend on are refused.
+    base: the original model, if it is not where the report says. With no overrides the adapters are the source's, bit
+    by bit. Returns the report and what was verified. Raises UserError for settings that the factors do not allow, and
+    RunError when writing or the verification fails.
+    """
+    started = time.monotonic()
+    try:
+        report = read_report(source)
+        slots = scan_checkpoint(source / FACTORS, FACTORS_STEM)
+        old = json.loads((source / REPORT).read_bytes())
+    except RunError as error:
+        raise UserError("directory", str(source), f"{error}; write the directory of a finished run") from error
+    config = _new_config(source, to, overrides, base)
+    base_dir, index = open_base(report, base)
+    destination = free_place(to, "--to", marker=REPORT, overwrite=overwrite, inputs=[source, base_dir])
+    targets = targets_under(peft_lora_config(config.lora), report)
+    check_patterns(config.lora, targets)
+    require_targets(index, targets)
+    _require_triplets(config, targets, slots)
+
+    rebuild = _Rebuild(
+        config=config, old=old, targets={target.name: target for target in targets}, slots=slots, index=index
+    )
+    with whole_directory(destination, "--to", _num_bytes(config, targets, slots, index)) as directory:
+        saved = {name: index[key] for name, key in report.saved_parameters.items()}
+        write_adapters(directory, config, targets, rebuild.factors, saved)
+        shutil.copytree(source / FACTORS, directory / FACTORS)
+        residual_fingerprint = None
+        if config.output.residual_base == "full":
+            with phase("write", _residual_bytes(config, index), "B", shown=show_progress) as progress:
+                digests = write_model(
+                    base_dir,
+                    index,
+                    targets,
+                    AdapterFile(directory / LORAGA_INIT),
+                    directory / RESIDUAL_BASE,
+                    config.output.residual_dtype,
+                    on_progress=progress.advance,
+                )
+            residual_fingerprint = fingerprint({key: found for key, (_, found) in digests.items()})
+        new = finite(
+            {
+                **old,
+                "config": config.model_dump(),
+                "residual_fingerprint": residual_fingerprint,
+                "versions": versions(),
+                "targets": rebuild.reports,
+                # no model was loaded to compare logits
+                "identity_check": old["identity_check"] | {"max_abs_logit_diff": None, "max_abs_logit": None},
+                "warnings": find_warnings(
+                    rebuild.reports, stopped_by=old["stopped_by"], refine_passes=old["refine_passes"]
+                )
+                + _beyond_convergence(rebuild.reports),
+                "refactored": {"from": str(source.resolve()), "seconds": time.monotonic() - started},
+            }
+        )
+        verified = finish_directory(directory, config, new, World.alone())
+    return new, verified
+
+
+def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | None) -> InitConfig:
+    old = load_config(source / RESOLVED_CONFIG)
+    new = load_config(source / RESOLVED_CONFIG, [*overrides, "--output.dir", str(to.resolve())])
+    changed = {
+        f"{section}.{key}": value
+        for section in ("model", "calibration", "gradient", "lora")
+        for key, value in getattr(new, section)
+        if value != getattr(getattr(old, section), key) and not (section == "lora" and key in _CHANGEABLE)
+    }
+    if new.deepspeed != old.deepspeed:
+        changed["deepspeed"] = new.deepspeed
+    if changed:
+        key, value = next(iter(changed.items()))
+        raise UserError(key, value, f"is settled by the gradients of {source}; run loraga-dist init with it")
+    if base is not None:
+        model = new.model.model_copy(update={"name_or_path": str(base.resolve()), "revision": None})
+        new = new.model_copy(update={"model": model})
+    return new
+
+
+def _require_triplets(config: InitConfig, targets: Sequence[AdapterTarget], slots: Mapping[str, TensorSlot]) -> None:
+    num_triplets = SCHEMES[config.init.scheme].num_triplets
+    held = {target.name: slots[f"{target.name}.S"].shape[0] for target in targets}
+    largest = {name: max(r for r in range(K + 1) if num_triplets(r) <= K) for name, K in held.items()}
+    for target in targets:
+        if target.r > largest[target.name]:
+            by_default = target.r == config.lora.r
+            fitting = min(largest.values()) if by_default else largest[target.name]
+            raise UserError(
+                "lora.r" if by_default else "lora.rank_pattern",
+                target.r,
+                f"needs {num_triplets(target.r)} singular directions and factors/ holds {held[target.name]} of "
+                f"{target.name}; write {fitting} or less, or run loraga-dist init",
+            )
+
+
+def _num_converged(report: Mapping[str, Any]) -> int:
+    """Leading triplets that calibration was asked for; the rest of `factors/` is a by-product."""
+    return report.get("num_converged", len(report["singular_values"]))
+
+
+def _beyond_convergence(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    beyond = [name for name, report in reports.items() if len(report["singular_values"]) > _num_converged(report)]
+    if not beyond:
+        return []
+    return [
+        f"more singular directions than calibration was asked for in {len(beyond)} targets ({beyond[0]}, ...): the "
+        "last of them are less accurate; run loraga-dist init with this lora.r where that matters"
+    ]
+
+
+def _energy(singular_values: Sequence[float]) -> float:
+    return math.fsum(value**2 for value in singular_values)
+
+
+def _norm(slot: TensorSlot) -> float:
+    """||W||_F, in chunks."""
+    squares = (read_range(slot, *ends).double().square().sum().item() for ends in chunks(slot.numel, CHUNK_ELEMENTS))
+    return math.fsum(squares) ** 0.5
+
+
+def _residual_bytes(config: InitConfig, index: Mapping[str, TensorSlot]) -> int:
+    dtype = config.output.residual_dtype
+    return sum(slot.numel * residual_dtype_of(slot.dtype, dtype).itemsize for slot in index.values())
+
+
+def _num_bytes(
+    config: InitConfig,
+    targets: Sequence[AdapterTarget],
+    slots: Mapping[str, TensorSlot],
+    index: Mapping[str, TensorSlot],
+) -> int:
+    adapters = 2 * sum(4 * target.r * (target.M + target.N) for target in targets)
+    residual = _residual_bytes(config, index) if config.output.residual_base == "full" else 0
+    return adapters + sum(slot.num_bytes for slot in slots.values()) + residual

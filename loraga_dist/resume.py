@@ -1,0 +1,138 @@
+"""When a run saves its state, what it was, and what of it a later run of the same work goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from loraga_dist.checkpoint import Checkpoint, CheckpointStore
+from loraga_dist.distributed import World
+from loraga_dist.engines.base import EngineState
+from loraga_dist.errors import Preempted, UserError
+from loraga_dist.safetensors_files import TensorSlot
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send some time before they kill."""
+
+_FORMAT = 1
+"""Of saved states; one of another number is not read."""
+
+
+class StopRequest:
+    """Whether a scheduler has asked this process to stop. Constructed in the main thread, once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+
+
+class RunKeeper:
+    """Saves a run's state between microbatches and sweeps, and gives it back to the next run of the same work.
+
+    work: what must be the same in both, as nested JSON. Every rank calls every method.
+    """
+
+    def __init__(
+        self, store: CheckpointStore, work: Mapping[str, Any], stop: StopRequest, minutes: float, world: World
+    ) -> None:
+        self._store = store
+        self._work = {"format": _FORMAT, **work}
+        self._stop = stop
+        self._seconds = 60 * minutes
+        self._world = world
+        self._saved_at = time.monotonic()
+        self._found: Checkpoint | None = None
+
+    def start_over(self) -> None:
+        """Forget what an earlier run left."""
+        self._store.clear()
+        self._world.barrier()
+
+    def look(self) -> None:
+        """Find what an earlier run left. Raises UserError, naming what differs, when that was other work."""
+        found, damaged = self._store.newest()
+        if self._world.is_main:
+            for line in damaged:
+                print(f"loraga-dist: checkpoint: {line}", file=sys.stderr)
+        if found is None:
+            return
+        theirs, ours = dict(_leaves(found.content["work"])), dict(_leaves(self._work))
+        differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        with self._world.together():
+            if differing:
+                key = differing[0]
+                raise UserError(
+                    "resume",
+                    "auto",
+                    f"{found.path} was saved with {key} {theirs.get(key)!r} and now it is {ours.get(key)!r}; write "
+                    "resume: never to start over, or the old value to go on",
+                )
+        if self._world.is_main:
+            print(f"loraga-dist: going on from {found.path}", file=sys.stderr)
+        self._found = found
+
+    def restored(self) -> Checkpoint | None:
+        return self._found
+
+    def after_microbatch(self, state: Callable[[], EngineState]) -> None:
+        """Save if it is time. Raises Preempted, on all ranks at the same microbatch, when one was asked to stop."""
+        due = time.monotonic() - self._saved_at > self._seconds
+        wanted = torch.tensor([self._stop.signal_name is not None, due], device=self._world.device, dtype=torch.int32)
+        asked, due = self._world.max_(wanted).tolist()
+        if asked or due:
+            self.save(state())
+        if asked:
+            self.leave()
+
+    def save(self, state: EngineState) -> None:
+        self._store.save(state.content | {"work": self._work}, state.tensors)
+        self._saved_at = time.monotonic()
+
+    def leave_if_asked(self) -> None:
+        """Between phases, where nothing new is to be saved; raises Preempted on all ranks."""
+        asked = torch.tensor([self._stop.signal_name is not None], device=self._world.device, dtype=torch.int32)
+        if self._world.max_(asked).item():
+            self.leave()
+
+    def leave(self) -> None:
+        error = Preempted(
+            f"stopped by {self._stop.signal_name or 'a signal to another rank'}; the same command goes on from "
+            f"{self._store.directory}"
+        )
+        error.on_all_ranks = True
+        raise error
+
+    def done(self) -> None:
+        """The work is finished: nothing is left to go on from."""
+        self._store.clear()
+
+
+def base_identity(index: Mapping[str, TensorSlot]) -> str:
+    """A digest of a checkpoint's layout and its files' sizes and times: changes whenever its content may have."""
+    files: dict[Path, tuple[str, int, int]] = {}
+    for slot in index.values():
+        if slot.path not in files:
+            stat = slot.path.stat()
+            files[slot.path] = (slot.path.name, stat.st_size, stat.st_mtime_ns)
+    layout = [[name, str(slot.dtype), list(slot.shape), files[slot.path]] for name, slot in sorted(index.items())]
+    return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+
+
+def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Dotted path and value of every leaf; empty sections count."""
+    if isinstance(tree, Mapping) and tree:
+        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
+    return [(path, tree)]

@@ -1,0 +1,154 @@
+"""Runs that were asked to stop and went on, on as many ranks or others, end with what one that was not ends with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from builders import config_tree, save_data, save_model
+from launching import Finished, run_ranks, succeed
+from safetensors.torch import load_file
+
+from loraga_dist.artifacts.verify import verify
+
+WORKER = str(Path(__file__).with_name("resume_worker.py"))
+SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
+IN_GROUPS = ("--gradient.max_targets_in_flight", "9")
+ONE_PASS = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "0")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("resume")
+    tree = config_tree(
+        save_model(root / "base"), save_data(root / "data.jsonl", rows=21), root / "out", kind="llama", r=4
+    )
+    (root / "config.yaml").write_text(yaml.safe_dump(tree))
+    return root / "config.yaml"
+
+
+def start(config: Path, out: Path, world_size: int, *, stop: int = 0, overrides: Sequence[str] = ()) -> list[Finished]:
+    return run_ranks([WORKER, str(stop), str(config), "--output.dir", str(out), *overrides], world_size)
+
+
+def products(out: Path) -> dict[str, torch.Tensor]:
+    adapter = load_file(out / "loraga_init" / "adapter_model.safetensors")
+    names = [key.removesuffix(".lora_A.weight") for key in adapter if key.endswith("lora_A.weight")]
+    return {
+        name: adapter[f"{name}.lora_B.weight"].double() @ adapter[f"{name}.lora_A.weight"].double() for name in names
+    }
+
+
+def efficiencies(out: Path, exact: Path) -> dict[str, float]:
+    """Share of the best 2r directions' energy that the run's own 2r directions hold, by the exact run's gradient."""
+    found, best = (
+        {k: v for path in (run / "factors").glob("*.safetensors") for k, v in load_file(path).items()}
+        for run in (out, exact)
+    )
+    shares = {}
+    for name in (key.removesuffix(".S") for key in best if key.endswith(".S")):
+        G_MN = best[f"{name}.U"] * best[f"{name}.S"] @ best[f"{name}.Vh"]
+        U_MK, Vh_KN = found[f"{name}.U"][:, :8], found[f"{name}.Vh"][:8]
+        shares[name] = ((U_MK.T @ G_MN @ Vh_KN.T).square().sum() / best[f"{name}.S"][:8].square().sum()).item()
+    return shares
+
+
+def worst(found: Path, expected: Path) -> float:
+    pairs = [(products(found)[name], value) for name, value in products(expected).items()]
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+# looks at the request: one after each microbatch, and one between phases
+@pytest.mark.parametrize(
+    ("overrides", "stops", "ranks", "tolerance"),
+    [
+        (IN_GROUPS, (3, 9, 5), (1, 1, 1, 1), 1e-5),
+        (IN_GROUPS, (4, 3), (2, 1, 2), 1e-5),
+        (SKETCH, (3, 10), (2, 2, 2), 1e-4),
+        (SKETCH, (5, 7), (1, 2, 1), 1e-3),  # other windows, hence not the same estimate
+        (ONE_PASS, (2,), (2, 2), 1e-4),
+        ((), (11,), (1, 1), 1e-5),
+    ],
+    ids=["groups", "groups-other-ranks", "sketch", "sketch-other-ranks", "one-pass", "at-the-end"],
+)
+def test_the_end_is_the_same(
+    config: Path, tmp_path: Path, overrides: Sequence[str], stops: Sequence[int], ranks: Sequence[int], tolerance: float
+) -> None:
+    out, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
+    overrides = [*overrides, "--calibration.per_device_batch_size", "1" if 2 in ranks else "2"]
+    succeed(start(config, uninterrupted, ranks[-1], overrides=overrides))
+    for stop, world_size in zip(stops, ranks[:-1], strict=True):
+        for rank in start(config, out, world_size, stop=stop, overrides=overrides):
+            assert rank.code == 143, rank.stderr
+        assert not out.exists() and (tmp_path / ".out.checkpoint").is_dir()
+    last = start(config, out, ranks[-1], overrides=overrides)
+    succeed(last)
+    assert "going on from" in last[0].stderr
+    assert verify(out).problems == []
+    if "sketch" not in overrides:
+        assert worst(out, uninterrupted) < tolerance
+    else:
+        # singular values that are close may trade places; the directions as a whole may not
+        exact = [word if word != "sketch" else "exact" for word in overrides]
+        succeed(start(config, tmp_path / "exact", 1, overrides=exact))
+        with_stops, without = (efficiencies(path, tmp_path / "exact") for path in (out, uninterrupted))
+        assert max(abs(with_stops[name] - without[name]) for name in without) < tolerance
+        assert min(without.values()) > 0.95
+        shutil.rmtree(tmp_path / "exact")
+    reports = [json.loads((path / "loraga_report.json").read_text()) for path in (out, uninterrupted)]
+    for key in ("num_sequences", "num_supervised_tokens", "data_fingerprint", "refine_passes"):
+        assert reports[0][key] == reports[1][key]
+    assert reports[0]["mean_loss"] == pytest.approx(reports[1]["mean_loss"], rel=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "uninterrupted"]
+
+
+@pytest.fixture(scope="module")
+def stopped(config: Path) -> Path:
+    """A run of one process, stopped after its fourth microbatch."""
+    out = config.parent / "stopped" / "out"
+    assert [rank.code for rank in start(config, out, 1, stop=4)] == [143]
+    return out.parent
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("--lora.r", "3"), "lora.r 4 and now it is 3"),
+        (("--calibration.max_samples", "20"), "calibration.max_samples 256 and now it is 20"),
+        (("--gradient.engine", "sketch"), "gradient.engine 'exact' and now it is 'sketch'"),
+    ],
+)
+def test_other_work_is_refused_by_name(
+    config: Path, stopped: Path, tmp_path: Path, overrides: Sequence[str], key: str
+) -> None:
+    shutil.copytree(stopped, tmp_path / "again")
+    (result,) = start(config, tmp_path / "again" / "out", 1, overrides=overrides)
+    assert result.code == 2 and key in result.stderr and "resume: never" in result.stderr
+    succeed(start(config, tmp_path / "again" / "out", 1, overrides=[*overrides, "--resume", "never"]))
+
+
+def test_other_data_and_another_base_are_refused(config: Path, stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "again")
+    out = tmp_path / "again" / "out"
+    data = save_data(tmp_path / "data.jsonl", rows=21, seed=1)
+    (result,) = start(config, out, 1, overrides=["--calibration.data_files", str(data)])
+    assert result.code == 2 and "was saved with" in result.stderr
+    base = save_model(tmp_path / "base", seed=1)
+    (result,) = start(config, out, 1, overrides=["--model.name_or_path", str(base)])
+    assert result.code == 2 and "was saved with" in result.stderr
+
+
+def test_a_damaged_checkpoint_is_said_and_left(config: Path, stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "again")
+    path = next((tmp_path / "again" / ".out.checkpoint").glob("*/state.json"))
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    (result,) = start(config, tmp_path / "again" / "out", 1)
+    succeed(result)
+    assert "is damaged (state.json: does not match SHA256SUMS)" in result.stderr and "going on" not in result.stderr

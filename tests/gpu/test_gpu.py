@@ -1,0 +1,177 @@
+"""The engines on a CUDA device, against float64 sums; memory; and no waiting for the device while data goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from builders import llama_config
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from loraga_dist.calibrate import calibrate
+from loraga_dist.calibration import BatchDeal, Microbatch
+from loraga_dist.config import GradientConfig, LoraSection
+from loraga_dist.distributed import World
+from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD, Matrix, StateHome
+from loraga_dist.linalg import efficiency
+from loraga_dist.losses import causal_lm
+from loraga_dist.memory import PeakMemory
+from loraga_dist.plan import make_plan
+from loraga_dist.schemes import SCHEMES
+from loraga_dist.sharding import SingleProcess
+from loraga_dist.sweep import forward
+from loraga_dist.targets import meta_copy, select_targets
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = torch.device("cuda", 0)
+M, N, R, TOKENS, MICROBATCHES = 768, 640, 4, 256, 16
+FLOOR = {torch.float32: 0.9995, torch.bfloat16: 0.9995}
+
+
+def data(index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(index)
+    dy_TM = torch.randn(TOKENS, M, generator=draw) * torch.arange(1, M + 1) ** -0.5
+    x_TN = dy_TM[:, :N] + 0.5 * torch.randn(TOKENS, N, generator=draw) * torch.arange(1, N + 1) ** -0.5
+    return x_TN.to(DEVICE, dtype), dy_TM.to(DEVICE, dtype)
+
+
+def truth(dtype: torch.dtype) -> Tensor:
+    G_MN = torch.zeros(M, N, dtype=torch.float64, device=DEVICE)
+    for index in range(MICROBATCHES):
+        x_TN, dy_TM = data(index, dtype)
+        G_MN += dy_TM.double().T @ x_TN.double()
+    return G_MN / TOKENS
+
+
+def new_engine(kind: str, dtype: torch.dtype, *, on_host: bool, names: tuple[str, ...] = ("target",)) -> GradientEngine:
+    width = ENGINES[kind].width(2 * R, M, N, None)
+    matrices = [Matrix(name=name, M=M, N=N, num_triplets=2 * R, width=width, owner=0, engine=kind) for name in names]
+    return ENGINES[kind].engine(matrices, home=StateHome(DEVICE, on_host=on_host), seed=0, dtype=dtype)
+
+
+def factorize(kind: str, dtype: torch.dtype, *, on_host: bool) -> GradientSVD:
+    engine, world = new_engine(kind, dtype, on_host=on_host), World(0, 1, 0, DEVICE)
+    for index in range(MICROBATCHES):
+        engine.begin_microbatch(index)
+        engine.observe("target", *data(index, dtype))
+        engine.end_microbatch(world)
+    return dict(engine.factorize(world, TOKENS))["target"]
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_sketch_finds_the_gradient(dtype: torch.dtype, on_host: bool) -> None:
+    result, G_MN = factorize("sketch", dtype, on_host=on_host), truth(dtype)
+    assert efficiency(G_MN, result.svd.U_MK[:, R : 2 * R], result.svd.Vh_KN[:R].T) >= FLOOR[dtype]
+    S = torch.linalg.svdvals(G_MN)
+    assert torch.allclose(result.svd.S_K[: 2 * R].double(), S[: 2 * R], rtol=0.02)
+    assert result.captured_energy == pytest.approx((S[: 2 * R].square().sum() / S.square().sum()).item(), abs=0.1)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_exact_is_the_svd(on_host: bool) -> None:
+    result, G_MN = factorize("exact", torch.float32, on_host=on_host), truth(torch.float32)
+    U, S, Vh = torch.linalg.svd(G_MN, full_matrices=False)
+    assert torch.allclose(result.svd.S_K[: 2 * R].double(), S[: 2 * R], rtol=1e-5)
+    best = U[:, : 2 * R] * S[: 2 * R] @ Vh[: 2 * R]
+    svd = result.svd.leading(2 * R)
+    assert (svd.U_MK * svd.S_K @ svd.Vh_KN - best).norm() < 1e-4 * best.norm()
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_state_on_the_host_gives_the_same_factors(kind: str) -> None:
+    here, there = (factorize(kind, torch.bfloat16, on_host=on_host).svd for on_host in (False, True))
+    for name in ("U_MK", "S_K", "Vh_KN"):
+        assert torch.allclose(getattr(here, name), getattr(there, name), rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_observe_does_not_wait_for_the_device(on_host: bool) -> None:
+    engine, world = new_engine("sketch", torch.bfloat16, on_host=on_host), World(0, 1, 0, DEVICE)
+    for index in range(4):
+        x_TN, dy_TM = data(index, torch.bfloat16)
+        engine.begin_microbatch(index)
+        with waiting_is_an_error():
+            engine.observe("target", x_TN, dy_TM)
+        engine.end_microbatch(world)
+
+
+def test_state_takes_what_the_plan_says_or_none_of_the_device() -> None:
+    names = tuple(f"target{i}" for i in range(32))
+    planned = len(names) * ENGINES["sketch"].state_bytes(M, N, ENGINES["sketch"].width(2 * R, M, N, None))
+    x_TN, dy_TM = data(0, torch.bfloat16)
+    world = World(0, 1, 0, DEVICE)
+    peaks = []
+    for on_host in (False, True):
+        torch.cuda.synchronize()
+        with PeakMemory(DEVICE) as memory:
+            engine = new_engine("sketch", torch.bfloat16, on_host=on_host, names=names)
+            for index in range(4):
+                engine.begin_microbatch(index)
+                for name in names:
+                    engine.observe(name, x_TN, dy_TM)
+                engine.end_microbatch(world)
+            peaks.append(memory.peak_bytes)
+        del engine
+    temporaries = 32 * 2**20
+    assert peaks[0] <= planned + temporaries
+    assert peaks[1] <= planned / len(names) + temporaries
+
+
+def test_auto_takes_the_host_only_where_state_does_not_fit() -> None:
+    assert not StateHome.choose("auto", DEVICE, 2**20).on_host
+    assert StateHome.choose("auto", DEVICE, 2**50).on_host
+    assert StateHome.choose("host", DEVICE, 0).on_host
+
+
+@pytest.mark.parametrize("state_device", ["device", "host"])
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant", "reentrant"])
+@pytest.mark.parametrize("kind", ENGINES)
+def test_calibrate_against_autograd(kind: str, checkpointing: str, state_device: str) -> None:
+    config = llama_config(hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(DEVICE).requires_grad_(False).eval()
+    ids = torch.randint(0, 256, (6, 1, 96))
+    microbatches = [Microbatch({"input_ids": x, "labels": x.clone()}, 95, i, ()) for i, x in enumerate(ids)]
+    scheme = SCHEMES["lora_ga"]
+    targets = select_targets(meta_copy(LlamaForCausalLM, config), LoraSection(r=R), scheme.num_triplets).targets
+    gradient = GradientConfig(
+        engine=kind,  # type: ignore[arg-type]
+        checkpointing=checkpointing,  # type: ignore[arg-type]
+        state_device=state_device,  # type: ignore[arg-type]
+        refine_passes=1,
+    )
+    found = calibrate(
+        model,
+        make_plan(targets, gradient, scheme, 1),
+        BatchDeal(microbatches),
+        gradient,
+        sharding=SingleProcess(World(0, 1, 0, DEVICE)),
+        loss_sum=causal_lm,
+        seed=0,
+    )
+    # a random model's gradients have flat spectra, the hardest for a sketch
+    least = {"exact": 0.9999, "sketch": 0.99}[kind]
+    reference = model.double()
+    weights = {target.name: reference.get_submodule(target.name).weight.requires_grad_() for target in targets}
+    for microbatch in microbatches:
+        causal_lm(forward(reference, microbatch, DEVICE).float(), microbatch.inputs["labels"]).backward()
+    for name, weight in weights.items():
+        svd = found.owned[name].svd
+        assert efficiency(weight.grad.cpu(), svd.U_MK[:, R : 2 * R], svd.Vh_KN[:R].T) >= least, name

@@ -1,0 +1,123 @@
+"""One run, whichever launcher starts its ranks, and a network between them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from launching import INIT, ROOT, Finished, free_port, run, run_together, succeed
+from starts import TinyRun
+
+BIN = Path(sys.executable).parent
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+MPIRUN = "launch/mpi.sh -n 2 --"
+TORCHRUN = "torchrun --standalone --nproc_per_node 2 launch/init.py"
+DEEPSPEED = "deepspeed --num_gpus 2 --master_port {port} launch/init.py"
+HOSTFILE = "deepspeed --hostfile {hostfile} --force_multi --no_ssh_check --launcher openmpi --master_addr 127.0.0.1 "
+HOSTFILE += "launch/init.py"
+
+
+def start(command: str, *arguments: str, env: Mapping[str, str] | None = None) -> Finished:
+    """Run a launcher at the root of the repository, with the environment's programs."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    words = ["env", "--chdir", str(ROOT), *command.split(), *arguments]
+    return run(words, env={"PATH": path, **OPEN_MPI, **(env or {})})
+
+
+@pytest.mark.parametrize(
+    "command", [MPIRUN, TORCHRUN, DEEPSPEED, HOSTFILE], ids=["mpirun", "torchrun", "gpus", "hosts"]
+)
+def test_same_start(tiny: TinyRun, command: str, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    command = command.format(port=free_port(), hostfile=hostfile)
+    succeed(start(command, *tiny.options(tmp_path / "out")))
+    tiny.require_same_start(tmp_path / "out")
+
+
+def test_mpirun_without_mpi4py_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('No module named mpi4py')\n")
+    done = start(MPIRUN, *tiny.options(tmp_path / "out"), env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert done.code == 2
+    assert "OMPI_COMM_WORLD_SIZE: 2: mpirun's ranks need mpi4py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_mpi4py_of_another_mpi_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    """The variables of an mpirun that the loaded library does not understand: each rank would be alone."""
+    done = start("python launch/init.py", *tiny.options(tmp_path / "out"), env={"PMI_RANK": "0", "PMI_SIZE": "2"})
+    assert done.code == 2
+    assert "PMI_SIZE: 2: mpi4py sees 1 process: it loads Open MPI" in done.stderr
+
+
+ON_RANK_1 = 'if [ "$OMPI_COMM_WORLD_RANK" = 1 ]; then {}; fi; exec python launch/init.py "$@"'
+
+
+def test_other_versions_on_a_rank_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    metadata = tmp_path / "peft-9.9.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9\n")
+    script = ON_RANK_1.format(f'export PYTHONPATH="{tmp_path}:$PYTHONPATH"')
+    done = start("mpirun -n 2 sh -c", script, "sh", *tiny.options(tmp_path / "out"))
+    assert done.code == 2
+    assert f"loraga-dist: peft: '{version('peft')}': is '9.9' on ranks [1]; install the same" in done.stderr
+
+
+def test_another_configuration_on_a_rank_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    script = ON_RANK_1.format('set -- "$@" --calibration.seed 7')
+    done = start("mpirun -n 2 sh -c", script, "sh", *tiny.options(tmp_path / "out"))
+    assert done.code == 2
+    assert "loraga-dist: calibration.seed: 42: is 7 on ranks [1]; start all ranks" in done.stderr
+
+
+def test_world_size_alone_is_one_line(tiny: TinyRun, tmp_path: Path) -> None:
+    done = start("python launch/init.py", *tiny.options(tmp_path / "out"), env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert done.code == 2
+    assert done.stderr.startswith("loraga-dist: MASTER_ADDR: None: is not set") and done.stderr.count("\n") == 1
+
+
+def test_a_rank_that_does_not_come_is_named(tiny: TinyRun, tmp_path: Path) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables = {**place, "LORAGA_RENDEZVOUS_SECONDS": "2"}
+    done = start("python launch/init.py", *tiny.options(tmp_path / "out"), env=variables)
+    assert done.code == 3
+    assert f"rendezvous at 127.0.0.1:{place['MASTER_PORT']}: 1 of 2 ranks arrived within 2 s, not [1]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[str]]:
+    """Names of two network namespaces joined by a cable: 10.213.0.1 and 10.213.0.2 on `net0`."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"loraga-{os.getpid()}-{side}" for side in "ab"]
+    try:
+        for name in names:
+            if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+                pytest.skip("network namespaces are not allowed here")
+        cable = ["ip", "-n", names[0], "link", "add", "net0", "type", "veth", "peer", "net0", "netns", names[1]]
+        subprocess.run(cable, check=True)
+        for number, name in enumerate(names, start=1):
+            for command in ("link set lo up", f"addr add 10.213.0.{number}/24 dev net0", "link set net0 up"):
+                subprocess.run(["ip", "-n", name, *command.split()], check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_same_start_over_a_network(tiny: TinyRun, two_hosts: list[str], tmp_path: Path) -> None:
+    init = [sys.executable, INIT, *tiny.options(tmp_path / "out")]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.213.0.1", "MASTER_PORT": "4000", "GLOO_SOCKET_IFNAME": "net0"}
+    commands = [["ip", "netns", "exec", host, *init] for host in two_hosts]
+    succeed(run_together(commands, [{"RANK": str(rank), **place} for rank in range(2)]))
+    tiny.require_same_start(tmp_path / "out")

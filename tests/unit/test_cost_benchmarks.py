@@ -1,0 +1,49 @@
+"""The cost benchmarks run from end to end on a tiny model, and their figures are what they claim to be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, run, succeed
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from cost_runs import step_energy
+
+
+def test_step_energy_is_that_of_the_step() -> None:
+    draw = torch.Generator().manual_seed(0)
+    G_MN = torch.randn(30, 20, generator=draw)
+    U_MR, V_NR = torch.randn(30, 3, generator=draw), torch.randn(20, 3, generator=draw)
+    P, Q = torch.linalg.qr(U_MR).Q, torch.linalg.qr(V_NR).Q
+    step = P @ P.T @ G_MN + G_MN @ Q @ Q.T
+    energy = 1 - ((G_MN - step).square().sum() / G_MN.square().sum()).item()
+    assert step_energy(G_MN, U_MR, V_NR) == pytest.approx(energy, rel=1e-4)
+
+
+def test_init_cost(tmp_path: Path) -> None:
+    path = tmp_path / "init_cost.json"
+    succeed(
+        run(
+            [sys.executable, "benchmarks/init_cost.py", "--quick", "--repeats", "1", "--json", str(path)],
+            timeout_seconds=200,
+        )
+    )
+    runs = json.loads(path.read_text())["runs"]
+    assert set(runs) == {"floor", "sketch", "peft", "exact"}
+    assert runs["exact"]["share_of_exact"] == 1
+    for way in ("sketch", "peft"):
+        assert 0.97 < runs[way]["share_of_exact"] <= 1.001, way
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu is for that")
+def test_gpu_benchmark_without_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    succeed(run([sys.executable, "benchmarks/gpu_init_cost.py", "--small", "--repeats", "1", "--json", str(path)]))
+    rows = json.loads(path.read_text())["runs"]
+    assert {(row["way"], row["r"]) for row in rows} >= {("floor", 4), ("sketch", 8), ("peft", 4)}
+    refused = run([sys.executable, "benchmarks/gpu_init_cost.py"])
+    assert refused.code == 2 and "no CUDA device" in refused.stderr

@@ -1,0 +1,196 @@
+"""Which process am I: every launcher's variables, as they set them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from loraga_dist.errors import UserError
+from loraga_dist.launcher import expand_nodelist, expand_task_counts, find_placement, port_of_job
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+DEEPSPEED = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "4",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_NTASKS": "6",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4,2",
+    "SLURM_STEP_NODELIST": "gpu[08-09]",
+    "SLURM_JOB_NODELIST": "gpu[07-09]",
+    "SLURM_PROCID": "5",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "1",
+}
+"""One of `srun --nodes 2 --ntasks 6` in a job of three nodes."""
+
+BATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "6",
+    "SLURM_PROCID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_NODELIST": "gpu[07-09]",
+}
+"""A batch script, which srun did not start, in a job of six tasks."""
+
+SRUN_OF_TWO_AGENTS = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+
+
+def test_alone_without_a_launcher() -> None:
+    assert (find_placement({}).rank, find_placement({}).size) == (0, 1)
+
+
+@pytest.mark.parametrize(("variables", "name"), [(TORCHRUN, "torchrun"), (DEEPSPEED, "deepspeed")])
+def test_torch_variables(variables: dict[str, str], name: str) -> None:
+    found = find_placement(variables)
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (5, 8, 1, 4)
+    assert (found.master_addr, found.master_port, found.launcher) == ("node0", 29500, name)
+
+
+def test_srun() -> None:
+    found = find_placement(SRUN)
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (5, 6, 1, 2)
+    assert (found.master_addr, found.master_port, found.launcher) == ("gpu08", port_of_job(7, 2), "slurm")
+
+
+def test_srun_on_one_node_needs_no_name() -> None:
+    one_node = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "6", "SLURM_NODEID": "0"}
+    assert find_placement(SRUN | one_node).master_addr == "127.0.0.1"
+
+
+def test_address_and_port_of_the_user_win() -> None:
+    found = find_placement(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000", "WORLD_SIZE": "6"})
+    assert (found.master_addr, found.master_port) == ("10.0.0.1", 4000)
+
+
+def test_placement_reads_back_as_torch_variables() -> None:
+    found = find_placement(SRUN)
+    again = find_placement(SRUN | found.variables())
+    assert again.variables() == found.variables()
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN, DEEPSPEED])
+def test_torch_variables_come_before_srun(variables: dict[str, str]) -> None:
+    assert find_placement(SRUN_OF_TWO_AGENTS | variables).size == 8
+
+
+def test_batch_script_and_interactive_shell_are_one_process() -> None:
+    assert find_placement(BATCH).size == 1
+    assert find_placement(BATCH | {"SLURM_STEP_ID": str(0xFFFFFFFA), "SLURM_STEP_NUM_TASKS": "6"}).size == 1
+
+
+def test_a_single_task_is_one_process() -> None:
+    assert find_placement(SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}).size == 1
+    assert find_placement({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}).size == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "key"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node0"}, "MASTER_PORT"),
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "1"}, "RANK"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK"),
+        # six tasks, each of which would be rank 0 of 1
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "1"}, "RANK"),
+        (SRUN | {"WORLD_SIZE": "1"}, "WORLD_SIZE"),
+        # six launchers, each of which believes to be the only one, or one of two
+        (SRUN | TORCHRUN | {"GROUP_WORLD_SIZE": "1"}, "SLURM_STEP_NUM_TASKS"),
+        (SRUN | DEEPSPEED, "SLURM_STEP_NUM_TASKS"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"}, "RANK"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "WORLD_SIZE": "1"}, "WORLD_SIZE"),
+        (SRUN | {"SLURM_NODEID": "2"}, "SLURM_NODEID"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(variables: dict[str, str], key: str) -> None:
+    with pytest.raises(UserError) as refused:
+        find_placement(variables)
+    assert refused.value.key == key
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8"},
+        {"PMI_RANK": "1", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"},
+    ],
+)
+def test_mpirun_inside_a_slurm_job_is_not_taken_for_its_daemons(variables: dict[str, str]) -> None:
+    """mpirun starts a daemon per node through srun, and the ranks inherit its variables."""
+    with pytest.raises(UserError, match="mpirun started 8"):
+        find_placement(SRUN_OF_TWO_AGENTS | variables | {"WORLD_SIZE": "2"})
+
+
+def test_variables_of_pmi2_under_srun_are_sruns() -> None:
+    assert find_placement(SRUN | {"PMI_RANK": "5", "PMI_SIZE": "6"}).launcher == "slurm"
+
+
+NODELISTS = {
+    "node0": ["node0"],
+    "n[1-3]": ["n1", "n2", "n3"],
+    "n[08-11,7],login": ["n08", "n09", "n10", "n11", "n7", "login"],
+    "ib-[001-002],gpu-a[9-10]": ["ib-001", "ib-002", "gpu-a9", "gpu-a10"],
+    "rack[1-2]n[01-02]": ["rack1n01", "rack1n02", "rack2n01", "rack2n02"],
+    "a,b,c[5]": ["a", "b", "c5"],
+}
+
+
+@pytest.mark.parametrize("text", NODELISTS)
+def test_nodelist(text: str) -> None:
+    assert expand_nodelist(text) == NODELISTS[text]
+
+
+@pytest.mark.skipif(shutil.which("scontrol") is None, reason="SLURM is not installed")
+@pytest.mark.parametrize("text", [*NODELISTS, "n[0998-1002]", "x[1-2]y[3,5-6]"])
+def test_nodelist_as_slurm_reads_it(text: str, tmp_path: Path) -> None:
+    conf = tmp_path / "slurm.conf"
+    conf.write_text("ClusterName=none\nSlurmctldHost=localhost\n")
+    command = ["scontrol", "show", "hostnames", text]
+    slurms = subprocess.run(command, env={"SLURM_CONF": str(conf)}, capture_output=True, text=True, check=True)
+    assert expand_nodelist(text) == slurms.stdout.split()
+
+
+@pytest.mark.parametrize("text", ["", "n[1-", "n[a-b]", "n1,,n2"])
+def test_no_nodelist(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        expand_nodelist(text)
+
+
+def test_task_counts() -> None:
+    assert expand_task_counts("2(x3),1") == [2, 2, 2, 1]
+    assert expand_task_counts("4") == [4]
+    with pytest.raises(UserError):
+        expand_task_counts("2(y3)")
+
+
+def test_ports_of_neighbouring_jobs_and_steps_differ() -> None:
+    ports = {port_of_job(job, step) for job in range(10**6, 10**6 + 50) for step in range(10)}
+    assert len(ports) == 500
+    assert min(ports) >= 12000 and max(ports) < 32000

@@ -1,0 +1,66 @@
+"""Ranks that meet, and those that do not: real stores, one thread per rank."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from launching import free_port
+
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.launcher import Placement
+from loraga_dist.rendezvous import meet
+
+
+def place(rank: int, size: int, port: int, address: str = "127.0.0.1") -> Placement:
+    return Placement(rank, size, rank, size, address, port, "test")
+
+
+@pytest.fixture(autouse=True)
+def three_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAGA_RENDEZVOUS_SECONDS", "3")
+
+
+def test_all_meet() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(3) as ranks:
+        stores = list(ranks.map(lambda rank: meet(place(rank, 3, port)), (2, 0, 1)))
+    stores[0].set("from", "rank 2")
+    assert stores[1].get("from") == b"rank 2"
+
+
+def test_who_is_missing_is_named() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(2) as ranks:
+        waiting = [ranks.submit(meet, place(rank, 4, port)) for rank in (0, 2)]
+    with pytest.raises(RunError, match=rf"127.0.0.1:{port}: 2 of 4 ranks arrived within 3 s, not \[1, 3\]"):
+        waiting[0].result()
+    with pytest.raises(RunError, match=f"127.0.0.1:{port}"):
+        waiting[1].result()
+
+
+def test_rank_0_is_missing() -> None:
+    port = free_port()
+    with pytest.raises(RunError, match=rf"127.0.0.1:{port}: rank 1 on .* found nobody there within 3 s"):
+        meet(place(1, 2, port))
+
+
+def test_another_number_of_ranks_is_refused() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(2) as ranks:
+        waiting = [ranks.submit(meet, place(0, 2, port)), ranks.submit(meet, place(1, 3, port))]
+    with pytest.raises(UserError, match="WORLD_SIZE: 2: is 3 for rank 1"):
+        waiting[0].result()
+    with pytest.raises((UserError, RunError)):
+        waiting[1].result()
+
+
+def test_taken_port() -> None:
+    with socket.create_server(("", 0)) as other, pytest.raises(UserError, match="set it to a free port"):
+        meet(place(0, 2, other.getsockname()[1]))
+
+
+def test_unknown_address() -> None:
+    with pytest.raises(UserError, match="MASTER_ADDR: 'no-such-node.invalid': rank 1 on"):
+        meet(place(1, 2, 1234, "no-such-node.invalid"))

@@ -1,0 +1,68 @@
+"""What a report warns of, and when it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loraga_dist.artifacts.report import find_warnings
+
+FINE: dict[str, Any] = {
+    "offset_ratio": 1.0,
+    "split_half_cosine": 0.5,
+    "window_capture": 0.7,
+    "numerical_rank": 4,
+    "singular_values": [4.0, 3.0, 2.0, 1.0],
+}
+ADVICE = {
+    "max_samples": "raise calibration.max_samples, or write auto",
+    "sample_limit": "raise calibration.sample_limit",
+    "target_cosine": "raise calibration.target_cosine",
+    "data": "add more",
+}
+
+
+def warnings_of(*changes: dict[str, Any], stopped_by: str = "max_samples", refine_passes: int = 0) -> list[str]:
+    """For targets t0, t1, ... that are fine but for the changes."""
+    targets = {f"t{number}": FINE | change for number, change in enumerate(changes)}
+    return find_warnings(targets, stopped_by=stopped_by, refine_passes=refine_passes)
+
+
+def test_nothing_to_say_at_the_bounds_or_of_what_is_unknown() -> None:
+    assert warnings_of({}, {"split_half_cosine": None, "window_capture": None}, {"offset_ratio": float("nan")}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "advises"),
+    [
+        ({"offset_ratio": 1.25}, "offset_ratio above 1", ["lower lora.lora_alpha", "raise init.stable_gamma"]),
+        ({"split_half_cosine": 0.32}, "split_half_cosine below 0.5", ["raise calibration.max_samples"]),
+        ({"window_capture": 0.41}, "window_capture below 0.7", ["gradient.refine_passes 1", "per_device_batch_size"]),
+        ({"numerical_rank": 3}, "fewer directions than 2r", ["lower lora.r", "raise calibration.max_samples"]),
+    ],
+)
+def test_one_line_with_target_figure_and_advice(change: dict[str, Any], says: str, advises: list[str]) -> None:
+    (line,) = warnings_of({}, change)
+    ((figure,),) = [change.values()]
+    assert says in line and f"1 of 2 targets (t1 {figure})" in line
+    assert all(advice in line for advice in advises)
+
+
+def test_the_worst_targets_come_first_and_the_rest_are_counted() -> None:
+    noisy = [{"split_half_cosine": cosine} for cosine in (0.4, 0.1, 0.3, 0.2, 0.9)]
+    (line,) = warnings_of(*noisy)
+    assert "in 4 of 5 targets (t1 0.1, t3 0.2, t2 0.3, ...)" in line
+    (line,) = warnings_of({"offset_ratio": 2.0}, {"offset_ratio": 3.0})
+    assert "in 2 of 2 targets (t1 3, t0 2)" in line
+
+
+@pytest.mark.parametrize("stopped_by", ADVICE)
+def test_more_data_comes_from_what_ended_it(stopped_by: str) -> None:
+    for change in ({"split_half_cosine": 0.1}, {"numerical_rank": 1}):
+        (line,) = warnings_of(change, stopped_by=stopped_by)
+        assert ADVICE[stopped_by] in line
+
+
+def test_a_refine_pass_mends_what_a_window_missed() -> None:
+    assert warnings_of({"window_capture": 0.1}, refine_passes=1) == []
