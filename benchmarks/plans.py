@@ -66,12 +66,12 @@ def document(plans: list[dict[str, Any]]) -> str:
     for plan in plans:
         memory = plan["memory_per_rank"]
         calibrate = memory["device_bytes"]["calibrate"]
-        engine = calibrate["engine state"] + calibrate["estimates of owned targets"]
         cells = [
             plan["recipe"],
             str(plan["r"]),
             f"{plan['ranks']} x {plan['gib_per_rank']}",
-            *map(_gib, (calibrate["weights"], calibrate.get("microbatch", 0), engine, memory["peak_bytes"])),
+            *(_gib(calibrate[part]) for part in ("weights", "microbatch", "engine state")),
+            _gib(memory["peak_bytes"]),
             _gib(memory["peak_bytes_without_checkpointing"]),
             str(plan["sweeps"]["count"]),
             plan["verdict"],
@@ -79,7 +79,7 @@ def document(plans: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "*Engine*: the state, within `gradient.state_budget_gib` (default 4), and what owners keep of their targets.",
+        "*Engine*: the state, within `gradient.state_budget_gib` (default 4).",
         "Targets beyond the budget take further sweeps over the data.",
         "",
         "| recipe | r | ranks | disk: residual base | factors | adapters | received per rank | flops |",
@@ -122,9 +122,9 @@ def arithmetic(plan: dict[str, Any]) -> list[str]:
         f"  - or the gathered head, {vocabulary} x {d} x 2 bytes = {_gib(vocabulary * d * 2)} GiB, with the logits;",
         "  - or what one block recomputes for its backward, with its largest gathered matrix.",
         f"- Engine state, K = {widths}: M + N of {sum(kind['count'] for kind in targets)} targets add up to {sides}.",
-        f"  P, Q, Y, Z take 10 bytes x K x {sides} and the error sketches their part, {_gib(sum(state))} GiB in all:",
-        f"  {len(state)} sweep{'s' * (len(state) > 1)} of {_gib(max(state))} GiB at most.",
-        f"- What an owner keeps of its targets, K triplets each: {_gib(parts['estimates of owned targets'])} GiB.",
+        f"  The budget counts 10 bytes x K x {sides} and the error sketches, {_gib(sum(state))} GiB in all:",
+        f"  {len(state)} sweep{'s' * (len(state) > 1)} of {_gib(max(state))} GiB at most. Of the 10 bytes a rank holds 6,",
+        f"  and 4 more (bases in float32) of the targets it owns: {_gib(parts['engine state'])} GiB.",
         f"- Sum: {_gib(sum(parts.values()))} GiB while it calibrates. The peak of all phases is"
         f" {_gib(memory['peak_bytes'])} GiB ({memory['peak_phase']}).",
         f"- On {plan['gib_per_rank']} GiB: {plan['verdict']}.",

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from loraga_dist.engines import Matrix
-from loraga_dist.engines.base import ERROR_COLUMNS
+from loraga_dist.engines.footprint import (
+    cold_bytes,
+    factorization_bytes,
+    held_bytes,
+    observation_bytes,
+    triplet_bytes,
+)
 from loraga_dist.plan import Plan
 from loraga_dist.rehearsal import Rehearsal
 from loraga_dist.sharding.slices import BLOCK_ELEMENTS
@@ -20,9 +26,6 @@ RUNTIME_BYTES = 40 * 2**20
 
 _WRITE_BYTES = 64 * 2**20
 """Chunks of the residual base on their way from file to file."""
-
-_UNION_COPIES = 9
-"""M x K and N x K float32 matrices alive at once while a window's sketches are united with the estimate so far."""
 
 MAPPED_WEIGHTS = "mapped weights"
 
@@ -34,7 +37,7 @@ Parts = dict[str, int]
 class ModelShape:
     """What of a model decides costs; taken from a copy on the meta device."""
 
-    num_bytes_each: int
+    dtype: torch.dtype
     numels: list[int]
     largest_module_numel: int
     block_numel: int
@@ -53,13 +56,17 @@ class ModelShape:
         embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
         weights = [getattr(module, "weight", None) for module in modules if not isinstance(module, nn.Embedding)]
         return cls(
-            num_bytes_each=dtype.itemsize,
+            dtype=dtype,
             numels=[parameter.numel() for parameter in model.parameters()],
             largest_module_numel=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules),
             block_numel=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
             embedding_numel=sum(parameter.numel() for module in embeddings for parameter in module.parameters()),
             linear_numel=sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2),
         )
+
+    @property
+    def num_bytes_each(self) -> int:
+        return self.dtype.itemsize
 
     @property
     def num_bytes(self) -> int:
@@ -82,6 +89,8 @@ class Setting:
     """ZeRO-3 keeps the shards there (offload_param)."""
     weights_mapped: bool
     """A single process maps them from the checkpoint's files, until they are changed."""
+    state_on_host: bool
+    """Engine state lives there, beside a device that computes (gradient.state_device)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,61 +120,46 @@ class RankMemory:
         return max(map(_total, self.host.values()), default=0)
 
 
-def observation_bytes(matrix: Matrix, num_tokens: int, dtype: torch.dtype) -> int:
-    """What an engine takes while a tap hands it x_TN and dy_TM, beside its state.
+def rank_memory(
+    rank: int, plan: Plan, shape: ModelShape, rehearsal: Rehearsal | None, num_tokens: int, setting: Setting
+) -> RankMemory:
+    """The peak of every phase on one rank. Without a rehearsal activations count as nothing.
 
-    Largest in `sketch` before it has bases: there it orthonormalizes the columns of both factors.
+    num_tokens: of the largest microbatch.
     """
-    casts = 0 if dtype == torch.float32 else 4 * num_tokens * (matrix.M + matrix.N)
-    if matrix.engine == "exact":
-        return casts + 4 * num_tokens * ERROR_COLUMNS
-    width = min(2 * matrix.width, num_tokens, matrix.M, matrix.N)
-    return casts + 20 * width * max(matrix.M, matrix.N)
-
-
-def factorization_bytes(matrix: Matrix) -> int:
-    """What the owner takes for one target beside its state: a window's union, or the truncated SVD."""
-    M, N, K = matrix.M, matrix.N, matrix.width
-    if matrix.engine == "sketch":
-        return 4 * _UNION_COPIES * K * (M + N) + 8 * K * max(M, N)
-    dense = min(M, N) <= 2 * K
-    # the energy of G is summed in float64, which a CPU makes a copy for
-    return max(28 * M * N if dense else 96 * K * (M + N) + 2**25, 8 * M * N)
-
-
-def triplet_bytes(matrix: Matrix) -> int:
-    return 4 * matrix.width * (matrix.M + matrix.N + 1)
-
-
-def rank_memory(rank: int, plan: Plan, shape: ModelShape, rehearsal: Rehearsal | None, setting: Setting) -> RankMemory:
-    """The peak of every phase on one rank. Without a rehearsal activations count as nothing."""
     W = setting.world_size
     gathered = shape.largest_module_numel * shape.num_bytes_each if setting.sharded else 0
     backward = gathered if rehearsal is None else rehearsal.backward_bytes
     forward = gathered if rehearsal is None else rehearsal.forward_bytes
     factors = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
     adapter = factors if not setting.sharded else math.ceil(factors / 4 * shape.num_bytes_each / W)
-    found_host = {"triplets of owned targets": sum(triplet_bytes(matrix) for matrix in _owned(plan, rank))}
+    found_host = {"owned triplets": sum(triplet_bytes(matrix) for matrix in _owned(plan, rank))}
     if rank == 0:
-        found_host["A and B of all targets"] = factors
+        found_host["all A and B"] = factors
 
     calibrate: list[tuple[Parts, Parts]] = []
     factorize: list[tuple[Parts, Parts]] = []
     triplets_before = 0
     for sweep in plan.sweeps:
         owned = [matrix for matrix in sweep if matrix.owner == rank]
-        state = {
-            "engine state": plan.state_bytes(sweep),
-            "estimates of owned targets": sum(
-                triplet_bytes(matrix) + 8 * matrix.M * ERROR_COLUMNS for matrix in owned if matrix.engine == "sketch"
-            ),
-        }
-        found_before = {"triplets of owned targets": triplets_before} if triplets_before else {}
+        held = sum(held_bytes(matrix, shape.dtype, owned=matrix.owner == rank) for matrix in sweep)
+        cold = sum(cold_bytes(matrix, num_tokens, shape.dtype) for matrix in sweep)
         union = max((factorization_bytes(matrix) for matrix in owned if matrix.engine == "sketch"), default=0)
-        microbatch, workspace = (backward, 0) if backward >= union else (0, union)
-        calibrate.append((state | {"microbatch": microbatch, "workspace": workspace}, found_before))
         largest = max((factorization_bytes(matrix) for matrix in owned), default=0)
-        factorize.append((state | {"workspace": largest}, found_before))
+        # on the host, one target's state at a time visits the device
+        visiting = max(held_bytes(matrix, shape.dtype, owned=True) for matrix in sweep)
+        moments = [
+            (calibrate, held, "microbatch", backward),
+            (calibrate, held, "workspace", union),
+            (calibrate, cold, "workspace", gathered),
+            (factorize, held, "workspace", largest),
+        ]
+        for phase, state, kind, num_bytes in moments:
+            on_host = {"owned triplets": triplets_before}
+            if setting.state_on_host:
+                phase.append(({"engine state": visiting, kind: num_bytes}, on_host | {"engine state": state}))
+            else:
+                phase.append(({"engine state": state, kind: num_bytes}, on_host))
         triplets_before += sum(triplet_bytes(matrix) for matrix in owned)
 
     largest_target = max(4 * target.r * (target.M + target.N) for target in plan.targets)
@@ -188,8 +182,7 @@ def rank_memory(rank: int, plan: Plan, shape: ModelShape, rehearsal: Rehearsal |
             device[phase]["runtime"] = RUNTIME_BYTES
         device[phase] |= {part: num_bytes for part, num_bytes in on_device.items() if num_bytes}
         rest = device if setting.on_host else host
-        for part, num_bytes in on_host.items():
-            rest[phase][part] = rest[phase].get(part, 0) + num_bytes
+        rest[phase] |= {part: num_bytes for part, num_bytes in on_host.items() if num_bytes}
     return RankMemory(device=device, host={} if setting.on_host else host)
 
 

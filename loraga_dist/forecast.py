@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loraga_dist.config import GradientConfig, InitConfig
 from loraga_dist.distributed import World
+from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape, RankMemory, Setting, rank_memory, sink_bytes
 from loraga_dist.job import Job
@@ -37,24 +38,36 @@ class Forecaster:
     targets: Sequence[Target]
     on_host: bool
     """The ranks compute on CPUs."""
+    device_bytes: float | None = None
+    """Memory of one device, where it is known: `gradient.state_device: auto` depends on it."""
     _rehearsals: dict[Any, Rehearsal | None] = field(default_factory=dict, repr=False)
 
     def plan(self, world_size: int, gradient: GradientConfig | None = None) -> Plan:
         scheme = SCHEMES[self.config.init.scheme]
         return make_plan(self.targets, gradient or self.config.gradient, scheme, world_size)
 
-    def setting(self, world_size: int) -> Setting:
+    def setting(self, plan: Plan, world_size: int) -> Setting:
         zero = read_deepspeed_config(self.config.deepspeed).get("zero_optimization", {})
         sharded = world_size > 1 or self.config.deepspeed is not None
+        weights_on_host = sharded and (zero.get("offload_param") or {}).get("device") == "cpu"
         return Setting(
             world_size=world_size,
             sharded=sharded,
             on_host=self.on_host,
-            weights_on_host=sharded and (zero.get("offload_param") or {}).get("device") == "cpu",
+            weights_on_host=weights_on_host,
             weights_mapped=self.on_host
             and not sharded
             and all(slot.dtype == self.base.dtype for slot in self.base.index.values()),
+            state_on_host=not self.on_host
+            and self._state_on_host(plan, 0 if weights_on_host else self.shape.partition_bytes(world_size)),
         )
+
+    def _state_on_host(self, plan: Plan, weights_bytes: int) -> bool:
+        """What `StateHome.choose` will do once the weights are on the device."""
+        choice = self.config.gradient.state_device
+        if choice != "auto" or self.device_bytes is None:
+            return choice == "host"
+        return plan.state_bytes_per_rank > DEVICE_SHARE * (self.device_bytes - weights_bytes)
 
     def rehearsal(self, plan: Plan, shapes: Shapes, gradient: GradientConfig, *, gathers: bool) -> Rehearsal | None:
         """Of the sweep whose backward goes deepest: the first, for targets are in module order."""
@@ -76,15 +89,17 @@ class Forecaster:
 
     def memory(self, rank: int, plan: Plan, shapes: Shapes, setting: Setting) -> RankMemory:
         rehearsal = self.rehearsal(plan, shapes, self.config.gradient, gathers=setting.sharded)
-        return rank_memory(rank, plan, self.shape, rehearsal, setting)
+        return rank_memory(rank, plan, self.shape, rehearsal, math.prod(shapes["input_ids"]), setting)
 
     def activations_known(self, world_size: int, shapes: Shapes) -> bool:
-        plan, gathers = self.plan(world_size), self.setting(world_size).sharded
+        plan = self.plan(world_size)
+        gathers = self.setting(plan, world_size).sharded
         return self.rehearsal(plan, shapes, self.config.gradient, gathers=gathers) is not None
 
     def worst(self, world_size: int, shapes: Shapes) -> RankMemory:
         """Of the rank that needs most."""
-        plan, setting = self.plan(world_size), self.setting(world_size)
+        plan = self.plan(world_size)
+        setting = self.setting(plan, world_size)
         work = [0] * world_size
         for sweep in plan.sweeps:
             for matrix in sweep:
@@ -95,14 +110,7 @@ class Forecaster:
     def changed(self, **sections: dict[str, Any]) -> Forecaster:
         """The same request with some keys changed."""
         update = {name: getattr(self.config, name).model_copy(update=keys) for name, keys in sections.items()}
-        return Forecaster(
-            config=self.config.model_copy(update=update),
-            base=self.base,
-            shape=self.shape,
-            targets=self.targets,
-            on_host=self.on_host,
-            _rehearsals=self._rehearsals,
-        )
+        return replace(self, config=self.config.model_copy(update=update))
 
 
 def batch_shapes(config: InitConfig, base: BaseModel) -> dict[str, tuple[int, ...]]:
@@ -123,13 +131,20 @@ def verdict(peak_bytes: int, limit_bytes: float) -> str:
 
 def forecaster_of(job: Job, config: InitConfig, world: World) -> Forecaster:
     on_host = world.device.type == "cpu"
-    return Forecaster(config=config, base=job.base, shape=job.shape, targets=job.plan.targets, on_host=on_host)
+    return Forecaster(
+        config=config,
+        base=job.base,
+        shape=job.shape,
+        targets=job.plan.targets,
+        on_host=on_host,
+        device_bytes=None if on_host else free_bytes(world.device, world.ranks_on_node),
+    )
 
 
 def planned_memory(job: Job, config: InitConfig, world: World) -> RankMemory:
     """What this rank will hold, for its own largest microbatch."""
     forecaster = forecaster_of(job, config, world)
-    return forecaster.memory(world.rank, job.plan, largest_microbatch(job), forecaster.setting(world.size))
+    return forecaster.memory(world.rank, job.plan, largest_microbatch(job), forecaster.setting(job.plan, world.size))
 
 
 def largest_microbatch(job: Job) -> Shapes:
@@ -156,8 +171,10 @@ def refuse_what_cannot_fit(planned: RankMemory, job: Job, config: InitConfig, wo
 
 
 def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[str]:
-    """What to change where a plan does not fit: every change that helps, with the peak it leads to."""
+    """What to change where a plan does not fit, with the peak each change leads to; where it fits, what is faster."""
     now = forecaster.worst(world_size, batch_shapes(forecaster.config, forecaster.base)).peak_bytes
+    if verdict(now, limit_bytes) == "fits":
+        return _fewer_sweeps(forecaster, world_size, limit_bytes)
     lines = []
     if not forecaster.on_host or world_size > 1:
         lines.append(_ranks_that_fit(forecaster, world_size, limit_bytes))
@@ -173,13 +190,27 @@ def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[
         lines.append(f"all of these: {_gib(peak)} GiB ({verdict(peak, limit_bytes)})")
         if verdict(peak, limit_bytes) != "fits":
             lines.append(f"with all of these, {_ranks_that_fit(together, world_size, limit_bytes)}")
-    if not forecaster.on_host and not forecaster.setting(world_size).weights_on_host and world_size > 1:
+    setting = forecaster.setting(forecaster.plan(world_size), world_size)
+    if not forecaster.on_host and not setting.weights_on_host and world_size > 1:
         weights = forecaster.shape.partition_bytes(world_size)
         lines.append(
             f"deepspeed: configs/deepspeed/zero3_offload_cpu.json moves {_gib(weights)} GiB of weights per rank to the "
             f"host: {_gib(now - weights)} GiB ({verdict(now - weights, limit_bytes)})"
         )
     return lines
+
+
+def _fewer_sweeps(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[str]:
+    """The smallest budget with which one sweep over the data does, or else half of the sweeps, if that fits."""
+    sweeps = forecaster.plan(world_size).sweeps
+    everything = sum(Plan.state_bytes(sweep) for sweep in sweeps) / 2**30
+    for wanted in sorted({1, -(-len(sweeps) // 2)} - {len(sweeps)}):
+        budget = math.ceil(10.5 * everything / wanted) / 10
+        changed = forecaster.changed(gradient={"state_budget_gib": budget})
+        peak, count = _peak(changed, world_size), len(changed.plan(world_size).sweeps)
+        if verdict(peak, limit_bytes) == "fits" and count < len(sweeps):
+            return [f"gradient.state_budget_gib {budget:g}: {count} instead of {len(sweeps)} sweeps, {_gib(peak)} GiB"]
+    return []
 
 
 def _changes(config: InitConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -192,6 +223,8 @@ def _changes(config: InitConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if calibration.max_length >= 512:
         length = calibration.max_length // 2
         yield f"calibration.max_length {length}", "calibration", {"max_length": length}
+    if gradient.state_device != "host":
+        yield "gradient.state_device host (copies in every backward)", "gradient", {"state_device": "host"}
     budget = gradient.state_budget_gib / 4
     yield f"gradient.state_budget_gib {budget:g} (more sweeps)", "gradient", {"state_budget_gib": budget}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ def plan_report(
 
     shapes, num_sequences: of the calibration data where it has been read; else the most that the config allows.
     """
+    if gib_per_rank is not None:
+        forecaster = replace(forecaster, device_bytes=gib_per_rank * _GIB)
     config, shape = forecaster.config, forecaster.shape
     shapes_known = shapes or batch_shapes(config, forecaster.base)
     num_sequences = num_sequences or config.calibration.most_samples
@@ -125,7 +128,7 @@ def plan_report(
         },
         "gib_per_rank": gib_per_rank,
         "verdict": found,
-        "advice": [] if limit_bytes is None or found == "fits" else advice(forecaster, world_size, limit_bytes),
+        "advice": [] if limit_bytes is None else advice(forecaster, world_size, limit_bytes),
     }
 
 

@@ -55,6 +55,13 @@ _WINDOW_BYTES = 10
 """Of a window, per column and row of the matrix: Y or Z, P or Q in 16 bits, and P or Q in float32."""
 
 
+def kept_rows(width: int, M: int, N: int, num_tokens: int, itemsize: int) -> int:
+    """Rows of x and dy that stand for the first microbatch: all, while the window to come is no smaller, else 2K."""
+    if num_tokens * itemsize <= _WINDOW_BYTES * width or 2 * width >= num_tokens:
+        return num_tokens
+    return min(2 * width, M, N)
+
+
 @dataclass
 class _Window:
     """Bases as the data's dtype has them, and the float32 sketches Y = G Q, Z = G^T P of the data since they were made.
@@ -369,10 +376,10 @@ class SketchEngine:
 
         The product is found by subspace iteration on the factors and has 2K rows.
         """
-        T, width = len(x_TN), 2 * matrix.width
-        if T * max(x_TN.itemsize, dy_TM.itemsize) <= _WINDOW_BYTES * matrix.width or width >= T:
+        itemsize = max(x_TN.itemsize, dy_TM.itemsize)
+        width = kept_rows(matrix.width, matrix.M, matrix.N, len(x_TN), itemsize)
+        if width == len(x_TN):
             return x_TN, dy_TM
-        width = min(width, matrix.M, matrix.N)
         V_NK = torch.randn(matrix.N, width, generator=self._generator(f"{matrix.name}/cold")).to(x_TN.device)
         for _ in range(COLD_ITERATIONS):
             U_MK, _ = orthonormal_columns(_product(dy_TM, x_TN, V_NK))

@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 
 from loraga_dist.calibration import Microbatch
 from loraga_dist.config import Checkpointing, GradientConfig, LoraSection
-from loraga_dist.estimate import ModelShape, Setting, factorization_bytes, rank_memory, triplet_bytes, work
+from loraga_dist.engines.footprint import factorization_bytes, triplet_bytes
+from loraga_dist.estimate import ModelShape, Setting, rank_memory, work
 from loraga_dist.forecast import verdict
 from loraga_dist.losses import LOSSES
 from loraga_dist.plan import Plan, make_plan
@@ -32,7 +33,12 @@ def tiny_plan(world_size: int, **gradient: object) -> tuple[Plan, ModelShape]:
 
 def on_device(world_size: int) -> Setting:
     return Setting(
-        world_size=world_size, sharded=world_size > 1, on_host=False, weights_on_host=False, weights_mapped=False
+        world_size=world_size,
+        sharded=world_size > 1,
+        on_host=False,
+        weights_on_host=False,
+        weights_mapped=False,
+        state_on_host=False,
     )
 
 
@@ -54,7 +60,7 @@ def test_shapes_by_hand() -> None:
 
 def test_memory_by_hand() -> None:
     plan, shape = tiny_plan(2, engine="exact", oversampling=8)
-    found = rank_memory(1, plan, shape, None, on_device(2))
+    found = rank_memory(1, plan, shape, None, 16, on_device(2))
     block = [(64, 64)] * 2 + [(32, 64)] * 2 + [(112, 64)] * 2 + [(64, 112)]
     gradients = 3 * sum(4 * (M * N + 32 * M + 16 * N) for M, N in block)
     assert found.device["calibrate"]["weights"] == shape.partition_bytes(2)
@@ -62,16 +68,16 @@ def test_memory_by_hand() -> None:
     assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without a rehearsal the largest module alone"
     mine = [matrix for sweep in plan.sweeps for matrix in sweep if matrix.owner == 1]
     assert all(matrix.width == 16 for matrix in mine)
-    assert found.host["write"]["triplets of owned targets"] == sum(64 * (matrix.M + matrix.N + 1) for matrix in mine)
+    assert found.host["write"]["owned triplets"] == sum(64 * (matrix.M + matrix.N + 1) for matrix in mine)
     assert found.device["factorize"]["workspace"] == max(factorization_bytes(matrix) for matrix in mine)
-    assert "A and B of all targets" in rank_memory(0, plan, shape, None, on_device(2)).host["write"]
+    assert "all A and B" in rank_memory(0, plan, shape, None, 16, on_device(2)).host["write"]
 
 
 def test_a_small_budget_makes_sweeps_and_less_state() -> None:
     whole, shape = tiny_plan(1, engine="sketch")
     half, _ = tiny_plan(1, engine="sketch", state_budget_gib=whole.state_bytes_per_rank / 2 / 2**30)
     assert len(half.sweeps) > len(whole.sweeps) == 1
-    peaks = [rank_memory(0, plan, shape, None, on_device(1)).peak_bytes for plan in (whole, half)]
+    peaks = [rank_memory(0, plan, shape, None, 16, on_device(1)).peak_bytes for plan in (whole, half)]
     assert peaks[1] < peaks[0]
     matrix = whole.sweeps[0][0]
     assert triplet_bytes(matrix) == 4 * matrix.width * (matrix.M + matrix.N + 1)
