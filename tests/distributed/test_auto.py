@@ -89,7 +89,8 @@ def test_ranks_decide_alike(inputs: tuple[Path, Path], tmp_path: Path, world_siz
     sharded = start(inputs, tmp_path / "sharded", world_size, max_samples="auto")
     assert report(sharded)["stopped_by"] == "target_cosine"
     assert {field: report(sharded)[field] for field in USED} == {field: report(alone)[field] for field in USED}
-    assert report(sharded)["split_half_cosine"] == pytest.approx(report(alone)["split_half_cosine"], abs=1e-4)
+    # The sketches of other shares see the rows in other unions.
+    assert report(sharded)["split_half_cosine"] == pytest.approx(report(alone)["split_half_cosine"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
