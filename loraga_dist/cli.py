@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -200,12 +201,20 @@ def run_offline(command: Command, options: argparse.Namespace, overrides: Sequen
 
 
 def _leave_together(world: World, watch: Watch | None) -> None:
-    if watch is not None:
-        watch.stop()
-    # a rank that exits early would have the launcher kill the one that is still printing
     sys.stdout.flush()
     sys.stderr.flush()
-    world.barrier()
+    # a rank that exits early would have the launcher kill the one that is still printing
+    try:
+        world.barrier()
+    except RuntimeError as error:
+        if watch is not None:
+            watch.fail(f"failed: {error}", 3, perhaps_of_another=True)
+        raise
+    if watch is not None:
+        watch.stop()
+        # rank 0 serves the others' watches; whoever is gone by now had done its work
+        with suppress(RuntimeError):
+            world.barrier()
     world.stop()
 
 

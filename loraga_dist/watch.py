@@ -12,9 +12,11 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent import futures
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -27,6 +29,8 @@ GONE_BEATS = 4
 """Missed in a row before a rank counts as gone, when a collective has failed already."""
 
 _FAILURE = "failure"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Watch:
         # a connection of its own also on rank 0: the thread must not wait for the main thread's use of it
         self._store = TCPStore(host, port, is_master=False, timeout=timeout)
         self._served = served
+        self._asking = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="watch")
         self._beat(0)
         world.barrier()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -73,7 +78,7 @@ class Watch:
             if known is None and perhaps_of_another:
                 known = self._who_is_gone(message)
             if known is None:
-                known = Failure(**json.loads(self._store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))))
+                known = self._announce(failure)
             failure = known
             # rank 0 serves the store: it stays until the others have had time to read why
             if self._world.is_main:
@@ -95,22 +100,25 @@ class Watch:
                     last = now
                     silent = [rank for rank, beats in enumerate(missed) if beats >= self._silent_beats]
                     if silent:
-                        failure = self._announce(silent[0], f"gave no sign of life for {missed[silent[0]]} s")
-            except DistError:
-                failure = self._rank_0_is_gone(f"no answer for {self._silent_beats * BEAT_SECONDS:.0f} s")
+                        said = f"gave no sign of life for {missed[silent[0]]} s"
+                        failure = self._announce(Failure(silent[0], said, 3))
+            except DistError as error:
+                failure = self._rank_0_is_gone(str(error))
             if failure is not None and not self._stopped.is_set():
                 if self._world.is_main:
                     time.sleep(3 * BEAT_SECONDS)
                 self._end(failure, always_print=False)
 
     def _beat(self, number: int) -> None:
-        self._store.set(f"beat/{self._world.rank}", str(number))
+        self._ask(lambda: self._store.set(f"beat/{self._world.rank}", str(number)))
 
     def _beats(self) -> list[int]:
-        return [int(self._store.get(f"beat/{rank}")) for rank in range(self._world.size)]
+        return [int(self._ask(lambda key=f"beat/{rank}": self._store.get(key))) for rank in range(self._world.size)]
 
     def _known(self) -> Failure | None:
-        return Failure(**json.loads(self._store.get(_FAILURE))) if self._store.check([_FAILURE]) else None
+        if not self._ask(lambda: self._store.check([_FAILURE])):
+            return None
+        return Failure(**json.loads(self._ask(lambda: self._store.get(_FAILURE))))
 
     def _who_is_gone(self, seen: str) -> Failure | None:
         """The rank without a beat while this one waited, or what another one announced meanwhile."""
@@ -121,11 +129,20 @@ class Watch:
                 return known
         me = self._world.rank
         gone = [rank for rank, (a, b) in enumerate(zip(before, self._beats(), strict=True)) if a == b and rank != me]
-        return self._announce(gone[0], f"is gone ({seen})") if gone else None
+        return self._announce(Failure(gone[0], f"is gone ({seen})", 3)) if gone else None
 
-    def _announce(self, rank: int, message: str) -> Failure:
-        text = json.dumps(asdict(Failure(rank, message, 3)))
-        return Failure(**json.loads(self._store.compare_set(_FAILURE, "", text)))
+    def _announce(self, failure: Failure) -> Failure:
+        """The first failure anyone announced, perhaps this one."""
+        text = json.dumps(asdict(failure))
+        return Failure(**json.loads(self._ask(lambda: self._store.compare_set(_FAILURE, "", text))))
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """The store's answer. Raises DistError when rank 0 gives none: a frozen one would be waited for without end."""
+        limit_seconds = self._silent_beats * BEAT_SECONDS
+        try:
+            return self._asking.submit(question).result(limit_seconds)
+        except futures.TimeoutError as error:
+            raise DistError(f"no answer for {limit_seconds:.0f} s") from error
 
     def _rank_0_is_gone(self, seen: str) -> Failure:
         return Failure(0, f"is gone ({' '.join(seen.split())[:200]})", 3)

@@ -6,10 +6,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ranks import Rank
 
 ROOT = Path(__file__).parent.parent
 INIT = str(ROOT / "launch" / "init.py")
@@ -50,47 +52,50 @@ def run_ranks(
 
     No launcher stands between, so every rank's own exit code and output can be seen.
     """
-    return collect(start_ranks(arguments, world_size, env=env), timeout_seconds)
+    return collect_ranks(start_ranks(arguments, world_size, env=env), timeout_seconds)
 
 
-def start_ranks(
-    arguments: Sequence[str], world_size: int, *, env: Mapping[str, str] | None = None
-) -> list[subprocess.Popen[str]]:
-    """The processes of `run_ranks`, for a test that does something to them; hand them to `collect` in any case."""
-    port = str(free_port())
+def start_ranks(arguments: Sequence[str], world_size: int, *, env: Mapping[str, str] | None = None) -> list[Rank]:
+    """The processes of `run_ranks`, for a test that does something to them; `collect_ranks` in any case."""
+    words = Path(tempfile.mkdtemp(prefix="ranks-"))
+    launched = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     return [
-        _start(
-            [sys.executable, *arguments],
-            {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                **(env or {}),
-            },
+        Rank(
+            arguments,
+            {**_environment(), "RANK": str(rank), "LOCAL_RANK": str(rank), **launched, **(env or {})},
+            words / f"{rank}.out",
         )
         for rank in range(world_size)
     ]
+
+
+def collect_ranks(ranks: Sequence[Rank], timeout_seconds: float) -> list[Finished]:
+    """Wait for the ranks, each so long at most; whatever happens, none of their groups is left."""
+    results = []
+    try:
+        for rank in ranks:
+            code = rank.wait(timeout_seconds)
+            _kill_group(rank.pid)
+            stdout, stderr = rank.said()
+            if code is None:
+                code = -signal.SIGKILL
+                stderr += f"\n[killed by the test after {timeout_seconds} s]"
+            results.append(Finished(code, stdout, stderr))
+    finally:
+        for rank in ranks:
+            _kill_group(rank.pid)
+    return results
 
 
 def succeed(results: Finished | Sequence[Finished]) -> None:
     """Fail the test with the processes' own words unless all ended well."""
     for rank, result in enumerate([results] if isinstance(results, Finished) else results):
         assert result.code == 0, f"process {rank} ended with {result.code}\n{result.stdout}\n{result.stderr}"
-
-
-def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        list(command),
-        env={**os.environ, "PYTHONPATH": path, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def collect(processes: list[subprocess.Popen[str]], timeout_seconds: float) -> list[Finished]:
@@ -101,18 +106,34 @@ def collect(processes: list[subprocess.Popen[str]], timeout_seconds: float) -> l
             try:
                 stdout, stderr = process.communicate(timeout=timeout_seconds)
             except subprocess.TimeoutExpired:
-                _kill_group(process)
+                _kill_group(process.pid)
                 stdout, stderr = process.communicate()
                 stderr += f"\n[killed by the test after {timeout_seconds} s]"
             results.append(Finished(process.returncode, stdout, stderr))
     finally:
         for process in processes:
-            _kill_group(process)
+            _kill_group(process.pid)
     return results
 
 
-def _kill_group(process: subprocess.Popen[str]) -> None:
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        list(command),
+        env={**_environment(), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _kill_group(leader: int) -> None:
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:
         return

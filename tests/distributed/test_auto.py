@@ -1,4 +1,4 @@
-"""`calibration.max_samples: auto` stops at the same sample on 1, 2 and 4 ranks, as if it had been told that number."""
+"""`calibration.max_samples: auto` stops at the same sample on 1 and 2 ranks, as if it had been told that number."""
 
 from __future__ import annotations
 
@@ -83,10 +83,9 @@ def test_it_is_a_run_with_the_number_of_samples_it_found(
         assert torch.equal(tensor, adapter(auto)[name]), name
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_decide_alike(inputs: tuple[Path, Path], tmp_path: Path, world_size: int) -> None:
+def test_ranks_decide_alike(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     alone = start(inputs, tmp_path / "alone", max_samples="auto")
-    sharded = start(inputs, tmp_path / "sharded", world_size, max_samples="auto")
+    sharded = start(inputs, tmp_path / "sharded", 2, max_samples="auto")
     assert report(sharded)["stopped_by"] == "target_cosine"
     assert {field: report(sharded)[field] for field in USED} == {field: report(alone)[field] for field in USED}
     # The sketches of other shares see the rows in other unions.

@@ -328,10 +328,10 @@ def test_verify_refuses_a_directory_that_is_not_there(tmp_path: Path) -> None:
 
 def test_overwrite_replaces_an_earlier_output(prepare: Prepare) -> None:
     attempt = prepare(setting("lora", target_modules=["q_proj"]))
-    init = [sys.executable, INIT, *attempt.arguments]
-    succeed(run(init))
+    init = [INIT, *attempt.arguments]
+    succeed(run_ranks(init, 1))
     (attempt.out / "note.txt").write_text("of the first run")
-    succeed(run([*init, "--overwrite", "--lora.r", "2"]))
+    succeed(run_ranks([*init, "--overwrite", "--lora.r", "2"], 1))
 
     report = json.loads((attempt.out / "loraga_report.json").read_text())
     assert {target["r"] for target in report["targets"].values()} == {2}

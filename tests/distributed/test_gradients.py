@@ -14,7 +14,7 @@ WORKER = str(Path(__file__).with_name("gradient_worker.py"))
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_linear_matches_the_unsharded_reference(world_size: int, tmp_path: Path) -> None:
-    model, data = save_model(tmp_path / "model"), save_data(tmp_path / "data.jsonl", rows=11)
+    model, data = save_model(tmp_path / "model"), save_data(tmp_path / "data.jsonl", rows=7)
     succeed(run_ranks([WORKER, str(model), str(data), str(tmp_path / "result.json")], world_size, timeout_seconds=280))
     result = json.loads((tmp_path / "result.json").read_text())
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from builders import VOCABULARY, byte_tokenizer, config_tree, make_model, save_data
-from launching import INIT, Finished, run, run_ranks
+from launching import INIT, Finished, run_ranks
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -26,7 +25,7 @@ def start(model: nn.Module, directory: Path, world_size: int, *flags: str) -> li
     config = directory / "config.yaml"
     config.write_text(yaml.safe_dump(config_tree(directory / "model", data, directory / "runs" / "out")))
     arguments = [INIT, "--config", str(config), *flags]
-    return [run([sys.executable, *arguments])] if world_size == 1 else run_ranks(arguments, world_size)
+    return run_ranks(arguments, world_size)
 
 
 def failure(results: list[Finished], code: int = 3) -> str:

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from launching import run_ranks, succeed
+from launching import collect_ranks, run_ranks, start_ranks, succeed
 
 WORKER = str(Path(__file__).with_name("watch_worker.py"))
 
@@ -14,9 +14,12 @@ WORKER = str(Path(__file__).with_name("watch_worker.py"))
 @pytest.mark.parametrize("who", [0, 2])
 @pytest.mark.parametrize("how", ["raise", "SIGKILL", "SIGSTOP"])
 def test_the_others_end_and_name_it(how: str, who: int) -> None:
-    results = run_ranks([WORKER, how, str(who)], 3, timeout_seconds=20)
-    others = [result for rank, result in enumerate(results) if rank != who]
-    assert [result.code for result in others] == [3, 3], results
+    ranks = start_ranks([WORKER, how, str(who)], 3)
+    try:
+        codes = [rank.wait(40) for number, rank in enumerate(ranks) if number != who]
+    finally:
+        results = collect_ranks(ranks, 20 if how == "raise" else 0)  # a frozen one ends only when it is killed
+    assert codes == [3, 3], results
     said = "".join(result.stderr for result in results)
     assert f"loraga-dist: rank {who} " in said
     named = {line.split()[2] for line in said.splitlines() if line.startswith("loraga-dist: rank ")}

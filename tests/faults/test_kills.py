@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from builders import config_tree, save_data, save_model
-from launching import INIT, collect, run_ranks, start_ranks, succeed
+from launching import INIT, collect_ranks, run_ranks, start_ranks, succeed
 from safetensors.torch import load_file
 
 from loraga_dist.artifacts.verify import verify
@@ -31,7 +31,7 @@ PHASES = {
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory that nothing disturbed, with its config beside it."""
     root = tmp_path_factory.mktemp("faults")
-    base, data = save_model(root / "base"), save_data(root / "data.jsonl", rows=160)
+    base, data = save_model(root / "base"), save_data(root / "data.jsonl", rows=64)
     tree = config_tree(base, data, root / "out", kind="llama", r=4)
     tree["calibration"] |= {"per_device_batch_size": 1}
     tree["gradient"] |= {"max_targets_in_flight": 11}
@@ -54,7 +54,7 @@ def test_the_same_command_completes(expected: Path, tmp_path: Path, seed: int) -
     time.sleep(dice.uniform(0, seconds))
     os.kill(processes[victim].pid, signal.SIGKILL)
     killed_at = time.monotonic()
-    results = collect(processes, timeout_seconds=100)
+    results = collect_ranks(processes, timeout_seconds=100)
     survivor = results[1 - victim]
     if results[victim].code == -signal.SIGKILL and survivor.code:
         assert survivor.code == 3, survivor.stderr
