@@ -21,12 +21,8 @@ quickstart: .venv/.installed
 	deepspeed --num_gpus $$(( gpus == 1 ? 1 : 2 )) --master_port "$$port" \
 	    launch/init.py --config configs/quickstart.yaml --overwrite
 
-# Those that start the tool as users do want the machine for themselves; the others share it by files.
 test: lint launchers
-	failed=0
-	pytest --numprocesses 2 --dist loadfile tests/unit tests/distributed || failed=1
-	pytest tests/launchers tests/faults tests/gpu || failed=1
-	exit $$failed
+	pytest --numprocesses 2 --dist loadgroup
 
 # More of the kills that `make test` has a few of; minutes.
 test-faults: .venv/.installed-dev

@@ -41,8 +41,12 @@ def run_together(
     commands: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]], *, timeout_seconds: float = 120
 ) -> list[Finished]:
     """Run several commands at once, each with its own variables; results in their order."""
-    processes = [_start(command, env) for command, env in zip(commands, envs, strict=True)]
-    return collect(processes, timeout_seconds)
+    return collect(start_together(commands, envs), timeout_seconds)
+
+
+def start_together(commands: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]]) -> list[subprocess.Popen[str]]:
+    """The processes of `run_together`, for a test that does something to them; `collect` in any case."""
+    return [_start(command, env) for command, env in zip(commands, envs, strict=True)]
 
 
 def run_ranks(

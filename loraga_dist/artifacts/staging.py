@@ -69,19 +69,16 @@ class StagedDirectory:
                     self.path.mkdir()
                     free_bytes = shutil.disk_usage(self.path).free
                 except OSError as error:
-                    raise UserError(
-                        self._key,
-                        str(self.destination),
-                        f"cannot be written ({error.strerror}); write another place",
+                    raise RunError(
+                        f"{self.destination} cannot be written ({error.strerror}); it needs {num_bytes} bytes: "
+                        f"write another place as {self._key}"
                     ) from error
                 if free_bytes < num_bytes:
                     self.discard()
                     spared = ", or output.residual_base: none" if self._key == "output.dir" else ""
-                    raise UserError(
-                        self._key,
-                        str(self.destination),
-                        f"needs {num_bytes / 2**30:.3g} GiB and the disk has {free_bytes / 2**30:.3g} free; "
-                        f"write another place{spared}",
+                    raise RunError(
+                        f"{self.destination} needs {num_bytes} bytes and the disk has {free_bytes} free: "
+                        f"write another place as {self._key}{spared}"
                     )
         with self._world.together():
             if not self.path.is_dir():

@@ -152,6 +152,21 @@ def test_other_data_and_another_base_are_refused(config: Path, stopped: Path, tm
     assert result.code == 2 and "was saved with" in result.stderr
 
 
+@pytest.mark.parametrize("file", ["state.json", "state-*.safetensors", "state.safetensors.index.json", "SHA256SUMS"])
+def test_a_flipped_bit_leaves_the_generation_before(config: Path, tmp_path: Path, file: str) -> None:
+    out = tmp_path / "out"
+    assert [rank.code for rank in start(config, out, 1, stop=14, overrides=IN_GROUPS)] == [143]
+    older, newer = sorted((tmp_path / ".out.checkpoint").iterdir())
+    path = next(newer.glob(file))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    (result,) = start(config, out, 1, overrides=IN_GROUPS)
+    succeed(result)
+    assert f"{newer} is damaged" in result.stderr and f"going on from {older}" in result.stderr
+    assert verify(out).problems == []
+
+
 def test_a_damaged_checkpoint_is_said_and_left(config: Path, stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "again")
     path = next((tmp_path / "again" / ".out.checkpoint").glob("*/state.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,10 @@ def largest_difference(directory: Path, reference: Path) -> float:
     return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs)
 
 
+SLOWLY = ["--calibration.per_device_batch_size", "1", "--gradient.max_targets_in_flight", "3"]
+"""The same start after many sweeps, each of them kept: time to disturb a run."""
+
+
 @dataclass(frozen=True)
 class TinyRun:
     """A run of seconds, and the single process's output of it."""
@@ -38,6 +43,14 @@ class TinyRun:
 
     def options(self, directory: Path) -> list[str]:
         return ["--config", str(self.config), "--output.dir", str(directory)]
+
+    @staticmethod
+    def wait_for_checkpoint(directory: Path, seconds: float = 90) -> None:
+        """Until a run that writes this directory has saved its state for the first time."""
+        deadline = time.monotonic() + seconds
+        while not list(directory.parent.glob(f".{directory.name}.checkpoint/0*")):
+            assert time.monotonic() < deadline, f"no checkpoint of {directory} after {seconds} s"
+            time.sleep(0.02)
 
     def require_same_start(self, directory: Path, world_size: int = 2) -> None:
         assert json.loads((directory / REPORT).read_text())["world_size"] == world_size

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from launching import INIT, ROOT, Finished, free_port, run, run_together, succeed
-from starts import TinyRun
+from launching import INIT, ROOT, Finished, collect, free_port, run, run_together, start_together, succeed
+from starts import SLOWLY, TinyRun
 
 BIN = Path(sys.executable).parent
 OPEN_MPI = {
@@ -115,9 +116,35 @@ def two_hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def test_same_start_over_a_network(tiny: TinyRun, two_hosts: list[str], tmp_path: Path) -> None:
-    init = [sys.executable, INIT, *tiny.options(tmp_path / "out")]
+def on_hosts(hosts: list[str], arguments: Sequence[str]) -> tuple[list[list[str]], list[dict[str, str]]]:
+    """Commands and variables of one rank per host."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.213.0.1", "MASTER_PORT": "4000", "GLOO_SOCKET_IFNAME": "net0"}
-    commands = [["ip", "netns", "exec", host, *init] for host in two_hosts]
-    succeed(run_together(commands, [{"RANK": str(rank), **place} for rank in range(2)]))
+    commands = [["ip", "netns", "exec", host, sys.executable, INIT, *arguments] for host in hosts]
+    return commands, [{"RANK": str(rank), **place} for rank in range(2)]
+
+
+def test_same_start_over_a_network(tiny: TinyRun, two_hosts: list[str], tmp_path: Path) -> None:
+    succeed(run_together(*on_hosts(two_hosts, tiny.options(tmp_path / "out"))))
     tiny.require_same_start(tmp_path / "out")
+
+
+def test_a_cut_cable_ends_both_ranks_and_a_rerun_completes(tiny: TinyRun, two_hosts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    commands, variables = on_hosts(two_hosts, [*tiny.options(out), *SLOWLY])
+    processes = start_together(commands, variables)
+    try:
+        tiny.wait_for_checkpoint(out)
+        subprocess.run(["ip", "-n", two_hosts[0], "link", "set", "net0", "down"], check=True)
+        cut_at = time.monotonic()
+    finally:
+        ranks = collect(processes, timeout_seconds=80)
+    assert time.monotonic() - cut_at < 60
+    assert [rank.code for rank in ranks] == [3, 3], ranks
+    assert "loraga-dist: rank 1 " in ranks[0].stderr and "loraga-dist: rank 0 is gone" in ranks[1].stderr
+    assert not out.exists()
+
+    subprocess.run(["ip", "-n", two_hosts[0], "link", "set", "net0", "up"], check=True)
+    again = run_together(commands, variables)
+    succeed(again)
+    assert "going on from" in again[0].stderr
+    tiny.require_same_start(out)

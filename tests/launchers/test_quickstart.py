@@ -71,10 +71,9 @@ def test_report_keeps_its_contract(quickstarted: Clone) -> None:
         assert 0 < target["offset_ratio"] < 1
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun --standalone --nproc_per_node 2"])
-def test_every_launcher_finds_the_same_start(quickstarted: Clone, launcher: str, tmp_path: Path) -> None:
+def test_one_process_finds_the_same_start(quickstarted: Clone, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    succeed(quickstarted.shell(f"{launcher} {INIT} --output.dir {directory}"))
+    succeed(quickstarted.shell(f"python {INIT} --output.dir {directory}"))
     assert largest_difference(directory, quickstarted.root / "runs" / "quickstart") < 1e-4
 
     ours, theirs = read_report(directory), read_report(quickstarted.root / "runs" / "quickstart")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from launching import ROOT, Finished, succeed
-from starts import TinyRun
+from starts import SLOWLY, TinyRun
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -45,6 +45,25 @@ def test_sbatch(cluster: Cluster, tiny: TinyRun, name: str, tmp_path: Path) -> N
     succeed(submit(cluster, f"launch/slurm/{name}.sbatch", *tiny.options(directory), log=tmp_path / "log"))
     tiny.require_same_start(directory)
     assert not (ROOT / "shell").exists() and not list(ROOT.glob(".hostfile*"))
+
+
+def test_a_preempted_job_goes_on_when_queued_again(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:
+    directory, log = tmp_path / "out", tmp_path / "log"
+    shipped = "launch/slurm/srun_per_gpu.sbatch"
+    submitted = cluster.run(
+        ["sbatch", "--parsable", f"--output={log}", *TWO_NODES, shipped, *tiny.options(directory), *SLOWLY]
+    )
+    succeed(submitted)
+    job_id = submitted.stdout.strip()
+    tiny.wait_for_checkpoint(directory)
+    succeed(cluster.run(["scancel", "--signal=USR1", job_id]))
+    assert wait_for(cluster, job_id)["ExitCode"] == "143:0", log.read_text()
+    assert "SIGUSR1" in log.read_text() and not directory.exists()
+
+    succeed(cluster.run(["scontrol", "requeue", job_id]))
+    assert wait_for(cluster, job_id)["ExitCode"] == "0:0", log.read_text()
+    assert "going on from" in log.read_text()
+    tiny.require_same_start(directory)
 
 
 def test_a_failed_run_is_a_failed_job(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""A disk that is full, that fills up while a run writes, or that is read-only: exit 3 with the path, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from builders import config_tree, save_data, save_model
+from launching import INIT, Finished, free_port, run_ranks, run_together, succeed
+
+from loraga_dist.artifacts.verify import verify
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, 6 MiB large."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    tree = config_tree(save_model(tmp_path / "base"), save_data(tmp_path / "data.jsonl"), tmp_path / "out")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "config.yaml"
+
+
+def start(config: Path, out: Path, *options: str) -> list[Finished]:
+    return run_ranks([INIT, "--config", str(config), "--output.dir", str(out), *options], 2)
+
+
+def failure(ranks: list[Finished]) -> str:
+    """The line that two ranks end with, before one that says how to go on."""
+    assert [rank.code for rank in ranks] == [3, 3], ranks
+    lines = [line for rank in ranks for line in rank.stderr.splitlines() if line.startswith("loraga-dist: ")]
+    assert "Traceback" not in ranks[0].stderr, ranks
+    assert all("the same command goes on from" in line for line in lines[1:]), ranks
+    return lines[0]
+
+
+def test_a_full_disk_is_seen_before_the_work(config: Path, small_disk: Path) -> None:
+    out = small_disk / "out"
+    succeed(start(config, out))
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 50_000))
+    said = failure(start(config, out, "--overwrite"))
+    assert f"{out} needs " in said and "bytes and the disk has" in said and "calibrate" not in said
+    assert verify(out).problems == [] and sorted(path.name for path in small_disk.iterdir()) == ["filler", "out"]
+    filler.unlink()
+    succeed(start(config, out, "--overwrite"))
+
+
+def test_a_read_only_disk(config: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    said = failure(start(config, small_disk / "out"))
+    assert f"{small_disk}/out cannot be written (Read-only file system)" in said and "bytes" in said
+
+
+def test_a_limit_met_while_writing(config: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a quota, or a disk that others fill: nobody could know it before."""
+    out = tmp_path / "out"
+    succeed(start(config, out))
+    before = (out / "loraga_report.json").read_bytes()
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    limited = ["prlimit", "--fsize=40000", sys.executable, INIT, "--config", str(config), "--overwrite"]
+    limited += ["--gradient.max_targets_in_flight", "7"]
+    said = failure(run_together([limited] * 2, [{"RANK": str(rank), **place} for rank in range(2)]))
+    assert "File too large" in said and f"{tmp_path}/.out." in said and "bytes" in said
+    assert verify(out).problems == [] and (out / "loraga_report.json").read_bytes() == before
+
+    succeed(start(config, out, "--overwrite", "--gradient.max_targets_in_flight", "7"))
+    assert verify(out).problems == []
