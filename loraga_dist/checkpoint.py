@@ -56,6 +56,7 @@ class CheckpointStore:
     def __init__(self, directory: Path, world: World) -> None:
         self.directory = directory
         self._world = world
+        self._damaged: set[str] = set()
 
     def save(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write the next generation and drop the oldest. content: rank 0's counts; tensors: this rank's own, by name.
@@ -80,8 +81,10 @@ class CheckpointStore:
                         _sync(path)
                     unfinished.rename(self.directory / f"{newest + 1:06d}")
                     _sync(self.directory)
-                    for old in generations[: 1 - GENERATIONS]:
-                        shutil.rmtree(old)
+                    whole = [path for path in generations if path.name not in self._damaged]
+                    for old in generations:
+                        if old not in whole[1 - GENERATIONS :]:
+                            shutil.rmtree(old)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest generation whose checksums hold, and what is wrong with those after it, one line each."""
@@ -95,6 +98,7 @@ class CheckpointStore:
                     content = json.loads((path / _CONTENT).read_bytes())
                     return Checkpoint(path, content, SavedTensors(scan_checkpoint(path, _STEM))), damaged
             damaged.append(f"{path} is damaged ({problems[0]})")
+            self._damaged.add(name)
         return None, damaged
 
     def clear(self) -> None:

@@ -128,8 +128,10 @@ def _run_init(options: argparse.Namespace, overrides: Sequence[str], stop: StopR
         world = World.start()
     except LoragaError as error:
         return _report_failure(error)
-    watch = Watch(world) if world.size > 1 else None
+    watch = None
     try:
+        if world.size > 1:
+            watch = Watch(world)
         from loraga_dist.artifacts.report import versions
         from loraga_dist.config import load_config
         from loraga_dist.pipeline import dry_run, run

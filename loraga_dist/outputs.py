@@ -195,6 +195,8 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
     with world.together():
         if not result.ok:
             raise RunError(f"verify: {'; '.join(result.problems[:5])}")
+    if not result.residual_checked:
+        return f"{result.num_targets} targets"
     return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
 
 

@@ -79,7 +79,8 @@ class RunKeeper:
         theirs, ours = dict(_leaves(found.content["work"])), dict(_leaves(self._work))
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         with self._world.together():
-            if differing:
+            # of rank 0's files: nodes may hold copies of their own, with other times
+            if differing and self._world.is_main:
                 key = differing[0]
                 raise UserError(
                     "resume",

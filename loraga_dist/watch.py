@@ -123,7 +123,9 @@ class Watch:
     def _who_is_gone(self, seen: str) -> Failure | None:
         """The rank without a beat while this one waited, or what another one announced meanwhile."""
         before = self._beats()
-        for _ in range(GONE_BEATS):
+        for beat in range(GONE_BEATS):
+            # the thread has stopped: others that look for who is gone must not take this one for it
+            self._beat(-1 - beat)
             time.sleep(BEAT_SECONDS)
             if (known := self._known()) is not None:
                 return known

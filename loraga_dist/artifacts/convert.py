@@ -82,8 +82,8 @@ def convert(
         merge = free_place(merge, "--merge", marker=CONVERSION, overwrite=overwrite, inputs=inputs)
     if to is not None:
         to = free_place(to, "--to", marker=CONVERSION, overwrite=overwrite, inputs=inputs)
-    if to == merge:
-        raise UserError("--merge", str(merge), "is the directory of --to; write another")
+    if to is not None and merge is not None and (to.is_relative_to(merge) or merge.is_relative_to(to)):
+        raise UserError("--merge", str(merge), f"and --to ({to}) share a place; write two apart from each other")
 
     found = Conversion(
         init=str(init),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +55,7 @@ class StagedDirectory:
         self._lock: BinaryIO | None = None
         self._world = world
         self._committing = False
+        self._replaces = False
 
     def create(self, num_bytes: int) -> None:
         """Make it, empty, on rank 0; a collective. num_bytes: what will be written, checked against the free space."""
@@ -66,6 +69,7 @@ class StagedDirectory:
                     for leftover in (self._old, self.path):
                         if leftover.exists():
                             shutil.rmtree(leftover)
+                    self._replaces = self.destination.exists()
                     self.path.mkdir()
                     free_bytes = shutil.disk_usage(self.path).free
                 except OSError as error:
@@ -92,6 +96,11 @@ class StagedDirectory:
         """Rename into place, on rank 0 when everything is written. An old directory goes after the new is there."""
         self._committing = True
         try:
+            # names and small files, which their writers leave to the system
+            for path in (*self.path.rglob("*"), self.path):
+                _sync(path)
+            if self.destination.exists() and not self._replaces:
+                raise RunError(f"{self.destination} has appeared meanwhile and is kept; the output is in {self.path}")
             if self.destination.exists():
                 self.destination.rename(self._old)
             try:
@@ -100,7 +109,7 @@ class StagedDirectory:
                 if self._old.exists():
                     self._old.rename(self.destination)
                 raise
-            _sync_directory(self.destination.parent)
+            _sync(self.destination.parent)
         except OSError as error:
             raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
         shutil.rmtree(self._old, ignore_errors=True)
@@ -122,6 +131,14 @@ class StagedDirectory:
             raise UserError(
                 self._key, str(self.destination), "is being written by another run; wait for it or write another"
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(
+                f"loraga-dist: the file system of {self.destination.parent} has no locks ({error.strerror}): no other "
+                "run may write the same output",
+                file=sys.stderr,
+            )
 
     def _drop_lock(self) -> None:
         if self._lock is not None:
@@ -146,7 +163,7 @@ def whole_directory(destination: Path, key: str, num_bytes: int) -> Iterator[Pat
         raise
 
 
-def _sync_directory(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -259,7 +259,8 @@ class SketchEngine:
 
     def _largest_gradient(self, state: _State) -> Tensor:
         """Largest magnitude in the cold rows' dy; 0 without rows."""
-        magnitudes = [self._home.fetch(dy_TM).abs().amax().float() for _, dy_TM in state.cold]
+        # rows whose product is zero may have been compressed to none
+        magnitudes = [self._home.fetch(dy_TM).abs().amax().float() for _, dy_TM in state.cold if dy_TM.numel()]
         return torch.stack([*magnitudes, torch.zeros((), device=self._device)]).amax()
 
     def _first_window(self, state: _State, world: Collectives) -> _Window:

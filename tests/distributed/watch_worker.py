@@ -26,7 +26,7 @@ def main() -> None:
                 raise ValueError("the first error")
             if how in ("SIGKILL", "SIGSTOP"):
                 os.kill(os.getpid(), getattr(signal, how))
-        world.sum_(torch.ones(1))
+        world.broadcast_(torch.ones(1), who)  # a dead source fails all others at once
     except Exception as error:
         watch.fail(f"failed: {type(error).__name__}: {error}", 3, perhaps_of_another=isinstance(error, RuntimeError))
     watch.stop()

@@ -67,6 +67,16 @@ def test_a_damaged_generation_gives_way_to_the_one_before(store: CheckpointStore
     assert number(store) is None
 
 
+def test_a_whole_generation_outlives_a_damaged_one(store: CheckpointStore) -> None:
+    save(store, 1)
+    save(store, 2)
+    (store.directory / "000002" / "state.json").write_text("{}")
+    again = CheckpointStore(store.directory, World.alone())
+    assert number(again) == 1
+    save(again, 3)
+    assert sorted(path.name for path in store.directory.iterdir()) == ["000001", "000003"]
+
+
 def test_an_unfinished_generation_does_not_count(store: CheckpointStore) -> None:
     save(store, 1)
     (store.directory / "000001").rename(store.directory / "unfinished")

@@ -329,7 +329,8 @@ def test_mistaken_directories_are_refused(
         (("--to", tmp_path / "x", "--trained", run.out / "loraga_init"), "is the start itself"),
         (("--to", own), "exists; write another directory, or add --overwrite"),
         (("--to", own, "--overwrite"), "exists and is no output of loraga-dist"),
-        (("--to", tmp_path / "x", "--merge", tmp_path / "x"), "is the directory of --to"),
+        (("--to", tmp_path / "x", "--merge", tmp_path / "x"), "share a place"),
+        (("--to", tmp_path / "x" / "adapter", "--merge", tmp_path / "x"), "share a place"),
         (("--merge", tmp_path / "x", "--base", other), "is not the base of loraga_init"),
         (("--merge", tmp_path / "x", "--base", tmp_path), "holds neither"),
     ):

@@ -23,12 +23,28 @@ def staged(tmp_path: Path) -> StagedDirectory:
     return staged
 
 
-def test_commit_replaces_and_leaves_nothing_beside(staged: StagedDirectory, tmp_path: Path) -> None:
-    staged.destination.mkdir()
-    (staged.destination / "file").write_text("old")
-    staged.commit()
+@pytest.fixture
+def replacing(tmp_path: Path, request: pytest.FixtureRequest) -> StagedDirectory:
+    """The same where an output was before."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("old")
+    return request.getfixturevalue("staged")
+
+
+def test_commit_replaces_and_leaves_nothing_beside(replacing: StagedDirectory, tmp_path: Path) -> None:
+    replacing.commit()
     assert (tmp_path / "out" / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_appeared_meanwhile_is_kept(staged: StagedDirectory) -> None:
+    staged.destination.mkdir()
+    (staged.destination / "file").write_text("another's")
+    with pytest.raises(RunError, match="has appeared meanwhile and is kept"):
+        staged.commit()
+    staged.discard()
+    assert (staged.destination / "file").read_text() == "another's"
+    assert (staged.path / "file").read_text() == "new", "a finished output is not thrown away"
 
 
 def test_two_runs_cannot_write_one_output(staged: StagedDirectory, tmp_path: Path) -> None:
@@ -43,9 +59,10 @@ def test_two_runs_cannot_write_one_output(staged: StagedDirectory, tmp_path: Pat
     assert list((tmp_path / "next").iterdir()) == []
 
 
-def test_a_failed_rename_puts_the_old_directory_back(staged: StagedDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    staged.destination.mkdir()
-    (staged.destination / "file").write_text("old")
+def test_a_failed_rename_puts_the_old_directory_back(
+    replacing: StagedDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged = replacing
     rename = Path.rename
 
     def fails_for_the_new(path: Path, target: Path) -> Path:

@@ -1,0 +1,26 @@
+"""The sketch starts at the first token that counts, wherever that is."""
+
+from __future__ import annotations
+
+import torch
+
+from loraga_dist.distributed import World
+from loraga_dist.engines import ENGINES, Matrix, StateHome
+
+M, N, T = 96, 80, 700
+
+
+def test_a_long_first_microbatch_without_supervision_leaves_the_start_to_the_next() -> None:
+    world = World(0, 1, 0, torch.device("cpu"))
+    matrix = Matrix(name="target", M=M, N=N, num_triplets=8, width=16, owner=0, engine="sketch")
+    engine = ENGINES["sketch"].engine([matrix], home=StateHome(world.device), seed=0, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    x_TN, dy_TM = torch.randn(T, N, generator=draw), torch.randn(T, 8, generator=draw)
+    dy_TM = dy_TM @ torch.randn(8, M, generator=draw)
+    for index, scale in enumerate((0.0, 1.0)):
+        engine.begin_microbatch(index)
+        engine.observe("target", x_TN, scale * dy_TM)
+        engine.end_microbatch(world)
+    svd = dict(engine.factorize(world, T))["target"].svd.leading(8)
+    G_MN = dy_TM.T @ x_TN / T
+    torch.testing.assert_close(svd.U_MK * svd.S_K @ svd.Vh_KN, G_MN, rtol=0, atol=1e-4 * G_MN.abs().max().item())
