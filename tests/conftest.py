@@ -28,10 +28,3 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=6, help="how many runs tests/faults kills a rank of")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, each file goes to one; so do the files that need the quickstart's model, made once."""
-    for item in items:
-        group = "quickstart" if "quickstarted" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))

@@ -31,7 +31,7 @@ PHASES = {
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory that nothing disturbed, with its config beside it."""
     root = tmp_path_factory.mktemp("faults")
-    base, data = save_model(root / "base"), save_data(root / "data.jsonl", rows=64)
+    base, data = save_model(root / "base"), save_data(root / "data.jsonl", rows=40)
     tree = config_tree(base, data, root / "out", kind="llama", r=4)
     tree["calibration"] |= {"per_device_batch_size": 1}
     tree["gradient"] |= {"max_targets_in_flight": 11}

@@ -1,20 +1,41 @@
-"""What README.md tells a user to type works as it stands there."""
+"""What README.md tells a user to type works as it stands there, `make quickstart` first.
+
+In one file, which is what goes to one worker: all of it needs the model that `make quickstart` pretrains.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shlex
+import time
+from pathlib import Path
 
 import pytest
 from clones import Clone
 from launching import ROOT, succeed
 
+from loraga_dist.artifacts.names import ADAPTER_CONFIG, LORAGA_INIT, REPORT
+
 pytestmark = pytest.mark.timeout(2400)  # the first test that needs it pretrains the quickstart model
 
 NOT_RUN = {
     "make test": "these tests are part of it",
+    "deepspeed --num_gpus 2 launch/init.py --config configs/quickstart.yaml --overwrite": "`make quickstart` runs it",
     "torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
     "launch/init.py --config my.yaml": "needs four machines",
+}
+
+PER_TARGET = {
+    "shape",
+    "r",
+    "singular_values",
+    "captured_energy",
+    "split_half_cosine",
+    "window_capture",
+    "offset_ratio",
+    "owner_rank",
 }
 
 TRAIN = """
@@ -30,6 +51,61 @@ model(input_ids=ids, labels=ids).loss.backward()
 optimizer.step()
 model.save_pretrained("runs/trained")
 """
+
+
+def read_report(directory: Path) -> dict:
+    return json.loads((directory / REPORT).read_text())
+
+
+def test_model_has_learned_and_is_built_once(quickstarted: Clone) -> None:
+    record = quickstarted.root / "build" / "quickstart" / "recipe.json"
+    made, before = json.loads(record.read_text()), record.stat()
+    assert made["heldout_loss"] < 1.6
+    started = time.monotonic()
+    succeed(quickstarted.shell("python launch/quickstart.py"))
+    assert time.monotonic() - started < made["seconds"]
+    assert (record.stat().st_ino, record.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_report_keeps_its_contract(quickstarted: Clone) -> None:
+    directory = quickstarted.root / "runs" / "quickstart"
+    report = read_report(directory)
+    assert report["schema_version"] == 1
+    assert report["world_size"] == 2
+    assert report["engine"] == report["config"]["gradient"]["engine"]
+    assert report["num_sequences"] == 128
+    assert report["num_supervised_tokens"] > 128 * 150  # passages of at least 200 bytes, shared by ranks
+    assert {"load", "calibrate", "factorize", "write", "total"} <= report["seconds"].keys()
+    assert len(report["peak_bytes_per_rank"]) == len(report["planned_peak_bytes_per_rank"]) == 2
+    assert report["state_bytes_per_rank"] > 0
+    assert report["base_fingerprint"] and report["data_fingerprint"] and report["versions"]
+    assert report["identity_check"]["dtype"] == "float32"
+    assert report["identity_check"]["max_abs_logit_diff"] < 1e-3
+    assert report["warnings"] == []
+
+    r = json.loads((directory / LORAGA_INIT / ADAPTER_CONFIG).read_text())["r"]
+    assert len(report["targets"]) == 4 * 7
+    assert {target["owner_rank"] for target in report["targets"].values()} == {0, 1}
+    for target in report["targets"].values():
+        assert target.keys() >= PER_TARGET
+        values = target["singular_values"]
+        assert len(values) >= 2 * r == 2 * target["r"]
+        assert all(math.isfinite(value) for value in values) and values == sorted(values, reverse=True)
+        assert 0 < target["captured_energy"] <= 1
+        assert 0 < target["offset_ratio"] < 1
+
+
+@pytest.mark.parametrize("settings", ["zero3.json", "zero3_offload_cpu.json"])
+def test_deepspeed_settings_that_ship_with_the_project_run(quickstarted: Clone, settings: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    quickstart = (quickstarted.root / "configs" / "quickstart.yaml").read_text()
+    config.write_text(f"{quickstart}\ndeepspeed: configs/deepspeed/{settings}\n")
+    succeed(
+        quickstarted.shell(
+            f"torchrun --standalone --nproc_per_node 2 launch/init.py --config {config} "
+            f"--calibration.max_samples 8 --output.residual_base none --output.dir {tmp_path / 'run'}"
+        )
+    )
 
 
 @pytest.fixture(scope="module")

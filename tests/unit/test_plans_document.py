@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
-from launching import ROOT, run, succeed
+from launching import ROOT, run_ranks, succeed
 
 
 def test_plans_are_up_to_date() -> None:
-    result = run([sys.executable, str(ROOT / "benchmarks" / "plans.py")], timeout_seconds=300)
+    (result,) = run_ranks([str(ROOT / "benchmarks" / "plans.py")], 1, timeout_seconds=300)
     succeed(result)
     assert result.stdout == (ROOT / "docs" / "PLANS.md").read_text(), "run python benchmarks/plans.py > docs/PLANS.md"
