@@ -16,9 +16,6 @@ import copy
 import json
 import os
 import platform
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
+from torchrun import run_as_ranks
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -63,7 +61,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    if "RANK" in os.environ:  # one of the ranks that `_launch` started
+    if "RANK" in os.environ:  # one of the ranks started below
         world = World.start()
         rows = real(Path(options.directory), world)
         if world.is_main:
@@ -73,20 +71,13 @@ def main() -> None:
         leave_process(0)
     rows = []
     if options.only != "synthetic":
-        rows += [row for world_size in options.ranks for row in _launch(options.directory, world_size)]
+        for num_ranks in options.ranks:
+            rows += run_as_ranks(__file__, num_ranks, "--directory", options.directory)
     if options.only != "real":
         rows += synthetic()
     if options.json:
         hardware = {"machine": platform.machine(), "cores": os.cpu_count()}
         options.json.write_text(json.dumps({"rows": rows, "hardware": hardware, "versions": versions()}, indent=2))
-
-
-def _launch(directory: str, world_size: int) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "rows.json"
-        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-        subprocess.run([*ranks, __file__, "--directory", directory, "--json", str(path)], check=True)
-        return json.loads(path.read_text())
 
 
 class Together:

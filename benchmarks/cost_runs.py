@@ -24,7 +24,7 @@ from loraga_dist.memory import PeakMemory
 from loraga_dist.placement import add_adapter, place_factors
 from loraga_dist.plan import Plan, make_plan
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.sharding import SingleProcess
+from loraga_dist.sharding import Sharding, SingleProcess
 from loraga_dist.sweep import forward
 from loraga_dist.targets import meta_copy, select_targets
 
@@ -60,11 +60,13 @@ class Outcome:
 
 
 class Bench:
-    """One model, its batches, and the ways over them. Everything is in bfloat16 on `device`."""
+    """One model, its batches, and the ways over them. Everything is in bfloat16 on the sharding's device.
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.shape = shape
-        self.world = World(0, 1, 0, device)
+    Under ZeRO-3 ranks share the microbatches out; `peft` is for a single process.
+    """
+
+    def __init__(self, shape: Shape, sharding: Sharding) -> None:
+        self.shape, self.sharding, self.world = shape, sharding, sharding.world
         config = LlamaConfig(
             vocab_size=shape.vocabulary,
             hidden_size=shape.hidden,
@@ -76,11 +78,13 @@ class Bench:
             tie_word_embeddings=False,
         )
         torch.manual_seed(0)
-        with device:
-            self.model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).requires_grad_(False).eval()
+        with self.world.device, sharding.new_parameters(torch.bfloat16):
+            model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).requires_grad_(False).eval()
+        self.model = sharding.attach(model)
         # token frequencies fall as in text, so that gradients have a leading part and a long tail
         frequencies = torch.arange(1, shape.vocabulary + 1) ** -1.0
-        self.microbatches = [self._microbatch(index, frequencies) for index in range(shape.microbatches)]
+        mine = range(self.world.rank, shape.microbatches, self.world.size)
+        self.microbatches = [self._microbatch(index, frequencies) for index in mine]
         self.lora = LoraSection(r=shape.r)
         scheme = SCHEMES["lora_ga"]
         self.targets = select_targets(meta_copy(LlamaForCausalLM, config), self.lora, scheme.num_triplets).targets
@@ -92,7 +96,7 @@ class Bench:
         return Microbatch(inputs, self.shape.tokens - 1, index, ())
 
     def plan(self, gradient: GradientConfig) -> Plan:
-        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], 1)
+        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size)
 
     def floor(self) -> Outcome:
         """Forward, and backward down to the outputs of the lowest targets: what no way can leave out."""
@@ -178,7 +182,7 @@ class Bench:
         gradient = GradientConfig(
             engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device
         )
-        plan, sharding = self.plan(gradient), SingleProcess(self.world)
+        plan, sharding = self.plan(gradient), self.sharding
         with self._measured() as outcome:
             found = calibrate(
                 self.model, plan, BatchDeal(self.microbatches), gradient, sharding=sharding, loss_sum=causal_lm, seed=0
@@ -205,6 +209,7 @@ class Bench:
     def _backwards(self, model: Any) -> None:
         for microbatch in self.microbatches:
             causal_lm(forward(model, microbatch, self.world.device), microbatch.inputs["labels"]).backward()
+            self.sharding.release()
 
     @contextmanager
     def _measured(self) -> Iterator[Outcome]:
@@ -231,6 +236,10 @@ class Bench:
     def _wait(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def one_process(device: torch.device) -> SingleProcess:
+    return SingleProcess(World(0, 1, 0, device))
 
 
 @contextmanager

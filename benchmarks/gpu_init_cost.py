@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cost_runs import Bench, Outcome, Shape
+from cost_runs import Bench, Outcome, Shape, one_process
 from memory import hardware
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +50,7 @@ def main() -> None:
     ranks = (4, 8) if options.small else (8, 128)
     rows: list[dict[str, Any]] = []
     for r in ranks:
-        bench = Bench(replace(base, r=r), device)
+        bench = Bench(replace(base, r=r), one_process(device))
         rows += compare(bench, options.repeats)
         del bench  # the next one needs its memory
         if device.type == "cuda":

@@ -24,11 +24,13 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from cost_runs import Bench, Outcome, Shape, mean, step_energy
+from cost_runs import Bench, Outcome, Shape, mean, one_process, step_energy
 from memory import hardware
+from rank_cost import SHAPE as SWEEP_BASE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torchrun import run_as_ranks
 
 from loraga_dist.artifacts.report import versions
 from loraga_dist.memory import return_freed_memory_at_once
@@ -37,7 +39,6 @@ LLAMA_2_7B_LAYER = Shape(
     hidden=4096, intermediate=11008, layers=1, heads=32, key_value_heads=32, microbatches=32, tokens=512
 )
 QUICK = Shape(hidden=512, intermediate=1376, layers=1, heads=8, key_value_heads=8, microbatches=8, tokens=256)
-SWEEP_BASE = Shape(hidden=1024, intermediate=2752, layers=2, heads=8, key_value_heads=8, microbatches=16, tokens=256)
 SWEEPS: dict[str, list[Shape]] = {
     "tokens": [replace(SWEEP_BASE, tokens=tokens) for tokens in (128, 256, 512)],
     "hidden": [
@@ -47,6 +48,7 @@ SWEEPS: dict[str, list[Shape]] = {
     "layers": [replace(SWEEP_BASE, layers=layers) for layers in (1, 2, 4)],
 }
 """By what grows. Widths keep Llama's proportions."""
+RANKS = (1, 2, 4)
 
 PLOTS = Path(__file__).resolve().parent.parent / "docs" / "plots"
 
@@ -55,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a small model")
-    parser.add_argument("--sweep", action="store_true", help="growth in tokens, width, rank and layers instead")
+    parser.add_argument("--sweep", action="store_true", help="growth in tokens, width, rank, layers and ranks instead")
     parser.add_argument("--plots", type=Path, default=PLOTS, help="where --sweep puts its plots")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
@@ -80,7 +82,7 @@ def write(content: dict[str, Any], path: Path | None) -> None:
 
 def compare(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
     """The figures so far, after every repeat; with energies at last, when the exact gradients are there."""
-    bench = Bench(shape, torch.device("cpu"))
+    bench = Bench(shape, one_process(torch.device("cpu")))
     bench.warm_up()
     runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": []}
     for repeat in range(repeats):
@@ -172,7 +174,7 @@ def sweep(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
     points = []
     for quantity, shapes in SWEEPS.items():
         for shape in shapes[:2] if quick else shapes:
-            bench = Bench(replace(shape, microbatches=4) if quick else shape, torch.device("cpu"))
+            bench = Bench(replace(shape, microbatches=4) if quick else shape, one_process(torch.device("cpu")))
             bench.warm_up()
             runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": []}
             for _ in range(repeats):
@@ -186,11 +188,17 @@ def sweep(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
                 extra_bytes = peak_bytes - floor_bytes
                 point[name] = {"seconds": seconds, "cpu_seconds": cpu_median(outcomes), "extra_bytes": extra_bytes}
             points.append(point)
-            print(
-                f"{quantity} {point['value']}: "
-                + ", ".join(f"{name} {point[name]['cpu_seconds']:.2f} s" for name in runs)
-            )
+            _tell(point)
+    for num_ranks in RANKS[:2] if quick else RANKS:
+        arguments = ["--repeats", str(repeats), *(["--quick"] if quick else [])]
+        points.append(run_as_ranks(Path(__file__).with_name("rank_cost.py"), num_ranks, *arguments))
+        _tell(points[-1])
     return points
+
+
+def _tell(point: dict[str, Any]) -> None:
+    ways = (f"{way} {point[way]['cpu_seconds']:.2f} s" for way in ("floor", "sketch", "peft") if way in point)
+    print(f"{point['quantity']} {point['value']}: {', '.join(ways)}", flush=True)
 
 
 def plot(points: list[dict[str, Any]], directory: Path) -> None:
@@ -199,7 +207,13 @@ def plot(points: list[dict[str, Any]], directory: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels = {"tokens": "tokens per microbatch", "hidden": "hidden size", "r": "LoRA rank r", "layers": "layers"}
+    labels = {
+        "tokens": "tokens per microbatch",
+        "hidden": "hidden size",
+        "r": "LoRA rank r",
+        "layers": "layers",
+        "ranks": "ranks, ZeRO-3",
+    }
     colors = {"floor": "#888888", "sketch": "#1b6ca8", "peft": "#c8553d"}
     names = {"floor": "forward + input gradients", "sketch": "loraga_dist (sketch)", "peft": "PEFT"}
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "loraga_dist", "font.size": 9})
@@ -207,12 +221,17 @@ def plot(points: list[dict[str, Any]], directory: Path) -> None:
         ("cpu_seconds", "seconds of cores", 1.0),
         ("extra_bytes", "MiB above the floor's peak", 2**20),
     ):
-        figure, all_axes = plt.subplots(1, len(labels), figsize=(11, 2.8), layout="constrained")
+        figure, all_axes = plt.subplots(1, len(labels), figsize=(13, 2.8), layout="constrained")
         for axes, (quantity, label) in zip(all_axes, labels.items(), strict=True):
             mine = [point for point in points if point["quantity"] == quantity]
             for name in names if metric == "cpu_seconds" else ("sketch", "peft"):
-                values = [point[name][metric] / scale for point in mine]
-                axes.plot([point["value"] for point in mine], values, "o-", ms=3, color=colors[name], label=names[name])
+                known = [point for point in mine if name in point]
+                if not known:  # PEFT does not run on a sharded model
+                    continue
+                values = [point[name][metric] / scale for point in known]
+                axes.plot(
+                    [point["value"] for point in known], values, "o-", ms=3, color=colors[name], label=names[name]
+                )
             axes.set_xlabel(label)
             axes.set_xscale("log", base=2)
             axes.set_xticks([point["value"] for point in mine], [str(point["value"]) for point in mine])

@@ -79,7 +79,7 @@ def document(plans: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "*Engine*: the state, within `gradient.state_budget_gib` (default 4).",
+        "*Engine*: the state, within `gradient.state_budget_gib` (default 4; the larger recipes name their own).",
         "Targets beyond the budget take further sweeps over the data.",
         "",
         "| recipe | r | ranks | disk: residual base | factors | adapters | received per rank | flops |",

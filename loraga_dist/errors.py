@@ -34,3 +34,7 @@ class Preempted(LoragaError):
 
 class RunError(LoragaError):
     """The run failed although the input was right (exit code 3)."""
+
+
+class VerificationError(RunError):
+    """What the run has written is not what it should be."""

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, write_adapter
 from loraga_dist.artifacts.factors import write_factors
-from loraga_dist.artifacts.manifest import TensorDigest, fingerprint, write_checksums
+from loraga_dist.artifacts.finished import FinishedFiles
+from loraga_dist.artifacts.manifest import TensorDigest, fingerprint, sha256_of, write_checksums
 from loraga_dist.artifacts.names import (
+    ADAPTER_WEIGHTS,
     FACTORS,
     LORAGA_INIT,
     LORAGA_OFFSET,
@@ -32,9 +34,10 @@ from loraga_dist.artifacts.residual import digest_base, finish_residual_base, wr
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.config import InitConfig
 from loraga_dist.distributed import World
-from loraga_dist.errors import RunError
+from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.job import Job
 from loraga_dist.progress import phase
+from loraga_dist.resume import RunKeeper
 from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.start import Start
@@ -51,12 +54,21 @@ class Fingerprints:
 
 
 def write_weights(
-    directory: Path, job: Job, config: InitConfig, start: Start, factors: Mapping[str, LoraFactors], world: World
+    directory: Path,
+    job: Job,
+    config: InitConfig,
+    start: Start,
+    factors: Mapping[str, LoraFactors],
+    finished_files: Path,
+    keeper: RunKeeper,
+    world: World,
 ) -> Fingerprints:
     """Adapters by rank 0, factors by their owners, the residual base's files shared out; a collective.
 
-    factors: A0 and B0 of every target as stored, on rank 0.
+    factors: A0 and B0 of every target as stored, on rank 0. finished_files: where residual files are kept for another
+    run of the same work, should this one be interrupted. Raises Preempted, on all ranks, when one was asked to stop.
     """
+    adapter_digest = ""
     names = [FACTORS] + ([RESIDUAL_BASE] if config.output.residual_base == "full" else [])
     with world.together():
         if world.is_main:
@@ -64,6 +76,8 @@ def write_weights(
                 (directory / name).mkdir()
             saved = {name: job.base.index[key] for name, key in job.saved_parameters.items()}
             write_adapters(directory, config, job.targets, lambda name: (factors[name].A_RN, factors[name].B_MR), saved)
+            adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
+    work = {**keeper.work, "adapter": world.all_texts(adapter_digest)[0]}
     write_factors(directory / FACTORS, {name: found.svd for name, found in start.calibration.owned.items()}, world)
 
     share = shares(job.residual_files, lambda file: file.num_bytes, world.size)[world.rank]
@@ -72,15 +86,19 @@ def write_weights(
         num_bytes = sum(file.num_bytes for file in share)
         with phase("write", num_bytes, "B", shown=world.is_main) as progress:
             if config.output.residual_base == "full":
-                written = write_residual_files(
-                    share,
-                    job.base.index,
-                    job.targets,
-                    AdapterFile(directory / LORAGA_INIT),
-                    directory / RESIDUAL_BASE,
-                    progress.advance,
-                )
-                digests = {key: list(pair) for key, pair in written.items()}
+                finished = FinishedFiles(finished_files, work)
+                into, adapter = directory / RESIDUAL_BASE, AdapterFile(directory / LORAGA_INIT)
+                for file in share:
+                    keeper.leave_here_if_asked()
+                    written = finished.take(file, into)
+                    if written is None:
+                        written = write_residual_files(
+                            [file], job.base.index, job.targets, adapter, into, progress.advance
+                        )
+                        finished.keep(file, into, written)
+                    else:
+                        progress.advance(file.num_bytes)
+                    digests |= {key: list(pair) for key, pair in written.items()}
             else:
                 keys = [key for file in share for key in file.entries]
                 digests = {key: [digest] for key, digest in digest_base(job.base.index, keys, progress.advance).items()}
@@ -182,8 +200,8 @@ def _median_cosine(start: Start) -> float | None:
 def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, Any], world: World) -> str:
     """The text files, the page, the checksums, and the verification of it all; returns what was verified.
 
-    A collective: ranks share the reading. Raises RunError when a file cannot be written or the directory does not
-    verify.
+    A collective: ranks share the reading. Raises RunError when a file cannot be written, VerificationError when the
+    directory does not verify.
     """
     with world.together():
         if world.is_main:
@@ -194,7 +212,7 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
         result = verify(directory, world=world, on_progress=progress.advance)
     with world.together():
         if not result.ok:
-            raise RunError(f"verify: {'; '.join(result.problems[:5])}")
+            raise VerificationError(f"verify: {'; '.join(result.problems[:5])}")
     if not result.residual_checked:
         return f"{result.num_targets} targets"
     return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -16,13 +17,15 @@ from typing import Any
 
 from torch import nn
 
+from loraga_dist.artifacts.finished import num_bytes_kept
+from loraga_dist.artifacts.names import RESIDUAL_BASE
 from loraga_dist.artifacts.staging import StagedDirectory
 from loraga_dist.calibrate import in_step
 from loraga_dist.calibration import BatchDeal, microbatches_from_batches
 from loraga_dist.checkpoint import CheckpointStore
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.distributed import World
-from loraga_dist.errors import LoragaError, UserError
+from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
 from loraga_dist.job import Job, agree_on_inputs, prepare
 from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
@@ -57,7 +60,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             planned = planned_memory(job, config, world)
             refuse_what_cannot_fit(planned, job, config, world)
         staged = StagedDirectory(job.destination, world)
-        staged.create(job.output_bytes)
+        finished_files = staged.checkpoint_path / RESIDUAL_BASE
+        staged.create(max(0, job.output_bytes - num_bytes_kept(finished_files)))
         try:
             keeper = _keeper(job, staged.checkpoint_path, stop, world)
             sharded = world.size > 1 or config.deepspeed is not None
@@ -81,7 +85,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             del model
             keeper.leave_if_asked()
             write_started = time.monotonic()
-            fingerprints = write_weights(staged.path, job, config, start, factors, world)
+            fingerprints = write_weights(staged.path, job, config, start, factors, finished_files, keeper, world)
+            keeper.leave_if_asked()
             seconds["write"] = time.monotonic() - write_started
             seconds["total"] = time.monotonic() - started
             report = make_report(
@@ -95,6 +100,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
         except BaseException as error:
             if world.is_main:
                 staged.discard()
+                if isinstance(error, VerificationError):
+                    shutil.rmtree(finished_files, ignore_errors=True)  # one of them may be what does not verify
                 if isinstance(error, LoragaError) and error.exit_code == 3 and staged.checkpoint_path.is_dir():
                     error.add_note(f"the same command goes on from the checkpoint in {staged.checkpoint_path}")
             raise

@@ -56,7 +56,7 @@ class RunKeeper:
         self, store: CheckpointStore, work: Mapping[str, Any], stop: StopRequest, minutes: float, world: World
     ) -> None:
         self._store = store
-        self._work = {"format": _FORMAT, **work}
+        self.work = {"format": _FORMAT, **work}
         self._stop = stop
         self._seconds = 60 * minutes
         self._world = world
@@ -76,7 +76,7 @@ class RunKeeper:
                 print(f"loraga-dist: checkpoint: {line}", file=sys.stderr)
         if found is None:
             return
-        theirs, ours = dict(_leaves(found.content["work"])), dict(_leaves(self._work))
+        theirs, ours = dict(_leaves(found.content["work"])), dict(_leaves(self.work))
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         with self._world.together():
             # of rank 0's files: nodes may hold copies of their own, with other times
@@ -106,8 +106,13 @@ class RunKeeper:
             self.leave()
 
     def save(self, state: EngineState) -> None:
-        self._store.save(state.content | {"work": self._work}, state.tensors)
+        self._store.save(state.content | {"work": self.work}, state.tensors)
         self._saved_at = time.monotonic()
+
+    def leave_here_if_asked(self) -> None:
+        """Within `World.together`: raises Preempted if this rank was asked to stop; the others follow at its end."""
+        if self._stop.signal_name is not None:
+            self.leave()
 
     def leave_if_asked(self) -> None:
         """Between phases, where nothing new is to be saved; raises Preempted on all ranks."""

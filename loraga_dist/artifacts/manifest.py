@@ -56,7 +56,7 @@ def write_checksums(directory: Path, world: World, on_progress: OnBytes = no_pro
         mine = _share(sizes, world)
         try:
             digests = dict(
-                zip(mine, over_cores(lambda name: _sha256(directory / name, on_progress), mine), strict=True)
+                zip(mine, over_cores(lambda name: sha256_of(directory / name, on_progress), mine), strict=True)
             )
         except OSError as error:
             raise RunError(f"{error.filename} cannot be read ({error.strerror})") from error
@@ -91,7 +91,7 @@ def _check_share(
 ) -> list[str]:
     def check(name: str) -> str | None:
         try:
-            same = _sha256(directory / name, on_progress) == listed[name]
+            same = sha256_of(directory / name, on_progress) == listed[name]
         except OSError as error:
             return f"{name}: cannot be read ({error.strerror})"
         return None if same else f"{name}: does not match {CHECKSUMS}"
@@ -136,7 +136,8 @@ def _share(sizes: Mapping[str, int], world: World) -> list[str]:
     return shares(sizes, sizes.__getitem__, world.size)[world.rank]
 
 
-def _sha256(path: Path, on_progress: OnBytes) -> str:
+def sha256_of(path: Path, on_progress: OnBytes = no_progress) -> str:
+    """Of the file's content, in hexadecimal. on_progress: told of bytes read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

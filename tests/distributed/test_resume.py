@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from builders import config_tree, save_data, save_model
 from launching import Finished, run_ranks, succeed
 from safetensors.torch import load_file
 
+from loraga_dist import job
+from loraga_dist.artifacts.residual import plan_residual_files
 from loraga_dist.artifacts.verify import verify
 
 WORKER = resume_worker.__file__
@@ -176,3 +179,47 @@ def test_a_damaged_checkpoint_is_said_and_left(config: Path, stopped: Path, tmp_
     (result,) = start(config, tmp_path / "again" / "out", 1)
     succeed(result)
     assert "is damaged (state.json: does not match SHA256SUMS)" in result.stderr and "going on" not in result.stderr
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "plan_residual_files", partial(plan_residual_files, max_shard_bytes=40_000))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_finished_files_are_not_written_again(config: Path, tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / ".out.checkpoint" / "residual_base"
+    (stopped,) = start(config, out, 1, stop=11 + 1 + 3)  # microbatches, between phases, before the third file
+    assert stopped.code == 143 and not (tmp_path / ".out.partial").exists()
+    finished = {path.name: path.stat().st_ino for path in kept.glob("*.safetensors")}
+    assert len(finished) == 2
+    succeed(start(config, out, 1))
+    residual = {path.name: path.stat().st_ino for path in (out / "residual_base").glob("*.safetensors")}
+    assert finished.items() <= residual.items() and len(residual) > 3
+    assert verify(out).problems == [] and not kept.exists()
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_finished_file_that_was_damaged_is_written_again(config: Path, tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / ".out.checkpoint" / "residual_base"
+    start(config, out, 1, stop=11 + 1 + 3)
+    damaged = next(iter(kept.glob("*.safetensors")))
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    (refused,) = start(config, out, 1)
+    assert refused.code == 3 and "verify: " in refused.stderr and not out.exists()
+    succeed(start(config, out, 1))
+    assert verify(out).problems == []
+
+
+@pytest.mark.usefixtures("small_files")
+def test_finished_files_of_other_factors_are_written_again(config: Path, tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / ".out.checkpoint" / "residual_base"
+    start(config, out, 1, stop=11 + 1 + 3)
+    (note, *_) = kept.glob("*.json")
+    note.write_text(note.read_text().replace('"adapter": "', '"adapter": "0'))
+    written_at = note.with_suffix("").stat().st_mtime_ns
+    succeed(start(config, out, 1))
+    assert (out / "residual_base" / note.stem).stat().st_mtime_ns != written_at
+    assert verify(out).problems == []

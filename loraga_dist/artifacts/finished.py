@@ -1,0 +1,67 @@
+"""The residual base's files that an interrupted run had finished, so that the next run need not write them again.
+
+A finished file gets a second name (a hard link) in a directory of the checkpoint, and a note of its tensors' digests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraga_dist.artifacts.manifest import TensorDigest
+from loraga_dist.artifacts.residual import PlannedFile
+
+Digests = dict[str, tuple[TensorDigest, TensorDigest]]
+"""By checkpoint key: of the base's tensor, and of the residual's."""
+
+
+@dataclass(frozen=True)
+class FinishedFiles:
+    """Each file is one rank's: nothing here is a collective."""
+
+    directory: Path
+    work: Mapping[str, Any]
+    """What must be the same, as JSON, for a file to be used again: settings, base, data, and A0, B0 by digest."""
+
+    def take(self, file: PlannedFile, destination: Path) -> Digests | None:
+        """Put the file there if an earlier run of the same work had finished it; else None, and its remains go."""
+        kept, note = self._paths(file.name)
+        try:
+            content = json.loads(note.read_bytes())
+            digests = {
+                key: (TensorDigest.of_json(base), TensorDigest.of_json(residual))
+                for key, (base, residual) in content["digests"].items()
+            }
+            if content["work"] == self.work and list(digests) == list(file.entries):
+                os.link(kept, destination / file.name)
+                return digests
+        except (OSError, ValueError, KeyError, TypeError):  # nothing is there, or no whole note of it
+            pass
+        for path in (note, kept):
+            path.unlink(missing_ok=True)
+        return None
+
+    def keep(self, file: PlannedFile, destination: Path, digests: Digests) -> None:
+        """Remember a file that is complete and on disk."""
+        kept, note = self._paths(file.name)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            os.link(destination / file.name, kept)
+            unfinished = note.with_suffix(".part")
+            unfinished.write_text(json.dumps({"work": self.work, "digests": digests}))
+            unfinished.rename(note)
+        except OSError:
+            # a file system without hard links, or a full one: an interrupted run would write this file again
+            kept.unlink(missing_ok=True)
+
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        return self.directory / name, self.directory / f"{name}.json"
+
+
+def num_bytes_kept(directory: Path) -> int:
+    """What the files of an interrupted run take on the disk already."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
