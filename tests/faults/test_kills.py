@@ -58,7 +58,9 @@ def test_the_same_command_completes(expected: Path, tmp_path: Path, seed: int) -
     survivor = results[1 - victim]
     if results[victim].code == -signal.SIGKILL and survivor.code:
         assert survivor.code == 3, survivor.stderr
-        assert f"loraga-dist: rank {victim} is gone" in survivor.stderr
+        # who dies while the others wait for it to join a group is missed by its silence, not by a lost connection
+        named = (f"loraga-dist: rank {victim} is gone", f"loraga-dist: rank {victim} gave no sign of life")
+        assert any(line in survivor.stderr for line in named), survivor.stderr
         assert time.monotonic() - killed_at < 60
     if (tmp_path / "out").exists():
         assert verify(tmp_path / "out").problems == [], "an output that is there is whole"
