@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from loraga_dist.artifacts.manifest import write_checksums
 from loraga_dist.checkpoint import CheckpointStore
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
@@ -91,3 +93,14 @@ def test_a_refusing_file_system_leaves_what_was_there(store: CheckpointStore) ->
     with pytest.raises(RunError, match="/dev/full"):
         save(full, 2)
     assert number(store) == 1
+
+
+def test_an_index_that_leads_outside_is_refused(store: CheckpointStore) -> None:
+    save(store, 1)
+    index = store.directory / "000001" / "state.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["a"] = "../../elsewhere.safetensors"
+    index.write_text(json.dumps(content))
+    write_checksums(index.parent, World.alone())
+    with pytest.raises(RunError, match="outside the directory"):
+        store.newest()
