@@ -122,10 +122,10 @@ def arithmetic(plan: dict[str, Any]) -> list[str]:
         f"  - or the gathered head, {vocabulary} x {d} x 2 bytes = {_gib(vocabulary * d * 2)} GiB, with the logits;",
         "  - or what one block recomputes for its backward, with its largest gathered matrix.",
         f"- Engine state, K = {widths}: M + N of {sum(kind['count'] for kind in targets)} targets add up to {sides}.",
-        f"  The budget counts 10 bytes x K x {sides} and the error sketches, {_gib(sum(state))} GiB in all:",
+        f"  The budget counts 8 bytes x K x {sides} and the error sketches, {_gib(sum(state))} GiB in all:",
         f"  {len(state)} sweep{'s' * (len(state) > 1)} of {_gib(max(state))} GiB at most."
-        + " Of the 10 bytes a rank holds 6,",
-        f"  and 4 more (bases in float32) of the targets it owns: {_gib(parts['engine state'])} GiB.",
+        + " Of the 8 bytes a rank holds 6,",
+        f"  and 2 more (bases in 32 bits) of the targets it owns: {_gib(parts['engine state'])} GiB.",
         f"- Sum: {_gib(sum(parts.values()))} GiB while it calibrates. The peak of all phases is"
         f" {_gib(memory['peak_bytes'])} GiB ({memory['peak_phase']}).",
         f"- On {plan['gib_per_rank']} GiB: {plan['verdict']}.",

@@ -23,7 +23,7 @@ from loraga_dist.safetensors_files import TensorSlot
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send some time before they kill."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Of saved states; one of another number is not read."""
 
 

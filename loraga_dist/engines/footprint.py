@@ -8,7 +8,7 @@ from loraga_dist.engines import exact
 from loraga_dist.engines.base import ERROR_COLUMNS, Matrix
 from loraga_dist.engines.sketch import kept_rows
 
-_UNION_COPIES = 5
+_UNION_COPIES = 6
 """M x K and N x K float32 matrices alive at once while a window's sketches are united with the estimate so far."""
 
 
@@ -18,7 +18,8 @@ def held_bytes(matrix: Matrix, dtype: torch.dtype, *, owned: bool) -> int:
     if matrix.engine == "exact":
         return exact.state_bytes(M, N, K)
     window = (4 + dtype.itemsize) * K * (M + N) + 8 * M * ERROR_COLUMNS + dtype.itemsize * N * ERROR_COLUMNS
-    return window + (4 * K * (M + N) + 8 * M * ERROR_COLUMNS if owned else 0)
+    rest = 0 if dtype == torch.float32 else dtype.itemsize * K * (M + N)
+    return window + (rest + 4 * M * ERROR_COLUMNS if owned else 0)
 
 
 def cold_bytes(matrix: Matrix, num_tokens: int, dtype: torch.dtype) -> int:

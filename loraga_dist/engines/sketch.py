@@ -47,12 +47,12 @@ def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
 
 
 def state_bytes(M: int, N: int, width: int) -> int:
-    """Bytes one matrix takes at most: accumulators, bases in 16 bits and, on the owner, float32; error sketches."""
-    return _WINDOW_BYTES * width * (M + N) + 4 * 2 * M * ERROR_COLUMNS + 2 * N * ERROR_COLUMNS
+    """Bytes one matrix takes at most: accumulators, bases in 16 bits and, on the owner, 16 more; error sketches."""
+    return _WINDOW_BYTES * width * (M + N) + 4 * 3 * M * ERROR_COLUMNS + 2 * N * ERROR_COLUMNS
 
 
-_WINDOW_BYTES = 10
-"""Of a window, per column and row of the matrix: Y or Z, P or Q in 16 bits, and P or Q in float32."""
+_WINDOW_BYTES = 8
+"""Of a window, per column and row of the matrix: Y or Z, and P or Q in 32 bits or twice 16."""
 
 
 def kept_rows(width: int, M: int, N: int, num_tokens: int, itemsize: int) -> int:
@@ -81,7 +81,7 @@ class _State:
 
     matrix: Matrix
     E_2MS: Tensor
-    """Error sketches G Phi of even and odd microbatches, since the last refresh."""
+    """Error sketches G Phi of even and odd microbatches: since the last refresh, on the owner all that it has."""
     cold: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(x_TN, dy_TM) of the microbatch at hand, while there are no bases."""
     window: _Window | None = None
@@ -89,13 +89,13 @@ class _State:
     num_microbatches: int = 0
     refreshed_at: int = 0
     refining: bool = False
-    P_MK: Tensor | None = None
-    Q_NK: Tensor | None = None
-    """On the owner: the bases in float32."""
+    P_rest_MK: Tensor | None = None
+    Q_rest_NK: Tensor | None = None
+    """On the owner, if the window's bases have 16 bits: 16 more of them."""
     S_J: Tensor | None = None
     """On the owner, once there is an estimate: singular values of sum(dy x^T), whose vectors lead P and Q."""
-    total_E_2MS: Tensor | None = None
-    """On the owner: error sketches of all windows so far."""
+    earlier_E_MS: Tensor | None = None
+    """On the owner: E of both halves at the last refresh."""
     captures: list[float] = field(default_factory=list)
     """On the owner: share of each window's energy that its own sketch held."""
 
@@ -173,12 +173,10 @@ class SketchEngine:
         unfinished, fetch = {state.matrix.name for state in self._unfinished()}, self._home.fetch
         cosines = []
         for name, state in self._states.items():
-            last_E_2MS = fetch(state.E_2MS)
-            E_2MS = torch.zeros_like(last_E_2MS) if state.total_E_2MS is None else fetch(state.total_E_2MS)
+            E_2MS = fetch(state.E_2MS)
             if name in unfinished:  # what was seen since the last refresh is on all ranks, and stays there
-                since_E_2MS = last_E_2MS.clone()
-                world.reduce_(since_E_2MS, state.matrix.owner)
-                E_2MS = E_2MS + since_E_2MS
+                E_2MS = E_2MS.clone()
+                world.reduce_(E_2MS, state.matrix.owner)
             if state.matrix.owner == world.rank:
                 cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
         return cosines
@@ -205,7 +203,9 @@ class SketchEngine:
                 self._home.put_back(tensor, sums)
             if state.matrix.owner == world.rank:
                 kept |= {"captures": torch.tensor(state.captures, dtype=torch.float64)}
-                kept |= {"P": state.P_MK, "Q": state.Q_NK, "S": state.S_J, "total_E": state.total_E_2MS}
+                kept |= {"S": state.S_J, "earlier_E": state.earlier_E_MS}
+                if state.window is not None:
+                    kept["P"], kept["Q"] = self._bases(state, state.window)
                 tensors |= {
                     f"{name}/{part}": self._home.fetch(tensor).cpu()
                     for part, tensor in kept.items()
@@ -226,7 +226,7 @@ class SketchEngine:
                 P_MK, Q_NK = (tensors[f"{name}/{part}"].to(self._device) for part in "PQ")
                 state.window = self._window(state.matrix, P_MK, Q_NK)
                 if is_owner:
-                    state.P_MK, state.Q_NK = self._home.keep(P_MK), self._home.keep(Q_NK)
+                    self._keep_rest(state, state.window, P_MK, Q_NK)
                     self._home.put_back(state.window.Y_MK, tensors[f"{name}/Y"].to(self._device))
                     self._home.put_back(state.window.Z_NK, tensors[f"{name}/Z"].to(self._device))
             if is_owner:
@@ -234,8 +234,8 @@ class SketchEngine:
                 state.captures = tensors[f"{name}/captures"].tolist()
                 if f"{name}/S" in tensors:
                     state.S_J = tensors[f"{name}/S"].to(self._device)
-                if f"{name}/total_E" in tensors:
-                    state.total_E_2MS = self._home.keep(tensors[f"{name}/total_E"].to(self._device))
+                if f"{name}/earlier_E" in tensors:
+                    state.earlier_E_MS = self._home.keep(tensors[f"{name}/earlier_E"].to(self._device))
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         self._refresh(self._unfinished(), world, last=True)
@@ -283,7 +283,7 @@ class SketchEngine:
         for x_TN, dy_TM in rows:
             self._sketch(state, window, x_TN, dy_TM)
         if world.rank == matrix.owner:
-            state.P_MK, state.Q_NK = self._home.keep(P_MK), self._home.keep(Q_NK)
+            self._keep_rest(state, window, P_MK, Q_NK)
         return window
 
     def _window(self, matrix: Matrix, P_MK: Tensor, Q_NK: Tensor) -> _Window:
@@ -295,6 +295,24 @@ class SketchEngine:
             Y_MK=self._home.keep(torch.zeros_like(P_MK)),
             Z_NK=self._home.keep(torch.zeros_like(Q_NK)),
         )
+
+    def _keep_rest(self, state: _State, window: _Window, P_MK: Tensor, Q_NK: Tensor) -> None:
+        """On the owner: what the window's 16 bits leave of float32 bases, in 16 bits again."""
+        in_P_MK, in_Q_NK = self._in_window(state, window)
+        if in_P_MK.dtype != P_MK.dtype:
+            state.P_rest_MK = self._home.keep((P_MK - in_P_MK).to(in_P_MK.dtype))
+            state.Q_rest_NK = self._home.keep((Q_NK - in_Q_NK).to(in_Q_NK.dtype))
+
+    def _bases(self, state: _State, window: _Window) -> tuple[Tensor, Tensor]:
+        """On the owner: P and Q in float32, of 32 bits or, within 2^-18 of each entry, of twice 16."""
+        P_MK, Q_NK = (basis.float() for basis in self._in_window(state, window))
+        if state.P_rest_MK is not None and state.Q_rest_NK is not None:
+            P_MK += self._home.fetch(state.P_rest_MK)
+            Q_NK += self._home.fetch(state.Q_rest_NK)
+        return P_MK, Q_NK
+
+    def _in_window(self, state: _State, window: _Window) -> tuple[Tensor, Tensor]:
+        return self._home.fetch(window.P_MK), self._home.fetch(window.QPhi_NC)[:, : state.matrix.width]
 
     def _refresh(self, states: Sequence[_State], world: Collectives, *, last: bool = False) -> None:
         windows = [(state, state.window) for state in states if state.window is not None]
@@ -311,22 +329,26 @@ class SketchEngine:
             if not last:
                 for kept in (window.P_MK, window.QPhi_NC):
                     self._home.put_back(kept, world.broadcast_(self._home.fetch(kept), state.matrix.owner))
-            for kept in (window.Y_MK, window.Z_NK, state.E_2MS):
+            emptied = [window.Y_MK, window.Z_NK]
+            if state.matrix.owner != world.rank:  # the owner has it all now
+                emptied.append(state.E_2MS)
+            for kept in emptied:
                 self._home.put_back(kept, self._home.fetch(kept).zero_())
             state.refreshed_at = state.num_microbatches
 
     def _unite(self, state: _State, window: _Window) -> None:
         """On the owner: this window's sketches and the estimate of the earlier ones become the new estimate."""
-        assert state.P_MK is not None and state.Q_NK is not None
         K, fetch = state.matrix.width, self._home.fetch
-        P_MK, Q_NK, QPhi_NC = fetch(state.P_MK), fetch(state.Q_NK), fetch(window.QPhi_NC)
-        Y_MK, Z_NK, E_2MS = fetch(window.Y_MK), fetch(window.Z_NK), fetch(state.E_2MS)
+        P_MK, Q_NK = self._bases(state, window)
+        Y_MK, Z_NK, E_MS = fetch(window.Y_MK), fetch(window.Z_NK), fetch(state.E_2MS).sum(dim=0)
+        QPhi_NC = fetch(window.QPhi_NC)
         if not state.refining:
             Phi_NS = QPhi_NC[:, K:].float()
+            window_E_MS = E_MS if state.earlier_E_MS is None else E_MS - fetch(state.earlier_E_MS)
             # P P^T G + (I - P P^T) G Q Q^T on Phi
             outside = Y_MK @ (Q_NK.T @ Phi_NS)
             held_MS = outside + P_MK @ (Z_NK.T @ Phi_NS - P_MK.T @ outside)
-            state.captures.append(_share_held(held_MS, E_2MS.sum(dim=0)))
+            state.captures.append(_share_held(held_MS, window_E_MS))
         if state.S_J is not None:
             # the carried estimate joins after the reduce, or it would count once per rank; its vectors lead P and Q
             J = len(state.S_J)
@@ -335,14 +357,12 @@ class SketchEngine:
         svd = boolean_sum(Y_MK, Z_NK, P_MK, Q_NK, K)
         state.S_J = svd.S_K
         generator = self._generator(f"{state.matrix.name}/refresh{state.num_microbatches}")
-        P_MK.copy_(complete_basis(svd.U_MK, K, generator))
-        Q_NK.copy_(complete_basis(svd.Vh_KN.T, K, generator))
-        self._home.put_back(state.P_MK, P_MK)
-        self._home.put_back(state.Q_NK, Q_NK)
-        self._home.put_back(window.P_MK, fetch(window.P_MK).copy_(P_MK))
+        P_MK, Q_NK = complete_basis(svd.U_MK, K, generator), complete_basis(svd.Vh_KN.T, K, generator)
         QPhi_NC[:, :K] = Q_NK
+        self._home.put_back(window.P_MK, fetch(window.P_MK).copy_(P_MK))
         self._home.put_back(window.QPhi_NC, QPhi_NC)
-        state.total_E_2MS = self._home.keep(E_2MS + (0 if state.total_E_2MS is None else fetch(state.total_E_2MS)))
+        self._keep_rest(state, window, P_MK, Q_NK)
+        state.earlier_E_MS = self._home.keep(E_MS)
 
     def _result(self, state: _State, num_tokens: int) -> GradientSVD:
         """On the owner: `width` triplets; those beyond the estimate have singular value 0 and arbitrary vectors."""
@@ -354,15 +374,15 @@ class SketchEngine:
                 complete_basis(torch.zeros(rows, 0, device=self._device), K, generator) for rows in (matrix.M, matrix.N)
             )
             S_J = torch.zeros(0, device=self._device)
-            E_2MS, Phi_NS = fetch(state.E_2MS), torch.zeros(matrix.N, ERROR_COLUMNS, device=self._device)
+            Phi_NS = torch.zeros(matrix.N, ERROR_COLUMNS, device=self._device)
         else:
-            assert state.P_MK is not None and state.Q_NK is not None
-            assert state.S_J is not None and state.total_E_2MS is not None
-            P_MK, Q_NK, S_J = fetch(state.P_MK), fetch(state.Q_NK), state.S_J
-            E_2MS, Phi_NS = fetch(state.total_E_2MS), fetch(state.window.QPhi_NC)[:, K:].float()
+            assert state.S_J is not None
+            (P_MK, Q_NK), S_J = self._bases(state, state.window), state.S_J
+            Phi_NS = fetch(state.window.QPhi_NC)[:, K:].float()
         svd = TruncatedSVD(
             U_MK=P_MK, S_K=torch.cat([S_J, S_J.new_zeros(K - len(S_J))]) / num_tokens, Vh_KN=Q_NK.T.contiguous()
         )
+        E_2MS = fetch(state.E_2MS)
         wanted, E_MS = svd.leading(matrix.num_triplets), E_2MS.sum(dim=0) / num_tokens
         held_MS = wanted.U_MK @ (wanted.S_K[:, None] * (wanted.Vh_KN @ Phi_NS))
         return GradientSVD(
