@@ -53,6 +53,10 @@ class Keeper(Protocol):
 
     def save(self, state: EngineState) -> None: ...
 
+    def leave_if_asked(self) -> None:
+        """Where nothing is to be saved; raises Preempted like `after_microbatch`. A collective."""
+        ...
+
 
 @full_float32_matmul()
 def calibrate(

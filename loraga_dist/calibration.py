@@ -253,6 +253,20 @@ def microbatches_from_batches(
     return microbatches
 
 
+def seeded_microbatch(model_config: Any, task_type: TaskType, most_tokens: int) -> Microbatch:
+    """One sequence of random token ids, the same on every rank, where only two forward passes are to be compared."""
+    text = model_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    length = min(most_tokens, positions) if isinstance(positions, int) and positions > 0 else most_tokens
+    ids = torch.randint(text.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    eos = getattr(model_config, "eos_token_id", None)
+    if isinstance(eos, int):  # where BART's classifier reads
+        ids[:, -1] = eos
+    labels = torch.zeros(1, dtype=torch.long) if task_type == "SEQ_CLS" else ids
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return Microbatch(inputs, count_supervised_tokens(labels, task_type), index=0, sample_ids=())
+
+
 def fingerprints(samples: Iterable[Sample]) -> list[str]:
     """After each sample, the sha256 of all token ids and labels so far: equal between ranks, and between runs."""
     digest, found = hashlib.sha256(), []

@@ -27,7 +27,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", type=Path, required=True, help="loraga_init in its output directory")
     parser.add_argument("--trained", type=Path, required=True, help="the adapter as the trainer saved it")
     parser.add_argument("--to", type=Path, help="where the adapter for the original base goes")
-    parser.add_argument("--rank", type=int, help="truncate to this rank; by default 2r, which holds the whole update")
+    parser.add_argument("--rank", type=int, help="truncate to this rank; by default all that the update has")
     parser.add_argument("--merge", type=Path, help="where a merged model goes")
     parser.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results of convert")

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from loraga_dist.errors import UserError
 
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
+SchemeName = Literal["lora_ga", "lora_one", "pissa", "olora", "kaiming"]
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "unit", "gd", "weight_svd", "peft"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -82,19 +83,52 @@ class LoraSection(Section):
         return value
 
 
-class SchemeConfig(Section):
-    """How singular triplets of the gradient become A and B (`schemes.py`)."""
+_STABLE_GAMMA = {"lora_ga": 16.0, "lora_one": 128.0}
+_SCHEMES_WITH = {"direction": ("lora_ga",), "scale": ("lora_ga",), "stable_gamma": tuple(_STABLE_GAMMA)}
+"""The schemes that a key concerns."""
 
-    scheme: Literal["lora_ga"] = "lora_ga"
+
+class SchemeConfig(Section):
+    """How A and B start (`schemes.py`)."""
+
+    scheme: SchemeName = "lora_ga"
+    """From the gradient: `lora_ga`, and `lora_one` on an unchanged base; from the weights: `pissa`, `olora`; `kaiming`,
+    from neither, is plain LoRA."""
     direction: Direction = "ArB2r"
     scale: Scale = "stable"
-    stable_gamma: float = Field(default=16.0, gt=0)
+    stable_gamma: float | None = Field(default=None, gt=0)
+    """null is the scheme's own: 16 for `lora_ga`, 128 for `lora_one`."""
     seed: int = Field(default=0, ge=0)
-    """Seeds the randomized SVD and the `random` direction."""
+    """Seeds the randomized SVD, the `random` direction and `kaiming`."""
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _no_lora_sb(cls, value: Any) -> Any:
+        if value == "lora_sb":
+            raise ValueError(
+                "LoRA-SB trains an r x r matrix between a fixed A and B, for which a PEFT LoRA adapter has no place; "
+                "write lora_one, which starts from the same gradient"
+            )
+        return value
+
+    @field_validator("direction", "scale", "stable_gamma")
+    @classmethod
+    def _of_this_scheme(cls, value: Any, info: ValidationInfo) -> Any:
+        key = info.field_name or ""
+        scheme, default = info.data.get("scheme"), cls.model_fields[key].default
+        if scheme is not None and value != default and scheme not in _SCHEMES_WITH[key]:
+            shown = "null" if default is None else default
+            raise ValueError(f"concerns {' and '.join(_SCHEMES_WITH[key])} alone, not {scheme}; write {shown}")
+        return value
+
+    @property
+    def gamma(self) -> float:
+        """`stable_gamma`, or the scheme's own; 1 for schemes without."""
+        return _STABLE_GAMMA.get(self.scheme, 1.0) if self.stable_gamma is None else self.stable_gamma
 
 
 class GradientConfig(Section):
-    """How gradients are gathered."""
+    """How gradients are gathered, by schemes that take them."""
 
     engine: Literal["auto", "sketch", "exact"] = "auto"
     """`sketch` needs one pass and a few percent of the gradient's size; `auto` takes it for every target that is large
@@ -144,6 +178,10 @@ class CalibrationConfig(Section):
     """Seed of the one shuffle of the data."""
 
     @property
+    def names_data(self) -> bool:
+        return bool(self.dataset_name or self.data_files)
+
+    @property
     def most_samples(self) -> int:
         """Samples a run reads at most."""
         return self.sample_limit if self.max_samples == "auto" else self.max_samples
@@ -173,7 +211,8 @@ class InitConfig(MethodConfig):
     """The whole configuration of `loraga-dist init`."""
 
     model: ModelConfig
-    calibration: CalibrationConfig
+    calibration: CalibrationConfig = CalibrationConfig()
+    """Schemes that take no gradient need no data; the start is then compared with the model on seeded token ids."""
     output: OutputConfig
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the checkpoint that an interrupted run of the same work left beside `output.dir`."""

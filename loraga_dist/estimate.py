@@ -98,7 +98,7 @@ class RankMemory:
     """Bytes one rank holds, by phase and by what they hold, above its level after imports."""
 
     device: dict[str, Parts]
-    """By phase: load, calibrate, factorize, place, compare logits, write."""
+    """By phase: load, calibrate (where gradients are taken), factorize, place, compare logits, write."""
     host: dict[str, Parts]
     """Empty where the ranks compute on CPUs; there all is in `device`."""
 
@@ -133,7 +133,11 @@ def rank_memory(
     forward = gathered if rehearsal is None else rehearsal.forward_bytes
     factors = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
     adapter = factors if not setting.sharded else math.ceil(factors / 4 * shape.num_bytes_each / W)
-    found_host = {"owned triplets": sum(triplet_bytes(matrix) for matrix in _owned(plan, rank))}
+    owned_targets = plan.owned(rank)
+    if plan.sweeps:
+        found_host = {"owned triplets": sum(triplet_bytes(matrix) for matrix in _owned(plan, rank))}
+    else:
+        found_host = {"owned A and B": sum(4 * target.r * (target.M + target.N) for target in owned_targets)}
     if rank == 0:
         found_host["all A and B"] = factors
 
@@ -162,11 +166,23 @@ def rank_memory(
                 phase.append(({"engine state": state, kind: num_bytes}, on_host))
         triplets_before += sum(triplet_bytes(matrix) for matrix in owned)
 
+    if not plan.sweeps:
+        of_targets = [
+            {
+                "gathered": shape.num_bytes_each * target.M * target.N if setting.sharded else 0,
+                "workspace": plan.scheme.workspace_bytes(target.M, target.N, target.r),
+            }
+            for target in owned_targets
+        ]
+        factorize = [(parts, found_host) for parts in of_targets if plan.scheme.source == "weight"] or [
+            ({}, found_host)
+        ]
+
     largest_target = max(4 * target.r * (target.M + target.N) for target in plan.targets)
     largest_block = min(BLOCK_ELEMENTS, max(target.M * target.N for target in plan.targets))
     phases: dict[str, tuple[Parts, Parts]] = {
         "load": ({"gathered": gathered}, {}),
-        "calibrate": max(calibrate, key=lambda parts: _total(parts[0])),
+        **({"calibrate": max(calibrate, key=lambda parts: _total(parts[0]))} if calibrate else {}),
         "factorize": max(factorize, key=lambda parts: _total(parts[0])),
         "place": ({"adapter": adapter, "workspace": largest_target + 12 * largest_block}, found_host),
         "compare logits": ({"adapter": adapter, "microbatch": forward}, found_host),
@@ -240,11 +256,15 @@ def work(
     matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
     refreshes = 2 + math.ceil(math.log2(max(2, microbatches_per_rank))) + refine_passes
     gathers_per_pass = 2 * sum(shape.numels) + recomputed - shape.embedding_numel
+    # each of these weights goes to its owner once
+    to_owners = sum(t.M * t.N for t in plan.targets) / world_size if plan.scheme.source == "weight" else 0
     away = 1 - 1 / world_size
     return Work(
         flops={"model": passes * num_tokens * model_per_token, "engine": num_tokens * engine_per_token},
         traffic_bytes_per_rank={
-            "weights gathered": int(away * passes * microbatches_per_rank * gathers_per_pass * shape.num_bytes_each),
+            "weights gathered": int(
+                away * (passes * microbatches_per_rank * gathers_per_pass + to_owners) * shape.num_bytes_each
+            ),
             "gradients and bases": int(
                 away
                 * sum(
@@ -265,7 +285,7 @@ def disk_bytes(plan: Plan, residual_bytes: int) -> dict[str, int]:
     matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
     return {
         "loraga_init": adapter,
-        "loraga_offset": adapter,
+        "loraga_offset": adapter if plan.scheme.changes_base else 0,
         "factors": sum(triplet_bytes(matrix) for matrix in matrices),
         "residual_base": residual_bytes,
     }

@@ -16,6 +16,7 @@ from loraga_dist.job import Job
 from loraga_dist.losses import LOSSES
 from loraga_dist.memory import free_bytes, free_host_bytes
 from loraga_dist.models import BaseModel
+from loraga_dist.placement import PROBE_TOKENS
 from loraga_dist.plan import Plan, make_plan
 from loraga_dist.rehearsal import Rehearsal, Shapes, rehearse
 from loraga_dist.schemes import SCHEMES
@@ -70,8 +71,9 @@ class Forecaster:
         return plan.state_bytes_per_rank > DEVICE_SHARE * (self.device_bytes - weights_bytes)
 
     def rehearsal(self, plan: Plan, shapes: Shapes, gradient: GradientConfig, *, gathers: bool) -> Rehearsal | None:
-        """Of the sweep whose backward goes deepest: the first, for targets are in module order."""
-        names = [matrix.name for matrix in plan.sweeps[0]]
+        """Of the sweep whose backward goes deepest: the first, for targets are in module order. Without sweeps there is
+        no backward."""
+        names = [matrix.name for matrix in plan.sweeps[0]] if plan.sweeps else []
         key = (tuple(shapes.items()), tuple(names), gradient.checkpointing, gathers)
         if key not in self._rehearsals:
             self._rehearsals[key] = rehearse(
@@ -101,9 +103,9 @@ class Forecaster:
         plan = self.plan(world_size)
         setting = self.setting(plan, world_size)
         work = [0] * world_size
-        for sweep in plan.sweeps:
-            for matrix in sweep:
-                work[matrix.owner] += matrix.width * (matrix.M + matrix.N)
+        widths = {matrix.name: matrix.width for sweep in plan.sweeps for matrix in sweep}
+        for target in plan.targets:
+            work[plan.owners[target.name]] += widths.get(target.name, target.r) * (target.M + target.N)
         ranks = {0, work.index(max(work))}
         return max((self.memory(rank, plan, shapes, setting) for rank in ranks), key=lambda found: found.peak_bytes)
 
@@ -114,10 +116,12 @@ class Forecaster:
 
 
 def batch_shapes(config: InitConfig, base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """The largest microbatch the settings allow."""
+    """The largest microbatch the settings allow; where none is needed, the probe that compares logits."""
     calibration = config.calibration
-    length = min(calibration.max_length, base.max_positions or calibration.max_length)
-    size = min(calibration.per_device_batch_size, calibration.most_samples)
+    length, size = calibration.max_length, min(calibration.per_device_batch_size, calibration.most_samples)
+    if SCHEMES[config.init.scheme].source != "gradient" and not calibration.names_data:
+        length, size = PROBE_TOKENS, 1
+    length = min(length, base.max_positions or length)
     labels = (size,) if config.lora.task_type == "SEQ_CLS" else (size, length)
     return {"input_ids": (size, length), "attention_mask": (size, length), "labels": labels}
 
@@ -148,7 +152,9 @@ def planned_memory(job: Job, config: InitConfig, world: World) -> RankMemory:
 
 
 def largest_microbatch(job: Job) -> Shapes:
-    """Shapes of this rank's microbatch with most tokens."""
+    """Shapes of this rank's microbatch with most tokens; of the probe where there is no data."""
+    if job.deal is None:
+        return batch_shapes(job.config, job.base)
     microbatches = job.deal.microbatches(0, job.deal.num_samples, 0)
     largest = max(microbatches, key=lambda microbatch: microbatch.inputs["input_ids"].numel())
     return {name: tuple(tensor.shape) for name, tensor in largest.inputs.items()}
@@ -203,6 +209,8 @@ def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[
 def _fewer_sweeps(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[str]:
     """The smallest budget with which one sweep over the data does, or else half of the sweeps, if that fits."""
     sweeps = forecaster.plan(world_size).sweeps
+    if not sweeps:
+        return []
     everything = sum(Plan.state_bytes(sweep) for sweep in sweeps) / 2**30
     for wanted in sorted({1, -(-len(sweeps) // 2)} - {len(sweeps)}):
         budget = math.ceil(10.5 * everything / wanted) / 10

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from loraga_dist.artifacts.adapter import AdapterTarget
-from loraga_dist.artifacts.residual import PlannedFile, factor_dtype, plan_residual_files, require_targets
+from loraga_dist.artifacts.residual import (
+    PlannedFile,
+    factor_dtype,
+    plan_residual_files,
+    require_targets,
+    writes_residual,
+)
 from loraga_dist.artifacts.staging import check_destination
 from loraga_dist.calibration import (
     Sample,
@@ -51,10 +57,16 @@ class Job:
     residual_files: list[PlannedFile]
     """Planned whatever `output.residual_base` says: ranks share the digests of the base by the same files."""
     residual_dtype: str
-    deal: SampleDeal
+    deal: SampleDeal | None
+    """None where the scheme takes no gradient and no data is named."""
     data_fingerprints: list[str]
-    """Of the first 1, 2, ... samples; a run need not use them all."""
+    """Of the first 1, 2, ... samples; a run need not use them all, and there may be none."""
     output_bytes: int
+
+    @property
+    def data_fingerprint(self) -> str | None:
+        """Of all samples."""
+        return self.data_fingerprints[-1] if self.data_fingerprints else None
 
     def storage_dtype(self, target: Target) -> torch.dtype:
         """What A0 and B0 of a target are rounded to."""
@@ -82,15 +94,9 @@ def prepare(config: InitConfig, world: World) -> Job:
         for target in selection.targets
     ]
     require_targets(base.index, adapter_targets)
-    tokenizer = _load_tokenizer(base.directory, config)
-    samples = load_samples(
-        config.calibration,
-        tokenizer,
-        task_type=config.lora.task_type,
-        max_positions=base.max_positions,
-        num_labels=getattr(base.config, "num_labels", None),
-    )
-    _check_token_ids(config, base, samples)
+    deal = None
+    if scheme.source == "gradient" or config.calibration.names_data:
+        deal = _deal(config, base, world)
     residual_files = plan_residual_files(base.index, config.output.residual_dtype)
     plan = make_plan(selection.targets, config.gradient, scheme, world.size)
     saved_parameters = {name: base.weight_keys(name) for name in selection.saved_parameters}
@@ -106,15 +112,28 @@ def prepare(config: InitConfig, world: World) -> Job:
         saved_parameters=saved_parameters,
         residual_files=residual_files,
         residual_dtype=config.output.residual_dtype,
-        deal=SampleDeal(
-            samples=samples,
-            rank=world.rank,
-            world_size=world.size,
-            per_device_batch_size=config.calibration.per_device_batch_size,
-            pad_token_id=_padding(config, base, tokenizer),
-        ),
-        data_fingerprints=fingerprints(samples),
+        deal=deal,
+        data_fingerprints=[] if deal is None else fingerprints(deal.samples),
         output_bytes=_output_bytes(config, plan, residual_files, saved),
+    )
+
+
+def _deal(config: InitConfig, base: BaseModel, world: World) -> SampleDeal:
+    tokenizer = _load_tokenizer(base.directory, config)
+    samples = load_samples(
+        config.calibration,
+        tokenizer,
+        task_type=config.lora.task_type,
+        max_positions=base.max_positions,
+        num_labels=getattr(base.config, "num_labels", None),
+    )
+    _check_token_ids(config, base, samples)
+    return SampleDeal(
+        samples=samples,
+        rank=world.rank,
+        world_size=world.size,
+        per_device_batch_size=config.calibration.per_device_batch_size,
+        pad_token_id=_padding(config, base, tokenizer),
     )
 
 
@@ -156,7 +175,7 @@ def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Samp
 
 def agree_on_inputs(job: Job, config: InitConfig, world: World) -> None:
     """Raise UserError on all ranks unless they all read the same data; a collective."""
-    everyone = world.all_texts(job.data_fingerprints[-1])
+    everyone = world.all_texts(job.data_fingerprint or "")
     others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     with world.together():
         if others:
@@ -183,8 +202,8 @@ def _output_bytes(
     config: InitConfig, plan: Plan, residual_files: Sequence[PlannedFile], saved: Sequence[TensorSlot]
 ) -> int:
     factors_of_adapter = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
-    adapters = 2 * (factors_of_adapter + sum(slot.num_bytes for slot in saved))
+    adapters = (2 if plan.scheme.changes_base else 1) * (factors_of_adapter + sum(slot.num_bytes for slot in saved))
     matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
     factors = sum(4 * matrix.width * (matrix.M + matrix.N + 1) for matrix in matrices)
-    residual = sum(file.num_bytes for file in residual_files) if config.output.residual_base == "full" else 0
+    residual = sum(file.num_bytes for file in residual_files) if writes_residual(config) else 0
     return adapters + factors + residual

@@ -30,19 +30,32 @@ from loraga_dist.artifacts.names import (
 from loraga_dist.artifacts.parallel import shares
 from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, readme, versions
 from loraga_dist.artifacts.report_page import write_report_page
-from loraga_dist.artifacts.residual import digest_base, finish_residual_base, write_residual_files
+from loraga_dist.artifacts.residual import digest_base, finish_residual_base, write_residual_files, writes_residual
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.config import InitConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.job import Job
+from loraga_dist.placement import GradientReport
 from loraga_dist.progress import phase
 from loraga_dist.resume import RunKeeper
 from loraga_dist.safetensors_files import TensorSlot
-from loraga_dist.schemes import LoraFactors
+from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start import Start
 from loraga_dist.stream import Calibration
 from loraga_dist.targets import peft_lora_config
+
+_NO_GRADIENT = dict.fromkeys(field.name for field in dataclasses.fields(GradientReport))
+_OF_CALIBRATION = (
+    "data_fingerprint",
+    "engine",
+    "refine_passes",
+    "num_sequences",
+    "num_supervised_tokens",
+    "stopped_by",
+    "split_half_cosine",
+    "mean_loss",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,29 +76,33 @@ def write_weights(
     keeper: RunKeeper,
     world: World,
 ) -> Fingerprints:
-    """Adapters by rank 0, factors by their owners, the residual base's files shared out; a collective.
+    """Adapters by rank 0, factors by their owners, the residual base's files shared out; a collective. No factors where
+    there was no gradient, no offset and residual base where the scheme leaves the base as it is.
 
     factors: A0 and B0 of every target as stored, on rank 0. finished_files: where residual files are kept for another
     run of the same work, should this one be interrupted. Raises Preempted, on all ranks, when one was asked to stop.
     """
     adapter_digest = ""
-    names = [FACTORS] + ([RESIDUAL_BASE] if config.output.residual_base == "full" else [])
+    calibration, has_residual = start.calibration, writes_residual(config)
     with world.together():
         if world.is_main:
-            for name in (*names, LORAGA_INIT, LORAGA_OFFSET):
-                (directory / name).mkdir()
+            if calibration is not None:
+                (directory / FACTORS).mkdir()
+            if has_residual:
+                (directory / RESIDUAL_BASE).mkdir()
             saved = {name: job.base.index[key] for name, key in job.saved_parameters.items()}
             write_adapters(directory, config, job.targets, lambda name: (factors[name].A_RN, factors[name].B_MR), saved)
             adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
     work = {**keeper.work, "adapter": world.all_texts(adapter_digest)[0]}
-    write_factors(directory / FACTORS, {name: found.svd for name, found in start.calibration.owned.items()}, world)
+    if calibration is not None:
+        write_factors(directory / FACTORS, {name: found.svd for name, found in calibration.owned.items()}, world)
 
     share = shares(job.residual_files, lambda file: file.num_bytes, world.size)[world.rank]
     digests: dict[str, list[TensorDigest]] = {}
     with world.together():
         num_bytes = sum(file.num_bytes for file in share)
         with phase("write", num_bytes, "B", shown=world.is_main) as progress:
-            if config.output.residual_base == "full":
+            if has_residual:
                 finished = FinishedFiles(finished_files, work)
                 into, adapter = directory / RESIDUAL_BASE, AdapterFile(directory / LORAGA_INIT)
                 for file in share:
@@ -107,15 +124,13 @@ def write_weights(
         for key, found in share_of_rank.items():
             everyone[key] = [TensorDigest.of_json(parts) for parts in found]
     with world.together():
-        if world.is_main and config.output.residual_base == "full":
+        if world.is_main and has_residual:
             finish_residual_base(
                 job.base.directory, directory / RESIDUAL_BASE, job.residual_files, config.output.residual_dtype
             )
     return Fingerprints(
         base=fingerprint({key: found[0] for key, found in everyone.items()}),
-        residual=fingerprint({key: found[1] for key, found in everyone.items()})
-        if config.output.residual_base == "full"
-        else None,
+        residual=fingerprint({key: found[1] for key, found in everyone.items()}) if has_residual else None,
     )
 
 
@@ -140,35 +155,21 @@ def make_report(
             "scaling": found.target.scaling,
             "transposed": found.target.transposed,
             "weight_key": weight_keys[found.target.name],
-            "singular_values": found.singular_values,
-            "numerical_rank": found.numerical_rank,
-            "captured_energy": found.captured_energy,
-            "split_half_cosine": found.split_half_cosine,
-            "window_capture": found.window_capture,
-            "engine": found.engine,
+            **(_NO_GRADIENT if found.gradient is None else dataclasses.asdict(found.gradient)),
             "offset_ratio": found.offset_ratio,
             "owner_rank": found.owner_rank,
         }
         for found in start.targets
     }
-    calibration = start.calibration
-    stopped_by = _stopped_by(job, calibration)
     return finite(
         {
             "schema_version": SCHEMA_VERSION,
             "config": config.model_dump(),
             "base_fingerprint": fingerprints.base,
             "residual_fingerprint": fingerprints.residual,
-            "data_fingerprint": job.data_fingerprints[calibration.num_samples - 1],
             "versions": versions(),
             "world_size": world.size,
-            "engine": config.gradient.engine,
-            "refine_passes": calibration.refine_passes,
-            "num_sequences": calibration.num_samples,
-            "num_supervised_tokens": calibration.num_supervised_tokens,
-            "stopped_by": stopped_by,
-            "split_half_cosine": _median_cosine(start),
-            "mean_loss": calibration.mean_loss,
+            **(about := _about_calibration(job, start)),
             "seconds": dict(seconds),
             "peak_bytes_per_rank": [peak for peak, _ in per_rank],
             "planned_peak_bytes_per_rank": [planned for _, planned in per_rank],
@@ -176,9 +177,32 @@ def make_report(
             "targets": targets,
             "saved_parameters": job.saved_parameters,
             "identity_check": dataclasses.asdict(start.identity_check),
-            "warnings": find_warnings(targets, stopped_by=stopped_by, refine_passes=calibration.refine_passes),
+            "warnings": find_warnings(
+                config.init.scheme,
+                targets,
+                stopped_by=about["stopped_by"],
+                refine_passes=about["refine_passes"],
+            ),
         }
     )
+
+
+def _about_calibration(job: Job, start: Start) -> dict[str, Any]:
+    """What the report says of data and gradients as a whole; null where none were taken."""
+    found = start.calibration
+    if found is None:
+        return dict.fromkeys(_OF_CALIBRATION)
+    values = (
+        job.data_fingerprints[found.num_samples - 1],
+        job.config.gradient.engine,
+        found.refine_passes,
+        found.num_samples,
+        found.num_supervised_tokens,
+        _stopped_by(job, found),
+        _median_cosine(start),
+        found.mean_loss,
+    )
+    return dict(zip(_OF_CALIBRATION, values, strict=True))
 
 
 def _stopped_by(job: Job, calibration: Calibration) -> str:
@@ -193,7 +217,8 @@ def _stopped_by(job: Job, calibration: Calibration) -> str:
 
 def _median_cosine(start: Start) -> float | None:
     """Split-half cosine of the median target; None where there was a single microbatch."""
-    known = [found.split_half_cosine for found in start.targets if found.split_half_cosine is not None]
+    cosines = [found.gradient.split_half_cosine for found in start.targets if found.gradient is not None]
+    known = [cosine for cosine in cosines if cosine is not None]
     return statistics.median(known) if known else None
 
 
@@ -238,11 +263,15 @@ def write_adapters(
     factors: Callable[[str], tuple[Tensor, Tensor]],
     saved: Mapping[str, TensorSlot],
 ) -> None:
-    """`loraga_init` with the given A0, B0, asked for once per target, and `loraga_offset` with the stored A0, -B0."""
-    of_init = peft_lora_config(config.lora)
-    of_init.base_model_name_or_path = f"{config.output.dir}/{RESIDUAL_BASE}"
+    """`loraga_init` with the given A0, B0, asked for once per target, and, if it belongs on another base than the
+    original, `loraga_offset` with the stored A0, -B0."""
+    of_residual, of_original = peft_lora_config(config.lora), peft_lora_config(config.lora)
+    of_residual.base_model_name_or_path = f"{config.output.dir}/{RESIDUAL_BASE}"
+    of_original.base_model_name_or_path, of_original.revision = config.model.name_or_path, config.model.revision
+    changes_base = SCHEMES[config.init.scheme].changes_base
+    of_init = of_residual if changes_base else of_original
     write_adapter(directory / LORAGA_INIT, of_init, targets, factors, saved=saved)
-    of_offset = peft_lora_config(config.lora)
-    of_offset.base_model_name_or_path, of_offset.revision = config.model.name_or_path, config.model.revision
+    if not changes_base:
+        return
     stored = AdapterFile(directory / LORAGA_INIT)
-    write_adapter(directory / LORAGA_OFFSET, of_offset, targets, stored.factors, negate_b=True, saved=saved)
+    write_adapter(directory / LORAGA_OFFSET, of_original, targets, stored.factors, negate_b=True, saved=saved)

@@ -80,8 +80,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
                 keeper=keeper,
                 keep=lambda target, made: factors.__setitem__(target.name, made) if world.is_main else None,
             )
-            seconds["calibrate"] = start.calibration.seconds_calibrate
-            seconds["factorize"] = start.calibration.seconds_factorize
+            seconds["calibrate"] = 0.0 if start.calibration is None else start.calibration.seconds_calibrate
+            seconds["factorize"] = start.seconds_factorize
             del model
             keeper.leave_if_asked()
             write_started = time.monotonic()
@@ -113,7 +113,7 @@ def _keeper(job: Job, directory: Path, stop: StopRequest, world: World) -> RunKe
     work = {
         **config.model_dump(mode="json", include={"model", "lora", "init", "gradient", "calibration"}),
         "base": base_identity(job.base.index),
-        "data": job.data_fingerprints[-1],
+        "data": job.data_fingerprint,
         "loraga_dist": version("loraga_dist"),
     }
     keeper = RunKeeper(CheckpointStore(directory, world), work, stop, config.checkpoint_minutes, world)
@@ -133,22 +133,24 @@ def dry_run(config: InitConfig, world: World) -> None:
         refuse_what_cannot_fit(planned_memory(job, config, world), job, config, world)
         if world.is_main:
             forecaster, shapes = forecaster_of(job, config, world), largest_microbatch(job)
-            print_plan(plan_report(forecaster, world.size, shapes=shapes, num_sequences=job.deal.num_samples))
+            num_sequences = None if job.deal is None else job.deal.num_samples
+            print_plan(plan_report(forecaster, world.size, shapes=shapes, num_sequences=num_sequences))
 
 
 def initialize(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]],
+    dataloader: Iterable[Mapping[str, Any]] | None,
     config: MethodConfig | Mapping[str, Any],
     *,
     max_batches: int | None = None,
 ) -> Start:
-    """Turn a transformers model into its LoRA-GA start, in place, from inside a training script.
+    """Turn a transformers model into its LoRA-GA start, or another scheme's, in place, from inside a training script.
 
     Call it on every rank, before the training `deepspeed.initialize`, and train `Start.model`. The model is either
     partitioned by ZeRO-3 (loaded under `HfDeepSpeedConfig` or `deepspeed.zero.Init`) or whole in a single process.
 
     dataloader: this rank's own batches, dicts of tensors with `input_ids` and `labels` (-100: no loss); read once.
+        Schemes that take no gradient read one batch, to compare logits, or do without: None.
     config: the sections `lora`, `init`, `gradient` and `deepspeed` of the configuration.
     max_batches: read no more than these from the dataloader.
 
@@ -165,12 +167,18 @@ def initialize(
         scheme = SCHEMES[config.init.scheme]
         selection = select_targets(meta_copy(type(model), model.config), config.lora, scheme.num_triplets)
         plan = make_plan(selection.targets, config.gradient, scheme, world.size)
-        microbatches = microbatches_from_batches(dataloader, config.lora.task_type, max_batches)
+        if scheme.source != "gradient":
+            max_batches = 1
+        elif dataloader is None:
+            raise UserError("dataloader", None, f"{scheme.title} takes gradients; give it batches of calibration data")
+        microbatches = microbatches_from_batches(
+            () if dataloader is None else dataloader, config.lora.task_type, max_batches
+        )
     dtype = next(model.parameters()).dtype
     return start_in_place(
         model,
         plan,
-        BatchDeal(in_step(microbatches, world)),
+        None if dataloader is None else BatchDeal(in_step(microbatches, world)),
         config,
         sharding=sharding,
         rounding=lambda target: dtype,

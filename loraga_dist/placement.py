@@ -1,4 +1,5 @@
-"""The start put into a model in place: A0, B0 into a PEFT adapter's shards, s*B0*A0 out of each rank's part of W."""
+"""The start put into a model in place: A0, B0 into a PEFT adapter's shards and, for schemes that change the base,
+s*B0*A0 out of each rank's part of W."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from loraga_dist.engines import GradientSVD
 from loraga_dist.engines.base import seeded_generator
 from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd
 from loraga_dist.plan import Plan
-from loraga_dist.schemes import SCHEMES, LoraFactors
+from loraga_dist.schemes import SCHEMES, LoraFactors, SchemeInputs
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.sweep import forward, full_float32_matmul
 from loraga_dist.targets import Target, peft_lora_config
@@ -27,17 +28,25 @@ PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientReport:
+    """What is known of one target's gradient."""
+
+    singular_values: list[float]
+    numerical_rank: int
+    captured_energy: float
+    split_half_cosine: float | None
+    window_capture: float | None
+    engine: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetReport:
     """What the report says of one target; the same on every rank."""
 
     target: Target
     owner_rank: int
-    singular_values: list[float]
-    captured_energy: float
-    split_half_cosine: float | None
-    window_capture: float | None
-    engine: str
-    numerical_rank: int
+    gradient: GradientReport | None
+    """None where the scheme takes none."""
     offset_ratio: float
     """||s B0 A0||_F / ||W||_F."""
 
@@ -60,7 +69,7 @@ def add_adapter(model: nn.Module, lora: LoraSection, sharding: Sharding) -> Any:
 def place_factors(
     peft_model: Any,
     plan: Plan,
-    owned: Mapping[str, GradientSVD],
+    owned: Mapping[str, GradientSVD | LoraFactors],
     config: SchemeConfig,
     *,
     sharding: Sharding,
@@ -69,6 +78,7 @@ def place_factors(
 ) -> list[TargetReport]:
     """Per target: the owner makes A0, B0 and broadcasts them; every rank keeps its slices and updates its part of W.
 
+    owned: what calibration found of the targets this rank owns, or `weights.make_factors_of_weights` made of them.
     rounding: the dtype A0 and B0 are rounded to before anything uses them, so that W_res belongs to them as stored.
     keep: called on every rank with the factors (float32, on the host).
     """
@@ -85,23 +95,17 @@ def place_factors(
             factors, numbers = _share_factors(
                 target, owners[target.name], owned.get(target.name), config, weight, sharding, rounding(target)
             )
-            sharding.subtract_lowrank(weight, target, factors.A_RN, factors.B_MR)
+            if plan.scheme.changes_base:
+                sharding.subtract_lowrank(weight, target, factors.A_RN, factors.B_MR)
             sharding.put(layer.lora_A["default"].weight, factors.A_RN)
             sharding.put(layer.lora_B["default"].weight, factors.B_MR)
             if keep is not None:
                 keep(target, LoraFactors(A_RN=factors.A_RN.cpu(), B_MR=factors.B_MR.cpu()))
-            num_triplets = SCHEMES[config.scheme].num_triplets(target.r)
-            captured, cosine, capture, rank, *singular_values = numbers
             reports.append(
                 TargetReport(
                     target=target,
                     owner_rank=owners[target.name],
-                    singular_values=singular_values[:num_triplets],
-                    captured_energy=captured,
-                    split_half_cosine=_known(cosine),
-                    window_capture=_known(capture),
-                    engine=engines[target.name],
-                    numerical_rank=int(rank),
+                    gradient=_gradient_report(numbers, engines[target.name]) if engines else None,
                     offset_ratio=target.scaling * product_norm(factors) / max(square_norm**0.5, 1e-30),
                 )
             )
@@ -112,20 +116,32 @@ def place_factors(
 def make_factors(
     target: Target, svd: TruncatedSVD, config: SchemeConfig, dtype: torch.dtype, weight_S_R: torch.Tensor | None
 ) -> LoraFactors:
-    """A0, B0 of one target, rounded to `dtype` and stored in float32; the same wherever and whenever they are made.
+    """A0, B0 from one target's gradient, rounded to `dtype` and stored in float32; the same wherever and whenever they
+    are made.
 
     weight_S_R: `weight_singular_values`, for the scale that wants them.
     """
-    factors = SCHEMES[config.scheme].factors(
-        svd,
+    generator = seeded_generator(config.seed, f"{target.name}/direction", torch.device("cpu"))
+    inputs = scheme_inputs(target, config, generator, svd=svd, weight_S_K=weight_S_R)
+    return _rounded(SCHEMES[config.scheme].factors(inputs), dtype)
+
+
+def scheme_inputs(target: Target, config: SchemeConfig, generator: torch.Generator, **source: Any) -> SchemeInputs:
+    """Of one target. source: what the scheme starts from, by `SchemeInputs`' names."""
+    return SchemeInputs(
+        M=target.M,
+        N=target.N,
         r=target.r,
         scaling=target.scaling,
         direction=config.direction,
         scale=config.scale,
-        stable_gamma=config.stable_gamma,
-        generator=seeded_generator(config.seed, f"{target.name}/direction", torch.device("cpu")),
-        weight_S_K=weight_S_R,
+        stable_gamma=config.gamma,
+        generator=generator,
+        **source,
     )
+
+
+def _rounded(factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
     return LoraFactors(A_RN=factors.A_RN.to(dtype).float(), B_MR=factors.B_MR.to(dtype).float())
 
 
@@ -138,31 +154,34 @@ def weight_singular_values(W: torch.Tensor, target: Target, config: SchemeConfig
 def _share_factors(
     target: Target,
     owner: int,
-    result: GradientSVD | None,
+    found: GradientSVD | LoraFactors | None,
     config: SchemeConfig,
     weight: nn.Parameter,
     sharding: Sharding,
     dtype: torch.dtype,
 ) -> tuple[LoraFactors, list[float]]:
-    """The owner's factors, and its numbers for the report, on every rank."""
+    """The owner's factors, and its numbers of the gradient if there is one, on every rank."""
     world, device = sharding.world, sharding.world.device
     weight_S_R = _weight_singular_values(target, owner, weight, sharding, config)
     A_RN = torch.empty(target.r, target.N, device=device)
     B_MR = torch.empty(target.M, target.r, device=device)
     num_triplets = SCHEMES[config.scheme].num_triplets(target.r)
-    numbers = torch.empty(4 + num_triplets, dtype=torch.float64, device=device)
+    numbers = torch.zeros(4 + num_triplets, dtype=torch.float64, device=device)
     if world.rank == owner:
-        assert result is not None, f"{target.name} was not factorized by its owner"
-        factors = make_factors(target, result.svd, config, dtype, weight_S_R)
+        assert found is not None, f"{target.name} was not factorized by its owner"
+        if isinstance(found, LoraFactors):
+            factors = _rounded(found, dtype)
+        else:
+            factors = make_factors(target, found.svd, config, dtype, weight_S_R)
+            known = [float("nan") if x is None else x for x in (found.split_half_cosine, found.window_capture)]
+            rank = numerical_rank(found.svd.S_K, target.M, target.N)
+            numbers.copy_(
+                torch.tensor(
+                    [found.captured_energy, *known, rank, *found.svd.S_K[:num_triplets].tolist()], dtype=torch.float64
+                )
+            )
         A_RN.copy_(factors.A_RN)
         B_MR.copy_(factors.B_MR)
-        known = [float("nan") if x is None else x for x in (result.split_half_cosine, result.window_capture)]
-        rank = numerical_rank(result.svd.S_K, target.M, target.N)
-        numbers.copy_(
-            torch.tensor(
-                [result.captured_energy, *known, rank, *result.svd.S_K[:num_triplets].tolist()], dtype=torch.float64
-            )
-        )
     world.broadcast_(A_RN, owner)
     world.broadcast_(B_MR, owner)
     world.broadcast_(numbers, owner)
@@ -177,6 +196,18 @@ def _weight_singular_values(
         return None
     with sharding.full_weight(weight) as W:
         return weight_singular_values(W, target, config) if sharding.world.rank == owner else None
+
+
+def _gradient_report(numbers: list[float], engine: str) -> GradientReport:
+    captured, cosine, capture, rank, *singular_values = numbers
+    return GradientReport(
+        singular_values=singular_values,
+        numerical_rank=int(rank),
+        captured_energy=captured,
+        split_half_cosine=_known(cosine),
+        window_capture=_known(capture),
+        engine=engine,
+    )
 
 
 def _known(value: float) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loraga_dist.config import GradientConfig
@@ -16,38 +16,50 @@ from loraga_dist.targets import Target
 class Plan:
     """The targets, their owner ranks, and the groups that are accumulated together, one sweep over the data each."""
 
+    scheme: Scheme
     targets: list[Target]
     sweeps: list[list[Matrix]]
-
-    @property
-    def owners(self) -> dict[str, int]:
-        return {matrix.name: matrix.owner for sweep in self.sweeps for matrix in sweep}
+    """None where the scheme takes no gradient."""
+    owners: dict[str, int]
 
     @property
     def state_bytes_per_rank(self) -> int:
         """Engine state every rank holds during the largest sweep."""
-        return max(self.state_bytes(sweep) for sweep in self.sweeps)
+        return max((self.state_bytes(sweep) for sweep in self.sweeps), default=0)
+
+    def owned(self, rank: int) -> list[Target]:
+        """In the order of their sizes, so that all ranks' next ones are much alike."""
+        mine = [target for target in self.targets if self.owners[target.name] == rank]
+        return sorted(mine, key=lambda target: -target.M * target.N)
 
     @staticmethod
     def state_bytes(sweep: Sequence[Matrix]) -> int:
         """Engine state every rank holds during one sweep."""
         return sum(_state_bytes(matrix) for matrix in sweep)
 
-    @staticmethod
-    def svd_cost(matrix: Matrix) -> int:
-        """What owners are balanced by; grows as the flops of the factorization do."""
-        return _svd_cost(matrix)
+    @property
+    def costs(self) -> dict[str, int]:
+        """What owners are balanced by, per target; grows as the flops of the factorization do."""
+        if self.sweeps:
+            return {matrix.name: _svd_cost(matrix) for sweep in self.sweeps for matrix in sweep}
+        return {target.name: _weight_cost(target) for target in self.targets}
 
 
 def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme, world_size: int) -> Plan:
     """Cut the targets, in module order, into groups that fit the budget; balance each group's owners by SVD cost.
 
     Neighbours share a sweep, so that backward can stop at the group's lowest layer. A target larger than the budget
-    gets a sweep of its own.
+    gets a sweep of its own. A scheme that takes no gradient needs no sweep, only owners.
     """
     loads = [(0, rank) for rank in range(world_size)]
-    groups = _cut([_matrix(target, config, scheme) for target in targets], config)
-    return Plan(targets=list(targets), sweeps=[_assign_owners(group, loads) for group in groups])
+    if scheme.source != "gradient":
+        owners = _assign_owners({target.name: _weight_cost(target) for target in targets}, loads)
+        return Plan(scheme=scheme, targets=list(targets), sweeps=[], owners=owners)
+    sweeps, owners = [], {}
+    for group in _cut([_matrix(target, config, scheme) for target in targets], config):
+        owners |= _assign_owners({matrix.name: _svd_cost(matrix) for matrix in group}, loads)
+        sweeps.append([replace(matrix, owner=owners[matrix.name]) for matrix in group])
+    return Plan(scheme=scheme, targets=list(targets), sweeps=sweeps, owners=owners)
 
 
 def _matrix(target: Target, config: GradientConfig, scheme: Scheme) -> Matrix:
@@ -85,22 +97,26 @@ def _cut(matrices: Sequence[Matrix], config: GradientConfig) -> list[list[Matrix
     return groups
 
 
-def _assign_owners(group: Sequence[Matrix], loads: list[tuple[int, int]]) -> list[Matrix]:
+def _assign_owners(costs: Mapping[str, int], loads: list[tuple[int, int]]) -> dict[str, int]:
     """Greedy bin packing: the costliest first, each to the rank with least work so far.
 
     loads: a heap of (work, rank), carried from group to group.
     """
     owners: dict[str, int] = {}
-    for matrix in sorted(group, key=lambda matrix: (-_svd_cost(matrix), matrix.name)):
-        load, owners[matrix.name] = heapq.heappop(loads)
-        heapq.heappush(loads, (load + _svd_cost(matrix), owners[matrix.name]))
-    return [replace(matrix, owner=owners[matrix.name]) for matrix in group]
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        load, owners[name] = heapq.heappop(loads)
+        heapq.heappush(loads, (load + costs[name], owners[name]))
+    return owners
 
 
 def _svd_cost(matrix: Matrix) -> int:
     """Grows as the flops of the factorization do: with M N K where the gradient is there, with (M + N) K^2 else."""
     size = matrix.M * matrix.N if matrix.engine == "exact" else (matrix.M + matrix.N) * matrix.width
     return size * matrix.width
+
+
+def _weight_cost(target: Target) -> int:
+    return target.M * target.N * target.r
 
 
 def _state_bytes(matrix: Matrix) -> int:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from loraga_dist.artifacts.residual import writes_residual
 from loraga_dist.config import InitConfig
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape, disk_bytes, work
@@ -56,8 +57,8 @@ def plan_report(
         forecaster = replace(forecaster, device_bytes=gib_per_rank * _GIB)
     config, shape = forecaster.config, forecaster.shape
     shapes_known = shapes or batch_shapes(config, forecaster.base)
-    num_sequences = num_sequences or config.calibration.most_samples
     plan = forecaster.plan(world_size)
+    num_sequences = (num_sequences or config.calibration.most_samples) if plan.sweeps else 0
     batch, length = shapes_known["input_ids"]
     microbatches = -(-num_sequences // (world_size * batch))
     refine_passes = 0 if config.gradient.refine_passes == "auto" else config.gradient.refine_passes
@@ -79,6 +80,7 @@ def plan_report(
     limit_bytes = None if gib_per_rank is None else gib_per_rank * _GIB
     found = None if limit_bytes is None else verdict(worst.peak_bytes, limit_bytes)
     return {
+        "scheme": config.init.scheme,
         "model": {
             "name_or_path": config.model.name_or_path,
             "class": forecaster.base.model_class.__name__,
@@ -135,6 +137,7 @@ def plan_report(
 def print_plan(report: Mapping[str, Any]) -> None:
     console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 110)
     model, calibration, memory = report["model"], report["calibration"], report["memory_per_rank"]
+    title = SCHEMES[report["scheme"]].title
     console.print(_targets_table(report))
     console.print(_memory_table(memory))
     sweeps, owners, disk = report["sweeps"], report["owners"], report["disk_bytes"]
@@ -143,9 +146,13 @@ def print_plan(report: Mapping[str, Any]) -> None:
     lines = {
         "model": f"{model['class']}, {model['parameters'] / 1e9:.2f} billion parameters, {_gib(model['bytes'])} GiB in "
         f"{model['dtype']}" + (" (from config.json alone)" if model["from_config_alone"] else ""),
-        "data": f"{calibration['sequences']} sequences x {calibration['tokens_per_sequence']} tokens{bound}; "
+        "data": f"none: {title} takes no gradient"
+        if not sweeps["count"]
+        else f"{calibration['sequences']} sequences x {calibration['tokens_per_sequence']} tokens{bound}; "
         f"{calibration['microbatches_per_rank']} microbatches of {calibration['sequences_per_microbatch']} per rank",
-        "sweeps": f"{sweeps['count']} over the data, of {_spread(sweeps['targets'])} targets; engine state "
+        "sweeps": "0 over the data; no engine state"
+        if not sweeps["count"]
+        else f"{sweeps['count']} over the data, of {_spread(sweeps['targets'])} targets; engine state "
         f"{_gib(max(sweeps['state_bytes']))} GiB at most",
         "owners": f"{_spread(owners['targets_per_rank'])} targets per rank; "
         f"the busiest has {owners['busiest_to_mean']:.2f} of the mean factorization work",
@@ -154,7 +161,9 @@ def print_plan(report: Mapping[str, Any]) -> None:
         + (f"; host {_gib(memory['host_peak_bytes'])}" if memory["host_peak_bytes"] else ""),
         "disk GiB": ", ".join(f"{name} {_gib(num_bytes)}" for name, num_bytes in disk.items()),
         "traffic GiB": f"{traffic}; received per rank",
-        "flops": f"{sum(report['flops'].values()):.3g}, of which the engines "
+        "flops": "none of gradients; factorizations are not counted"
+        if not sweeps["count"]
+        else f"{sum(report['flops'].values()):.3g}, of which the engines "
         f"{report['flops']['engine'] / sum(report['flops'].values()):.1%}; attention scores not counted",
         "time": _time(report),
     }
@@ -170,6 +179,8 @@ def print_plan(report: Mapping[str, Any]) -> None:
 
 def _time(report: Mapping[str, Any]) -> str:
     seconds = report["seconds"]
+    if not report["sweeps"]["count"]:
+        return "that of loading, factorizing and writing"
     if seconds is None:
         return "add --device_tflops (the data sheet's peak in this dtype) for an estimate"
     return (
@@ -179,7 +190,8 @@ def _time(report: Mapping[str, Any]) -> str:
 
 
 def _targets_table(report: Mapping[str, Any]) -> Table:
-    table = Table(title=f"LoRA-GA plan of {report['model']['name_or_path']} on {report['ranks']} ranks")
+    title = SCHEMES[report["scheme"]].title
+    table = Table(title=f"{title} plan of {report['model']['name_or_path']} on {report['ranks']} ranks")
     for column in ("module", "targets", "M x N", "r", "engine", "K", "state MiB each"):
         table.add_column(column, justify="left" if column in ("module", "engine") else "right")
     for kind in report["targets"]:
@@ -188,8 +200,8 @@ def _targets_table(report: Mapping[str, Any]) -> Table:
             str(kind["count"]),
             f"{kind['M']} x {kind['N']}",
             str(kind["r"]),
-            kind["engine"],
-            str(kind["width"]),
+            kind["engine"] or "-",
+            "-" if kind["width"] is None else str(kind["width"]),
             f"{kind['state_bytes_each'] / 2**20:.1f}",
         )
     return table
@@ -212,32 +224,30 @@ def _memory_table(memory: Mapping[str, Any]) -> Table:
 
 
 def _kinds(plan: Plan) -> list[dict[str, Any]]:
-    ranks = {target.name: target.r for target in plan.targets}
+    matrices = {matrix.name: matrix for sweep in plan.sweeps for matrix in sweep}
     kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for sweep in plan.sweeps:
-        for matrix in sweep:
-            module = matrix.name.rpartition(".")[2]
-            key = (module, matrix.M, matrix.N, ranks[matrix.name], matrix.engine, matrix.width)
-            names = ("module", "M", "N", "r", "engine", "width")
-            kind = kinds.setdefault(
-                key, dict(zip(names, key, strict=True)) | {"count": 0, "state_bytes_each": plan.state_bytes([matrix])}
-            )
-            kind["count"] += 1
+    for target in plan.targets:
+        matrix = matrices.get(target.name)
+        engine, width = (None, None) if matrix is None else (matrix.engine, matrix.width)
+        key = (target.name.rpartition(".")[2], target.M, target.N, target.r, engine, width)
+        names = ("module", "M", "N", "r", "engine", "width")
+        state_bytes = 0 if matrix is None else plan.state_bytes([matrix])
+        kind = kinds.setdefault(key, dict(zip(names, key, strict=True)) | {"count": 0, "state_bytes_each": state_bytes})
+        kind["count"] += 1
     return list(kinds.values())
 
 
 def _owners(plan: Plan, world_size: int) -> dict[str, Any]:
     targets, cost = [0] * world_size, [0] * world_size
-    for sweep in plan.sweeps:
-        for matrix in sweep:
-            targets[matrix.owner] += 1
-            cost[matrix.owner] += plan.svd_cost(matrix)
+    for name, cost_of_target in plan.costs.items():
+        targets[plan.owners[name]] += 1
+        cost[plan.owners[name]] += cost_of_target
     return {"targets_per_rank": targets, "busiest_to_mean": max(cost) * world_size / sum(cost)}
 
 
 def _residual_bytes(forecaster: Forecaster) -> int:
     output, index = forecaster.config.output, forecaster.base.index
-    if output.residual_base == "none":
+    if not writes_residual(forecaster.config):
         return 0
     each = None if output.residual_dtype == "auto" else getattr(torch, output.residual_dtype).itemsize
     if index:

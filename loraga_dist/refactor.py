@@ -1,4 +1,4 @@
-"""Another rank, split or scale from the factors of a finished output: no gradient is taken, no model is loaded."""
+"""Another rank, split, scale or scheme from the factors of a finished output: no gradient is taken, no model loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget
 from loraga_dist.artifacts.manifest import fingerprint
 from loraga_dist.artifacts.names import FACTORS, FACTORS_STEM, LORAGA_INIT, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
-from loraga_dist.artifacts.reading import open_base, read_report, targets_under
+from loraga_dist.artifacts.reading import Report, open_base, read_report, targets_under
 from loraga_dist.artifacts.report import find_warnings, finite, versions
 from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
@@ -26,6 +26,7 @@ from loraga_dist.artifacts.residual import (
     require_targets,
     residual_dtype_of,
     write_model,
+    writes_residual,
 )
 from loraga_dist.artifacts.staging import free_place, whole_directory
 from loraga_dist.config import InitConfig, load_config
@@ -110,11 +111,15 @@ def refactor(
     started = time.monotonic()
     try:
         report = read_report(source)
+        _require_gradient(report, source)
         slots = scan_checkpoint(source / FACTORS, FACTORS_STEM)
         old = json.loads((source / REPORT).read_bytes())
     except RunError as error:
         raise UserError("directory", str(source), f"{error}; write the directory of a finished run") from error
     config = _new_config(source, to, overrides, base)
+    if SCHEMES[config.init.scheme].source != "gradient":
+        problem = f"does not start from the gradients that {source} holds; run loraga-dist init with it"
+        raise UserError("init.scheme", config.init.scheme, problem)
     base_dir, index = open_base(report, base)
     destination = free_place(to, "--to", marker=REPORT, overwrite=overwrite, inputs=[source, base_dir])
     targets = targets_under(peft_lora_config(config.lora), report)
@@ -130,7 +135,7 @@ def refactor(
         write_adapters(directory, config, targets, rebuild.factors, saved)
         shutil.copytree(source / FACTORS, directory / FACTORS)
         residual_fingerprint = None
-        if config.output.residual_base == "full":
+        if writes_residual(config):
             with phase("write", _residual_bytes(config, index), "B", shown=show_progress) as progress:
                 digests = write_model(
                     base_dir,
@@ -152,7 +157,10 @@ def refactor(
                 # no model was loaded to compare logits
                 "identity_check": old["identity_check"] | {"max_abs_logit_diff": None, "max_abs_logit": None},
                 "warnings": find_warnings(
-                    rebuild.reports, stopped_by=old["stopped_by"], refine_passes=old["refine_passes"]
+                    config.init.scheme,
+                    rebuild.reports,
+                    stopped_by=old["stopped_by"],
+                    refine_passes=old["refine_passes"],
                 )
                 + _beyond_convergence(rebuild.reports),
                 "refactored": {"from": str(source.resolve()), "seconds": time.monotonic() - started},
@@ -180,6 +188,12 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
         model = new.model.model_copy(update={"name_or_path": str(base.resolve()), "revision": None})
         new = new.model_copy(update={"model": model})
     return new
+
+
+def _require_gradient(report: Report, source: Path) -> None:
+    if report.scheme.source != "gradient":
+        problem = f"was made by {report.config.init.scheme} and holds no gradients; run loraga-dist init"
+        raise UserError("directory", str(source), problem)
 
 
 def _require_triplets(config: InitConfig, targets: Sequence[AdapterTarget], slots: Mapping[str, TensorSlot]) -> None:
@@ -234,6 +248,7 @@ def _num_bytes(
     slots: Mapping[str, TensorSlot],
     index: Mapping[str, TensorSlot],
 ) -> int:
-    adapters = 2 * sum(4 * target.r * (target.M + target.N) for target in targets)
-    residual = _residual_bytes(config, index) if config.output.residual_base == "full" else 0
+    each = sum(4 * target.r * (target.M + target.N) for target in targets)
+    adapters = 2 * each if SCHEMES[config.init.scheme].changes_base else each
+    residual = _residual_bytes(config, index) if writes_residual(config) else 0
     return adapters + sum(slot.num_bytes for slot in slots.values()) + residual

@@ -58,7 +58,8 @@ def rehearse(
     gathers: bool,
     sink_bytes: Callable[[str], int],
 ) -> Rehearsal | None:
-    """Rehearse one microbatch with taps on `names`; None where the model's code depends on its tensors' values.
+    """Rehearse one microbatch with taps on `names`, or a forward alone if there are none; None where the model's code
+    depends on its tensors' values.
 
     gathers: parameters are sharded, so each module's are gathered for use.
     sink_bytes: what the engine takes while it observes a target, by name.
@@ -87,6 +88,8 @@ def rehearse(
             with _Ledger(gathered, unsharded) as ledger, torch.no_grad():
                 forward(model, microbatch, device)
             forward_bytes = ledger.peak_bytes
+            if not names:
+                return Rehearsal(backward_bytes=0, forward_bytes=forward_bytes)
 
             taps = tapped(model, stack.names, sink, checkpointing=checkpointing)
             with _Ledger(gathered, unsharded) as ledger, stack.watched(ledger), taps:

@@ -1,16 +1,17 @@
-"""From the singular triplets of a gradient to the first A and B of a LoRA adapter."""
+"""The first A and B of a LoRA adapter: from a gradient's singular triplets, from the weight itself, or from neither."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from loraga_dist.errors import UserError
-from loraga_dist.linalg import TruncatedSVD, numerical_rank
+from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd, truncated_svd_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,41 @@ class ScaleInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """One way to initialise: its function, and the triplets it needs for a rank r."""
+class SchemeInputs:
+    """What a scheme may depend on, of one target; `direction`, `scale` and `stable_gamma` as in the configuration."""
 
-    factors: Callable[..., LoraFactors]
+    M: int
+    N: int
+    r: int
+    scaling: float
+    direction: str
+    scale: str
+    stable_gamma: float
+    generator: torch.Generator
+    """Depends on the seed and the target alone; on the device of what is factorized, else on the CPU."""
+    svd: TruncatedSVD | None = None
+    """Of the gradient, for the schemes that take one."""
+    weight_S_K: Tensor | None = None
+    """At least r leading singular values of the weight, for the scale weight_svd."""
+    W_MN: Tensor | None = None
+    """The weight, in any floating dtype, for the schemes that factorize it; never changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """One way to initialise: its function, what that needs, and what becomes of the base."""
+
+    title: str
+    source: Literal["gradient", "weight", "nothing"]
+    factors: Callable[[SchemeInputs], LoraFactors]
     num_triplets: Callable[[int], int]
+    """Singular directions that a matrix must have for rank r; of the gradient, that many are computed."""
+    changes_base: bool
+    """W becomes W - s B0 A0, and the adapter belongs on that; else it belongs on the original model."""
+    starts_at_model: bool
+    """The first forward pass is the original model's."""
+    workspace_bytes: Callable[[int, int, int], int] = lambda M, N, r: 0
+    """Taken by the factorization of a weight, beside the weight as the model holds it."""
 
 
 Indices = tuple[Tensor, Tensor]
@@ -50,22 +81,12 @@ def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-def lora_ga(
-    svd: TruncatedSVD,
-    *,
-    r: int,
-    scaling: float,
-    direction: str,
-    scale: str,
-    stable_gamma: float,
-    generator: torch.Generator,
-    weight_S_K: Tensor | None = None,
-) -> LoraFactors:
+def lora_ga(inputs: SchemeInputs) -> LoraFactors:
     """LoRA-GA: A and B share out the 2r leading singular directions of the gradient G ~ U S V^T.
 
     `direction` (a key of DIRECTIONS) says which right vectors become rows of A and which left ones columns of B,
-    `scale` (a key of SCALES) by what they are multiplied. `weight_S_K`, at least r leading singular values of the
-    weight itself, is needed by the scale weight_svd alone; `generator` is drawn from by the direction random alone.
+    `scale` (a key of SCALES) by what they are multiplied. `weight_S_K` is needed by the scale weight_svd alone;
+    `generator` is drawn from by the direction random alone.
 
     Where G has fewer than 2r singular values above rounding, the columns of B that would be noise are zero, so that
     these components start as in plain LoRA. Rows of A stay orthogonal and of one norm.
@@ -73,30 +94,105 @@ def lora_ga(
     Raises UserError if r needs more triplets than `svd` holds, and for an unknown direction or scale.
     Source: arXiv 2407.05000, section 3, and the official code github.com/Outsider565/LoRA-GA.
     """
-    if 2 * r > svd.width:
-        raise UserError(
-            "lora.r",
-            r,
-            f"LoRA-GA needs 2r singular triplets and the gradient gives {svd.width}: use r <= {svd.width // 2}",
-        )
-    choose = _lookup(DIRECTIONS, "init.direction", direction)
-    multipliers = _lookup(SCALES, "init.scale", scale)
+    r, svd = inputs.r, _triplets(inputs, 2 * inputs.r)
+    choose = _lookup(DIRECTIONS, "init.direction", inputs.direction)
+    multipliers = _lookup(SCALES, "init.scale", inputs.scale)
 
-    index_A_R, index_B_R = (index.to(svd.S_K.device) for index in choose(r, generator))
-    inputs = ScaleInputs(
-        out_features=svd.U_MK.shape[0],
-        r=r,
-        scaling=scaling,
-        stable_gamma=stable_gamma,
-        S_B_R=svd.S_K[index_B_R],
-        weight_S_K=weight_S_K,
+    index_A_R, index_B_R = (index.to(svd.S_K.device) for index in choose(r, inputs.generator))
+    times_A, times_B = multipliers(
+        ScaleInputs(
+            out_features=inputs.M,
+            r=r,
+            scaling=inputs.scaling,
+            stable_gamma=inputs.stable_gamma,
+            S_B_R=svd.S_K[index_B_R],
+            weight_S_K=inputs.weight_S_K,
+        )
     )
-    times_A, times_B = multipliers(inputs)
-    above_rounding_R = index_B_R < numerical_rank(svd.S_K, svd.U_MK.shape[0], svd.Vh_KN.shape[1])
+    above_rounding_R = index_B_R < numerical_rank(svd.S_K, inputs.M, inputs.N)
     return LoraFactors(
         A_RN=(svd.Vh_KN[index_A_R] * times_A).contiguous(),
         B_MR=(svd.U_MK[:, index_B_R] * (times_B * above_rounding_R)).contiguous(),
     )
+
+
+def lora_one(inputs: SchemeInputs) -> LoraFactors:
+    """LoRA-One: B0 A0 is a step against the gradient's best rank-r approximation, on an unchanged base.
+
+    With -G ~ U S V^T: B = U_r sqrt(S_r / S_1) / sqrt(gamma), A = sqrt(S_r / S_1) V_r^T / sqrt(gamma). B A is not zero,
+    so the start is not the pretrained model but some way down its loss.
+
+    Raises UserError if `svd` holds fewer than r triplets.
+    Source: the official code github.com/YuanheZ/LoRA-One, run_exp.py (arXiv 2502.01235).
+    """
+    r, svd = inputs.r, _triplets(inputs, inputs.r)
+    tiny = torch.finfo(torch.float32).tiny
+    root_R = (svd.S_K[:r] / svd.S_K[0].clamp_min(tiny)).sqrt() / math.sqrt(inputs.stable_gamma)
+    return LoraFactors(
+        A_RN=(root_R[:, None] * svd.Vh_KN[:r]).contiguous(),
+        B_MR=(-svd.U_MK[:, :r] * root_R).contiguous(),
+    )
+
+
+def pissa(inputs: SchemeInputs) -> LoraFactors:
+    """PiSSA: s B0 A0 is the weight's own best rank-r approximation. With W ~ U S V^T, B = U_r sqrt(S_r / s),
+    A = sqrt(S_r / s) V_r^T.
+
+    Source: arXiv 2404.02948; PEFT's `init_lora_weights="pissa"`.
+    """
+    assert inputs.W_MN is not None, "PiSSA needs W_MN"
+    r = inputs.r
+    oversampling = _pissa_width(inputs.M, inputs.N, r) - r
+    svd = truncated_svd(inputs.W_MN.float(), rank=r, oversampling=oversampling, generator=inputs.generator)
+    root_R = (svd.S_K[:r] / inputs.scaling).sqrt()
+    return LoraFactors(
+        A_RN=(root_R[:, None] * svd.Vh_KN[:r]).contiguous(), B_MR=(svd.U_MK[:, :r] * root_R).contiguous()
+    )
+
+
+def olora(inputs: SchemeInputs) -> LoraFactors:
+    """OLoRA: with W = Q R, B0 is the first r columns of Q and A0 the first r rows of R.
+
+    These columns depend on the first r of W alone, and A0 = B0^T W, so that no whole Q is made.
+
+    Source: arXiv 2406.01775; PEFT's `init_lora_weights="olora"`, which factorizes a transposed weight as it is stored.
+    """
+    assert inputs.W_MN is not None, "OLoRA needs W_MN"
+    B_MR = torch.linalg.qr(inputs.W_MN[:, : inputs.r].double()).Q.float().contiguous()
+    return LoraFactors(A_RN=(B_MR.T @ inputs.W_MN.float()).contiguous(), B_MR=B_MR)
+
+
+def kaiming(inputs: SchemeInputs) -> LoraFactors:
+    """Plain LoRA as PEFT starts it: A uniform within 1 / sqrt(N), B zero."""
+    A_RN = torch.empty(inputs.r, inputs.N)
+    torch.nn.init.kaiming_uniform_(A_RN, a=math.sqrt(5), generator=inputs.generator)
+    return LoraFactors(A_RN=A_RN, B_MR=torch.zeros(inputs.M, inputs.r))
+
+
+def _triplets(inputs: SchemeInputs, num_triplets: int) -> TruncatedSVD:
+    svd = inputs.svd
+    assert svd is not None, "the scheme needs the gradient's svd"
+    if num_triplets > svd.width:
+        fitting = svd.width * inputs.r // num_triplets
+        raise UserError(
+            "lora.r",
+            inputs.r,
+            f"needs {num_triplets} singular triplets and the gradient gives {svd.width}: use r <= {fitting}",
+        )
+    return svd
+
+
+def _pissa_width(M: int, N: int, r: int) -> int:
+    """Columns of the truncated SVD. Weights' spectra are flat, and distance to the last column is what converges."""
+    return min(r + max(r, 32), M, N)
+
+
+def _pissa_bytes(M: int, N: int, r: int) -> int:
+    return 4 * M * N + truncated_svd_bytes(M, N, _pissa_width(M, N, r))
+
+
+def _olora_bytes(M: int, N: int, r: int) -> int:
+    return 4 * M * N + 16 * M * r + 4 * r * (M + N)
 
 
 def _lookup(table: dict[str, Callable], key: str, name: str) -> Callable:
@@ -163,5 +259,46 @@ SCALES: dict[str, Callable[[ScaleInputs], Multipliers]] = {
 }
 
 SCHEMES: dict[str, Scheme] = {
-    "lora_ga": Scheme(factors=lora_ga, num_triplets=lambda r: 2 * r),
+    "lora_ga": Scheme(
+        title="LoRA-GA",
+        source="gradient",
+        factors=lora_ga,
+        num_triplets=lambda r: 2 * r,
+        changes_base=True,
+        starts_at_model=True,
+    ),
+    "lora_one": Scheme(
+        title="LoRA-One",
+        source="gradient",
+        factors=lora_one,
+        num_triplets=lambda r: r,
+        changes_base=False,
+        starts_at_model=False,
+    ),
+    "pissa": Scheme(
+        title="PiSSA",
+        source="weight",
+        factors=pissa,
+        num_triplets=lambda r: r,
+        changes_base=True,
+        starts_at_model=True,
+        workspace_bytes=_pissa_bytes,
+    ),
+    "olora": Scheme(
+        title="OLoRA",
+        source="weight",
+        factors=olora,
+        num_triplets=lambda r: r,
+        changes_base=True,
+        starts_at_model=True,
+        workspace_bytes=_olora_bytes,
+    ),
+    "kaiming": Scheme(
+        title="LoRA",
+        source="nothing",
+        factors=kaiming,
+        num_triplets=lambda r: 0,
+        changes_base=False,
+        starts_at_model=True,
+    ),
 }

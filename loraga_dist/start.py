@@ -1,8 +1,9 @@
-"""A frozen model becomes its own LoRA-GA start, in place: calibrate, factorize, put the factors, compare the logits."""
+"""A frozen model becomes its own start, in place: calibrate, factorize, put the factors, compare the logits."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +12,18 @@ import torch
 from torch import nn
 
 from loraga_dist.calibrate import Keeper, calibrate
-from loraga_dist.calibration import Deal
+from loraga_dist.calibration import Deal, seeded_microbatch
 from loraga_dist.config import MethodConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
 from loraga_dist.losses import LOSSES
-from loraga_dist.placement import TargetReport, add_adapter, place_factors, probe_logits
+from loraga_dist.placement import PROBE_TOKENS, TargetReport, add_adapter, place_factors, probe_logits
 from loraga_dist.plan import Plan
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding import Sharding
 from loraga_dist.stream import Calibration
 from loraga_dist.targets import Target
+from loraga_dist.weights import make_factors_of_weights
 
 _FLOAT32_TOLERANCE = 1e-3
 """Of the largest logit; runs that are right stay below 1e-5."""
@@ -29,7 +31,7 @@ _FLOAT32_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityCheck:
-    """How far residual + adapter are from the original model, on calibration tokens."""
+    """How far the start is from the original model: on calibration tokens, or seeded ones where there is no data."""
 
     max_abs_logit_diff: float
     max_abs_logit: float
@@ -41,16 +43,18 @@ class Start:
     """A model that training can go on from, and what is known about it."""
 
     model: Any
-    """The `peft.PeftModel`: base W - s*B0*A0, adapter "default" A0, B0."""
+    """The `peft.PeftModel`: adapter "default" A0, B0 on the base W - s*B0*A0, or on W where the scheme leaves it."""
     targets: list[TargetReport]
-    calibration: Calibration
+    calibration: Calibration | None
+    """None where the scheme takes no gradient."""
     identity_check: IdentityCheck
+    seconds_factorize: float
 
 
 def start_in_place(
     model: nn.Module,
     plan: Plan,
-    deal: Deal,
+    deal: Deal | None,
     config: MethodConfig,
     *,
     sharding: Sharding,
@@ -59,30 +63,45 @@ def start_in_place(
     keeper: Keeper | None = None,
     keep: Callable[[Target, LoraFactors], None] | None = None,
 ) -> Start:
-    """Calibrate on `model`, then turn it into its own LoRA-GA start. Every rank calls this; none holds the model."""
-    probe = deal.microbatches(0, deal.samples_per_step, 0)[0]
+    """Turn `model` into its own start, after calibrating on it where the scheme takes gradients. Every rank calls this;
+    none holds the model.
+
+    deal: None only where the scheme takes no gradient.
+    """
+    if deal is None:
+        probe = seeded_microbatch(model.config, config.lora.task_type, PROBE_TOKENS)
+    else:
+        probe = deal.microbatches(0, deal.samples_per_step, 0)[0]
     model.requires_grad_(False).eval()  # no dropout, also in the logits that are compared
     module = sharding.attach(model)
+    calibration = None
     try:
-        calibration = calibrate(
-            module,
-            plan,
-            deal,
-            config.gradient,
-            sharding=sharding,
-            loss_sum=LOSSES[config.lora.task_type],
-            seed=config.init.seed,
-            target_cosine=target_cosine,
-            keeper=keeper,
-        )
+        if plan.scheme.source == "gradient":
+            assert deal is not None
+            calibration = calibrate(
+                module,
+                plan,
+                deal,
+                config.gradient,
+                sharding=sharding,
+                loss_sum=LOSSES[config.lora.task_type],
+                seed=config.init.seed,
+                target_cosine=target_cosine,
+                keeper=keeper,
+            )
         before = probe_logits(module, probe, sharding)
     finally:
         sharding.detach()
 
+    if calibration is not None:
+        owned, seconds_factorize = calibration.owned, calibration.seconds_factorize
+    else:
+        started = time.monotonic()
+        leave_if_asked = _no_one_asks if keeper is None else keeper.leave_if_asked
+        owned = make_factors_of_weights(model, plan, config.init, sharding=sharding, after_round=leave_if_asked)
+        seconds_factorize = time.monotonic() - started
     peft_model = add_adapter(model, config.lora, sharding)
-    targets = place_factors(
-        peft_model, plan, calibration.owned, config.init, sharding=sharding, rounding=rounding, keep=keep
-    )
+    targets = place_factors(peft_model, plan, owned, config.init, sharding=sharding, rounding=rounding, keep=keep)
 
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     peft_model.requires_grad_(False)
@@ -98,15 +117,24 @@ def start_in_place(
         model=peft_model,
         targets=targets,
         calibration=calibration,
-        identity_check=_compare_logits(before, after, sharding.world, next(model.parameters()).dtype),
+        identity_check=_compare_logits(
+            before, after, sharding.world, next(model.parameters()).dtype, must_agree=plan.scheme.starts_at_model
+        ),
+        seconds_factorize=seconds_factorize,
     )
 
 
-def _compare_logits(before: torch.Tensor, after: torch.Tensor, world: World, dtype: torch.dtype) -> IdentityCheck:
+def _no_one_asks() -> None:
+    """In a training script, whose signals are its own."""
+
+
+def _compare_logits(
+    before: torch.Tensor, after: torch.Tensor, world: World, dtype: torch.dtype, *, must_agree: bool
+) -> IdentityCheck:
     largest = torch.tensor([(after - before).abs().max(), before.abs().max()], device=world.device)
     diff, scale = world.max_(largest).tolist()
     # lower precisions round W_res, by as much as the offset is large; float32 has no such excuse
-    if not diff <= (math.inf if dtype != torch.float32 else _FLOAT32_TOLERANCE * scale):
+    if not diff <= (_FLOAT32_TOLERANCE * scale if must_agree and dtype == torch.float32 else math.inf):
         with world.together():
             raise RunError(
                 f"place: the start's logits differ from the model's by {diff:.3g} (largest logit {scale:.3g})"

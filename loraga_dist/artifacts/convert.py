@@ -60,11 +60,13 @@ def convert(
 ) -> Conversion:
     """Write an adapter trained from `init` for the original base: `to` as a plain LoRA, `merge` as a merged model.
 
-    Per target the update s_t B_t A_t - s_0 B_0 A_0 is factorized anew in float64 before any cast, because storing
-    [A_t; A_0] in 16 bits would lose much of a small difference of large terms. The adapter has one rank, no patterns
-    and scaling 1 (`lora_alpha` = r): all that every server reads. Smaller updates are padded with zeros.
+    Per target the update s_t B_t A_t - s_0 B_0 A_0 (s_t B_t A_t on an unchanged base) is factorized anew in float64
+    before any cast, because storing [A_t; A_0] in 16 bits would lose much of a small difference of large terms. The
+    adapter has one rank, no patterns and scaling 1 (`lora_alpha` = r): all that every server reads. Smaller updates are
+    padded with zeros.
 
-    rank: of the adapter, the best approximation of that rank; by default the 2r that hold the whole update. `merge`
+    rank: of the adapter, the best approximation of that rank; by default the 2r (r on an unchanged base) that hold the
+    whole update. `merge`
     always takes the whole update. base: the original model, if it is not where the report says.
     Each output appears whole or not at all. Raises UserError for input that does not fit together, RunError when
     writing fails.
@@ -176,7 +178,7 @@ def _write_merged(
     directory: Path, update: Update, base_dir: Path, index: dict[str, TensorSlot], show_progress: bool
 ) -> None:
     # what is subtracted is s B A
-    targets = [_with_rank(target, 2 * target.r, scaling=-1.0) for target in update.targets.values()]
+    targets = [_with_rank(target, update.rank_of(name), scaling=-1.0) for name, target in update.targets.items()]
     require_targets(index, targets)
     replaced = {_base_key(name, slot, index, update): slot for name, slot in update.saved.items()}
     num_bytes = sum(slot.num_bytes for slot in index.values())

@@ -27,6 +27,11 @@ def materialize_base(
         adapter, targets = load_adapter(directory / LORAGA_INIT, report)
     except RunError as error:
         raise UserError("directory", str(directory), f"{error}; write the directory of a finished run") from error
+    if not report.scheme.changes_base:
+        problem = f"was made by {report.config.init.scheme}, which leaves the base as it is"
+        raise UserError(
+            "directory", str(directory), f"{problem}; load {LORAGA_INIT} on {report.config.model.name_or_path}"
+        )
     destination = free_place(
         to if to is not None else directory / RESIDUAL_BASE, "--to", marker=MODEL_CONFIG, overwrite=False
     )

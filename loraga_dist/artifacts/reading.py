@@ -13,9 +13,10 @@ from pydantic import BaseModel, PositiveInt, ValidationError, field_validator
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, rank_and_scaling, saved_key
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, REPORT
 from loraga_dist.artifacts.report import SCHEMA_VERSION
-from loraga_dist.config import Dtype
+from loraga_dist.config import Dtype, SchemeName
 from loraga_dist.errors import RunError
 from loraga_dist.safetensors_files import TensorSlot, dtype_name, read_checkpoint_index, resolve_model_dir
+from loraga_dist.schemes import SCHEMES, Scheme
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -26,6 +27,10 @@ class ReportModel(BaseModel):
     revision: str | None = None
 
 
+class ReportInit(BaseModel):
+    scheme: SchemeName
+
+
 class ReportOutput(BaseModel):
     residual_base: Literal["full", "none"]
     residual_dtype: Dtype
@@ -33,6 +38,7 @@ class ReportOutput(BaseModel):
 
 class ReportConfig(BaseModel):
     model: ReportModel
+    init: ReportInit
     output: ReportOutput
 
 
@@ -52,6 +58,10 @@ class Report(BaseModel):
     residual_fingerprint: str | None
     targets: dict[str, ReportTarget]
     saved_parameters: dict[str, str] = {}
+
+    @property
+    def scheme(self) -> Scheme:
+        return SCHEMES[self.config.init.scheme]
 
     @field_validator("schema_version")
     @classmethod

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, README, RESIDUAL_BASE
+from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, README, RESIDUAL_BASE
+from loraga_dist.schemes import SCHEMES, Scheme
 
 SCHEMA_VERSION = 1
 LOW_SPLIT_HALF_COSINE = 0.5
@@ -30,9 +31,30 @@ _MORE_DATA = {
     "data": "all of the data was used; add more",
 }
 """How to get more calibration data, by what ended it this time."""
+_WITHOUT_DIRECTION = {
+    "lora_ga": ("2r", "the missing columns of B start at zero, as in plain LoRA"),
+    "lora_one": ("r", "the missing rows of A and columns of B start near zero and hardly learn"),
+}
+"""How many directions a scheme wants, and what becomes of the missing ones."""
 _MOST_NAMED = 3
 
 _PACKAGES = ("loraga_dist", "torch", "transformers", "peft", "deepspeed", "safetensors")
+
+
+_LEARNING_RATE = {"lora_ga": "LoRA-GA wants learning rates near those of full fine-tuning.\n\n"}
+_AFTER_ON_RESIDUAL = f"""A trained adapter belongs on `{RESIDUAL_BASE}/` too. As a plain LoRA on the original base, for
+any server or trainer:"""
+_AFTER_ON_BASE = """A trained adapter is a LoRA on the original base as it is. With one rank, no patterns and no rsLoRA,
+as servers want it:"""
+_OTHER_SETTINGS = """## Other settings
+
+Another rank, scale, split or scheme from `factors/`, without the gradients:
+
+```
+loraga-dist refactor {directory} --to DIR --lora.r R
+```
+
+"""
 
 
 def versions() -> dict[str, str]:
@@ -45,8 +67,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def find_warnings(targets: Mapping[str, Mapping[str, Any]], *, stopped_by: str, refine_passes: int) -> list[str]:
-    """What a user should look at before training: one line each, with the worst targets, and what to do."""
+def find_warnings(
+    scheme: str, targets: Mapping[str, Mapping[str, Any]], *, stopped_by: str | None, refine_passes: int | None
+) -> list[str]:
+    """What a user should look at before training: one line each, with the worst targets, and what to do.
+
+    stopped_by, refine_passes: None where no gradient was taken.
+    """
     values = {
         field: {name: target[field] for name, target in targets.items() if target[field] is not None}
         for field in ("offset_ratio", "split_half_cosine", "window_capture", "numerical_rank")
@@ -59,10 +86,14 @@ def find_warnings(targets: Mapping[str, Mapping[str, Any]], *, stopped_by: str, 
     }
     lines = []
     if large:
+        or_gamma = " or raise init.stable_gamma" if SCHEMES[scheme].source == "gradient" else ""
+        rounding = "; output.residual_dtype float32 keeps the rounding small" if SCHEMES[scheme].changes_base else ""
         lines.append(
             f"offset_ratio above {LARGE_OFFSET_RATIO} (s*B0*A0 outweighs W) in {_worst(large, targets, highest=True)}: "
-            "lower lora.lora_alpha or raise init.stable_gamma; output.residual_dtype float32 keeps the rounding small"
+            f"lower lora.lora_alpha{or_gamma}{rounding}"
         )
+    if stopped_by is None:
+        return lines
     if noisy:
         lines.append(
             f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_worst(noisy, targets)}: two halves of the data "
@@ -75,9 +106,10 @@ def find_warnings(targets: Mapping[str, Mapping[str, Any]], *, stopped_by: str, 
             "calibration.per_device_batch_size"
         )
     if deficient:
+        wanted, what = _WITHOUT_DIRECTION[scheme]
         lines.append(
-            f"the gradient has fewer directions than 2r in {_worst(deficient, targets)}: the missing columns of B "
-            f"start at zero, as in plain LoRA; lower lora.r, or use more data ({_MORE_DATA[stopped_by]})"
+            f"the gradient has fewer directions than {wanted} in {_worst(deficient, targets)}: {what}; lower lora.r, "
+            f"or use more data ({_MORE_DATA[stopped_by]})"
         )
     return lines
 
@@ -85,7 +117,8 @@ def find_warnings(targets: Mapping[str, Mapping[str, Any]], *, stopped_by: str, 
 def print_summary(report: Mapping[str, Any], directory: str, verified: str) -> None:
     """The closing table: per kind of module, seconds per phase, memory per rank, files, what to do next."""
     console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 110)
-    table = Table(title=f"LoRA-GA start of {report['config']['model']['name_or_path']}")
+    title = SCHEMES[report["config"]["init"]["scheme"]].title
+    table = Table(title=f"{title} start of {report['config']['model']['name_or_path']}")
     for column in ("module", "targets", "M x N", "r", "captured energy", "split-half cosine", "offset ratio"):
         table.add_column(column, justify="left" if column == "module" else "right")
     kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -104,22 +137,27 @@ def print_summary(report: Mapping[str, Any], directory: str, verified: str) -> N
     console.print(table)
     for warning in report["warnings"]:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    seconds, check = report["seconds"], report["identity_check"]
+    seconds, check, has_gradient = report["seconds"], report["identity_check"], report["stopped_by"] is not None
     peaks = [f"{peak / 2**20:.0f}" for peak in report["peak_bytes_per_rank"]]
     planned = [f"{plan / 2**20:.0f}" for plan in report["planned_peak_bytes_per_rank"]]
     for label, value in (
         (
             "data",
             f"{report['num_sequences']} sequences, {report['num_supervised_tokens']} supervised tokens, "
-            f"mean loss {report['mean_loss']:.4f}",
+            f"mean loss {report['mean_loss']:.4f}"
+            if has_gradient
+            else f"none: {title} takes no gradient",
         ),
-        ("stopped by", _stop(report)),
+        *([("stopped by", _stop(report))] if has_gradient else []),
         ("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())),
         ("peak MiB per rank", f"{' '.join(peaks)}  (planned: {' '.join(planned)})"),
         (
             "identity",
             f"logits differ by {check['max_abs_logit_diff']:.2e} at most, largest {check['max_abs_logit']:.2e} "
-            f"({check['dtype']})",
+            f"({check['dtype']})"
+            + (
+                "" if SCHEMES[report["config"]["init"]["scheme"]].starts_at_model else f"; {title} starts off the model"
+            ),
         ),
         ("verified", verified),
         ("files", directory),
@@ -139,26 +177,26 @@ def readme(report: Mapping[str, Any]) -> str:
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
         "SEQ_CLS": "AutoModelForSequenceClassification",
     }[task]
+    scheme = SCHEMES[config["init"]["scheme"]]
+    start_base = f"{directory}/{RESIDUAL_BASE}" if scheme.changes_base else base
+    revision = config["model"]["revision"]
+    at_revision = f', revision="{revision}"' if revision and not scheme.changes_base else ""
     ratios = [target["offset_ratio"] for target in report["targets"].values()]
-    if config["output"]["residual_base"] == "none":
+    if scheme.changes_base and config["output"]["residual_base"] == "none":
         residual_note = (
             f"`output.residual_base` was `none`; this makes `{RESIDUAL_BASE}/`:\n\n"
             f"```\nloraga-dist materialize-base {directory}\n```\n\n"
         )
     else:
         residual_note = ""
-    return f"""# LoRA-GA start of {base}
+    return f"""# {scheme.title} start of {base}
 
 {len(report["targets"])} weight matrices; offset ratio ||s B0 A0|| / ||W|| {min(ratios):.3g} to {max(ratios):.3g}.
 
 | | |
 |---|---|
-| `{LORAGA_INIT}/` | A0, B0: a plain PEFT LoRA adapter, **for `{RESIDUAL_BASE}/` only** |
-| `{RESIDUAL_BASE}/` | the base with W - s B0 A0, an ordinary model directory |
-| `{LORAGA_OFFSET}/` | A0, -B0: merged into the original base it gives `{RESIDUAL_BASE}/` |
-| `factors/` | leading singular triplets of every gradient |
-
-On the original base the adapter is wrong from the first step: it would add s B0 A0 twice over nothing.
+{_contents(scheme)}
+{_belongs(scheme, report)}
 
 {residual_note}## Train
 
@@ -166,7 +204,7 @@ On the original base the adapter is wrong from the first step: it would add s B0
 from peft import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained("{directory}/{RESIDUAL_BASE}", dtype="auto")
+base = {auto}.from_pretrained("{start_base}"{at_revision}, dtype="auto")
 model = PeftModel.from_pretrained(base, "{directory}/{LORAGA_INIT}", is_trainable=True)
 ```
 
@@ -175,7 +213,7 @@ TRL: `SFTTrainer(model=model, peft_config=None, ...)`.
 Axolotl:
 
 ```yaml
-base_model: {directory}/{RESIDUAL_BASE}
+base_model: {start_base}
 adapter: lora
 lora_model_dir: {directory}/{LORAGA_INIT}
 ```
@@ -183,37 +221,53 @@ lora_model_dir: {directory}/{LORAGA_INIT}
 LLaMA-Factory:
 
 ```yaml
-model_name_or_path: {directory}/{RESIDUAL_BASE}
+model_name_or_path: {start_base}
 adapter_name_or_path: {directory}/{LORAGA_INIT}
 finetuning_type: lora
 ```
 
-LoRA-GA wants learning rates near those of full fine-tuning.
+{_LEARNING_RATE.get(config["init"]["scheme"], "")}## After training
 
-## After training
-
-A trained adapter belongs on `{RESIDUAL_BASE}/` too. As a plain LoRA on the original base, for any server or trainer:
+{_AFTER_ON_RESIDUAL if scheme.changes_base else _AFTER_ON_BASE}
 
 ```
 loraga-dist convert --init {directory}/{LORAGA_INIT} --trained TRAINED --to CONVERTED
 ```
 
-TRAINED is where the trainer saved it. `--rank` truncates it below 2r; `--merge DIR` writes a merged model.
+TRAINED is where the trainer saved it. `--rank` truncates it; `--merge DIR` writes a merged model.
 
-## Other settings
-
-Another rank, scale or split from `factors/`, without the gradients:
-
-```
-loraga-dist refactor {directory} --to DIR --lora.r R --init.scale unit
-```
-
-## Check
+{_OTHER_SETTINGS.format(directory=directory) if scheme.source == "gradient" else ""}## Check
 
 ```
 loraga-dist verify {directory}
 ```
 """
+
+
+def _contents(scheme: Scheme) -> str:
+    """Rows of the README's table."""
+    only = f", **for `{RESIDUAL_BASE}/` only**" if scheme.changes_base else ", for the original base"
+    rows = [f"| `{LORAGA_INIT}/` | A0, B0: a plain PEFT LoRA adapter{only} |"]
+    if scheme.changes_base:
+        rows += [
+            f"| `{RESIDUAL_BASE}/` | the base with W - s B0 A0, an ordinary model directory |",
+            f"| `{LORAGA_OFFSET}/` | A0, -B0: merged into the original base it gives `{RESIDUAL_BASE}/` |",
+        ]
+    if scheme.source == "gradient":
+        rows.append(f"| `{FACTORS}/` | leading singular triplets of every gradient |")
+    return "\n".join(rows) + "\n"
+
+
+def _belongs(scheme: Scheme, report: Mapping[str, Any]) -> str:
+    """What the adapter does to which base."""
+    if scheme.changes_base:
+        return "On the original base the adapter is wrong from the first step: it would add s B0 A0 twice over nothing."
+    if scheme.starts_at_model:
+        return "The base stays as it is; B0 is zero, so that the adapter changes nothing before it is trained."
+    check = report["identity_check"]
+    known = check["max_abs_logit_diff"] is not None
+    by = f" Logits differ by {check['max_abs_logit_diff']:.3g}, the largest being {check['max_abs_logit']:.3g}."
+    return f"The base stays as it is, and {scheme.title} starts off it by s B0 A0.{by if known else ''}"
 
 
 def finite(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraga_dist.artifacts.names import PLOTS, README, REPORT, REPORT_PAGE
 from loraga_dist.errors import RunError
+from loraga_dist.schemes import SCHEMES, Scheme
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -151,18 +152,20 @@ def _draw(report: Mapping[str, Any], directory: Path) -> list[tuple[str, str]] |
 def _plots(report: Mapping[str, Any]) -> Iterator[_Plot]:
     """All plots, in the order of the page."""
     grid = _by_kind_and_layer(report["targets"])
-    yield _Plot(
-        "singular_values",
-        _spectra(grid),
-        "The singular values of each target's gradient, divided by its largest: one line a layer. The steeper, the "
-        "less a low rank leaves out.",
-    )
+    scheme = _scheme_of(report)
+    if scheme.source == "gradient":
+        yield _Plot(
+            "singular_values",
+            _spectra(grid),
+            "The singular values of each target's gradient, divided by its largest: one line a layer. The steeper, the "
+            "less a low rank leaves out.",
+        )
     for field, title, cmap, caption in (
         (
             "captured_energy",
             "Captured energy",
             "viridis",
-            "The share of the squared gradient in its leading 2r directions; darker is less.",
+            "The share of the squared gradient in the leading directions that the start uses; darker is less.",
         ),
         (
             "split_half_cosine",
@@ -174,7 +177,9 @@ def _plots(report: Mapping[str, Any]) -> Iterator[_Plot]:
             "offset_ratio",
             "Offset ratio",
             "viridis_r",
-            "‖s B0 A0‖ / ‖W‖, how much of each weight moves into the adapter; dark asks for a smaller scale.",
+            "‖s B0 A0‖ / ‖W‖, how much of each weight moves into the adapter; dark asks for a smaller scale."
+            if scheme.changes_base
+            else "‖s B0 A0‖ / ‖W‖, how far each weight starts from the original; dark asks for a smaller scale.",
         ),
     ):
         if any(target[field] is not None for target in report["targets"].values()):
@@ -186,6 +191,10 @@ def _plots(report: Mapping[str, Any]) -> Iterator[_Plot]:
         "libraries come on top.",
     )
     yield _Plot("seconds", _seconds(report["seconds"]), f"{report['seconds']['total']:.1f} s in all.")
+
+
+def _scheme_of(report: Mapping[str, Any]) -> Scheme:
+    return SCHEMES[report["config"]["init"]["scheme"]]
 
 
 def _save(plot: _Plot, directory: Path) -> str:
@@ -342,7 +351,7 @@ def _two_lines(name: str, max_length: int) -> str:
 
 
 def _page(report: Mapping[str, Any], drawings: Sequence[tuple[str, str]] | None) -> str:
-    base = escape(report["config"]["model"]["name_or_path"])
+    base, title = escape(report["config"]["model"]["name_or_path"]), _scheme_of(report).title
     if drawings is None:
         plots = (
             '<p class="dim">There are no plots: matplotlib is not installed where this was made. '
@@ -357,11 +366,11 @@ def _page(report: Mapping[str, Any], drawings: Sequence[tuple[str, str]] | None)
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>LoRA-GA start of {base}</title>
+<title>{title} start of {base}</title>
 <style>{_CSS}</style>
 </head>
 <body>
-<h1>LoRA-GA start of {base}</h1>
+<h1>{title} start of {base}</h1>
 {_warnings(report["warnings"])}
 {_facts(report)}
 <p>How to train, merge and serve from here: <a href="{README}">{README}</a>.
@@ -385,20 +394,27 @@ def _warnings(lines: Sequence[str]) -> str:
 
 def _facts(report: Mapping[str, Any]) -> str:
     config, check = report["config"], report["identity_check"]
-    model, init = config["model"], config["init"]
+    model, init, scheme = config["model"], config["init"], _scheme_of(report)
+    start = f"{init['scheme']}, {init['direction']}, {init['scale']}" if init["scheme"] == "lora_ga" else init["scheme"]
+    of_gradient = {}
+    if scheme.source == "gradient":
+        of_gradient = {
+            "engine": report["engine"],
+            "sequences": f"{report['num_sequences']:,}",
+            "supervised tokens": f"{report['num_supervised_tokens']:,}",
+            "stopped by": report["stopped_by"],
+            "split-half cosine, median": _number(report["split_half_cosine"], ".3f"),
+            "mean loss": _number(report["mean_loss"], ".4f"),
+        }
     facts = {
         "base": model["name_or_path"] + (f" @ {model['revision']}" if model["revision"] else ""),
-        "start": f"{init['scheme']}, {init['direction']}, {init['scale']}",
+        "start": start,
         "targets": str(len(report["targets"])),
         "world size": str(report["world_size"]),
-        "engine": report["engine"],
-        "sequences": f"{report['num_sequences']:,}",
-        "supervised tokens": f"{report['num_supervised_tokens']:,}",
-        "stopped by": report["stopped_by"],
-        "split-half cosine, median": _number(report["split_half_cosine"], ".3f"),
-        "mean loss": _number(report["mean_loss"], ".4f"),
+        **of_gradient,
         "identity check": f"logits differ by {_number(check['max_abs_logit_diff'], '.2e')} at most, "
-        f"largest {_number(check['max_abs_logit'], '.3g')} ({check['dtype']})",
+        f"largest {_number(check['max_abs_logit'], '.3g')} ({check['dtype']})"
+        + ("" if scheme.starts_at_model else f"; {scheme.title} starts off the model"),
     }
     rows = "".join(
         f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>\n" for name, value in facts.items()
@@ -419,8 +435,8 @@ def _target_table(targets: Mapping[str, Mapping[str, Any]]) -> str:
             name,
             f"{M} × {N}",
             str(target["r"]),
-            _number(target["singular_values"][0], ".3g"),
-            str(target["numerical_rank"]),
+            _number(target["singular_values"] and target["singular_values"][0], ".3g"),
+            _number(target["numerical_rank"], "d"),
             *(
                 _number(target[field], ".3f")
                 for field in ("captured_energy", "split_half_cosine", "window_capture", "offset_ratio")

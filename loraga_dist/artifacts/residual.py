@@ -21,6 +21,7 @@ from loraga_dist.artifacts.adapter import AdapterTarget, FactorSource
 from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, no_progress
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
 from loraga_dist.artifacts.parallel import over_cores
+from loraga_dist.config import InitConfig
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.safetensors_files import (
     MODEL_FILE_PATTERNS,
@@ -31,6 +32,7 @@ from loraga_dist.safetensors_files import (
     read_range,
     read_rows,
 )
+from loraga_dist.schemes import SCHEMES
 
 CHUNK_ELEMENTS = 2**20
 """Elements handled at once. 8 MiB of float64 stay in the cache; larger chunks were up to twice as slow."""
@@ -51,6 +53,11 @@ class PlannedFile:
     @property
     def num_bytes(self) -> int:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.entries.values())
+
+
+def writes_residual(config: InitConfig) -> bool:
+    """Whether the output gets a `residual_base/`: asked for, and the scheme changes the base."""
+    return config.output.residual_base == "full" and SCHEMES[config.init.scheme].changes_base
 
 
 def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[AdapterTarget]) -> None:

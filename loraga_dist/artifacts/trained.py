@@ -1,4 +1,4 @@
-"""What training made of `loraga_init`: the update s_t B_t A_t - s_0 B_0 A_0 of every weight, from two adapter files."""
+"""What training made of `loraga_init`: the update of every weight of the original model, from two adapter files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """B A = s_t B_t A_t - s_0 B_0 A_0 per target, and the parameters that were trained whole."""
+    """B A = s_t B_t A_t - s_0 B_0 A_0 per target, or s_t B_t A_t where the scheme left the base unchanged, and the
+    parameters that were trained whole."""
 
     report: Report
     targets: dict[str, AdapterTarget]
@@ -47,8 +48,11 @@ class Update:
     init_targets: dict[str, AdapterTarget]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """[A_t; A_0] (2r, N) and [s_t B_t, -s_0 B_0] (M, 2r) in float64, whose product B A is the update."""
+        """[A_t; A_0] (2r, N) and [s_t B_t, -s_0 B_0] (M, 2r) in float64, whose product B A is the update; on an
+        unchanged base A_t (r, N) and s_t B_t (M, r)."""
         A_RN, B_MR = (factor.double() for factor in self.trained.factors(name))
+        if not self.report.scheme.changes_base:
+            return A_RN, self.targets[name].scaling * B_MR
         A0_RN, B0_MR = (factor.double() for factor in self.init.factors(name))
         scaling, scaling0 = self.targets[name].scaling, self.init_targets[name].scaling
         return torch.cat([A_RN, A0_RN]), torch.cat([scaling * B_MR, -scaling0 * B0_MR], dim=1)
@@ -56,7 +60,11 @@ class Update:
     @property
     def full_rank(self) -> int:
         """The smallest rank that holds every target's update."""
-        return max(2 * target.r for target in self.targets.values())
+        return max(self.rank_of(name) for name in self.targets)
+
+    def rank_of(self, name: str) -> int:
+        """Columns that `factors` gives."""
+        return self.targets[name].r * (2 if self.report.scheme.changes_base else 1)
 
 
 def open_update(init: Path, trained: Path) -> Update:
@@ -182,7 +190,7 @@ def _check_values(trained: Path, adapter: AdapterFile, init: AdapterFile, target
 
 def _find_warnings(trained_on: str | None, factors: Iterable[TensorSlot], report: Report) -> list[str]:
     lines = []
-    if trained_on and _same_place(trained_on, report.config.model.name_or_path):
+    if report.scheme.changes_base and trained_on and _same_place(trained_on, report.config.model.name_or_path):
         lines.append(
             f"the trained adapter names the original base {trained_on}; if it was not trained on residual_base, or "
             "with loraga_offset merged in, the result is wrong"

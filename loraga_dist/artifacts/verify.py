@@ -98,7 +98,9 @@ def verify(
         return VerifyResult([str(error)], 0, 0.0, residual_checked=False)
 
     # where the report says none, materialize-base may have made it since
-    has_residual = report.config.output.residual_base == "full" or (directory / RESIDUAL_BASE).exists()
+    has_residual = report.scheme.changes_base and (
+        report.config.output.residual_base == "full" or (directory / RESIDUAL_BASE).exists()
+    )
     residual = directory / RESIDUAL_BASE if has_residual else None
     problems = check_checksums(directory, world, on_progress)
     compared: _Compared | None = None
@@ -110,10 +112,12 @@ def verify(
             opened_adapter = load_adapter(directory / LORAGA_INIT, report)
         if opened_adapter and world.is_main:
             problems += _check_finite(*opened_adapter)
-            with _collected(problems, LORAGA_OFFSET):
-                problems += _check_offset(*opened_adapter, *load_adapter(directory / LORAGA_OFFSET, report))
-        with _collected(problems, FACTORS):
-            problems += _check_factors(directory, report, world)
+            if report.scheme.changes_base:
+                with _collected(problems, LORAGA_OFFSET):
+                    problems += _check_offset(*opened_adapter, *load_adapter(directory / LORAGA_OFFSET, report))
+        if report.scheme.source == "gradient":
+            with _collected(problems, FACTORS):
+                problems += _check_factors(directory, report, world)
         with _collected(problems, "base"):
             opened_base = open_base(report, base)
         if opened_adapter and opened_base and world.is_main:
@@ -179,9 +183,13 @@ def _collected(problems: list[str], subject: str) -> Iterator[None]:
 
 
 def _missing_files(directory: Path, report: Report) -> list[str]:
-    wanted = [RESOLVED_CONFIG, README, CHECKSUMS, f"{FACTORS}/{FACTORS_INDEX}"]
-    wanted += [f"{name}/{file}" for name in (LORAGA_INIT, LORAGA_OFFSET) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
-    if report.config.output.residual_base == "full":
+    scheme = report.scheme
+    wanted = [RESOLVED_CONFIG, README, CHECKSUMS]
+    if scheme.source == "gradient":
+        wanted.append(f"{FACTORS}/{FACTORS_INDEX}")
+    adapters = (LORAGA_INIT, LORAGA_OFFSET) if scheme.changes_base else (LORAGA_INIT,)
+    wanted += [f"{name}/{file}" for name in adapters for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    if scheme.changes_base and report.config.output.residual_base == "full":
         wanted.append(f"{RESIDUAL_BASE}/{MODEL_CONFIG}")
     return [f"{name}: is missing" for name in wanted if not (directory / name).is_file()]
 

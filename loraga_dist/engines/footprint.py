@@ -7,6 +7,7 @@ import torch
 from loraga_dist.engines import exact
 from loraga_dist.engines.base import ERROR_COLUMNS, Matrix
 from loraga_dist.engines.sketch import kept_rows
+from loraga_dist.linalg import truncated_svd_bytes
 
 _UNION_COPIES = 6
 """M x K and N x K float32 matrices alive at once while a window's sketches are united with the estimate so far."""
@@ -47,9 +48,8 @@ def factorization_bytes(matrix: Matrix) -> int:
     M, N, K = matrix.M, matrix.N, matrix.width
     if matrix.engine == "sketch":
         return 4 * _UNION_COPIES * K * (M + N)
-    dense = min(M, N) <= 2 * K
     # the energy of G is summed in float64, which a CPU makes a copy for
-    return max(28 * M * N if dense else 96 * K * (M + N) + 2**25, 8 * M * N)
+    return max(truncated_svd_bytes(M, N, K), 8 * M * N)
 
 
 def triplet_bytes(matrix: Matrix) -> int:

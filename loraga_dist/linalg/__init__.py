@@ -1,7 +1,7 @@
 """Pure torch linear algebra; imports nothing else of this package."""
 
 from loraga_dist.linalg.product import product_svd
-from loraga_dist.linalg.randomized_svd import TruncatedSVD, numerical_rank, sign_fix, truncated_svd
+from loraga_dist.linalg.randomized_svd import TruncatedSVD, numerical_rank, sign_fix, truncated_svd, truncated_svd_bytes
 from loraga_dist.linalg.subspace import captured_energy, efficiency, principal_sines
 from loraga_dist.linalg.union import boolean_sum, complete_basis, orthonormal_columns
 
@@ -17,4 +17,5 @@ __all__ = [
     "product_svd",
     "sign_fix",
     "truncated_svd",
+    "truncated_svd_bytes",
 ]

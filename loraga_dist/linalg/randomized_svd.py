@@ -39,8 +39,7 @@ def truncated_svd(G_MN: Tensor, *, rank: int, oversampling: int, generator: torc
     Converged: every leading triplet that stands above fp32 rounding (`numerical_rank`) has an error near 1e-6 in each
     single vector, not only in the span. Where singular values all but coincide with the K-th (a flat spectrum) the
     vectors are not defined that well; the iteration then ends at its cap with an orthonormal best effort.
-    Memory beside G: about 12 K (M + N) float64 numbers and a chunk of 32 MiB. From 2K >= min(M, N) on the exact SVD is
-    taken instead, in about 3.5 M N float64 numbers.
+    Memory beside G: `truncated_svd_bytes`. From 2K >= min(M, N) on the exact SVD is taken instead.
 
     Raises ValueError if G holds a NaN or an infinity.
 
@@ -52,7 +51,7 @@ def truncated_svd(G_MN: Tensor, *, rank: int, oversampling: int, generator: torc
         raise ValueError("the matrix holds a NaN or an infinity")
     M, N = G_MN.shape
     width = min(rank + oversampling, M, N)
-    if 2 * width >= min(M, N):
+    if _is_dense(M, N, width):
         U_MK, S_K, Vh_KN = torch.linalg.svd(G_MN.double(), full_matrices=False)
         return _finished(U_MK[:, :width], S_K[:width], Vh_KN[:width])
 
@@ -82,6 +81,16 @@ def truncated_svd(G_MN: Tensor, *, rank: int, oversampling: int, generator: torc
         previous_V_NK = V_NK
         U_MK, S_K, V_NK = _rayleigh_ritz(G_MN, Q_NL, width, dtype)
     return _finished(U_MK, S_K, V_NK.T)
+
+
+def truncated_svd_bytes(M: int, N: int, width: int) -> int:
+    """What `truncated_svd` of `width` columns takes beside G: about 12 K (M + N) float64 numbers and a chunk, or, where
+    the exact SVD is taken, 3.5 M N float64 numbers."""
+    return 28 * M * N if _is_dense(M, N, width) else 96 * width * (M + N) + 8 * _CHUNK_ELEMENTS
+
+
+def _is_dense(M: int, N: int, width: int) -> bool:
+    return 2 * width >= min(M, N)
 
 
 def sign_fix(U_MK: Tensor, Vh_KN: Tensor) -> tuple[Tensor, Tensor]:

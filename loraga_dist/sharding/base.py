@@ -72,6 +72,10 @@ class Sharding(ABC):
         """The whole parameter, for the time of the context; a collective."""
 
     @abstractmethod
+    def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
+        """The whole parameter on the rank `owner`, None on the others, which receive nothing; a collective."""
+
+    @abstractmethod
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         """This rank's elements of the flattened parameter as a writable 1-D view, and the position of the first."""
 

@@ -42,6 +42,9 @@ class SingleProcess(Sharding):
     def full_weight(self, parameter: Parameter) -> Iterator[torch.Tensor]:
         yield parameter.detach()
 
+    def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
+        return parameter.detach()
+
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()

@@ -210,6 +210,20 @@ class Zero3(Sharding):
         with deepspeed.zero.GatheredParameters([parameter]):
             yield parameter.detach()
 
+    def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
+        sharded: Any = parameter
+        shard = sharded.ds_tensor.detach().view(-1).to(self.world.device)
+        if self.world.rank != owner:
+            _exchange([dist.P2POp(dist.isend, shard, owner)])
+            return None
+        # equal shards, the last ones padded
+        whole = shard.new_empty(self.world.size * shard.numel())
+        parts = whole.split(shard.numel())
+        parts[owner].copy_(shard)
+        others = (rank for rank in range(self.world.size) if rank != owner)
+        _exchange([dist.P2POp(dist.irecv, parts[rank], rank) for rank in others])
+        return whole[: sharded.ds_numel].view(sharded.ds_shape)
+
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         sharded: Any = parameter
         # a gathered copy would hide an edited shard
@@ -224,6 +238,11 @@ class Zero3(Sharding):
 
         with deepspeed.zero.Init(config_dict_or_path=calibration_settings(self._user_settings, dtype)):
             yield
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
 
 
 def _gather_under_gloo_by(all_gather: Callable[..., Any]) -> None:

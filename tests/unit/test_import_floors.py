@@ -24,7 +24,7 @@ FLOORS = [
     {"sharding", "plan", "artifacts"},
     {"sweep", "checkpoint"},
     {"stream", "placement", "resume", "rehearsal"},
-    {"calibrate", "estimate"},
+    {"calibrate", "estimate", "weights"},
     {"start", "job"},
     {"outputs", "forecast"},
     {"plan_report"},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraga_dist.errors import UserError
 from loraga_dist.linalg import TruncatedSVD, efficiency, sign_fix, truncated_svd
-from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES, LoraFactors, lora_ga, lora_scaling
+from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES, LoraFactors, SchemeInputs, lora_ga, lora_scaling
 
 M, N, R = 80, 48, 4
 SCALING, GAMMA = 0.5, 16.0
@@ -29,6 +29,12 @@ def triplets(G_MN: Tensor) -> TruncatedSVD:
     return truncated_svd(G_MN, rank=2 * R, oversampling=8, generator=torch.Generator().manual_seed(0))
 
 
+def inputs(*, r: int = R, seed: int = 0, **given: Any) -> SchemeInputs:
+    settings: dict[str, Any] = {"M": M, "N": N, "scaling": SCALING, "direction": "ArB2r", "scale": "stable"}
+    settings |= {"stable_gamma": GAMMA, "generator": torch.Generator().manual_seed(seed)} | given
+    return SchemeInputs(r=r, **settings)
+
+
 def factors(
     svd: TruncatedSVD,
     *,
@@ -39,14 +45,7 @@ def factors(
     weight_S_K: Tensor | None = None,
 ) -> LoraFactors:
     return lora_ga(
-        svd,
-        r=r,
-        scaling=SCALING,
-        direction=direction,
-        scale=scale,
-        stable_gamma=GAMMA,
-        generator=torch.Generator().manual_seed(seed),
-        weight_S_K=weight_S_K,
+        inputs(svd=svd, direction=direction, scale=scale, r=r, seed=seed, stable_gamma=GAMMA, weight_S_K=weight_S_K)
     )
 
 
