@@ -264,10 +264,11 @@ def _belongs(scheme: Scheme, report: Mapping[str, Any]) -> str:
         return "On the original base the adapter is wrong from the first step: it would add s B0 A0 twice over nothing."
     if scheme.starts_at_model:
         return "The base stays as it is; B0 is zero, so that the adapter changes nothing before it is trained."
+    line = f"The base stays as it is, and {scheme.title} starts off it by s B0 A0."
     check = report["identity_check"]
-    known = check["max_abs_logit_diff"] is not None
-    by = f" Logits differ by {check['max_abs_logit_diff']:.3g}, the largest being {check['max_abs_logit']:.3g}."
-    return f"The base stays as it is, and {scheme.title} starts off it by s B0 A0.{by if known else ''}"
+    if check["max_abs_logit_diff"] is not None:  # refactor compares none
+        line += f" Logits differ by {check['max_abs_logit_diff']:.3g}, the largest being {check['max_abs_logit']:.3g}."
+    return line
 
 
 def finite(value: Any) -> Any:

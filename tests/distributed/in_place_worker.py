@@ -1,6 +1,6 @@
 """One rank of test_in_place: initialize on a partitioned (or plain) model, then train ten steps.
 
-usage: in_place_worker.py MODEL_DIR RESULT_DIR MODE      MODE: loraga | default
+usage: in_place_worker.py MODEL_DIR RESULT_DIR MODE      MODE: loraga | default | weights
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ def main() -> None:
         )
         peft_model = start.model
         print("identity", start.identity_check, flush=True)
+        assert start.identity_check.max_abs_logit_diff < 1e-5 * start.identity_check.max_abs_logit
+    elif mode == "weights":
+        start = loraga_dist.initialize(model, None, {"lora": LORA, "init": {"scheme": "pissa"}})
+        peft_model = start.model
+        assert start.calibration is None
         assert start.identity_check.max_abs_logit_diff < 1e-5 * start.identity_check.max_abs_logit
     else:
         torch.manual_seed(0)

@@ -78,6 +78,32 @@ def test_json_of_a_small_plan(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_schemes_without_gradients_plan_no_sweep(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    for scheme, workspace, files in (
+        ("pissa", True, {"loraga_init", "loraga_offset", "residual_base"}),
+        ("kaiming", False, {"loraga_init"}),
+    ):
+        command = ("--config", str(config), "--ranks", "2", "--gib_per_rank", "1", "--init.scheme", scheme)
+        result = plan(*command, "--json")
+        succeed(result)
+        report = json.loads(result.stdout)
+        assert report["sweeps"] == {"count": 0, "targets": [], "state_bytes": []}
+        assert all(kind["engine"] is None and not kind["state_bytes_each"] for kind in report["targets"])
+        memory = report["memory_per_rank"]["device_bytes"]
+        assert "calibrate" not in memory and ("workspace" in memory["factorize"]) == workspace
+        assert {name for name, num_bytes in report["disk_bytes"].items() if num_bytes} == files
+        assert sum(report["owners"]["targets_per_rank"]) == sum(kind["count"] for kind in report["targets"])
+        assert (report["traffic_bytes_per_rank"]["weights gathered"] > 0) == workspace
+        assert report["verdict"] == "fits"
+        result = plan(*command)
+        succeed(result)
+        assert "0 over the data; no engine state" in result.stdout
+    results = run_ranks([INIT, "--config", str(config), "--init.scheme", "olora", "--dry_run"], 2)
+    succeed(results)
+    assert "OLoRA plan of" in results[0].stdout and not (tmp_path / "out").exists()
+
+
 def test_table_says_what_to_change(tmp_path: Path) -> None:
     config = write_config(tmp_path, gradient={"checkpointing": "none", "engine": "sketch"})
     result = plan("--config", str(config), "--ranks", "2", "--gib_per_rank", "0.001")

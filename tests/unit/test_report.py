@@ -23,10 +23,12 @@ ADVICE = {
 }
 
 
-def warnings_of(*changes: dict[str, Any], stopped_by: str = "max_samples", refine_passes: int = 0) -> list[str]:
+def warnings_of(
+    *changes: dict[str, Any], scheme: str = "lora_ga", stopped_by: str | None = "max_samples", refine_passes: int = 0
+) -> list[str]:
     """For targets t0, t1, ... that are fine but for the changes."""
     targets = {f"t{number}": FINE | change for number, change in enumerate(changes)}
-    return find_warnings(targets, stopped_by=stopped_by, refine_passes=refine_passes)
+    return find_warnings(scheme, targets, stopped_by=stopped_by, refine_passes=refine_passes)
 
 
 def test_nothing_to_say_at_the_bounds_or_of_what_is_unknown() -> None:
@@ -66,3 +68,12 @@ def test_more_data_comes_from_what_ended_it(stopped_by: str) -> None:
 
 def test_a_refine_pass_mends_what_a_window_missed() -> None:
     assert warnings_of({"window_capture": 0.1}, refine_passes=1) == []
+
+
+def test_other_schemes_are_told_what_helps_them() -> None:
+    (line,) = warnings_of({"numerical_rank": 3}, scheme="lora_one")
+    assert "fewer directions than r in" in line and "rows of A and columns of B start near zero" in line
+    without_gradient = dict.fromkeys(("split_half_cosine", "window_capture", "numerical_rank", "singular_values"))
+    assert warnings_of(without_gradient, scheme="pissa", stopped_by=None) == []
+    (line,) = warnings_of(without_gradient | {"offset_ratio": 2.0}, scheme="olora", stopped_by=None)
+    assert "lower lora.lora_alpha; output.residual_dtype float32" in line

@@ -1,18 +1,31 @@
-"""LoRA-GA's factors against formulas written by hand, stock PEFT, and what they are meant to optimise."""
+"""Every scheme's factors against formulas written by hand, stock PEFT, and what they are meant to do to the loss."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from loraga_dist.config import MethodConfig, SchemeName, parse_config
 from loraga_dist.errors import UserError
 from loraga_dist.linalg import TruncatedSVD, efficiency, sign_fix, truncated_svd
-from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES, LoraFactors, SchemeInputs, lora_ga, lora_scaling
+from loraga_dist.schemes import (
+    DIRECTIONS,
+    SCALES,
+    SCHEMES,
+    LoraFactors,
+    SchemeInputs,
+    kaiming,
+    lora_ga,
+    lora_one,
+    lora_scaling,
+    olora,
+    pissa,
+)
 
 M, N, R = 80, 48, 4
 SCALING, GAMMA = 0.5, 16.0
@@ -175,9 +188,106 @@ def test_user_mistakes_name_the_key() -> None:
         factors(svd, scale="stabel")
 
 
+def test_lora_one_by_hand() -> None:
+    G_MN = gradient()
+    U, S, Vh = torch.linalg.svd(-G_MN.double())
+    root_R = (S[:R] / S[0]).sqrt() / math.sqrt(128)
+    A, B = root_R[:, None] * Vh[:R], U[:, :R] * root_R
+    got = lora_one(inputs(svd=triplets(G_MN), stable_gamma=128.0))
+    torch.testing.assert_close(got.B_MR @ got.A_RN, (B @ A).float(), rtol=0, atol=1e-6)
+    signs_R = (got.A_RN * A).sum(dim=1).sign()
+    torch.testing.assert_close(got.A_RN, (signs_R[:, None] * A).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.B_MR, (B * signs_R).float(), rtol=0, atol=1e-6)
+
+
+def test_lora_one_starts_down_the_loss() -> None:
+    torch.manual_seed(0)
+    x_TN, target_TM = torch.randn(64, N), torch.randn(64, M)
+    W_MN = torch.zeros(M, N, requires_grad=True)
+
+    def loss(W: Tensor) -> Tensor:
+        return (x_TN @ W.T - target_TM).square().mean()
+
+    before = loss(W_MN)
+    before.backward()
+    assert W_MN.grad is not None
+    got = lora_one(inputs(svd=triplets(W_MN.grad), stable_gamma=128.0))
+    step = SCALING * got.B_MR @ got.A_RN
+    with torch.no_grad():
+        assert loss(W_MN + step) < before - 1e-4 < before < loss(W_MN - step)
+
+
+@pytest.mark.parametrize("M", [80, 24], ids=["tall", "wide"])
+@pytest.mark.parametrize(("scheme", "scaling"), [("pissa", 0.5), ("pissa", 3.0), ("olora", 0.5), ("olora", 3.0)])
+def test_starts_from_the_weight_are_stock_pefts(scheme: str, scaling: float, M: int) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    linear = nn.Linear(N, M, bias=False)
+    W_MN = linear.weight.detach().clone()
+    options: dict[str, Any] = {"init_lora_weights": scheme}
+    config = LoraConfig(r=R, lora_alpha=int(R * scaling), target_modules=["0"], **options)
+    layer: Any = get_peft_model(nn.Sequential(linear), config).get_submodule("base_model.model.0")  # type: ignore[arg-type]
+    A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+    got = {"pissa": pissa, "olora": olora}[scheme](inputs(M=M, scaling=scaling, W_MN=W_MN.clone()))
+    signs_R = (got.A_RN * A).sum(dim=1).sign() if scheme == "pissa" else torch.ones(R)
+    for found, expected in ((got.A_RN, signs_R[:, None] * A), (got.B_MR, B * signs_R)):
+        assert (found - expected).norm() < 1e-4 * expected.norm()
+    product = got.B_MR @ got.A_RN
+    assert (product - B @ A).norm() < 1e-5 * product.norm()
+    torch.testing.assert_close(W_MN - scaling * product, layer.get_base_layer().weight, rtol=0, atol=1e-5)
+
+
+def test_pissa_of_a_large_flat_spectrum_is_the_exact_one() -> None:
+    W_MN = torch.randn(512, 384, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = torch.linalg.svd(W_MN.double(), full_matrices=False)
+    got = pissa(inputs(M=512, N=384, W_MN=W_MN))
+    expected = (U[:, :R] * S[:R]) @ Vh[:R]
+    assert (SCALING * got.B_MR.double() @ got.A_RN.double() - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_kaiming_is_pefts_default() -> None:
+    got = kaiming(inputs(r=16, seed=3))
+    stock = nn.Linear(N, 16, bias=False)
+    torch.nn.init.kaiming_uniform_(stock.weight, a=math.sqrt(5), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(got.A_RN, stock.weight)
+    assert 0.9 < float(got.A_RN.abs().max()) * math.sqrt(N) <= 1
+    assert torch.equal(got.B_MR, torch.zeros(M, 16))
+
+
+@pytest.mark.parametrize(
+    ("init", "says"),
+    [
+        ({"scheme": "lora_sb"}, r"init\.scheme: 'lora_sb': LoRA-SB trains an r x r matrix .*; write lora_one"),
+        ({"scheme": "pizza"}, r"init\.scheme: 'pizza': input should be 'lora_ga'"),
+        ({"scheme": "pissa", "scale": "unit"}, r"init\.scale: 'unit': concerns lora_ga alone, not pissa; write stable"),
+        ({"scheme": "lora_one", "direction": "ArBr"}, r"init\.direction: 'ArBr': .* not lora_one; write ArB2r"),
+        (
+            {"scheme": "olora", "stable_gamma": 16},
+            r"init\.stable_gamma: 16: .*lora_ga and lora_one alone.*; write null",
+        ),
+    ],
+)
+def test_settings_of_other_schemes_are_refused(init: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        parse_config(MethodConfig, {"init": init})
+
+
+def test_gamma_is_the_schemes_own_unless_said() -> None:
+    def gamma(**init: Any) -> float:
+        return parse_config(MethodConfig, {"init": init}).init.gamma
+
+    assert gamma() == gamma(scheme="lora_ga", stable_gamma=None) == 16
+    assert gamma(scheme="lora_one") == 128
+    assert gamma(scheme="lora_one", stable_gamma=16) == 16
+    assert gamma(scheme="pissa", scale="stable", direction="ArB2r") == 1
+
+
 def test_scaling_and_table() -> None:
     assert lora_scaling(16, 8, False) == 2.0
     assert lora_scaling(16, 64, True) == 2.0
     scheme = SCHEMES["lora_ga"]
     assert scheme.factors is lora_ga
     assert scheme.num_triplets(8) == 16
+    assert set(get_args(SchemeName)) == set(SCHEMES)
