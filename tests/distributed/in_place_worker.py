@@ -6,6 +6,7 @@ usage: in_place_worker.py MODEL_DIR RESULT_DIR MODE      MODE: loraga | default 
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import loraga_dist
 from loraga_dist.cli import leave_process
 from loraga_dist.distributed import World
+from loraga_dist.sharding import Zero3
 
 GLOBAL_BATCH = 6
 STEPS = 10
@@ -53,6 +55,22 @@ def gathered(model: torch.nn.Module, sharded: bool) -> dict[str, torch.Tensor]:
     return full
 
 
+def watch_gathered_weights() -> None:
+    """Fail when a rank gets a weight while it still holds the one before."""
+    gather, storages = Zero3.weight_on, []
+
+    def weight_on(self: Zero3, parameter: torch.nn.Parameter, owner: int) -> torch.Tensor | None:
+        if owner == self.world.rank:
+            assert not any(storage() for storage in storages), "a weight gathered before is still there"
+        weight = gather(self, parameter, owner)
+        assert (weight is not None) == (owner == self.world.rank)
+        if weight is not None:
+            storages.append(weakref.ref(weight.untyped_storage()))
+        return weight
+
+    Zero3.weight_on = weight_on  # type: ignore[method-assign]
+
+
 def main() -> None:
     model_dir, result_dir, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     world = World.start()
@@ -74,6 +92,7 @@ def main() -> None:
         print("identity", start.identity_check, flush=True)
         assert start.identity_check.max_abs_logit_diff < 1e-5 * start.identity_check.max_abs_logit
     elif mode == "weights":
+        watch_gathered_weights()
         start = loraga_dist.initialize(model, None, {"lora": LORA, "init": {"scheme": "pissa"}})
         peft_model = start.model
         assert start.calibration is None

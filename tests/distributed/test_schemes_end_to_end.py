@@ -217,6 +217,19 @@ def test_stock_peft_loads_a_verified_start(runs: Callable[..., Path], scheme: st
     assert {target["owner_rank"] for target in report(out)["targets"].values()} == set(range(world_size))
 
 
+@pytest.mark.parametrize("kind", ["tied", "t5", "bert", "bart"])
+def test_every_family_starts_without_data(kind: str, tmp_path: Path) -> None:
+    tree = config_tree(save_model(tmp_path / kind, kind), tmp_path / "none", tmp_path / "out", kind=kind)
+    tree["init"] = {"scheme": "pissa"}
+    if kind == "bart":  # its head has fewer rows than r
+        tree["lora"]["modules_to_save"] = ["classification_head"]
+    del tree["calibration"]
+    run(parse_config(InitConfig, tree), World.alone(), StopRequest())
+    check = report(tmp_path / "out")["identity_check"]
+    assert check["max_abs_logit_diff"] < 1e-5 * check["max_abs_logit"]
+    assert verify(tmp_path / "out").residual_checked
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("scheme", OTHERS)
 def test_ranks_do_not_matter(runs: Callable[..., Path], scheme: str, kind: str) -> None:
