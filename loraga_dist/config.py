@@ -84,7 +84,12 @@ class LoraSection(Section):
 
 
 _STABLE_GAMMA = {"lora_ga": 16.0, "lora_one": 128.0}
-_SCHEMES_WITH = {"direction": ("lora_ga",), "scale": ("lora_ga",), "stable_gamma": tuple(_STABLE_GAMMA)}
+_SCHEMES_WITH = {
+    "direction": ("lora_ga",),
+    "scale": ("lora_ga",),
+    "stable_gamma": tuple(_STABLE_GAMMA),
+    "rank_budget": tuple(_STABLE_GAMMA),
+}
 """The schemes that a key concerns."""
 
 
@@ -98,6 +103,9 @@ class SchemeConfig(Section):
     scale: Scale = "stable"
     stable_gamma: float | None = Field(default=None, gt=0)
     """null is the scheme's own: 16 for `lora_ga`, 128 for `lora_one`."""
+    rank_budget: int | None = Field(default=None, ge=1)
+    """Adapter parameters in all, sum of r (M + N), to spend on the targets whose gradients have most energy in further
+    directions; each gets rank 1 at least and twice `lora.r` at most, and the scaling of `lora`."""
     seed: int = Field(default=0, ge=0)
     """Seeds the randomized SVD, the `random` direction and `kaiming`."""
 
@@ -111,7 +119,7 @@ class SchemeConfig(Section):
             )
         return value
 
-    @field_validator("direction", "scale", "stable_gamma")
+    @field_validator("direction", "scale", "stable_gamma", "rank_budget")
     @classmethod
     def _of_this_scheme(cls, value: Any, info: ValidationInfo) -> Any:
         key = info.field_name or ""

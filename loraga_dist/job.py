@@ -33,6 +33,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape
 from loraga_dist.models import BaseModel, find_base_model
 from loraga_dist.plan import Plan, make_plan
+from loraga_dist.rank_budget import planned_targets
 from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
@@ -52,6 +53,7 @@ class Job:
     shape: ModelShape
     plan: Plan
     targets: list[AdapterTarget]
+    """As planned: with a rank budget, at their largest ranks until `with_ranks`."""
     saved_parameters: dict[str, str]
     """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
     residual_files: list[PlannedFile]
@@ -67,6 +69,14 @@ class Job:
     def data_fingerprint(self) -> str | None:
         """Of all samples."""
         return self.data_fingerprints[-1] if self.data_fingerprints else None
+
+    def with_ranks(self, targets: Sequence[Target]) -> Job:
+        """The same job once it is known which ranks the targets, in the same order, have got."""
+        settled = [
+            dataclasses.replace(planned, r=target.r, lora_alpha=target.lora_alpha, scaling=target.scaling)
+            for planned, target in zip(self.targets, targets, strict=True)
+        ]
+        return dataclasses.replace(self, targets=settled)
 
     def storage_dtype(self, target: Target) -> torch.dtype:
         """What A0 and B0 of a target are rounded to."""
@@ -89,16 +99,17 @@ def prepare(config: InitConfig, world: World) -> Job:
     slots = base.slots_of(meta_model)
     shape = ModelShape.of(meta_model, base.dtype)
     selection = select_targets(meta_model, config.lora, scheme.num_triplets)
+    targets = planned_targets(selection.targets, config.lora, config.init)
     adapter_targets = [
         AdapterTarget(**dataclasses.asdict(target), weight_key=base.weight_keys(target.parameter_name))
-        for target in selection.targets
+        for target in targets
     ]
     require_targets(base.index, adapter_targets)
     deal = None
     if scheme.source == "gradient" or config.calibration.names_data:
         deal = _deal(config, base, world)
     residual_files = plan_residual_files(base.index, config.output.residual_dtype)
-    plan = make_plan(selection.targets, config.gradient, scheme, world.size)
+    plan = make_plan(targets, config.gradient, scheme, world.size)
     saved_parameters = {name: base.weight_keys(name) for name in selection.saved_parameters}
     saved = [base.index[key] for key in saved_parameters.values()]
     return Job(

@@ -32,7 +32,7 @@ from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, 
 from loraga_dist.artifacts.report_page import write_report_page
 from loraga_dist.artifacts.residual import digest_base, finish_residual_base, write_residual_files, writes_residual
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
-from loraga_dist.config import InitConfig
+from loraga_dist.config import InitConfig, LoraSection
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.job import Job
@@ -91,7 +91,9 @@ def write_weights(
             if has_residual:
                 (directory / RESIDUAL_BASE).mkdir()
             saved = {name: job.base.index[key] for name, key in job.saved_parameters.items()}
-            write_adapters(directory, config, job.targets, lambda name: (factors[name].A_RN, factors[name].B_MR), saved)
+            write_adapters(
+                directory, config, start.lora, job.targets, lambda name: (factors[name].A_RN, factors[name].B_MR), saved
+            )
             adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
     work = {**keeper.work, "adapter": world.all_texts(adapter_digest)[0]}
     if calibration is not None:
@@ -259,13 +261,14 @@ def _write_texts(directory: Path, config: InitConfig, report: Mapping[str, Any])
 def write_adapters(
     directory: Path,
     config: InitConfig,
+    lora: LoraSection,
     targets: Sequence[AdapterTarget],
     factors: Callable[[str], tuple[Tensor, Tensor]],
     saved: Mapping[str, TensorSlot],
 ) -> None:
     """`loraga_init` with the given A0, B0, asked for once per target, and, if it belongs on another base than the
-    original, `loraga_offset` with the stored A0, -B0."""
-    of_residual, of_original = peft_lora_config(config.lora), peft_lora_config(config.lora)
+    original, `loraga_offset` with the stored A0, -B0. lora: gives every target its rank."""
+    of_residual, of_original = peft_lora_config(lora), peft_lora_config(lora)
     of_residual.base_model_name_or_path = f"{config.output.dir}/{RESIDUAL_BASE}"
     of_original.base_model_name_or_path, of_original.revision = config.model.name_or_path, config.model.revision
     changes_base = SCHEMES[config.init.scheme].changes_base

@@ -32,6 +32,7 @@ from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.outputs import finish_directory, make_report, write_weights
 from loraga_dist.plan import make_plan
 from loraga_dist.plan_report import plan_report, print_plan
+from loraga_dist.rank_budget import planned_targets
 from loraga_dist.resume import RunKeeper, StopRequest, base_identity
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
@@ -82,6 +83,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             )
             seconds["calibrate"] = 0.0 if start.calibration is None else start.calibration.seconds_calibrate
             seconds["factorize"] = start.seconds_factorize
+            job = job.with_ranks([found.target for found in start.targets])
             del model
             keeper.leave_if_asked()
             write_started = time.monotonic()
@@ -166,7 +168,8 @@ def initialize(
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
         selection = select_targets(meta_copy(type(model), model.config), config.lora, scheme.num_triplets)
-        plan = make_plan(selection.targets, config.gradient, scheme, world.size)
+        targets = planned_targets(selection.targets, config.lora, config.init)
+        plan = make_plan(targets, config.gradient, scheme, world.size)
         if scheme.source != "gradient":
             max_batches = 1
         elif dataloader is None:

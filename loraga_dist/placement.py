@@ -14,7 +14,7 @@ from torch import nn
 
 from loraga_dist.calibration import Microbatch
 from loraga_dist.config import LoraSection, SchemeConfig
-from loraga_dist.engines import GradientSVD
+from loraga_dist.engines import GradientSVD, Matrix
 from loraga_dist.engines.base import seeded_generator
 from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd
 from loraga_dist.plan import Plan
@@ -87,13 +87,20 @@ def place_factors(
     square_norms = sharding.square_norms([layer.get_base_layer().weight for layer in layers.values()]).tolist()
     reports = []
     owners = plan.owners
-    engines = {matrix.name: matrix.engine for matrices in plan.sweeps for matrix in matrices}
+    matrices = {matrix.name: matrix for sweep in plan.sweeps for matrix in sweep}
     with full_float32_matmul():
         for target, square_norm in zip(plan.targets, square_norms, strict=True):
             layer = layers[target.name]
             weight = layer.get_base_layer().weight
             factors, numbers = _share_factors(
-                target, owners[target.name], owned.get(target.name), config, weight, sharding, rounding(target)
+                target,
+                matrices.get(target.name),
+                owners[target.name],
+                owned.get(target.name),
+                config,
+                weight,
+                sharding,
+                rounding(target),
             )
             if plan.scheme.changes_base:
                 sharding.subtract_lowrank(weight, target, factors.A_RN, factors.B_MR)
@@ -105,7 +112,7 @@ def place_factors(
                 TargetReport(
                     target=target,
                     owner_rank=owners[target.name],
-                    gradient=_gradient_report(numbers, engines[target.name]) if engines else None,
+                    gradient=_gradient_report(numbers, matrices[target.name].engine) if matrices else None,
                     offset_ratio=target.scaling * product_norm(factors) / max(square_norm**0.5, 1e-30),
                 )
             )
@@ -153,6 +160,7 @@ def weight_singular_values(W: torch.Tensor, target: Target, config: SchemeConfig
 
 def _share_factors(
     target: Target,
+    matrix: Matrix | None,
     owner: int,
     found: GradientSVD | LoraFactors | None,
     config: SchemeConfig,
@@ -175,10 +183,10 @@ def _share_factors(
             factors = make_factors(target, found.svd, config, dtype, weight_S_R)
             known = [float("nan") if x is None else x for x in (found.split_half_cosine, found.window_capture)]
             rank = numerical_rank(found.svd.S_K, target.M, target.N)
+            assert matrix is not None
+            captured = found.captured_energy * _energy_share(found.svd.S_K, num_triplets, matrix.num_triplets)
             numbers.copy_(
-                torch.tensor(
-                    [found.captured_energy, *known, rank, *found.svd.S_K[:num_triplets].tolist()], dtype=torch.float64
-                )
+                torch.tensor([captured, *known, rank, *found.svd.S_K[:num_triplets].tolist()], dtype=torch.float64)
             )
         A_RN.copy_(factors.A_RN)
         B_MR.copy_(factors.B_MR)
@@ -186,6 +194,11 @@ def _share_factors(
     world.broadcast_(B_MR, owner)
     world.broadcast_(numbers, owner)
     return LoraFactors(A_RN=A_RN, B_MR=B_MR), numbers.tolist()
+
+
+def _energy_share(S_K: torch.Tensor, few: int, many: int) -> float:
+    """Of the first `many` singular directions' energy, what the first `few` hold: a rank budget takes no more."""
+    return 1.0 if few == many else (S_K[:few].square().sum() / S_K[:many].square().sum()).item()
 
 
 def _weight_singular_values(

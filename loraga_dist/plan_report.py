@@ -17,6 +17,7 @@ from loraga_dist.estimate import ModelShape, disk_bytes, work
 from loraga_dist.forecast import Forecaster, advice, batch_shapes, verdict
 from loraga_dist.models import find_base_model
 from loraga_dist.plan import Plan
+from loraga_dist.rank_budget import planned_targets
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
 from loraga_dist.targets import meta_copy, select_targets
@@ -37,7 +38,8 @@ def forecaster_for(config: InitConfig, device: torch.device) -> Forecaster:
         raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
     shape = ModelShape.of(meta_model, base.dtype)
     selection = select_targets(meta_model, config.lora, SCHEMES[config.init.scheme].num_triplets)
-    return Forecaster(config=config, base=base, shape=shape, targets=selection.targets, on_host=device.type == "cpu")
+    targets = planned_targets(selection.targets, config.lora, config.init)
+    return Forecaster(config=config, base=base, shape=shape, targets=targets, on_host=device.type == "cpu")
 
 
 def plan_report(

@@ -37,6 +37,7 @@ from loraga_dist.models import DTYPES
 from loraga_dist.outputs import finish_directory, write_adapters
 from loraga_dist.placement import make_factors, product_norm, weight_singular_values
 from loraga_dist.progress import phase
+from loraga_dist.rank_budget import planned_targets, spend
 from loraga_dist.safetensors_files import TensorSlot, read_range, read_rows, scan_checkpoint
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.targets import check_patterns, peft_lora_config
@@ -122,9 +123,13 @@ def refactor(
         raise UserError("init.scheme", config.init.scheme, problem)
     base_dir, index = open_base(report, base)
     destination = free_place(to, "--to", marker=REPORT, overwrite=overwrite, inputs=[source, base_dir])
-    targets = targets_under(peft_lora_config(config.lora), report)
+    targets = planned_targets(targets_under(peft_lora_config(config.lora), report), config.lora, config.init)
     check_patterns(config.lora, targets)
     require_targets(index, targets)
+    lora = config.lora
+    if config.init.rank_budget is not None:
+        singular_values = {target.name: _singular_values(slots, target.name) for target in targets}
+        targets, lora = spend(targets, singular_values, lora, config.init)
     _require_triplets(config, targets, slots)
 
     rebuild = _Rebuild(
@@ -132,7 +137,7 @@ def refactor(
     )
     with whole_directory(destination, "--to", _num_bytes(config, targets, slots, index)) as directory:
         saved = {name: index[key] for name, key in report.saved_parameters.items()}
-        write_adapters(directory, config, targets, rebuild.factors, saved)
+        write_adapters(directory, config, lora, targets, rebuild.factors, saved)
         shutil.copytree(source / FACTORS, directory / FACTORS)
         residual_fingerprint = None
         if writes_residual(config):
@@ -194,6 +199,11 @@ def _require_gradient(report: Report, source: Path) -> None:
     if report.scheme.source != "gradient":
         problem = f"was made by {report.config.init.scheme} and holds no gradients; run loraga-dist init"
         raise UserError("directory", str(source), problem)
+
+
+def _singular_values(slots: Mapping[str, TensorSlot], name: str) -> list[float]:
+    slot = slots[f"{name}.S"]
+    return read_rows(slot, 0, slot.shape[0]).tolist()
 
 
 def _require_triplets(config: InitConfig, targets: Sequence[AdapterTarget], slots: Mapping[str, TensorSlot]) -> None:

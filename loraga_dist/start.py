@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch import nn
 
 from loraga_dist.calibrate import Keeper, calibrate
 from loraga_dist.calibration import Deal, seeded_microbatch
-from loraga_dist.config import MethodConfig
+from loraga_dist.config import LoraSection, MethodConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
 from loraga_dist.losses import LOSSES
 from loraga_dist.placement import PROBE_TOKENS, TargetReport, add_adapter, place_factors, probe_logits
 from loraga_dist.plan import Plan
+from loraga_dist.rank_budget import spend
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding import Sharding
 from loraga_dist.stream import Calibration
@@ -44,6 +45,8 @@ class Start:
 
     model: Any
     """The `peft.PeftModel`: adapter "default" A0, B0 on the base W - s*B0*A0, or on W where the scheme leaves it."""
+    lora: LoraSection
+    """The adapter's section; where there is a rank budget, with the ranks it bought."""
     targets: list[TargetReport]
     calibration: Calibration | None
     """None where the scheme takes no gradient."""
@@ -93,6 +96,12 @@ def start_in_place(
     finally:
         sharding.detach()
 
+    lora = config.lora
+    if config.init.rank_budget is not None:
+        assert calibration is not None, "checked by the configuration"
+        singular_values = _shared_singular_values(calibration, sharding.world)
+        targets, lora = spend(plan.targets, singular_values, config.lora, config.init)
+        plan = replace(plan, targets=targets)
     if calibration is not None:
         owned, seconds_factorize = calibration.owned, calibration.seconds_factorize
     else:
@@ -100,8 +109,8 @@ def start_in_place(
         leave_if_asked = _no_one_asks if keeper is None else keeper.leave_if_asked
         owned = make_factors_of_weights(model, plan, config.init, sharding=sharding, after_round=leave_if_asked)
         seconds_factorize = time.monotonic() - started
-    peft_model = add_adapter(model, config.lora, sharding)
-    targets = place_factors(peft_model, plan, owned, config.init, sharding=sharding, rounding=rounding, keep=keep)
+    peft_model = add_adapter(model, lora, sharding)
+    reports = place_factors(peft_model, plan, owned, config.init, sharding=sharding, rounding=rounding, keep=keep)
 
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     peft_model.requires_grad_(False)
@@ -115,13 +124,20 @@ def start_in_place(
     peft_model.train()
     return Start(
         model=peft_model,
-        targets=targets,
+        lora=lora,
+        targets=reports,
         calibration=calibration,
         identity_check=_compare_logits(
             before, after, sharding.world, next(model.parameters()).dtype, must_agree=plan.scheme.starts_at_model
         ),
         seconds_factorize=seconds_factorize,
     )
+
+
+def _shared_singular_values(calibration: Calibration, world: World) -> dict[str, list[float]]:
+    """Of every target's gradient, the same on every rank; a collective."""
+    owned = {name: found.svd.S_K.tolist() for name, found in calibration.owned.items()}
+    return {name: values for part in world.all_json(owned) for name, values in part.items()}
 
 
 def _no_one_asks() -> None:

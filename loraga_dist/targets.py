@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ class Target:
     @property
     def parameter_name(self) -> str:
         return f"{self.name}.weight"
+
+
+TargetT = TypeVar("TargetT", bound=Target)
 
 
 def peft_lora_config(lora: LoraSection) -> LoraConfig:

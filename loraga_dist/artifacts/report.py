@@ -123,13 +123,14 @@ def print_summary(report: Mapping[str, Any], directory: str, verified: str) -> N
         table.add_column(column, justify="left" if column == "module" else "right")
     kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for name, target in report["targets"].items():
-        kinds.setdefault((name.rpartition(".")[2], *target["shape"], target["r"]), []).append(target)
-    for (kind, M, N, r), members in kinds.items():
+        kinds.setdefault((name.rpartition(".")[2], *target["shape"]), []).append(target)
+    for (kind, M, N), members in kinds.items():
+        ranks = sorted({member["r"] for member in members})
         table.add_row(
             kind,
             str(len(members)),
             f"{M} x {N}",
-            str(r),
+            str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
             _spread([member["captured_energy"] for member in members]),
             _spread([member["split_half_cosine"] for member in members]),
             _spread([member["offset_ratio"] for member in members]),

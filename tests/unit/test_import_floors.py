@@ -20,7 +20,7 @@ FLOORS = [
     {"rendezvous"},
     {"config", "distributed", "safetensors_files", "schemes", "engines"},
     {"targets", "formats", "taps", "models", "watch"},
-    {"calibration"},
+    {"calibration", "rank_budget"},
     {"sharding", "plan", "artifacts"},
     {"sweep", "checkpoint"},
     {"stream", "placement", "resume", "rehearsal"},

@@ -1,0 +1,106 @@
+"""Ranks by layer: so many adapter parameters in all, spent where they capture most of the gradients' energy."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from loraga_dist.config import LoraSection, SchemeConfig
+from loraga_dist.errors import UserError
+from loraga_dist.schemes import SCHEMES, lora_scaling
+from loraga_dist.targets import TargetT
+
+LARGEST = 2
+"""No target gets more than this times `lora.r`: engines must know beforehand how many directions to look for."""
+
+
+def planned_targets(targets: Sequence[TargetT], lora: LoraSection, init: SchemeConfig) -> list[TargetT]:
+    """The targets with the largest ranks they may get, for which engines, memory and disk are planned.
+
+    Without `init.rank_budget` they are as they were. Raises UserError for a budget that cannot be kept.
+    """
+    if init.rank_budget is None:
+        return list(targets)
+    if lora.rank_pattern or lora.alpha_pattern:
+        key = "lora.rank_pattern" if lora.rank_pattern else "lora.alpha_pattern"
+        raise UserError("init.rank_budget", init.rank_budget, f"decides ranks and alphas itself; remove {key}")
+    least = sum(target.M + target.N for target in targets)
+    if init.rank_budget < least:
+        raise UserError(
+            "init.rank_budget",
+            init.rank_budget,
+            f"is less than rank 1 of the {len(targets)} targets takes; write {least} or more",
+        )
+    num_triplets = SCHEMES[init.scheme].num_triplets
+    return [
+        _with_rank(
+            target,
+            lora,
+            max(r for r in range(1, LARGEST * lora.r + 1) if num_triplets(r) <= min(target.M, target.N)),
+        )
+        for target in targets
+    ]
+
+
+def spend(
+    planned: Sequence[TargetT], singular_values: Mapping[str, Sequence[float]], lora: LoraSection, init: SchemeConfig
+) -> tuple[list[TargetT], LoraSection]:
+    """The targets with the ranks that `init.rank_budget` buys, and the section with these as patterns.
+
+    Every target keeps its scaling, that of `lora`. singular_values: of each gradient, descending, at least as many as
+    its planned rank wants or as there are.
+    """
+    assert init.rank_budget is not None
+    num_triplets = SCHEMES[init.scheme].num_triplets
+    energies = [
+        [
+            math.fsum(value**2 for value in singular_values[target.name][num_triplets(r) : num_triplets(r + 1)])
+            for r in range(target.r)
+        ]
+        for target in planned
+    ]
+    ranks = allocate(init.rank_budget, [target.M + target.N for target in planned], energies)
+    targets = [_with_rank(target, lora, r) for target, r in zip(planned, ranks, strict=True)]
+    # PEFT takes the first pattern that a name ends with: a name that ends with another one comes before it
+    by_name = sorted(targets, key=lambda target: -len(target.name))
+    patterns = {
+        "rank_pattern": {target.name: target.r for target in by_name},
+        "alpha_pattern": {target.name: target.lora_alpha for target in by_name},
+    }
+    return targets, lora.model_copy(update=patterns)
+
+
+def allocate(budget: int, sizes: Sequence[int], energies: Sequence[Sequence[float]]) -> list[int]:
+    """Ranks, 1 at least, with sum(rank * size) <= budget, by most energy per parameter first.
+
+    energies: what each further rank of a target adds, never more than the one before; its length is the largest rank.
+    Ranks that add nothing are not bought. The energy is the largest possible but for what the last parameters, too few
+    for the next best rank, could have bought together.
+    """
+    ranks = [1] * len(sizes)
+    left = budget - sum(sizes)
+    assert left >= 0, "checked by planned_targets"
+
+    def offer(i: int) -> tuple[float, int]:
+        return -energies[i][ranks[i]] / sizes[i], i
+
+    offers = [offer(i) for i in range(len(sizes)) if len(energies[i]) > 1]
+    heapq.heapify(offers)
+    while offers:
+        gain, i = heapq.heappop(offers)
+        if gain == 0 or sizes[i] > left:
+            continue
+        ranks[i] += 1
+        left -= sizes[i]
+        if ranks[i] < len(energies[i]):
+            heapq.heappush(offers, offer(i))
+    return ranks
+
+
+def _with_rank(target: TargetT, lora: LoraSection, r: int) -> TargetT:
+    """The same scaling at another rank."""
+    share = r / lora.r
+    lora_alpha = lora.lora_alpha * (math.sqrt(share) if lora.use_rslora else share)
+    return replace(target, r=r, lora_alpha=lora_alpha, scaling=lora_scaling(lora_alpha, r, lora.use_rslora))
