@@ -1,9 +1,17 @@
-"""Train on from a LoRA-GA start under ZeRO-3: the library call, then an ordinary DeepSpeed loop.
+"""Train on from a LoRA-GA start in an ordinary DeepSpeed ZeRO-3 loop.
 
-    deepspeed --num_gpus 2 examples/train_zero3.py \\
-        --model build/quickstart/model --data build/quickstart/calibration.jsonl
+From the files of `loraga-dist init`, with checkpoints to resume from:
 
-The order matters: model under zero.Init, `loraga_dist.initialize`, then `deepspeed.initialize` with the optimizer.
+    deepspeed --num_gpus 2 examples/train_zero3.py --loraga_dir runs/quickstart \\
+        --data build/quickstart/calibration.jsonl
+
+or from a start that is made in memory and saved as `start/` in the output directory, for `loraga-dist convert`:
+
+    deepspeed --num_gpus 2 examples/train_zero3.py --model build/quickstart/model \\
+        --data build/quickstart/calibration.jsonl --output runs/zero3-in-memory
+
+The order matters: model under zero.Init, `loraga_dist.initialize`, `save_start`, then `deepspeed.initialize` with the
+optimizer.
 """
 
 from __future__ import annotations
@@ -13,28 +21,40 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
 import loraga_dist
 
 
-def main() -> None:
+def main() -> Any:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--loraga_dir", type=Path, help="output directory of loraga-dist init")
+    parser.add_argument("--model", help="without --loraga_dir: the model to make a start of in memory")
     parser.add_argument("--data", required=True, help="JSONL with a column 'text'")
+    parser.add_argument("--output", type=Path, default=Path("runs/zero3"))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--save_steps", type=int, default=10)
+    parser.add_argument("--resume_from_checkpoint", help="for instance step10; needs --loraga_dir")
     parser.add_argument("--batch_size", type=int, default=4, help="per rank")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--save", help="directory for the trained adapter")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="as for full fine-tuning")
+    parser.add_argument(
+        "--loraplus_lr_ratio", type=float, default=1.0, help="learning rate of B over that of A (LoRA+)"
+    )
+    parser.add_argument("--rank", type=int, default=8, help="of a start made in memory")
     parser.add_argument("--local_rank", type=int, default=0)  # added by the deepspeed launcher
     options = parser.parse_args()
+    if (options.loraga_dir is None) == (options.model is None) or (
+        options.resume_from_checkpoint and not options.loraga_dir
+    ):
+        parser.error("write either --loraga_dir or --model; --resume_from_checkpoint goes with --loraga_dir")
 
     transformers.set_seed(0)
     if not torch.cuda.is_available():
@@ -47,34 +67,52 @@ def main() -> None:
         "gradient_clipping": 1.0,
     }
     keep_alive = HfDeepSpeedConfig(settings)  # from_pretrained shards while it lives
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    batches = read_batches(options)
+    base_directory = options.loraga_dir / "residual_base" if options.loraga_dir else options.model
+    base = AutoModelForCausalLM.from_pretrained(base_directory, dtype=torch.float32)
+    batches = read_batches(options, AutoTokenizer.from_pretrained(base_directory))
+    if options.loraga_dir:
+        model: Any = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)
+    else:
+        start = loraga_dist.initialize(base, batches[:8], {"lora": {"r": options.rank, "lora_alpha": 2 * options.rank}})
+        say(f"{len(start.targets)} targets, logits moved by {start.identity_check.max_abs_logit_diff:.1e} at most")
+        say(f"convert later with --init {loraga_dist.save_start(start, options.output / 'start')}/loraga_init")
+        model = start.model
 
-    start = loraga_dist.initialize(model, batches[:8], {"lora": {"r": options.rank, "lora_alpha": 2 * options.rank}})
-    say(f"{len(start.targets)} targets, logits moved by {start.identity_check.max_abs_logit_diff:.1e} at most")
-
-    trainable = [parameter for parameter in start.model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=start.model, config=settings, optimizer=torch.optim.AdamW(trainable, lr=options.learning_rate)
-    )
-    for step in range(options.steps):
+    optimizer = torch.optim.AdamW(parameter_groups(model, options.learning_rate, options.loraplus_lr_ratio))
+    engine, *_ = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)
+    del keep_alive
+    if options.resume_from_checkpoint:
+        # frozen parameters are not in it: they come from residual_base
+        engine.load_checkpoint(options.output / "checkpoints", options.resume_from_checkpoint, load_module_strict=False)
+    engine.train()
+    for step in range(engine.global_steps, options.steps):
         batch = {name: tensor.to(engine.device) for name, tensor in batches[step % len(batches)].items()}
         loss = engine(**batch).loss
         engine.backward(loss)
         engine.step()
         dist.all_reduce(loss := loss.detach().clone())
         say(f"step {step + 1}: loss {loss.item() / dist.get_world_size():.4f}")
-    if options.save:
-        save_adapter(start.model, Path(options.save))
-    del keep_alive
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # on CPUs gloo's threads can abort an orderly exit, after all work is done
+        if options.loraga_dir and (step + 1) % options.save_steps == 0:
+            engine.save_checkpoint(options.output / "checkpoints", f"step{step + 1}", exclude_frozen_parameters=True)
+    save_adapter(model, options.output / "trained")
+    return engine
 
 
-def read_batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+def parameter_groups(model: torch.nn.Module, learning_rate: float, loraplus_lr_ratio: float) -> list[dict[str, Any]]:
+    """LoRA+: a larger learning rate for B.
+
+    What `peft.optimizers.create_loraplus_optimizer` does, by name alone: it takes every parameter with one dimension
+    for a B, and a ZeRO-3 shard has one.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return [
+        {"params": [p for name, p in trainable.items() if "lora_B" not in name], "lr": learning_rate},
+        {"params": [p for name, p in trainable.items() if "lora_B" in name], "lr": learning_rate * loraplus_lr_ratio},
+    ]
+
+
+def read_batches(options: argparse.Namespace, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     """This rank's batches: every rank takes its own lines."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
     texts = [json.loads(line)["text"] for line in Path(options.data).read_text().splitlines()]
     texts = texts[dist.get_rank() :: dist.get_world_size()]
     batches = []
@@ -92,7 +130,7 @@ def read_batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def save_adapter(model: torch.nn.Module, directory: Path) -> None:
+def save_adapter(model: Any, directory: Path) -> None:
     """Gather the adapter, nothing else, and write it from rank 0."""
     adapter = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with deepspeed.zero.GatheredParameters(list(adapter.values()), modifier_rank=None):
@@ -108,3 +146,6 @@ def say(line: str) -> None:
 
 if __name__ == "__main__":
     main()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # on CPUs gloo's threads can abort an orderly exit, after all work is done

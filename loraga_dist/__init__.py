@@ -7,8 +7,9 @@ from loraga_dist.errors import LoragaError, RunError, UserError
 
 if TYPE_CHECKING:
     from loraga_dist.pipeline import initialize
+    from loraga_dist.saving import save_start
 
-__all__ = ["InitConfig", "LoragaError", "MethodConfig", "RunError", "UserError", "initialize"]
+__all__ = ["InitConfig", "LoragaError", "MethodConfig", "RunError", "UserError", "initialize", "save_start"]
 __version__ = "0.1.0"
 
 
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> object:
         from loraga_dist.pipeline import initialize
 
         return initialize
+    if name == "save_start":
+        from loraga_dist.saving import save_start
+
+        return save_start
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,9 @@ from pathlib import Path
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
 
+VLLM_SAVED_MODULES = {"classifier", "score"}
+"""The only modules_to_save that vLLM reads: heads of classifiers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -54,18 +57,25 @@ def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             f"{options.to}: LoRA of rank {found.r} on {found.base}, {found.num_targets} targets; "
             f"kept energy {found.total_kept_energy:.6f}, least {found.kept_energy[worst]:.6f} in {worst}"
         )
-        print(_how_to_serve(options.to, found.base, found.r, bool(found.saved_parameters)))
+        for line in how_to_serve(options.to, found.base, found.r, found.saved_parameters):
+            print(f"serve: {line}")
     if options.merge is not None:
         print(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in")
 
 
-def _how_to_serve(adapter: Path, base: str, r: int, has_saved: bool) -> str:
+def how_to_serve(adapter: Path, base: str, r: int, saved_parameters: Sequence[str]) -> list[str]:
+    """What to type for vLLM and SGLang, or why they do not take it; one line each. r: of the adapter."""
+    saved_modules = {name.split(".")[-2] for name in saved_parameters}
     fitting = [rank for rank in VLLM_LORA_RANKS if rank >= r]
-    if has_saved:
-        return "serve: vLLM takes no adapter with modules_to_save; use --merge"
+    if saved_modules - VLLM_SAVED_MODULES:
+        return ["vLLM and SGLang take no modules_to_save; use --merge"]
     if not fitting:
-        return f"serve: vLLM takes adapters of rank {VLLM_LORA_RANKS[-1]} at most; use --rank or --merge"
-    return f"serve: vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules tuned={adapter}"
+        return [f"vLLM takes adapters of rank {VLLM_LORA_RANKS[-1]} at most; use --rank or --merge"]
+    lines = [f"vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules tuned={adapter}"]
+    if not saved_modules:
+        server = "python -m sglang.launch_server"
+        lines.append(f"{server} --model-path {base} --enable-lora --max-lora-rank {r} --lora-paths tuned={adapter}")
+    return lines
 
 
 def _add_materialize_base(parser: argparse.ArgumentParser) -> None:

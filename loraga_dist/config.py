@@ -22,6 +22,7 @@ Scale = Literal["stable", "unit", "gd", "weight_svd", "peft"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
 StateDevice = Literal["auto", "device", "host"]
+Tracker = Literal["tensorboard", "wandb"]
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
@@ -203,6 +204,26 @@ class OutputConfig(Section):
     residual_base: Literal["full", "none"] = "full"
     residual_dtype: Dtype = "auto"
     """dtype of the targets in the residual base; `auto` is each tensor's own in the checkpoint."""
+    report_to: Tracker | Literal["none"] | list[Tracker] = "none"
+    """Where the report's figures are logged when the run is done."""
+    push_to_hub: str | None = None
+    """Repository on the Hugging Face hub for adapter, offset, report and model card; made if it is not there."""
+    push_residual_base: bool = False
+    """Push `residual_base` as well, which is as large as the model."""
+
+    @field_validator("push_residual_base")
+    @classmethod
+    def _residual_base_exists(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and (info.data.get("push_to_hub") is None or info.data.get("residual_base") != "full"):
+            raise ValueError("needs push_to_hub, and residual_base full; write false")
+        return value
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """`report_to` as a list."""
+        if self.report_to == "none":
+            return []
+        return list(self.report_to) if isinstance(self.report_to, list) else [self.report_to]
 
 
 class MethodConfig(Section):

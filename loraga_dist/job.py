@@ -31,6 +31,7 @@ from loraga_dist.config import InitConfig
 from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape
+from loraga_dist.hub import check_hub_access
 from loraga_dist.models import BaseModel, find_base_model
 from loraga_dist.plan import Plan, make_plan
 from loraga_dist.rank_budget import planned_targets
@@ -38,6 +39,7 @@ from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
 from loraga_dist.targets import Target, meta_copy, select_targets
+from loraga_dist.tracking import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +87,17 @@ class Job:
 
 
 def prepare(config: InitConfig, world: World) -> Job:
-    """Check the whole request against files, model and data. No collectives; raises UserError."""
+    """Check the whole request against files, model and data. No collectives; raises UserError.
+
+    Rank 0 asks the hub for access where that is wanted.
+    """
     read_deepspeed_config(config.deepspeed)
     destination = check_destination(config.output)
+    check_trackers(config.output)
+    if config.output.push_residual_base and not writes_residual(config):
+        raise UserError("output.push_residual_base", True, f"{config.init.scheme} has no residual_base; write false")
+    if world.is_main:
+        check_hub_access(config.output)
     base = find_base_model(config.model, config.lora.task_type, world.device)
     if base.directory.resolve().is_relative_to(destination):
         raise UserError("output.dir", config.output.dir, "holds the base model; write another directory")

@@ -27,6 +27,7 @@ from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.distributed import World
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
+from loraga_dist.hub import push_output
 from loraga_dist.job import Job, agree_on_inputs, prepare
 from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.outputs import finish_directory, make_report, write_weights
@@ -39,6 +40,7 @@ from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
 from loraga_dist.start import Start, start_in_place
 from loraga_dist.targets import meta_copy, select_targets
+from loraga_dist.tracking import track
 
 
 def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, Any], str]:
@@ -107,6 +109,10 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
                 if isinstance(error, LoragaError) and error.exit_code == 3 and staged.checkpoint_path.is_dir():
                     error.add_note(f"the same command goes on from the checkpoint in {staged.checkpoint_path}")
             raise
+    with world.together():
+        if world.is_main:
+            track(job.destination, report)
+    push_output(job.destination, report, world)
     return report, verified
 
 
@@ -197,7 +203,7 @@ def _import_libraries() -> None:
 
 def _sharding_of(model: nn.Module, config: MethodConfig, world: World) -> Sharding:
     if is_partitioned(model):
-        refuse_unsupported_shards(model)
+        refuse_unsupported_shards(model, "loraga_dist.initialize")
         return Zero3(world, config.deepspeed)
     if world.size > 1:
         raise UserError(

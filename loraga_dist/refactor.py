@@ -29,7 +29,7 @@ from loraga_dist.artifacts.residual import (
     writes_residual,
 )
 from loraga_dist.artifacts.staging import free_place, whole_directory
-from loraga_dist.config import InitConfig, load_config
+from loraga_dist.config import InitConfig, OutputConfig, load_config
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
@@ -44,6 +44,9 @@ from loraga_dist.targets import check_patterns, peft_lora_config
 
 _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""
+
+
+_OF_INIT_ALONE = ("report_to", "push_to_hub", "push_residual_base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +187,10 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
         for key, value in getattr(new, section)
         if value != getattr(getattr(old, section), key) and not (section == "lora" and key in _CHANGEABLE)
     }
+    for key in _OF_INIT_ALONE:
+        if getattr(new.output, key) != getattr(old.output, key):
+            problem = "is for loraga-dist init alone; upload the directory with `hf upload`, or leave this out"
+            raise UserError(f"output.{key}", getattr(new.output, key), problem)
     if new.deepspeed != old.deepspeed:
         changed["deepspeed"] = new.deepspeed
     if changed:
@@ -192,7 +199,9 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
     if base is not None:
         model = new.model.model_copy(update={"name_or_path": str(base.resolve()), "revision": None})
         new = new.model_copy(update={"model": model})
-    return new
+    # what is written says what was done: nothing is pushed or tracked
+    output = OutputConfig.model_validate(new.output.model_dump(exclude=set(_OF_INIT_ALONE)))
+    return new.model_copy(update={"output": output})
 
 
 def _require_gradient(report: Report, source: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from loraga_dist.calibrate import Keeper, calibrate
 from loraga_dist.calibration import Deal, seeded_microbatch
-from loraga_dist.config import LoraSection, MethodConfig
+from loraga_dist.config import LoraSection, MethodConfig, SchemeName
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
 from loraga_dist.losses import LOSSES
@@ -52,6 +52,7 @@ class Start:
     """None where the scheme takes no gradient."""
     identity_check: IdentityCheck
     seconds_factorize: float
+    scheme: SchemeName
 
 
 def start_in_place(
@@ -131,6 +132,7 @@ def start_in_place(
             before, after, sharding.world, next(model.parameters()).dtype, must_agree=plan.scheme.starts_at_model
         ),
         seconds_factorize=seconds_factorize,
+        scheme=config.init.scheme,
     )
 
 

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from loraga_dist.artifacts.card import AUTO_CLASSES
 from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, README, RESIDUAL_BASE
 from loraga_dist.schemes import SCHEMES, Scheme
 
@@ -41,7 +43,9 @@ _MOST_NAMED = 3
 _PACKAGES = ("loraga_dist", "torch", "transformers", "peft", "deepspeed", "safetensors")
 
 
-_LEARNING_RATE = {"lora_ga": "LoRA-GA wants learning rates near those of full fine-tuning.\n\n"}
+_LEARNING_RATE = {
+    "lora_ga": "LoRA-GA wants learning rates near those of full fine-tuning, which are lower than plain LoRA's.\n"
+}
 _AFTER_ON_RESIDUAL = f"""A trained adapter belongs on `{RESIDUAL_BASE}/` too. As a plain LoRA on the original base, for
 any server or trainer:"""
 _AFTER_ON_BASE = """A trained adapter is a LoRA on the original base as it is. With one rank, no patterns and no rsLoRA,
@@ -172,12 +176,7 @@ def readme(report: Mapping[str, Any]) -> str:
     """README.md of the output directory: what is here and how to train, merge and serve from it."""
     config = report["config"]
     directory, base = config["output"]["dir"], config["model"]["name_or_path"]
-    task = config["lora"]["task_type"]
-    auto = {
-        "CAUSAL_LM": "AutoModelForCausalLM",
-        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-    }[task]
+    auto = AUTO_CLASSES[config["lora"]["task_type"]]
     scheme = SCHEMES[config["init"]["scheme"]]
     start_base = f"{directory}/{RESIDUAL_BASE}" if scheme.changes_base else base
     revision = config["model"]["revision"]
@@ -209,25 +208,15 @@ base = {auto}.from_pretrained("{start_base}"{at_revision}, dtype="auto")
 model = PeftModel.from_pretrained(base, "{directory}/{LORAGA_INIT}", is_trainable=True)
 ```
 
-TRL: `SFTTrainer(model=model, peft_config=None, ...)`.
+TRL: `SFTTrainer(model=model, peft_config=None, ...)`. Other trainers take these lines in their configuration.
 
-Axolotl:
+{_trainer_configs(start_base, f"{directory}/{LORAGA_INIT}")}
+{_LEARNING_RATE.get(config["init"]["scheme"], "")}LoRA+ gives B a larger learning rate than A:
+`loraplus_lr_ratio` in Axolotl and LLaMA-Factory, `lorap_lr_ratio` in ms-swift, elsewhere
+`peft.optimizers.create_loraplus_optimizer`. Rank, alpha and dropout come from the adapter, whatever a trainer's own
+keys say.
 
-```yaml
-base_model: {start_base}
-adapter: lora
-lora_model_dir: {directory}/{LORAGA_INIT}
-```
-
-LLaMA-Factory:
-
-```yaml
-model_name_or_path: {start_base}
-adapter_name_or_path: {directory}/{LORAGA_INIT}
-finetuning_type: lora
-```
-
-{_LEARNING_RATE.get(config["init"]["scheme"], "")}## After training
+## After training
 
 {_AFTER_ON_RESIDUAL if scheme.changes_base else _AFTER_ON_BASE}
 
@@ -262,7 +251,7 @@ def _contents(scheme: Scheme) -> str:
 def _belongs(scheme: Scheme, report: Mapping[str, Any]) -> str:
     """What the adapter does to which base."""
     if scheme.changes_base:
-        return "On the original base the adapter is wrong from the first step: it would add s B0 A0 twice over nothing."
+        return f"On the original base the adapter is wrong by the s B0 A0 that only `{RESIDUAL_BASE}/` makes up for."
     if scheme.starts_at_model:
         return "The base stays as it is; B0 is zero, so that the adapter changes nothing before it is trained."
     line = f"The base stays as it is, and {scheme.title} starts off it by s B0 A0."
@@ -270,6 +259,22 @@ def _belongs(scheme: Scheme, report: Mapping[str, Any]) -> str:
     if check["max_abs_logit_diff"] is not None:  # refactor compares none
         line += f" Logits differ by {check['max_abs_logit_diff']:.3g}, the largest being {check['max_abs_logit']:.3g}."
     return line
+
+
+def _trainer_configs(base: str, adapter: str) -> str:
+    """What to write into the configuration files of trainers, each under its name."""
+    configs = {
+        "Axolotl": {"base_model": base, "adapter": "lora", "lora_model_dir": adapter},
+        "LLaMA-Factory": {
+            "model_name_or_path": base,
+            "adapter_name_or_path": adapter,
+            "finetuning_type": "lora",
+        },
+        "ms-swift": {"model": base, "adapters": [adapter], "tuner_type": "lora"},
+    }
+    return "\n".join(
+        f"{trainer}:\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n" for trainer, config in configs.items()
+    )
 
 
 def finite(value: Any) -> Any:

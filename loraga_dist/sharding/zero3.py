@@ -34,8 +34,8 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def refuse_unsupported_shards(model: nn.Module) -> None:
-    """Raise UserError for parameters whose shards cannot be read and written in place."""
+def refuse_unsupported_shards(model: nn.Module, caller: str) -> None:
+    """Raise UserError for parameters whose shards `caller` cannot read and write in place."""
     parameter: Any  # DeepSpeed adds attributes
     for name, parameter in model.named_parameters():
         if not hasattr(parameter, "ds_id"):
@@ -44,7 +44,7 @@ def refuse_unsupported_shards(model: nn.Module) -> None:
             raise UserError(
                 "model",
                 name,
-                "already belongs to an optimizer; call loraga_dist.initialize before deepspeed.initialize",
+                f"already belongs to an optimizer; call {caller} before deepspeed.initialize",
             )
         final_location = getattr(parameter.ds_tensor, "final_location", None)
         if getattr(final_location, "name", None) == "nvme":

@@ -18,7 +18,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.cli import init_main, main
+from loraga_dist.commands import VLLM_LORA_RANKS, how_to_serve
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 R = 4
 AUTO = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -178,6 +180,49 @@ def test_a_merged_model_in_16_bits_is_rounded_once(trained: Callable[[str], Trai
         exact = base[f"{target}.weight"].double() + run.update(target)
         assert merged[f"{target}.weight"].dtype == torch.bfloat16
         assert torch.equal(merged[f"{target}.weight"], exact.float().bfloat16()), target
+
+
+def refused_by_vllm(config: dict[str, Any], max_lora_rank: int) -> list[str]:
+    """What `PEFTHelper.validate_legal` of vLLM 0.33 has against an adapter config, by key."""
+    falsy = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+    found = [key for key in falsy if config.get(key)]
+    found += [] if set(config["modules_to_save"] or []) <= {"classifier", "score"} else ["modules_to_save"]
+    found += [] if config["init_lora_weights"] is True else ["init_lora_weights"]
+    found += [] if config["bias"] == "none" else ["bias"]
+    return found + ([] if 0 < max([config["r"], *config["rank_pattern"].values()]) <= max_lora_rank else ["r"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_servers_take_the_adapter_with_the_printed_flags(
+    trained: Callable[[str], Trained], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(name)
+    assert run.convert("--to", tmp_path / "plain") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("serve: ")]
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    if name == "saved-head":
+        assert said == ["serve: vLLM and SGLang take no modules_to_save; use --merge"]
+        assert refused_by_vllm(config, 512) == ["modules_to_save"]
+        return
+    words = said[0].split()
+    flag = int(words[words.index("--max-lora-rank") + 1])
+    allowed = json.loads((GOLDEN / "trainer_keys.json").read_text())["vllm"]["max_lora_rank"]
+    assert words[1:4] == ["vllm", "serve", str(run.base)] and "--enable-lora" in words
+    assert words[-2:] == ["--lora-modules", f"tuned={tmp_path / 'plain'}"]
+    assert flag == min(rank for rank in allowed if rank >= config["r"])
+    assert refused_by_vllm(config, flag) == []
+    # SGLang 0.5 scales by lora_alpha / r whatever else the config says
+    assert not config["use_rslora"] and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert (len(said) == 2) == (name != "classifier")
+    assert all(f"--max-lora-rank {config['r']} " in line and "sglang" in line for line in said[1:])
+
+
+def test_ranks_that_servers_allow() -> None:
+    allowed = json.loads((GOLDEN / "trainer_keys.json").read_text())["vllm"]["max_lora_rank"]
+    assert list(VLLM_LORA_RANKS) == allowed
+    for r, flag in ((1, 1), (2, 8), (8, 8), (9, 16), (129, 256), (257, 320), (321, 512)):
+        assert f"--max-lora-rank {flag} " in how_to_serve(Path("a"), "base", r, [])[0]
+    assert "use --rank or --merge" in how_to_serve(Path("a"), "base", 513, [])[0]
 
 
 def test_truncation_is_the_best_of_its_rank(

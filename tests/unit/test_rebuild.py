@@ -177,6 +177,7 @@ def test_what_the_factors_do_not_hold_is_refused(
         (("--lora.rank_pattern", "{nothing: 2}"), "matches no target"),
         (("--lora.target_modules", "[q_proj]"), "lora.target_modules: ['q_proj']: is settled by the gradients"),
         (("--calibration.max_samples", 7), "calibration.max_samples: 7: is settled by the gradients"),
+        (("--output.push_to_hub", "me/it"), "output.push_to_hub: 'me/it': is for loraga-dist init alone"),
         (("--init.scael", "unit"), "did you mean init.scale?"),
         (("--init.scale", "none"), "init.scale"),
     ):

@@ -1,0 +1,94 @@
+"""Train on from a LoRA-GA start with transformers' Trainer, in one process or under ZeRO-3.
+
+    python examples/train_trainer.py --loraga_dir runs/quickstart --data build/quickstart/calibration.jsonl
+
+    deepspeed --num_gpus 2 examples/train_trainer.py --loraga_dir runs/quickstart \\
+        --data build/quickstart/calibration.jsonl --output runs/trainer-zero3 --deepspeed examples/zero3_trainer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+
+def main() -> Trainer:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--loraga_dir", type=Path, required=True, help="output directory of loraga-dist init")
+    parser.add_argument("--data", required=True, help="JSONL with a column 'text'")
+    parser.add_argument("--output", default="runs/trainer")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--save_steps", type=int, default=10)
+    parser.add_argument("--resume_from_checkpoint", help="for instance runs/trainer/checkpoint-10")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="as for full fine-tuning")
+    parser.add_argument(
+        "--loraplus_lr_ratio", type=float, default=1.0, help="learning rate of B over that of A (LoRA+)"
+    )
+    parser.add_argument("--deepspeed", help="DeepSpeed's JSON, to shard the model by ZeRO-3")
+    parser.add_argument("--local_rank", type=int, default=0)  # added by the deepspeed launcher
+    options = parser.parse_args()
+
+    # before the model: from_pretrained shards it as these say
+    arguments = TrainingArguments(
+        output_dir=options.output,
+        max_steps=options.steps,
+        save_steps=options.save_steps,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        deepspeed=options.deepspeed,
+        use_cpu=not torch.cuda.is_available(),  # else accelerate takes each of several ranks for the only one
+        report_to="none",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.loraga_dir / "residual_base")
+    base = AutoModelForCausalLM.from_pretrained(options.loraga_dir / "residual_base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)
+
+    lines = load_dataset("json", data_files=options.data, split="train")
+    dataset = lines.map(
+        lambda line: tokenizer(line["text"], truncation=True, max_length=256), remove_columns=lines.column_names
+    )
+    trainer = LoraPlusTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    trainer.loraplus_lr_ratio = options.loraplus_lr_ratio
+    trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
+    trainer.save_model(f"{options.output}/trained")
+    return trainer
+
+
+class LoraPlusTrainer(Trainer):
+    """LoRA+: a larger learning rate for B. Under DeepSpeed, `Trainer(optimizers=...)` is dropped without a word."""
+
+    loraplus_lr_ratio = 1.0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            torch.optim.AdamW,
+            lr=self.args.learning_rate,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+        )
+        return self.optimizer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A finished output on the Hugging Face hub: asked for before the run, done after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from loraga_dist.artifacts.card import model_card
+from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, README, REPORT, RESIDUAL_BASE
+from loraga_dist.config import OutputConfig
+from loraga_dist.distributed import World
+from loraga_dist.errors import RunError, UserError
+
+_KEY = "output.push_to_hub"
+
+
+def check_hub_access(config: OutputConfig) -> None:
+    """Raise UserError unless the hub's token may write where `push_to_hub` says; one request, nothing is created."""
+    repo = config.push_to_hub
+    if repo is None:
+        return
+    try:
+        validate_repo_id(repo)
+        user = HfApi().whoami()
+    except HFValidationError as error:
+        raise UserError(_KEY, repo, f"is no repository id ({error}); write user/name") from error
+    except Exception as error:  # no token, a wrong one, offline; the HTTP library's own errors have no common base
+        raise UserError(_KEY, repo, f"the hub gives no access ({_first_line(error)}); run `hf auth login`") from error
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UserError(_KEY, repo, f"{user['name']}'s token may only read; log in with one that may write")
+    namespaces = [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    if "/" in repo and repo.split("/")[0] not in namespaces:
+        problem = f"belongs to another account; write {' or '.join(f'{name}/...' for name in namespaces)}"
+        raise UserError(_KEY, repo, problem)
+
+
+def push_output(directory: Path, report: Mapping[str, Any], world: World) -> None:
+    """Upload card, adapter, offset and report, and the residual base if asked for; rank 0 says where they are.
+
+    A collective: rank 0 uploads while the others wait, without a time limit. Raises RunError when that fails, with
+    `directory` as complete as before. Does nothing where the configuration asks for nothing.
+    """
+    if report["config"]["output"]["push_to_hub"] is None:
+        return
+    with ThreadPoolExecutor(1) as pool:
+        upload = pool.submit(_upload, directory, report) if world.is_main else None
+        while not _is_done(upload, world):
+            time.sleep(0.2)
+    with world.together():
+        if upload is not None:
+            print(f"pushed to {upload.result()}", flush=True)
+
+
+def _is_done(upload: Future[str] | None, world: World) -> bool:
+    done = float(upload is not None and upload.done())
+    return bool(world.max_(torch.tensor([done], device=world.device)).item())
+
+
+def _upload(directory: Path, report: Mapping[str, Any]) -> str:
+    output, api = report["config"]["output"], HfApi(library_name="loraga_dist")
+    folders = [LORAGA_INIT, LORAGA_OFFSET, *([RESIDUAL_BASE] if output["push_residual_base"] else [])]
+    try:
+        url = api.create_repo(output["push_to_hub"], exist_ok=True)
+        # the card first: an adapter without it would be loaded on the wrong base
+        api.upload_file(
+            path_or_fileobj=model_card(report, url.repo_id).encode(),
+            path_in_repo=README,
+            repo_id=url.repo_id,
+            commit_message="Model card",
+        )
+        api.upload_folder(
+            folder_path=directory,
+            repo_id=url.repo_id,
+            allow_patterns=[REPORT, *(f"{folder}/*" for folder in folders)],
+            commit_message="LoRA-GA start",
+        )
+    except Exception as error:  # as above: whatever it was, the output is not touched
+        raise RunError(
+            f"push: {output['push_to_hub']} was not uploaded ({_first_line(error)}); the output in {directory} is "
+            "complete and verified, and `hf upload` takes it as it is"
+        ) from error
+    return str(url)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,201 @@
+"""A start made in memory, put on disk before training, so that `convert` can take it out again afterwards."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraga_dist.artifacts.adapter import AdapterTarget, write_adapter
+from loraga_dist.artifacts.manifest import TensorDigest, fingerprint
+from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
+from loraga_dist.artifacts.parallel import shares
+from loraga_dist.artifacts.report import SCHEMA_VERSION, versions
+from loraga_dist.artifacts.residual import digest_base, require_targets
+from loraga_dist.artifacts.staging import StagedDirectory
+from loraga_dist.distributed import World
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.models import WeightKeys
+from loraga_dist.safetensors_files import TensorSlot, read_checkpoint_index, read_range, resolve_model_dir
+from loraga_dist.schemes import SCHEMES, LoraFactors
+from loraga_dist.sharding import Sharding, SingleProcess, Zero3
+from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
+from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
+from loraga_dist.start import Start
+
+
+def save_start(start: Start, directory: str | Path, *, base: str | Path | None = None) -> Path:
+    """Write `loraga_init` and a report of a start that `initialize` made: what `convert` and `materialize-base` need.
+
+    Call it on every rank after `initialize` and before training. Adapter parameters are gathered one at a time; rank 0
+    keeps a copy of them until they are written. The model's weights are not gathered: each rank holds its own slices
+    against the checkpoint, and its share of the checkpoint's digest.
+
+    base: directory or hub id of the original model; by default the one the model was loaded from.
+    Returns the directory, which appears whole or not at all. Raises UserError where it exists, where the model does not
+    come from `base`, or has been trained already; RunError when writing fails.
+    """
+    world = World.current()
+    model: Any = start.model
+    scheme = SCHEMES[start.scheme]
+    with world.together():
+        destination = Path(directory).resolve()
+        if destination.exists():
+            # an adapter that was trained from an earlier start could not be converted without it
+            raise UserError("directory", str(directory), "exists; write another directory")
+        sharding = _sharding_of(model, world)
+        name = str(base) if base is not None else model.config.name_or_path
+        revision = None if base is not None else getattr(model.config, "_commit_hash", None)
+        base_dir = resolve_model_dir(name, revision)
+        index = read_checkpoint_index(base_dir)
+        keys = WeightKeys(index, model.get_base_model().base_model_prefix)
+        targets = [
+            AdapterTarget(**dataclasses.asdict(found.target), weight_key=keys(found.target.parameter_name))
+            for found in start.targets
+        ]
+        require_targets(index, targets)
+        saved = {name: keys(name) for name in _saved_parameters(model)}
+
+    factors: dict[str, LoraFactors] = {}
+    for target in targets:
+        made = _gather_factors(model, target, sharding)
+        offset = made if scheme.changes_base else None
+        _require_start(model, target, offset, index[target.weight_key], name, sharding)
+        if world.is_main:
+            factors[target.name] = made
+    share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
+    with world.together():
+        digests = digest_base(index, share)
+    base_digests = {
+        key: TensorDigest.of_json(parts) for found in world.all_json(digests) for key, parts in found.items()
+    }
+
+    staged = StagedDirectory(destination, world, "directory")
+    staged.create(sum(4 * target.r * (target.M + target.N) for target in targets))
+    try:
+        with world.together():
+            if world.is_main:
+                config = copy.copy(model.peft_config["default"])
+                report = _report(start, name, base_dir, targets, saved, fingerprint(base_digests))
+                of_base = report["config"]["model"]
+                if scheme.changes_base:
+                    of_base = {"name_or_path": f"{destination}/{RESIDUAL_BASE}", "revision": None}
+                config.base_model_name_or_path, config.revision = of_base["name_or_path"], of_base["revision"]
+                (staged.path / LORAGA_INIT).mkdir()
+                write_adapter(
+                    staged.path / LORAGA_INIT,
+                    config,
+                    targets,
+                    lambda name: (factors[name].A_RN, factors[name].B_MR),
+                    saved={parameter: index[key] for parameter, key in saved.items()},
+                )
+                try:
+                    (staged.path / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+                except OSError as error:
+                    raise RunError(f"{staged.path / REPORT} cannot be written ({error.strerror})") from error
+                staged.commit()
+    except BaseException:
+        if world.is_main:
+            staged.discard()
+        raise
+    return destination
+
+
+def _sharding_of(model: Any, world: World) -> Sharding:
+    if is_partitioned(model):
+        refuse_unsupported_shards(model, "loraga_dist.save_start")
+        return Zero3(world, None)
+    return SingleProcess(world)
+
+
+def _saved_parameters(model: Any) -> list[str]:
+    """Parameters that `modules_to_save` copies into the adapter, by their names in the base model."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return [
+        f"{name}.{inner}"
+        for name, layer in model.base_model.model.named_modules()
+        if isinstance(layer, ModulesToSaveWrapper)
+        for inner, _ in layer.original_module.named_parameters()
+    ]
+
+
+def _gather_factors(model: Any, target: AdapterTarget, sharding: Sharding) -> LoraFactors:
+    """A_RN and B_MR of one target as the model holds them, float32 on the host."""
+    layer = model.base_model.model.get_submodule(target.name)
+    whole = []
+    for holder in (layer.lora_A, layer.lora_B):
+        with sharding.full_weight(holder["default"].weight) as weight:
+            whole.append(weight.detach().to("cpu", torch.float32, copy=True))
+    return LoraFactors(A_RN=whole[0], B_MR=whole[1])
+
+
+def _require_start(
+    model: Any, target: AdapterTarget, offset: LoraFactors | None, slot: TensorSlot, base: str, sharding: Sharding
+) -> None:
+    """Raise UserError on all ranks unless W_res + s*B*A is the checkpoint's W to rounding; a collective.
+
+    Each rank looks at its own slice. Anything else would be taken out of the trained adapter as if it were the start.
+    offset: A and B as they are; None for a scheme that leaves the base as it is, where W itself is held against it.
+    """
+    world = sharding.world
+    shard, first = sharding.own_slice(model.base_model.model.get_submodule(target.name).get_base_layer().weight)
+    with world.together():
+        original = read_range(slot, first, first + shard.numel()).float()
+        restored = shard.detach().to("cpu", torch.float32, copy=True)
+        size = square_norm(original) + square_norm(restored)
+        if offset is not None:
+            left, right = (offset.A_RN.t(), offset.B_MR.t()) if target.transposed else (offset.B_MR, offset.A_RN)
+            subtract_lowrank_(restored, first, left, right, -target.scaling)
+        squares = torch.stack([square_norm(restored - original), size])
+    error_square, size_square = world.sum_(squares.to(world.device)).tolist()
+    # W as loaded and W_res are each rounded once, and two float32 sums over r may differ
+    tolerance = torch.finfo(shard.dtype).eps + target.r * torch.finfo(torch.float32).eps
+    if not error_square <= tolerance**2 * size_square:
+        error = UserError(
+            "start",
+            target.name,
+            f"W_res + s*B*A is not the weight of {base}; call save_start before training, and give the model that "
+            "`initialize` was called on as base",
+        )
+        error.on_all_ranks = True
+        raise error
+
+
+def _report(
+    start: Start, name: str, base_dir: Path, targets: list[AdapterTarget], saved: dict[str, str], base_fingerprint: str
+) -> dict[str, Any]:
+    """The part of loraga_report.json that can be known without a run of the command line."""
+    is_local = Path(name).expanduser().is_dir()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "config": {
+            "model": {
+                "name_or_path": str(base_dir.resolve()) if is_local else name,
+                "revision": None if is_local else base_dir.name,
+            },
+            "init": {"scheme": start.scheme},
+            "output": {"residual_base": "none", "residual_dtype": _dtype(start.model)},
+        },
+        "base_fingerprint": base_fingerprint,
+        "residual_fingerprint": None,
+        "versions": versions(),
+        "targets": {
+            target.name: {
+                "shape": [target.M, target.N],
+                "r": target.r,
+                "weight_key": target.weight_key,
+                "transposed": target.transposed,
+            }
+            for target in targets
+        },
+        "saved_parameters": saved,
+    }
+
+
+def _dtype(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -1,0 +1,76 @@
+"""The figures of a finished run in TensorBoard or Weights & Biases, through accelerate's trackers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from loraga_dist.artifacts.names import TENSORBOARD
+from loraga_dist.config import OutputConfig
+from loraga_dist.errors import RunError, UserError
+
+_PER_TARGET = ("captured_energy", "split_half_cosine", "window_capture", "offset_ratio", "numerical_rank")
+_TOTALS = ("num_sequences", "num_supervised_tokens", "split_half_cosine", "mean_loss", "state_bytes_per_rank")
+
+
+def check_trackers(config: OutputConfig) -> None:
+    """Raise UserError for a tracker whose package is not installed."""
+    for name in config.trackers:
+        if find_spec(name) is None:
+            raise UserError("output.report_to", name, f"is not installed; pip install {name}, or write none")
+
+
+def track(directory: Path, report: Mapping[str, Any]) -> None:
+    """Log a report's figures and configuration; rank 0 alone calls this, when `directory` is in place.
+
+    TensorBoard's events go to `tensorboard/` in it, Weights & Biases' own files beside it. Raises RunError when a
+    tracker fails.
+    """
+    trackers = OutputConfig.model_validate(report["config"]["output"]).trackers
+    if not trackers:
+        return
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    PartialState()  # accelerate's logger wants one
+    for name in trackers:
+        try:
+            if name == "tensorboard":
+                tracker: Any = TensorBoardTracker(TENSORBOARD, directory)
+            else:
+                project = os.environ.get("WANDB_PROJECT", "loraga_dist")
+                tracker = WandBTracker(project, name=directory.name, dir=str(directory.parent))
+            tracker.main_process_only = False  # this is rank 0; the state above need not say so
+            tracker.start()
+            tracker.store_init_configuration(dict(_dotted(report["config"])))
+            tracker.log(dict(figures(report)), step=0)
+            tracker.finish()
+        except Exception as error:  # each service has errors of its own
+            raise RunError(
+                f"report_to: {name} failed ({type(error).__name__}: {error}); the output in {directory} is complete "
+                "and verified"
+            ) from error
+
+
+def figures(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Names and values of all that is a number: totals, seconds, bytes by rank, and what is known of every target."""
+    yield from ((name, report[name]) for name in _TOTALS if report[name] is not None)
+    yield from ((f"seconds/{phase}", seconds) for phase, seconds in report["seconds"].items())
+    for key in ("peak_bytes_per_rank", "planned_peak_bytes_per_rank"):
+        yield from ((f"{key}/{rank}", number) for rank, number in enumerate(report[key]))
+    if report["identity_check"]["max_abs_logit_diff"] is not None:
+        yield "identity_check/max_abs_logit_diff", report["identity_check"]["max_abs_logit_diff"]
+    for target, found in report["targets"].items():
+        yield from ((f"{key}/{target}", found[key]) for key in _PER_TARGET if found[key] is not None)
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves by dotted names, as the kinds of values that trackers take."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, (bool, int, float, str)) else str(value)

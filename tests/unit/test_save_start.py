@@ -1,0 +1,98 @@
+"""Starts made in memory and saved: what is on disk is what the model holds, and nothing else is taken for a start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from builders import TASKS, save_model
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import loraga_dist
+from loraga_dist.cli import main
+
+AUTO = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+}
+LORA = {"r": 4, "lora_alpha": 8}
+
+
+def initialized(base: Path, kind: str = "llama", init: dict[str, Any] | None = None, **lora: Any) -> Any:
+    model = AUTO[TASKS[kind]].from_pretrained(base)
+    ids = torch.arange(64).view(2, 32)
+    labels = ids if TASKS[kind] == "CAUSAL_LM" else torch.tensor([0, 1])
+    batches = [{"input_ids": ids + shift, "labels": labels} for shift in (0, 64, 128)]
+    lora = {**LORA, "task_type": TASKS[kind], **lora}
+    config = {"lora": lora, "init": init or {}, "gradient": {"engine": "exact"}}
+    return loraga_dist.initialize(model, batches, config)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 43).view(2, 20)).logits.float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "settings"),
+    [
+        ("llama", torch.float32, {"use_rslora": True, "rank_pattern": {"down_proj": 2}}),
+        ("llama", torch.bfloat16, {}),
+        ("gpt2", torch.float32, {}),
+        ("llama", torch.float32, {"init": {"scheme": "lora_one"}}),
+        ("llama", torch.float32, {"init": {"scheme": "pissa"}}),
+        ("llama", torch.float32, {"init": {"rank_budget": 9000}}),
+        ("bert", torch.float32, {"target_modules": ["query", "value"]}),
+    ],
+    ids=["patterns", "bf16", "conv1d", "lora_one", "pissa", "budget", "classifier"],
+)
+def test_saved_trained_and_converted(kind: str, dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", kind, dtype=dtype)
+    start = initialized(base, kind, **settings)
+    held = {name: parameter.detach().float() for name, parameter in start.model.named_parameters() if "lora_" in name}
+    assert loraga_dist.save_start(start, tmp_path / "start") == tmp_path / "start"
+    stored = load_file(tmp_path / "start" / "loraga_init" / "adapter_model.safetensors")
+    for name, parameter in held.items():
+        assert torch.equal(stored[name.replace(".default", "")], parameter), name
+
+    trainable = [parameter for parameter in start.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=3e-3)
+    labels = torch.tensor([0, 1]) if kind == "bert" else torch.arange(64).view(2, 32)
+    for _ in range(3):
+        start.model(input_ids=torch.arange(64).view(2, 32), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    start.model.save_pretrained(tmp_path / "trained")
+    init = ["--init", str(tmp_path / "start" / "loraga_init"), "--trained", str(tmp_path / "trained")]
+    assert main(["convert", *init, "--to", str(tmp_path / "plain"), "--merge", str(tmp_path / "merged")]) == 0
+    expected = logits(start.model)
+    plain = PeftModel.from_pretrained(AUTO[TASKS[kind]].from_pretrained(base), tmp_path / "plain")
+    # the residual in the model is rounded to its dtype, the original base is not
+    tolerance = (1e-5 if dtype == torch.float32 else 5e-2) * expected.abs().max()
+    assert (logits(plain) - expected).abs().max() < tolerance
+    assert (logits(AUTO[TASKS[kind]].from_pretrained(tmp_path / "merged")) - expected).abs().max() < tolerance
+
+
+def test_what_is_no_start_of_that_base_is_refused(tmp_path: Path) -> None:
+    base, other = save_model(tmp_path / "base"), save_model(tmp_path / "other", seed=1)
+    start = initialized(base)
+    with pytest.raises(loraga_dist.UserError, match="is not the weight of .*other"):
+        loraga_dist.save_start(start, tmp_path / "start", base=other)
+    weight = start.model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight
+    with torch.no_grad():
+        weight.add_(1e-4 * weight.abs().max())
+    with pytest.raises(loraga_dist.UserError, match="before training"):
+        loraga_dist.save_start(start, tmp_path / "start")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "other"]
+
+
+def test_an_earlier_start_stays(tmp_path: Path) -> None:
+    start = initialized(save_model(tmp_path / "base"))
+    (tmp_path / "start").mkdir()
+    with pytest.raises(loraga_dist.UserError, match="exists; write another directory"):
+        loraga_dist.save_start(start, tmp_path / "start")
+    assert not list((tmp_path / "start").iterdir())
