@@ -12,6 +12,7 @@ import yaml
 from builders import config_tree, save_data, save_model
 
 from loraga_dist.cli import init_main, main
+from loraga_dist.tracking import figures
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="pip install tensorboard")
 
@@ -43,6 +44,15 @@ def test_figures_are_those_of_the_report(tmp_path: Path) -> None:
         assert found[tag] == pytest.approx(value, rel=1e-6), tag
     # a directory that was added to is as whole as before
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+@needs_tensorboard
+def test_what_a_start_without_gradients_does_not_know_is_left_out(tmp_path: Path) -> None:
+    assert run(tmp_path, "--output.report_to", "tensorboard", "--init.scheme", "pissa") == 0
+    report = json.loads((tmp_path / "out" / "loraga_report.json").read_text())
+    logged = dict(figures(report))
+    assert "mean_loss" not in logged and not any("captured_energy" in name for name in logged)
+    assert all(f"offset_ratio/{target}" in logged for target in report["targets"])
 
 
 def test_nothing_is_logged_by_default(tmp_path: Path) -> None:
