@@ -60,14 +60,8 @@ class LoraSection(Section):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     use_dora: bool = False
+    """The adapter's magnitudes are the norms of the original weights, so that it starts where it would without."""
     task_type: TaskType = "CAUSAL_LM"
-
-    @field_validator("use_dora")
-    @classmethod
-    def _no_dora(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("DoRA's magnitudes would be taken from the residual base; write false")
-        return value
 
     @field_validator("rank_pattern")
     @classmethod

@@ -30,7 +30,13 @@ from loraga_dist.artifacts.names import (
 from loraga_dist.artifacts.parallel import shares
 from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, readme, versions
 from loraga_dist.artifacts.report_page import write_report_page
-from loraga_dist.artifacts.residual import digest_base, finish_residual_base, write_residual_files, writes_residual
+from loraga_dist.artifacts.residual import (
+    digest_base,
+    finish_residual_base,
+    start_magnitudes,
+    write_residual_files,
+    writes_residual,
+)
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.config import InitConfig, LoraSection
 from loraga_dist.distributed import World
@@ -92,7 +98,13 @@ def write_weights(
                 (directory / RESIDUAL_BASE).mkdir()
             saved = {name: job.base.index[key] for name, key in job.saved_parameters.items()}
             write_adapters(
-                directory, config, start.lora, job.targets, lambda name: (factors[name].A_RN, factors[name].B_MR), saved
+                directory,
+                config,
+                start.lora,
+                job.targets,
+                lambda name: (factors[name].A_RN, factors[name].B_MR),
+                saved,
+                job.base.index,
             )
             adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
     work = {**keeper.work, "adapter": world.all_texts(adapter_digest)[0]}
@@ -265,15 +277,31 @@ def write_adapters(
     targets: Sequence[AdapterTarget],
     factors: Callable[[str], tuple[Tensor, Tensor]],
     saved: Mapping[str, TensorSlot],
+    base: Mapping[str, TensorSlot],
 ) -> None:
     """`loraga_init` with the given A0, B0, asked for once per target, and, if it belongs on another base than the
-    original, `loraga_offset` with the stored A0, -B0. lora: gives every target its rank."""
+    original, `loraga_offset` with the stored A0, -B0.
+
+    lora: the config's, with the ranks and alphas of `targets`. base: the checkpoint, whose norms DoRA's magnitudes are;
+    the offset is a plain LoRA always, because merging it is what changes W.
+    """
     of_residual, of_original = peft_lora_config(lora), peft_lora_config(lora)
     of_residual.base_model_name_or_path = f"{config.output.dir}/{RESIDUAL_BASE}"
     of_original.base_model_name_or_path, of_original.revision = config.model.name_or_path, config.model.revision
     changes_base = SCHEMES[config.init.scheme].changes_base
     of_init = of_residual if changes_base else of_original
-    write_adapter(directory / LORAGA_INIT, of_init, targets, factors, saved=saved)
+
+    def magnitudes(target: AdapterTarget, A_RN: Tensor, B_MR: Tensor) -> Tensor:
+        return start_magnitudes(base[target.weight_key], target, A_RN, B_MR, changes_base=changes_base)
+
+    write_adapter(
+        directory / LORAGA_INIT,
+        of_init,
+        targets,
+        factors,
+        magnitudes=magnitudes if config.lora.use_dora else None,
+        saved=saved,
+    )
     if not changes_base:
         return
     stored = AdapterFile(directory / LORAGA_INIT)

@@ -76,7 +76,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
                 model,
                 job.plan,
                 job.deal,
-                config,
+                _without_dora(config),
                 sharding=sharding,
                 rounding=job.storage_dtype,
                 target_cosine=config.calibration.target_cosine if config.calibration.max_samples == "auto" else None,
@@ -170,6 +170,9 @@ def initialize(
     world = World.current()
     with world.together():
         sharding = _sharding_of(model, config, world)
+        if config.lora.use_dora and sharding.is_sharded:
+            problem = "takes norms of whole weights, which no rank of ZeRO-3 holds"
+            raise UserError("lora.use_dora", True, f"{problem}; write false, or make the start with loraga-dist init")
         if not hasattr(model, "config") or hasattr(model, "peft_config"):
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
@@ -192,6 +195,12 @@ def initialize(
         sharding=sharding,
         rounding=lambda target: dtype,
     )
+
+
+def _without_dora(config: InitConfig) -> InitConfig:
+    """For the model in memory: DoRA starts as the plain adapter does, and would want each weight whole to say so. What
+    makes it DoRA are magnitudes in the file."""
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"use_dora": False})})
 
 
 def _import_libraries() -> None:

@@ -102,6 +102,8 @@ def place_factors(
                 sharding,
                 rounding(target),
             )
+            if "default" in layer.lora_magnitude_vector:
+                _put_magnitudes(layer, target, factors, changes_base=plan.scheme.changes_base)
             if plan.scheme.changes_base:
                 sharding.subtract_lowrank(weight, target, factors.A_RN, factors.B_MR)
             sharding.put(layer.lora_A["default"].weight, factors.A_RN)
@@ -118,6 +120,17 @@ def place_factors(
             )
     world.barrier()
     return reports
+
+
+@torch.no_grad()
+def _put_magnitudes(layer: Any, target: Target, factors: LoraFactors, *, changes_base: bool) -> None:
+    """DoRA's magnitudes, before W is changed: the norms of what W_res + s B A will be. Of a whole model."""
+    W = layer.get_base_layer().weight.float()
+    V_MN = W.t() if target.transposed else W
+    if not changes_base:
+        V_MN = torch.addmm(V_MN, factors.B_MR, factors.A_RN, alpha=target.scaling)
+    norms_M = torch.linalg.vector_norm(V_MN, dim=1, dtype=torch.float64)
+    layer.lora_magnitude_vector["default"].weight.copy_(norms_M)
 
 
 def make_factors(

@@ -42,7 +42,7 @@ from loraga_dist.safetensors_files import TensorSlot, read_range, read_rows, sca
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.targets import check_patterns, peft_lora_config
 
-_CHANGEABLE = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}
+_CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_dropout"}
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""
 
 
@@ -140,7 +140,7 @@ def refactor(
     )
     with whole_directory(destination, "--to", _num_bytes(config, targets, slots, index)) as directory:
         saved = {name: index[key] for name, key in report.saved_parameters.items()}
-        write_adapters(directory, config, lora, targets, rebuild.factors, saved)
+        write_adapters(directory, config, lora, targets, rebuild.factors, saved, index)
         shutil.copytree(source / FACTORS, directory / FACTORS)
         residual_fingerprint = None
         if writes_residual(config):

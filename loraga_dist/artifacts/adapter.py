@@ -38,6 +38,11 @@ def adapter_keys(name: str) -> tuple[str, str]:
     return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
 
 
+def magnitude_key(name: str) -> str:
+    """The key of a target's magnitudes (M,) in the file of a DoRA adapter."""
+    return f"base_model.model.{name}.lora_magnitude_vector"
+
+
 def saved_key(parameter_name: str) -> str:
     """The key of a parameter that `modules_to_save` copies into an adapter file."""
     return f"base_model.model.{parameter_name}"
@@ -50,11 +55,13 @@ def write_adapter(
     factors: Callable[[str], tuple[Tensor, Tensor]],
     *,
     negate_b: bool = False,
+    magnitudes: Callable[[AdapterTarget, Tensor, Tensor], Tensor] | None = None,
     saved: Mapping[str, TensorSlot] | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32), asking for one target's factors at a time.
 
     factors: target name -> (A_RN, B_MR), fp32 or castable without a thought. negate_b: write -B (the offset adapter).
+    magnitudes: of a DoRA adapter, (target, A_RN, B_MR as written) -> (M,); without, the adapter is none.
     saved: checkpoint tensors of the parameters that `modules_to_save` copies into the adapter.
     The config is the given one with the target modules spelled out, `inference_mode` and `init_lora_weights` true,
     so that loading takes the stored factors and nothing else. Raises RunError when the files cannot be written.
@@ -64,6 +71,8 @@ def write_adapter(
         a_key, b_key = adapter_keys(target.name)
         entries[a_key] = (torch.float32, (target.r, target.N))
         entries[b_key] = (torch.float32, (target.M, target.r))
+        if magnitudes is not None:
+            entries[magnitude_key(target.name)] = (torch.float32, (target.M,))
     copies = sorted((saved or {}).items(), key=lambda item: -item[1].dtype.itemsize)
     entries |= {saved_key(name): (slot.dtype, slot.shape) for name, slot in copies}
     with SafetensorsWriter(directory / ADAPTER_WEIGHTS, entries) as writer:
@@ -72,10 +81,13 @@ def write_adapter(
             assert A_RN.shape == (target.r, target.N) and B_MR.shape == (target.M, target.r), target
             for key, factor in zip(adapter_keys(target.name), (A_RN, -B_MR if negate_b else B_MR), strict=True):
                 writer.append(key, factor)
+            if magnitudes is not None:
+                writer.append(magnitude_key(target.name), magnitudes(target, A_RN, B_MR).float())
         for name, slot in copies:
             writer.append(saved_key(name), read_range(slot, 0, slot.numel))
 
     config = copy.copy(peft_config)
+    config.use_dora = magnitudes is not None
     config.target_modules = sorted(target.name for target in targets)
     config.fan_in_fan_out = any(target.transposed for target in targets)
     config.inference_mode = True
@@ -105,6 +117,11 @@ class AdapterFile:
         """A_RN and B_MR of one target; raises RunError on a short read."""
         a_slot, b_slot = (self.slots[key] for key in adapter_keys(name))
         return read_rows(a_slot, 0, a_slot.shape[0]), read_rows(b_slot, 0, b_slot.shape[0])
+
+    def magnitude(self, name: str) -> Tensor:
+        """The magnitudes (M,) of one target of a DoRA adapter; raises RunError on a short read."""
+        slot = self.slots[magnitude_key(name)]
+        return read_rows(slot, 0, slot.shape[0])
 
 
 def rank_and_scaling(config: LoraConfig, name: str) -> tuple[int, float, float]:

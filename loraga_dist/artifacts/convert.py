@@ -76,6 +76,9 @@ def convert(
     if rank is not None and rank < 1:
         raise UserError("--rank", rank, "must be 1 or more")
     update = open_update(init, trained)
+    if to is not None and update.report.is_dora:
+        problem = "cannot hold a trained DoRA: its magnitudes change weights by more than any low rank"
+        raise UserError("--to", str(to), f"{problem}; write --merge DIR instead, for a merged model")
     inputs = [init.parent, trained]
     base_dir, index = None, {}
     if merge is not None:
@@ -184,7 +187,14 @@ def _write_merged(
     num_bytes = sum(slot.num_bytes for slot in index.values())
     with phase("merge", num_bytes, "B", shown=show_progress) as progress:
         digests = write_model(
-            base_dir, index, targets, update, directory, replaced=replaced, on_progress=progress.advance
+            base_dir,
+            index,
+            targets,
+            update,
+            directory,
+            replaced=replaced,
+            on_progress=progress.advance,
+            magnitudes=update.trained.magnitude if update.report.is_dora else None,
         )
     base_digests = {key: base for key, (base, _) in digests.items()} | digest_base(index, replaced)
     if fingerprint(base_digests) != update.report.base_fingerprint:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import BaseModel, PositiveInt, ValidationError, field_validator
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, rank_and_scaling, saved_key
+from loraga_dist.artifacts.adapter import (
+    AdapterFile,
+    AdapterTarget,
+    adapter_keys,
+    magnitude_key,
+    rank_and_scaling,
+    saved_key,
+)
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, REPORT
 from loraga_dist.artifacts.report import SCHEMA_VERSION
 from loraga_dist.config import Dtype, SchemeName
@@ -27,6 +34,10 @@ class ReportModel(BaseModel):
     revision: str | None = None
 
 
+class ReportLora(BaseModel):
+    use_dora: bool
+
+
 class ReportInit(BaseModel):
     scheme: SchemeName
 
@@ -38,6 +49,7 @@ class ReportOutput(BaseModel):
 
 class ReportConfig(BaseModel):
     model: ReportModel
+    lora: ReportLora
     init: ReportInit
     output: ReportOutput
 
@@ -63,6 +75,10 @@ class Report(BaseModel):
     def scheme(self) -> Scheme:
         return SCHEMES[self.config.init.scheme]
 
+    @property
+    def is_dora(self) -> bool:
+        return self.config.lora.use_dora
+
     @field_validator("schema_version")
     @classmethod
     def _known_version(cls, value: int) -> int:
@@ -85,11 +101,20 @@ def read_report(directory: Path) -> Report:
         raise RunError(f"{REPORT}: {where}: {first['msg']}") from error
 
 
-def load_adapter(directory: Path, report: Report) -> tuple[AdapterFile, list[AdapterTarget]]:
-    """The adapter of exactly the report's targets, scaled as PEFT will read its config; raises RunError."""
+def load_adapter(
+    directory: Path, report: Report, *, use_dora: bool | None = None
+) -> tuple[AdapterFile, list[AdapterTarget]]:
+    """The adapter of exactly the report's targets, scaled as PEFT will read its config; raises RunError.
+
+    use_dora: as it should be; None is what the report says of `loraga_init`.
+    """
     config = read_lora_config(directory)
     if config.init_lora_weights is not True:
         raise RunError(f"{ADAPTER_CONFIG} is not plain LoRA with init_lora_weights true")
+    if use_dora is None:
+        use_dora = report.is_dora
+    if config.use_dora != use_dora:
+        raise RunError(f"{ADAPTER_CONFIG} has use_dora {config.use_dora} and should have {use_dora}")
     adapter = AdapterFile(directory)
     targets = targets_under(config, report)
     for target in targets:
@@ -97,7 +122,7 @@ def load_adapter(directory: Path, report: Report) -> tuple[AdapterFile, list[Ada
             raise RunError(
                 f"{ADAPTER_CONFIG} gives {target.name} rank {target.r}, {REPORT} says {report.targets[target.name].r}"
             )
-    expected = expected_shapes(targets)
+    expected = expected_shapes(targets, use_dora)
     found = {key: slot.shape for key, slot in adapter.slots.items()}
     for name in report.saved_parameters:
         if found.pop(saved_key(name), None) is None:
@@ -135,11 +160,13 @@ def targets_under(config: LoraConfig, report: Report) -> list[AdapterTarget]:
     return targets
 
 
-def expected_shapes(targets: Iterable[AdapterTarget]) -> dict[str, tuple[int, int]]:
-    """Keys and shapes of the factors in the adapter file of these targets."""
-    shapes: dict[str, tuple[int, int]] = {}
+def expected_shapes(targets: Iterable[AdapterTarget], use_dora: bool) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the factors, and DoRA's magnitudes, in the adapter file of these targets."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for target in targets:
         shapes |= zip(adapter_keys(target.name), ((target.r, target.N), (target.M, target.r)), strict=True)
+        if use_dora:
+            shapes[magnitude_key(target.name)] = (target.M,)
     return shapes
 
 

@@ -50,6 +50,7 @@ _AFTER_ON_RESIDUAL = f"""A trained adapter belongs on `{RESIDUAL_BASE}/` too. As
 any server or trainer:"""
 _AFTER_ON_BASE = """A trained adapter is a LoRA on the original base as it is. With one rank, no patterns and no rsLoRA,
 as servers want it:"""
+_AFTER_DORA = "A trained DoRA is no plain LoRA on the original base. As a merged model, for any server:"
 _OTHER_SETTINGS = """## Other settings
 
 Another rank, scale, split or scheme from `factors/`, without the gradients:
@@ -195,7 +196,7 @@ def readme(report: Mapping[str, Any]) -> str:
 
 | | |
 |---|---|
-{_contents(scheme)}
+{_contents(scheme, config["lora"]["use_dora"])}
 {_belongs(scheme, report)}
 
 {residual_note}## Train
@@ -218,14 +219,7 @@ keys say.
 
 ## After training
 
-{_AFTER_ON_RESIDUAL if scheme.changes_base else _AFTER_ON_BASE}
-
-```
-loraga-dist convert --init {directory}/{LORAGA_INIT} --trained TRAINED --to CONVERTED
-```
-
-TRAINED is where the trainer saved it. `--rank` truncates it; `--merge DIR` writes a merged model.
-
+{_after(scheme, config)}
 {_OTHER_SETTINGS.format(directory=directory) if scheme.source == "gradient" else ""}## Check
 
 ```
@@ -234,10 +228,11 @@ loraga-dist verify {directory}
 """
 
 
-def _contents(scheme: Scheme) -> str:
+def _contents(scheme: Scheme, use_dora: bool) -> str:
     """Rows of the README's table."""
     only = f", **for `{RESIDUAL_BASE}/` only**" if scheme.changes_base else ", for the original base"
-    rows = [f"| `{LORAGA_INIT}/` | A0, B0: a plain PEFT LoRA adapter{only} |"]
+    kind = "A0, B0, magnitudes: a PEFT DoRA adapter" if use_dora else "A0, B0: a plain PEFT LoRA adapter"
+    rows = [f"| `{LORAGA_INIT}/` | {kind}{only} |"]
     if scheme.changes_base:
         rows += [
             f"| `{RESIDUAL_BASE}/` | the base with W - s B0 A0, an ordinary model directory |",
@@ -246,6 +241,22 @@ def _contents(scheme: Scheme) -> str:
     if scheme.source == "gradient":
         rows.append(f"| `{FACTORS}/` | leading singular triplets of every gradient |")
     return "\n".join(rows) + "\n"
+
+
+def _after(scheme: Scheme, config: Mapping[str, Any]) -> str:
+    """What to do with a trained adapter."""
+    init, is_dora = f"{config['output']['dir']}/{LORAGA_INIT}", config["lora"]["use_dora"]
+    text = _AFTER_ON_RESIDUAL if scheme.changes_base else _AFTER_ON_BASE
+    output = "--merge MERGED" if is_dora else "--to CONVERTED"
+    more = "" if is_dora else " `--rank` truncates it; `--merge DIR` writes a merged model."
+    return f"""{_AFTER_DORA if is_dora else text}
+
+```
+loraga-dist convert --init {init} --trained TRAINED {output}
+```
+
+TRAINED is where the trainer saved it.{more}
+"""
 
 
 def _belongs(scheme: Scheme, report: Mapping[str, Any]) -> str:

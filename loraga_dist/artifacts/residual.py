@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
@@ -111,11 +111,13 @@ def write_residual_files(
     adapter: FactorSource,
     destination: Path,
     on_progress: OnBytes = no_progress,
+    magnitudes: Callable[[str], Tensor] | None = None,
 ) -> dict[str, tuple[TensorDigest, TensorDigest]]:
     """Write these files; returns key -> (digest of the base tensor, digest of the residual tensor).
 
     Targets become W - s B0 A0 with the factors as stored, in float64, then cast to the planned dtype; others are copied
-    byte for byte or cast. on_progress: told of bytes written. Raises UserError when a value does not fit the dtype.
+    byte for byte or cast. on_progress: told of bytes written. magnitudes: target name -> (M,), the norms that the
+    weights of its outputs are given before the cast. Raises UserError when a value does not fit the dtype.
     """
     target_of = {target.weight_key: target for target in targets}
     digests = {}
@@ -123,7 +125,7 @@ def write_residual_files(
         with SafetensorsWriter(destination / file.name, file.entries) as writer:
             for key, (dtype, shape) in file.entries.items():
                 base_digest, residual_digest = hashlib.sha256(), hashlib.sha256()
-                for base, residual in _residual_chunks(index[key], dtype, target_of.get(key), adapter):
+                for base, residual in _residual_chunks(index[key], dtype, target_of.get(key), adapter, magnitudes):
                     writer.append(key, residual)
                     base_digest.update(as_bytes(base))
                     residual_digest.update(as_bytes(residual))
@@ -144,6 +146,7 @@ def write_model(
     residual_dtype: str = "auto",
     replaced: Mapping[str, TensorSlot] = MappingProxyType({}),
     on_progress: OnBytes = no_progress,
+    magnitudes: Callable[[str], Tensor] | None = None,
 ) -> dict[str, tuple[TensorDigest, TensorDigest]]:
     """A whole model directory W - s B A from one process, as `write_residual_files` writes it, on all cores.
 
@@ -153,7 +156,8 @@ def write_model(
     sources = {**index, **replaced}
     digests = {}
     for part in over_cores(
-        lambda file: write_residual_files([file], sources, targets, adapter, destination, on_progress), files
+        lambda file: write_residual_files([file], sources, targets, adapter, destination, on_progress, magnitudes),
+        files,
     ):
         digests |= part
     finish_residual_base(model_dir, destination, files, residual_dtype)
@@ -204,6 +208,41 @@ def subtract_offset(target: AdapterTarget, weight_rows: Tensor, A_RN: Tensor, B_
     return weight_rows.to(torch.float64, copy=True).addmm_(left[rows], right, alpha=-target.scaling)
 
 
+def output_norms(slot: TensorSlot, target: AdapterTarget, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """||.|| over the inputs of every output, (M,) in float64: of W - s B A, or of W where no A_RN, B_MR are given."""
+    squares_M = torch.zeros(target.M, dtype=torch.float64)
+    A_RN, B_MR = (None, None) if factors is None else (factor.double() for factor in factors)
+    for row0, row1 in chunks(slot.shape[0], rows_per_chunk(target)):
+        rows = read_rows(slot, row0, row1)
+        if A_RN is None or B_MR is None:
+            squares = rows.to(torch.float64, copy=True).square_()
+        else:
+            squares = subtract_offset(target, rows, A_RN, B_MR, row0).square_()
+        if target.transposed:
+            squares_M += squares.sum(dim=0)
+        else:
+            squares_M[row0:row1] = squares.sum(dim=1)
+    return squares_M.sqrt_()
+
+
+def start_magnitudes(
+    slot: TensorSlot, target: AdapterTarget, A_RN: Tensor, B_MR: Tensor, *, changes_base: bool
+) -> Tensor:
+    """DoRA's magnitudes (M,), float64, with which it starts as the plain adapter would: the norms of W_res + s B A.
+
+    That is the original W where the base became W - s B A, and W + s B A on an unchanged base. slot: of W. Raises
+    UserError for an output whose weights are all zero, or not finite: DoRA divides by these norms.
+    """
+    if changes_base:
+        norms_M = output_norms(slot, target)
+    else:
+        norms_M = output_norms(slot, replace(target, scaling=-target.scaling), (A_RN, B_MR))
+    if not (norms_M.isfinite().all() and (norms_M > 0).all()):
+        problem = f"{slot.name} has an output whose weights are zero or not finite, and DoRA divides by their norm"
+        raise UserError("lora.use_dora", True, f"{problem}; write false, or add {target.name} to lora.exclude_modules")
+    return norms_M
+
+
 def chunks(length: int, step: int) -> Iterator[tuple[int, int]]:
     """[0, length) in pieces of at most `step`."""
     for start in range(0, length, step):
@@ -216,7 +255,11 @@ def rows_per_chunk(target: AdapterTarget) -> int:
 
 
 def _residual_chunks(
-    slot: TensorSlot, dtype: torch.dtype, target: AdapterTarget | None, adapter: FactorSource
+    slot: TensorSlot,
+    dtype: torch.dtype,
+    target: AdapterTarget | None,
+    adapter: FactorSource,
+    magnitudes: Callable[[str], Tensor] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if target is None:
         for start, end in chunks(slot.numel, CHUNK_ELEMENTS):
@@ -225,9 +268,15 @@ def _residual_chunks(
         return
     assert slot.shape == target.stored_shape, (slot, target)
     A_RN, B_MR = (factor.double() for factor in adapter.factors(target.name))
+    times_M = None
+    if magnitudes is not None:
+        times_M = magnitudes(target.name).double() / output_norms(slot, target, (A_RN, B_MR))
     for row0, row1 in chunks(slot.shape[0], rows_per_chunk(target)):
         base = read_rows(slot, row0, row1)
-        yield base, _cast(subtract_offset(target, base, A_RN, B_MR, row0), dtype, slot.name)
+        changed = subtract_offset(target, base, A_RN, B_MR, row0)
+        if times_M is not None:
+            changed *= times_M if target.transposed else times_M[row0:row1, None]
+        yield base, _cast(changed, dtype, slot.name)
 
 
 def _cast(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:

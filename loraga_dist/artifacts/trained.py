@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, magnitude_key
 from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT
 from loraga_dist.artifacts.reading import (
     Report,
@@ -82,14 +82,17 @@ def open_update(init: Path, trained: Path) -> Update:
         targets = targets_under(config, report)
     except RunError as error:
         raise UserError("--trained", str(trained), f"{error}; write an adapter trained from {init}") from error
-    for key in ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication"):
+    if config.use_dora != report.is_dora:
+        problem = f"has use_dora {config.use_dora} and {init} has {report.is_dora}; train {init} as it is"
+        raise UserError("--trained", str(trained), problem)
+    for key in ("lora_bias", "alora_invocation_tokens", "layer_replication"):
         if getattr(config, key, None):
             raise UserError("--trained", str(trained), f"has {key}, which a plain LoRA cannot hold; train without it")
     if config.bias != "none":
         raise UserError("--trained", str(trained), f"has bias {config.bias!r}; train with bias 'none'")
     _check_tensors(trained, init, adapter, targets, report)
-    _check_values(trained, adapter, init_adapter, targets)
-    lora_keys = expected_shapes(targets)
+    _check_values(trained, adapter, init_adapter, targets, report.is_dora)
+    lora_keys = expected_shapes(targets, report.is_dora)
     return Update(
         report=report,
         targets={target.name: target for target in targets},
@@ -113,6 +116,7 @@ class _TrainedFile(AdapterFile):
             if ".original_module." in key:  # the untrained copy beside one of modules_to_save
                 continue
             name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
+            name = re.sub(r"\.lora_magnitude_vector\..+$", ".lora_magnitude_vector", name)
             name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
             if name in plain:
                 raise BrokenFileError(f"{ADAPTER_WEIGHTS} holds several adapters ({plain[name].name}, {key})")
@@ -148,7 +152,7 @@ def _check_tensors(
     def refuse(key: str, problem: str) -> UserError:
         return UserError("--trained", str(trained), f"{key} {problem}")
 
-    expected = expected_shapes(targets)
+    expected = expected_shapes(targets, report.is_dora)
     for key, slot in adapter.slots.items():
         if not slot.numel:
             raise refuse(
@@ -174,11 +178,16 @@ def _check_tensors(
             raise refuse(_PREFIX + name, "is missing, which modules_to_save trains; save the adapter with PEFT")
 
 
-def _check_values(trained: Path, adapter: AdapterFile, init: AdapterFile, targets: list[AdapterTarget]) -> None:
+def _check_values(
+    trained: Path, adapter: AdapterFile, init: AdapterFile, targets: list[AdapterTarget], is_dora: bool
+) -> None:
     changed = False
     for target in targets:
-        pairs = zip(adapter.factors(target.name), init.factors(target.name), strict=True)
-        for key, (factor, start) in zip(adapter_keys(target.name), pairs, strict=True):
+        keys, values, starts = [*adapter_keys(target.name)], adapter.factors(target.name), init.factors(target.name)
+        if is_dora:
+            keys.append(magnitude_key(target.name))
+            values, starts = (*values, adapter.magnitude(target.name)), (*starts, init.magnitude(target.name))
+        for key, factor, start in zip(keys, values, starts, strict=True):
             if not factor.isfinite().all():
                 problem = f"{key} has values that are not finite; write an earlier checkpoint"
                 raise UserError("--trained", str(trained), problem)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, saved_key
+from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, magnitude_key, saved_key
 from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, check_checksums, fingerprint, no_progress
 from loraga_dist.artifacts.names import (
     ADAPTER_CONFIG,
@@ -34,8 +34,10 @@ from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
     digest_base,
+    require_targets,
     residual_dtype_of,
     rows_per_chunk,
+    start_magnitudes,
     subtract_offset,
 )
 from loraga_dist.distributed import World
@@ -50,6 +52,7 @@ from loraga_dist.safetensors_files import (
 )
 
 _MAX_ORTHONORMALITY_ERROR = 1e-4
+_MAX_MAGNITUDE_ERROR = 2**-23  # one rounding to float32, and float64 sums in another order
 _EXPONENT_BITS = 0x7FF << 52
 # the writer goes from float64 to 16 bits by way of float32, whose own rounding comes on top
 _ROUNDING_TOLERANCE = 1 + 2**-12
@@ -114,7 +117,8 @@ def verify(
             problems += _check_finite(*opened_adapter)
             if report.scheme.changes_base:
                 with _collected(problems, LORAGA_OFFSET):
-                    problems += _check_offset(*opened_adapter, *load_adapter(directory / LORAGA_OFFSET, report))
+                    offset = load_adapter(directory / LORAGA_OFFSET, report, use_dora=False)
+                    problems += _check_offset(*opened_adapter, *offset)
         if report.scheme.source == "gradient":
             with _collected(problems, FACTORS):
                 problems += _check_factors(directory, report, world)
@@ -127,6 +131,9 @@ def verify(
             if opened_base and opened_adapter:
                 found, compared = _compare(report, *opened_base, residual, *opened_adapter, world, on_progress)
                 problems += found
+        with _collected(problems, LORAGA_INIT):
+            if compared is not None and opened_base and opened_adapter and report.is_dora:
+                compared.problems += _check_magnitudes(report, opened_base[1], *opened_adapter, world)
     problems, whole = _merge(problems, compared, world)
     max_units = None
     if whole is not None and opened_base is not None:
@@ -201,6 +208,23 @@ def _check_finite(adapter: AdapterFile, targets: list[AdapterTarget]) -> list[st
         for key, factor in zip(adapter_keys(target.name), adapter.factors(target.name), strict=True)
         if not factor.isfinite().all()
     ]
+
+
+def _check_magnitudes(
+    report: Report, base: Mapping[str, TensorSlot], adapter: AdapterFile, targets: list[AdapterTarget], world: World
+) -> list[str]:
+    """This rank's share of the targets: with DoRA's magnitudes, too, the start is that of the plain adapter."""
+    require_targets(base, targets)
+    problems = []
+    for target in targets[world.rank :: world.size]:
+        weight, stored_M = base[target.weight_key], adapter.magnitude(target.name).double()
+        factors = adapter.factors(target.name)
+        expected_M = start_magnitudes(weight, target, *factors, changes_base=report.scheme.changes_base)
+        error = ((stored_M - expected_M).abs() / expected_M).max().item()
+        if not error <= _MAX_MAGNITUDE_ERROR:  # NaN must fail too
+            key = magnitude_key(target.name)
+            problems.append(f"{LORAGA_INIT}: {key} is off by {error:.1e} from the norms of {target.weight_key}")
+    return problems
 
 
 def _check_saved(adapter: AdapterFile, index: Mapping[str, TensorSlot], saved: Mapping[str, str]) -> list[str]:

@@ -29,6 +29,8 @@ def attempt(model_dir: str, case: str, world: World) -> None:
         config["deepspeed"] = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
     elif case == "hpz":
         config["deepspeed"] = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    elif case == "dora":
+        config["lora"] = LORA | {"use_dora": True}
     elif case == "no-labels":
         dataloader = [{"input_ids": batch["input_ids"]} for batch in dataloader]
     elif case == "one-rank-empty" and world.rank == 1:

@@ -168,7 +168,7 @@ CASES = {
         setting("init", direction="up"), "init.direction", "'up'", "'ArB2r', 'A2rBr', 'ArBr' or 'random'",
     ),
     "dropout": (setting("lora", lora_dropout=1.5), "lora.lora_dropout", "1.5", "should be less than 1"),
-    "dora": (setting("lora", use_dora=True), "lora.use_dora", "True", "write false"),
+    "rank budget": (setting("init", rank_budget=99), "init.rank_budget", "99", "leave targets out with lora.exclude"),
     "task": (setting("lora", task_type="SEQ_2_SEQ_LM"), "lora.task_type", "'SEQ_2_SEQ_LM'", "write the model's own"),
     "float16 on a CPU": (setting("model", dtype="float16"), "model.dtype", "'float16'", "write float32 or bfloat16"),
     "no match": (setting("lora", target_modules=["query"]), TARGETS, "['query']", "or all-linear"),

@@ -17,6 +17,7 @@ CASES = {
     "no-labels": "labels",
     "one-rank-empty": "give every rank at least one",
     "unsharded": "load it under ZeRO-3",
+    "dora": "make the start with loraga-dist init",
     "optimizer": "call loraga_dist.initialize before deepspeed.initialize",
 }
 
