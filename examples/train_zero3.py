@@ -113,7 +113,7 @@ def parameter_groups(model: torch.nn.Module, learning_rate: float, loraplus_lr_r
 
 def read_batches(options: argparse.Namespace, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     """This rank's batches: every rank takes its own lines."""
-    texts = [json.loads(line)["text"] for line in Path(options.data).read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in Path(options.data).read_text().strip().split("\n")]
     texts = texts[dist.get_rank() :: dist.get_world_size()]
     batches = []
     for first in range(0, len(texts) - options.batch_size + 1, options.batch_size):

@@ -34,7 +34,7 @@ def check_hub_access(config: OutputConfig) -> None:
         raise UserError(_KEY, repo, f"is no repository id ({error}); write user/name") from error
     except Exception as error:  # no token, a wrong one, offline; the HTTP library's own errors have no common base
         raise UserError(_KEY, repo, f"the hub gives no access ({_first_line(error)}); run `hf auth login`") from error
-    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         raise UserError(_KEY, repo, f"{user['name']}'s token may only read; log in with one that may write")
     namespaces = [user["name"], *(org["name"] for org in user.get("orgs", []))]
@@ -81,6 +81,8 @@ def _upload(directory: Path, report: Mapping[str, Any]) -> str:
             folder_path=directory,
             repo_id=url.repo_id,
             allow_patterns=[REPORT, *(f"{folder}/*" for folder in folders)],
+            # of an earlier start: its files beside this one's would load together
+            delete_patterns=[f"{folder}/*" for folder in (LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE)],
             commit_message="LoRA-GA start",
         )
     except Exception as error:  # as above: whatever it was, the output is not touched

@@ -93,10 +93,10 @@ def prepare(config: InitConfig, world: World) -> Job:
     """
     read_deepspeed_config(config.deepspeed)
     destination = check_destination(config.output)
-    check_trackers(config.output)
     if config.output.push_residual_base and not writes_residual(config):
         raise UserError("output.push_residual_base", True, f"{config.init.scheme} has no residual_base; write false")
     if world.is_main:
+        check_trackers(config.output)
         check_hub_access(config.output)
     base = find_base_model(config.model, config.lora.task_type, world.device)
     if base.directory.resolve().is_relative_to(destination):
@@ -160,11 +160,15 @@ def _deal(config: InitConfig, base: BaseModel, world: World) -> SampleDeal:
 
 def _resolved(config: InitConfig, base: BaseModel, destination: Path) -> InitConfig:
     is_local = Path(config.model.name_or_path).expanduser().is_dir()
+    deepspeed = config.deepspeed
+    if isinstance(deepspeed, dict):  # a training JSON may hold keys of services, and reports are shown around
+        deepspeed = {key: value for key, value in deepspeed.items() if key == "zero_optimization"}
     model = {"name_or_path": str(base.directory.resolve())} if is_local else {"revision": base.directory.name}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model),
             "output": config.output.model_copy(update={"dir": str(destination)}),
+            "deepspeed": deepspeed,
         }
     )
 
@@ -222,7 +226,8 @@ def _load_tokenizer(directory: Path, config: InitConfig) -> Any:
 def _output_bytes(
     config: InitConfig, plan: Plan, residual_files: Sequence[PlannedFile], saved: Sequence[TensorSlot]
 ) -> int:
-    factors_of_adapter = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
+    parameters = sum(target.r * (target.M + target.N) for target in plan.targets)
+    factors_of_adapter = 4 * min(parameters, config.init.rank_budget or parameters)
     adapters = (2 if plan.scheme.changes_base else 1) * (factors_of_adapter + sum(slot.num_bytes for slot in saved))
     matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
     factors = sum(4 * matrix.width * (matrix.M + matrix.N + 1) for matrix in matrices)

@@ -111,13 +111,17 @@ def write_weights(
     if calibration is not None:
         write_factors(directory / FACTORS, {name: found.svd for name, found in calibration.owned.items()}, world)
 
-    share = shares(job.residual_files, lambda file: file.num_bytes, world.size)[world.rank]
+    finished, kept = FinishedFiles(finished_files, work), []
+    with world.together():
+        if world.is_main:
+            kept = finished.prune(job.residual_files if has_residual else [])
+    kept = set(world.all_json(kept)[0])
+    share = shares(job.residual_files, lambda file: 0 if file.name in kept else file.num_bytes, world.size)[world.rank]
     digests: dict[str, list[TensorDigest]] = {}
     with world.together():
         num_bytes = sum(file.num_bytes for file in share)
         with phase("write", num_bytes, "B", shown=world.is_main) as progress:
             if has_residual:
-                finished = FinishedFiles(finished_files, work)
                 into, adapter = directory / RESIDUAL_BASE, AdapterFile(directory / LORAGA_INIT)
                 for file in share:
                     keeper.leave_here_if_asked()

@@ -86,7 +86,6 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             seconds["calibrate"] = 0.0 if start.calibration is None else start.calibration.seconds_calibrate
             seconds["factorize"] = start.seconds_factorize
             job = job.with_ranks([found.target for found in start.targets])
-            del model
             keeper.leave_if_asked()
             write_started = time.monotonic()
             fingerprints = write_weights(staged.path, job, config, start, factors, finished_files, keeper, world)
@@ -109,10 +108,11 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
                 if isinstance(error, LoragaError) and error.exit_code == 3 and staged.checkpoint_path.is_dir():
                     error.add_note(f"the same command goes on from the checkpoint in {staged.checkpoint_path}")
             raise
+    stop.listen_no_more()  # nothing is left to save
+    push_output(job.destination, report, world)
     with world.together():
         if world.is_main:
             track(job.destination, report)
-    push_output(job.destination, report, world)
     return report, verified
 
 

@@ -32,6 +32,8 @@ class GradientReport:
     """What is known of one target's gradient."""
 
     singular_values: list[float]
+    num_converged: int
+    """Leading ones that were asked of the engine; `factors/` holds more."""
     numerical_rank: int
     captured_energy: float
     split_half_cosine: float | None
@@ -114,7 +116,7 @@ def place_factors(
                 TargetReport(
                     target=target,
                     owner_rank=owners[target.name],
-                    gradient=_gradient_report(numbers, matrices[target.name].engine) if matrices else None,
+                    gradient=_gradient_report(numbers, matrices[target.name]) if matrices else None,
                     offset_ratio=target.scaling * product_norm(factors) / max(square_norm**0.5, 1e-30),
                 )
             )
@@ -224,7 +226,7 @@ def _weight_singular_values(
         return weight_singular_values(W, target, config) if sharding.world.rank == owner else None
 
 
-def _gradient_report(numbers: list[float], engine: str) -> GradientReport:
+def _gradient_report(numbers: list[float], matrix: Matrix) -> GradientReport:
     captured, cosine, capture, rank, *singular_values = numbers
     return GradientReport(
         singular_values=singular_values,
@@ -232,7 +234,8 @@ def _gradient_report(numbers: list[float], engine: str) -> GradientReport:
         captured_energy=captured,
         split_half_cosine=_known(cosine),
         window_capture=_known(capture),
-        engine=engine,
+        engine=matrix.engine,
+        num_converged=matrix.num_triplets,
     )
 
 

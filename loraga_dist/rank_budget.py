@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -63,11 +64,14 @@ def spend(
     ]
     ranks = allocate(init.rank_budget, [target.M + target.N for target in planned], energies)
     targets = [_with_rank(target, lora, r) for target, r in zip(planned, ranks, strict=True)]
-    # PEFT takes the first pattern that a name ends with: a name that ends with another one comes before it
-    by_name = sorted(targets, key=lambda target: -len(target.name))
+    # one pattern a rank: PEFT tries them all on every name, and Python keeps 512 compiled. ^ makes names whole ones
+    of_rank = {target.r: target for target in targets}
+    keys = {
+        r: f"^(?:{'|'.join(re.escape(target.name) for target in targets if target.r == r)})" for r in sorted(of_rank)
+    }
     patterns = {
-        "rank_pattern": {target.name: target.r for target in by_name},
-        "alpha_pattern": {target.name: target.lora_alpha for target in by_name},
+        "rank_pattern": {key: r for r, key in keys.items()},
+        "alpha_pattern": {key: of_rank[r].lora_alpha for r, key in keys.items()},
     }
     return targets, lora.model_copy(update=patterns)
 

@@ -46,7 +46,8 @@ _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alp
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""
 
 
-_OF_INIT_ALONE = ("report_to", "push_to_hub", "push_residual_base")
+_OF_INIT_ALONE = {"report_to": "none", "push_to_hub": "null", "push_residual_base": "false"}
+"""Keys of the section `output`, and the words for nothing of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,9 @@ def refactor(
 
 def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | None) -> InitConfig:
     old = load_config(source / RESOLVED_CONFIG)
-    new = load_config(source / RESOLVED_CONFIG, [*overrides, "--output.dir", str(to.resolve())])
+    # what was for init alone was done by it
+    of_init = [word for key, value in _OF_INIT_ALONE.items() for word in (f"--output.{key}", value)]
+    new = load_config(source / RESOLVED_CONFIG, [*of_init, *overrides, "--output.dir", str(to.resolve())])
     changed = {
         f"{section}.{key}": value
         for section in ("model", "calibration", "gradient", "lora")
@@ -188,7 +191,7 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
         if value != getattr(getattr(old, section), key) and not (section == "lora" and key in _CHANGEABLE)
     }
     for key in _OF_INIT_ALONE:
-        if getattr(new.output, key) != getattr(old.output, key):
+        if getattr(new.output, key) != OutputConfig.model_fields[key].default:
             problem = "is for loraga-dist init alone; upload the directory with `hf upload`, or leave this out"
             raise UserError(f"output.{key}", getattr(new.output, key), problem)
     if new.deepspeed != old.deepspeed:

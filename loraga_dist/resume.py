@@ -39,6 +39,10 @@ class StopRequest:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.listen_no_more()
+
+    def listen_no_more(self) -> None:
+        """Signals do what they did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

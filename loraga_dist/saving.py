@@ -20,6 +20,7 @@ from loraga_dist.artifacts.staging import StagedDirectory
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.models import WeightKeys
+from loraga_dist.placement import product_norm
 from loraga_dist.safetensors_files import TensorSlot, read_checkpoint_index, read_range, resolve_model_dir
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
@@ -47,6 +48,8 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         if destination.exists():
             # an adapter that was trained from an earlier start could not be converted without it
             raise UserError("directory", str(directory), "exists; write another directory")
+        if model.peft_config["default"].use_dora:
+            raise UserError("lora.use_dora", True, "its magnitudes are not saved; make the start with loraga-dist init")
         sharding = _sharding_of(model, world)
         name = str(base) if base is not None else model.config.name_or_path
         revision = None if base is not None else getattr(model.config, "_commit_hash", None)
@@ -61,10 +64,11 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         saved = {name: keys(name) for name in _saved_parameters(model)}
 
     factors: dict[str, LoraFactors] = {}
-    for target in targets:
+    for target, found in zip(targets, start.targets, strict=True):
         made = _gather_factors(model, target, sharding)
         offset = made if scheme.changes_base else None
         _require_start(model, target, offset, index[target.weight_key], name, sharding)
+        _require_untrained(target, made, found.offset_ratio, index[target.weight_key], sharding)
         if world.is_main:
             factors[target.name] = made
     share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
@@ -103,6 +107,10 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
             staged.discard()
         raise
     return destination
+
+
+_NORM_TOLERANCE = 1e-4
+"""Of ||s B A||: rounding W to 16 bits moves its norm by 1e-6, the first step at a small learning rate by more."""
 
 
 def _sharding_of(model: Any, world: World) -> Sharding:
@@ -166,6 +174,26 @@ def _require_start(
         raise error
 
 
+def _require_untrained(
+    target: AdapterTarget, made: LoraFactors, offset_ratio: float, slot: TensorSlot, sharding: Sharding
+) -> None:
+    """Raise UserError on all ranks if ||s B A|| is not what it was: 16 bits of W would not tell a short training."""
+    norm = sharding.world.sum_(_share_of_square_norm(slot, sharding)).sqrt().item()
+    was, now = offset_ratio * norm, target.scaling * product_norm(made)
+    if abs(now - was) > _NORM_TOLERANCE * max(was, norm * torch.finfo(torch.float32).eps):
+        error = UserError("start", target.name, "has been trained already; call save_start before training")
+        error.on_all_ranks = True
+        raise error
+
+
+def _share_of_square_norm(slot: TensorSlot, sharding: Sharding) -> torch.Tensor:
+    world = sharding.world
+    ends = [slot.numel * rank // world.size for rank in (world.rank, world.rank + 1)]
+    with world.together():
+        share = square_norm(read_range(slot, *ends).float())
+    return share.to(world.device)
+
+
 def _report(
     start: Start, name: str, base_dir: Path, targets: list[AdapterTarget], saved: dict[str, str], base_fingerprint: str
 ) -> dict[str, Any]:
@@ -178,6 +206,7 @@ def _report(
                 "name_or_path": str(base_dir.resolve()) if is_local else name,
                 "revision": None if is_local else base_dir.name,
             },
+            "lora": {"use_dora": False},
             "init": {"scheme": start.scheme},
             "output": {"residual_base": "none", "residual_dtype": _dtype(start.model)},
         },

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from loraga_dist.artifacts.names import TENSORBOARD
 from loraga_dist.config import OutputConfig
@@ -17,10 +19,23 @@ _TOTALS = ("num_sequences", "num_supervised_tokens", "split_half_cosine", "mean_
 
 
 def check_trackers(config: OutputConfig) -> None:
-    """Raise UserError for a tracker whose package is not installed."""
+    """Raise UserError for a tracker whose package is not installed, or that would ask for a login after the run."""
     for name in config.trackers:
         if find_spec(name) is None:
             raise UserError("output.report_to", name, f"is not installed; pip install {name}, or write none")
+    if "wandb" in config.trackers and not _wandb_can_log():
+        problem = "has no login; run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE to offline"
+        raise UserError("output.report_to", "wandb", problem)
+
+
+def _wandb_can_log() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
 
 
 def track(directory: Path, report: Mapping[str, Any]) -> None:

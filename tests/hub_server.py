@@ -40,6 +40,8 @@ class Hub:
         if path == "/api/repos/create":
             self.created.append(json.loads(body)["name"])
             return 200, {"url": f"{self.url}/{REPO}", "name": REPO, "id": "1"}
+        if path.startswith(f"/api/models/{REPO}/tree/"):
+            return 200, [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.files]
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path.startswith(f"/api/models/{REPO}/preupload/"):
@@ -52,6 +54,8 @@ class Hub:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "deletedFile":
+                    del self.files[line["value"]["path"]]
             return 200, {"commitUrl": f"{self.url}/{REPO}/commit/0", "commitOid": "0" * 40, "pullRequestUrl": None}
         return 404, {"error": f"no {path}"}
 

@@ -304,7 +304,7 @@ class SketchEngine:
             state.Q_rest_NK = self._home.keep((Q_NK - in_Q_NK).to(in_Q_NK.dtype))
 
     def _bases(self, state: _State, window: _Window) -> tuple[Tensor, Tensor]:
-        """On the owner: P and Q in float32, of 32 bits or, within 2^-18 of each entry, of twice 16."""
+        """On the owner: P and Q in float32, of 32 bits or, within some 2^-18 of a column's norm, of twice 16."""
         P_MK, Q_NK = (basis.float() for basis in self._in_window(state, window))
         if state.P_rest_MK is not None and state.Q_rest_NK is not None:
             P_MK += self._home.fetch(state.P_rest_MK)

@@ -17,6 +17,7 @@ class StopAfter(StopRequest):
     """Asked for by nobody: the request appears when it has been looked at often enough."""
 
     def __init__(self, num_looks: int) -> None:
+        self._before = {}
         self._num_looks = num_looks
         self._looks = 0
 

@@ -21,7 +21,7 @@ REPORT: dict[str, Any] = {
         "output": {"dir": OUT, "residual_base": "full"},
         "model": {"name_or_path": "base", "revision": None},
         "init": {"scheme": "lora_ga"},
-        "lora": {"task_type": "CAUSAL_LM"},
+        "lora": {"task_type": "CAUSAL_LM", "use_dora": False},
     },
     "targets": {"t": {"offset_ratio": 0.1}},
 }
