@@ -1,0 +1,253 @@
+"""The methods that benchmarks/convergence.py compares: how each turns the pretrained model into what it trains.
+
+All adapters: every Linear layer but the head, r = 8, lora_alpha = 16, no dropout, float32. Settings beyond these are
+those that the method's authors or PEFT give, so that the scaling s differs: the learning rate is tuned for each.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraGAConfig, LoraLayer
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+import loraga_dist
+
+R = 8
+LORA_ALPHA = 16
+STABLE_GAMMA = 16
+LORA_PLUS_RATIO = 16
+"""The learning rate of B over that of A, as in the paper's experiments (arXiv 2402.12354)."""
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a start may depend on. The random number generator of torch is seeded with `seed`, too."""
+
+    batches: Sequence[Batch]
+    """Calibration batches, for the methods that look at gradients."""
+    seed: int
+    steps: int
+    """Of the training to come: AdaLoRA's schedule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of the tables. `start` may change the model that it is given."""
+
+    label: str
+    scaling: str
+    start: Callable[[Any, Inputs], nn.Module]
+    optimizer: Callable[[Any, float], Optimizer]
+    after_step: Callable[[Any, int], None] | None = None
+    """Between an optimizer step and the end of its gradients."""
+
+
+def _full(model: Any, inputs: Inputs) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _lora(**settings: Any) -> Callable[[Any, Inputs], nn.Module]:
+    def start(model: Any, inputs: Inputs) -> nn.Module:
+        return get_peft_model(model, _lora_config(**settings))
+
+    return start
+
+
+def _lora_config(**settings: Any) -> LoraConfig:
+    return LoraConfig(r=R, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+
+
+def _adalora(model: Any, inputs: Inputs) -> nn.Module:
+    config = AdaLoraConfig(
+        init_r=12,
+        target_r=R,
+        lora_alpha=LORA_ALPHA,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        tinit=inputs.steps // 10,
+        tfinal=3 * inputs.steps // 10,
+        total_step=inputs.steps,
+    )
+    return get_peft_model(model, config)
+
+
+def _allocate_ranks(model: Any, step: int) -> None:
+    model.base_model.update_and_allocate(step)
+
+
+def _ours(scheme: str, engine: str) -> Callable[[Any, Inputs], nn.Module]:
+    def start(model: Any, inputs: Inputs) -> nn.Module:
+        config = {
+            "lora": {"r": R, "lora_alpha": LORA_ALPHA, "use_rslora": True},
+            "init": {"scheme": scheme, "seed": inputs.seed},
+            "gradient": {"engine": engine, "checkpointing": "none"},
+        }
+        return loraga_dist.initialize(model, inputs.batches, config).model
+
+    return start
+
+
+def _peft_lora_ga(model: Any, inputs: Inputs) -> nn.Module:
+    config = _lora_config(
+        use_rslora=True, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(stable_gamma=STABLE_GAMMA)
+    )
+
+    def step() -> None:
+        for batch in inputs.batches:
+            model(**batch).loss.backward()
+
+    # unlike get_peft_model it does not know the shorthand all-linear
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    config.target_modules = set(names)
+    preprocess_loraga(model, config, step)
+    return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def _random_directions(model: Any, inputs: Inputs) -> nn.Module:
+    """LoRA-GA's scale, and its offset of the base, with directions that know nothing of the gradient."""
+    peft_model = get_peft_model(model, _lora_config(use_rslora=True))
+    for layer in lora_layers(peft_model):
+        weight = layer.get_base_layer().weight
+        M, N = weight.shape
+        factor = M**0.25 / math.sqrt(STABLE_GAMMA)
+        A_RN, B_MR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        A_RN.copy_(factor * torch.linalg.qr(torch.randn(N, R)).Q.T)
+        B_MR.copy_(factor * torch.linalg.qr(torch.randn(M, R)).Q)
+        weight.sub_(layer.get_delta_weight("default"))
+    return peft_model
+
+
+def lora_layers(model: nn.Module) -> Iterable[Any]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _adamw(model: nn.Module, lr: float) -> Optimizer:
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+
+
+def _lora_plus(model: PeftModel, lr: float) -> Optimizer:
+    return create_loraplus_optimizer(model, AdamW, lr=lr, loraplus_lr_ratio=LORA_PLUS_RATIO)
+
+
+_PLAIN, _RANK_STABLE = "α/r", "α/√r"
+
+METHODS: dict[str, Method] = {
+    "full": Method(label="full fine-tuning", scaling="", start=_full, optimizer=_adamw),
+    "lora": Method(label="LoRA", scaling=_PLAIN, start=_lora(), optimizer=_adamw),
+    "rslora": Method(label="rsLoRA", scaling=_RANK_STABLE, start=_lora(use_rslora=True), optimizer=_adamw),
+    "dora": Method(label="DoRA", scaling=_PLAIN, start=_lora(use_dora=True), optimizer=_adamw),
+    "lora_plus": Method(label="LoRA+", scaling=_PLAIN, start=_lora(), optimizer=_lora_plus),
+    "adalora": Method(
+        label="AdaLoRA", scaling="α/12", start=_adalora, optimizer=_adamw, after_step=_allocate_ranks
+    ),
+    "pissa": Method(label="PiSSA", scaling=_PLAIN, start=_lora(init_lora_weights="pissa"), optimizer=_adamw),
+    "lora_one": Method(
+        label="LoRA-One", scaling=_RANK_STABLE, start=_ours("lora_one", "exact"), optimizer=_adamw
+    ),
+    "lora_ga_exact": Method(
+        label="LoRA-GA, exact", scaling=_RANK_STABLE, start=_ours("lora_ga", "exact"), optimizer=_adamw
+    ),
+    "lora_ga_sketch": Method(
+        label="LoRA-GA, sketch", scaling=_RANK_STABLE, start=_ours("lora_ga", "sketch"), optimizer=_adamw
+    ),
+    "peft_lora_ga": Method(
+        label="PEFT's `lora_ga`", scaling=_RANK_STABLE, start=_peft_lora_ga, optimizer=_adamw
+    ),
+    "random": Method(
+        label="random directions at LoRA-GA's scale", scaling=_RANK_STABLE, start=_random_directions, optimizer=_adamw
+    ),
+}  # fmt: skip
+
+
+def full_gradients(model: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The mean loss's gradient by every Linear weight but the head's, by module name."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    targets = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    for module in targets.values():
+        module.weight.requires_grad_(True)
+    for batch in batches:
+        (model(**batch).loss / len(batches)).backward()
+    return {name: module.weight.grad for name, module in targets.items()}
+
+
+def alignment(started: nn.Module, pretrained: nn.Module, gradients: dict[str, Tensor]) -> dict[str, float]:
+    """How well the first step that `started` can take agrees with full fine-tuning's, and how far it starts off.
+
+    `cosine`: between -G and the change of the effective weight by one plain SGD step on all of a layer's trainable
+    parameters, to first order in the learning rate; G is the gradient at the pretrained weights. `start_cosine`: the
+    same of what the start itself changed, by `start_change` of the weight's norm; both 0 where it changed nothing.
+    All are averages over targets.
+    """
+    cosines, start_cosines, changes = [], [], []
+    prefix = "base_model.model." if isinstance(started, PeftModel) else ""
+    for name, G_MN in gradients.items():
+        G = G_MN.double()
+        layer = copy.deepcopy(started.get_submodule(prefix + name)).double()
+        W0 = pretrained.get_submodule(name).weight.detach().double()
+        change = _effective_weight(layer).detach() - W0
+        changes.append((change.norm() / W0.norm()).item())
+        start_cosines.append(_cosine(change, -G))
+        cosines.append(_cosine(_first_update(layer, G), -G))
+    moved = max(changes) > 1e-5
+    return {
+        "cosine": sum(cosines) / len(cosines),
+        "start_change": sum(changes) / len(changes) if moved else 0.0,
+        "start_cosine": sum(start_cosines) / len(start_cosines) if moved else 0.0,
+    }
+
+
+def best_cosine(gradients: dict[str, Tensor], rank: int) -> float:
+    """What the best update of a rank could reach: by Eckart-Young, the energy of the truncated SVD decides."""
+    shares = []
+    for G_MN in gradients.values():
+        energy = torch.linalg.svdvals(G_MN.double()).square()
+        shares.append((energy[:rank].sum() / energy.sum()).sqrt().item())
+    return sum(shares) / len(shares)
+
+
+def _effective_weight(layer: nn.Module) -> Tensor:
+    """W_MN of a layer without bias, whatever it is made of."""
+    parameter = next(layer.parameters())
+    return layer(torch.eye(layer.in_features, dtype=parameter.dtype)).T  # type: ignore[arg-type]
+
+
+def _first_update(layer: nn.Module, G_MN: Tensor) -> Tensor:
+    """The derivative of the effective weight along the layer's own descent direction, by a central difference.
+
+    For A and B that is exact; what is of higher order (DoRA's norms, AdaLoRA's triples) is negligible at this length.
+    """
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    loss = (_effective_weight(layer) * G_MN).sum()
+    slopes = [slope if slope is not None else 0 * p for slope, p in zip(
+        torch.autograd.grad(loss, parameters, allow_unused=True), parameters, strict=True
+    )]  # fmt: skip
+    length = sum(p.square().sum() for p in parameters).sqrt() / sum(s.square().sum() for s in slopes).sqrt()
+    ends = []
+    with torch.no_grad():
+        for direction in (-1, 1):
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter.add_(slope, alpha=direction * 1e-5 * length.item())
+            ends.append(_effective_weight(layer).clone())
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter.sub_(slope, alpha=direction * 1e-5 * length.item())
+    after, before = ends
+    return after - before
+
+
+def _cosine(X_MN: Tensor, Y_MN: Tensor) -> float:
+    return ((X_MN * Y_MN).sum() / (X_MN.norm() * Y_MN.norm()).clamp_min(1e-300)).item()
