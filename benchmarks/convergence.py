@@ -57,11 +57,11 @@ class Settings:
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
     """Learning rates are chosen on the first."""
-    steps: int = 80
+    steps: int = 60
     batch_size: int = 4
     sequence_length: int = 128
     check_every_steps: int = 10
-    heldout_windows: int = 64
+    heldout_windows: int = 32
     calibration_batches: int = 32
     """What LoRA-GA, LoRA-One and PEFT's lora_ga see of the training text beforehand."""
     gradient_batches: int = 64
@@ -182,7 +182,13 @@ def _run_seed(
     """All runs of one seed: at `lr` and the common rate, or, without `lr`, those of the search. Returns the rate."""
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    bench = _bench(model, settings, task)
+    try:
+        return _runs_of_seed(_bench(model, settings, task), journal, task, method, seed, lr)
+    except LoragaError as error:  # whose arguments do not survive the way between processes
+        raise RunError(f"{task}, {method}, seed {seed}: {error}") from error
+
+
+def _runs_of_seed(bench: Bench, journal: Journal, task: str, method: str, seed: int, lr: float | None) -> float:
     start = _Start(bench, method, seed)
     losses = journal.runs(task, method, seed)
     if not journal.has_alignment(task, method, seed):
@@ -197,9 +203,9 @@ def _run_seed(
         return losses[lr]
 
     if lr is None:
-        return best_rate(loss_at, settings.common_lr)
+        return best_rate(loss_at, bench.settings.common_lr)
     loss_at(lr)
-    loss_at(settings.common_lr)
+    loss_at(bench.settings.common_lr)
     return lr
 
 
