@@ -71,8 +71,8 @@ class Settings:
 
 
 QUICK = Settings(
-    tasks=("help",), seeds=(0, 1), steps=8, check_every_steps=4, heldout_windows=8, calibration_batches=4,
-    gradient_batches=4,
+    tasks=("help",), seeds=(0, 1), steps=6, batch_size=2, sequence_length=64, check_every_steps=3, heldout_windows=8,
+    calibration_batches=4, gradient_batches=4, common_lr=0.008,
 )  # fmt: skip
 
 
