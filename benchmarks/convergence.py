@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -158,7 +159,8 @@ def run_all(model: str, settings: Settings, journal: Journal, workers: int) -> N
     start = functools.partial(_run_seed, model, settings, journal)
     lines = [(task, method) for task in settings.tasks for method in settings.methods]
     # forked: this process has imported the libraries, and computes nothing itself
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         searches: dict[Future[float], tuple[str, str]] = {
             pool.submit(start, task, method, settings.seeds[0], None): (task, method) for task, method in lines
         }
@@ -172,8 +174,19 @@ def run_all(model: str, settings: Settings, journal: Journal, workers: int) -> N
                         task, method = searches[future]
                         open_ |= {pool.submit(start, task, method, seed, lr) for seed in settings.seeds[1:]}
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with(parent: int) -> None:
+    """Workers would wait for more work when the process that started them is killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_seed(

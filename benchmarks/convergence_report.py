@@ -90,7 +90,7 @@ def tables(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     run_seconds = sum(run["cpu_seconds"] for run in results.runs.values())
     parts.append(
-        f"{len(results.runs)} runs of {results.settings['steps']} steps in {results.wall_seconds / 60:.0f} minutes on "
+        f"{len(results.runs)} runs of {results.settings['steps']} steps in {results.wall_seconds / 60:.1f} minutes on "
         f"{results.hardware['cores']} cores ({run_seconds / len(results.runs):.0f} s of one core each). "
         f"Versions: {versions}."
     )
