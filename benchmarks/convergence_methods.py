@@ -167,7 +167,7 @@ METHODS: dict[str, Method] = {
         label="PEFT's `lora_ga`", scaling=_RANK_STABLE, start=_peft_lora_ga, optimizer=_adamw
     ),
     "random": Method(
-        label="random directions at LoRA-GA's scale", scaling=_RANK_STABLE, start=_random_directions, optimizer=_adamw
+        label="random directions", scaling=_RANK_STABLE, start=_random_directions, optimizer=_adamw
     ),
 }  # fmt: skip
 

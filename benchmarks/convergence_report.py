@@ -71,16 +71,19 @@ class Results:
 
 
 def write_tables(results: Results, path: Path) -> None:
-    """Replace what stands between our markers in `path`, or write a new file with nothing else.
+    """Replace what stands between our markers in `path`, or write a new file with nothing else."""
+    before, after = split_document(path)
+    path.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n{END}{after}", encoding="utf-8")
 
-    Raises UserError for a document without the markers.
-    """
+
+def split_document(path: Path) -> tuple[str, str]:
+    """What stands before and after our markers; raises UserError for a document without them."""
     text = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise UserError("--markdown", str(path), f"has no lines {BEGIN!r} and {END!r}; add them, or name a new file")
-    path.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n{END}{after}", encoding="utf-8")
+    return before, after
 
 
 def tables(results: Results) -> str:
@@ -212,8 +215,8 @@ def write_plots(results: Results, directory: Path) -> None:
             axis.grid(alpha=0.3)
         axes[0][0].set_ylabel("held-out loss, nats per byte")
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=8.5)
-        figure.tight_layout(rect=(0, 0.13, 1, 1))
+        figure.legend(handles, labels, loc="lower center", ncols=2 * len(tasks), frameon=False, fontsize=8.5)
+        figure.tight_layout(rect=(0, 0.13 if len(tasks) > 1 else 0.24, 1, 1))
         figure.savefig(directory / f"{name}.png", dpi=110, metadata={"Software": None})
         pyplot.close(figure)
 
@@ -234,12 +237,14 @@ def _draw_curves(axis: Any, results: Results, task: str) -> None:
 
 
 def _draw_rates(axis: Any, results: Results, task: str) -> None:
-    top = 0.0
+    rates = set()
     for method in results.settings["methods"]:
         found = {lr: loss for lr, loss in results.rates(task, method).items() if loss is not None}
         axis.plot(list(found), list(found.values()), label=_label(method), marker="o", markersize=3, **_STYLES[method])
-        top = max(top, found[min(found)])
-    axis.set_xscale("log", base=2)
+        rates |= found.keys()
+    axis.set_xscale("log")
+    axis.minorticks_off()
+    axis.set_xticks(sorted(rates), [f"{lr:g}" for lr in sorted(rates)], rotation=45, fontsize=8)
     axis.set_xlabel(f"learning rate; loss after {results.settings['steps']} steps, seed {results.seeds[0]}")
 
 

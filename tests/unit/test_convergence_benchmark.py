@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from convergence import best_rate
 from convergence_methods import METHODS, Inputs, R, alignment, best_cosine, full_gradients, lora_layers
-from convergence_report import BEGIN, END, Results, steps_to, tables
+from convergence_report import BEGIN, END, Results, steps_to, tables, write_plots
 
 
 @pytest.mark.parametrize("best", [-4, -1, 0, 1, 5])
@@ -104,10 +104,10 @@ def test_dora_and_adalora_first_updates(batches: list[dict[str, Tensor]], gradie
 
 def test_quick_run_and_going_on(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", shards=False)
-    path, document, plots = tmp_path / "runs.jsonl", tmp_path / "page.md", tmp_path / "plots"
+    path, document = tmp_path / "runs.jsonl", tmp_path / "page.md"
     arguments = [str(ROOT / "benchmarks" / "convergence.py"), "--quick", "--model", str(model), "--json", str(path)]
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    succeed(run_ranks([*arguments, "--markdown", str(document), "--plots", str(plots)], 1, timeout_seconds=250))
+    succeed(run_ranks([*arguments, "--markdown", str(document)], 1, timeout_seconds=250))
 
     lines = path.read_text().splitlines()
     results = Results([json.loads(line) for line in lines])
@@ -123,7 +123,8 @@ def test_quick_run_and_going_on(tmp_path: Path) -> None:
     page = document.read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert all(method.label in page for method in METHODS.values())
-    assert {plot.name for plot in plots.iterdir()} == {"convergence_curves.png", "convergence_rates.png"}
+    write_plots(results, tmp_path / "plots")
+    assert {plot.name for plot in (tmp_path / "plots").iterdir()} == {"convergence_curves.png", "convergence_rates.png"}
     cosine = {method: results.alignments["help", method, 0]["cosine"] for method in METHODS}
     assert cosine["full"] == pytest.approx(1, abs=1e-9)
     assert cosine["lora_ga_exact"] > max(cosine["lora"], cosine["random"]) + 0.1
@@ -139,6 +140,9 @@ def test_quick_run_and_going_on(tmp_path: Path) -> None:
 
     (refused,) = run_ranks([argument for argument in arguments if argument != "--quick"], 1)
     assert refused.code == 2 and "other settings" in refused.stderr
+    document.write_text("no markers")
+    (refused,) = run_ranks([*arguments, "--markdown", str(document)], 1)
+    assert refused.code == 2 and "has no lines" in refused.stderr
 
 
 def test_document_has_the_tables_of_the_committed_results() -> None:
