@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import make_model, save_model
+from builders import byte_tokenizer, llama_config, make_model
 from launching import ROOT, run_ranks, succeed
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from convergence import best_rate
@@ -103,7 +104,9 @@ def test_dora_and_adalora_first_updates(batches: list[dict[str, Tensor]], gradie
 
 
 def test_quick_run_and_going_on(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", shards=False)
+    model = tmp_path / "model"
+    LlamaForCausalLM(llama_config(num_hidden_layers=1)).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
     path, document = tmp_path / "runs.jsonl", tmp_path / "page.md"
     arguments = [str(ROOT / "benchmarks" / "convergence.py"), "--quick", "--model", str(model), "--json", str(path)]
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
