@@ -52,10 +52,9 @@ from loraga_dist.errors import LoragaError, RunError, UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides what a run gives; a results file belongs to one of these."""
+    """Everything but the method that decides what a run gives; a results file belongs to one of these."""
 
     tasks: tuple[str, ...] = ("help", "headers")
-    methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
     """Learning rates are chosen on the first."""
     steps: int = 50
@@ -120,7 +119,7 @@ class Journal:
             if whole != text:  # a line that a kill cut off
                 path.write_text(whole, encoding="utf-8")
             header = self.read()[0]
-            if header.get("settings") != wanted:
+            if any(header["settings"].get(key) != value for key, value in wanted.items()):
                 raise UserError("--json", str(path), "holds results of other settings; name a new file")
         else:
             hardware = {"machine": platform.machine(), "cores": os.cpu_count()}
@@ -159,7 +158,7 @@ class Journal:
 def run_all(model: str, settings: Settings, journal: Journal, workers: int) -> None:
     """Run what `journal` lacks, in `workers` processes of one thread each."""
     start = functools.partial(_run_seed, model, settings, journal)
-    lines = [(task, method) for task in settings.tasks for method in settings.methods]
+    lines = [(task, method) for task in settings.tasks for method in METHODS]
     # forked: this process has imported the libraries, and computes nothing itself
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=fork, initializer=_end_with, initargs=(os.getpid(),)) as pool:

@@ -87,11 +87,11 @@ def _allocate_ranks(model: Any, step: int) -> None:
     model.base_model.update_and_allocate(step)
 
 
-def _ours(scheme: str, engine: str) -> Callable[[Any, Inputs], nn.Module]:
+def _ours(scheme: str, engine: str, stable_gamma: float | None = None) -> Callable[[Any, Inputs], nn.Module]:
     def start(model: Any, inputs: Inputs) -> nn.Module:
         config = {
             "lora": {"r": R, "lora_alpha": LORA_ALPHA, "use_rslora": True},
-            "init": {"scheme": scheme, "seed": inputs.seed},
+            "init": {"scheme": scheme, "seed": inputs.seed, "stable_gamma": stable_gamma},
             "gradient": {"engine": engine, "checkpointing": "none"},
         }
         return loraga_dist.initialize(model, inputs.batches, config).model
@@ -159,6 +159,9 @@ METHODS: dict[str, Method] = {
     ),
     "lora_ga_exact": Method(
         label="LoRA-GA, exact", scaling=_RANK_STABLE, start=_ours("lora_ga", "exact"), optimizer=_adamw
+    ),
+    "lora_ga_gamma_64": Method(
+        label="LoRA-GA, exact, γ = 64", scaling=_RANK_STABLE, start=_ours("lora_ga", "exact", 64.0), optimizer=_adamw
     ),
     "lora_ga_sketch": Method(
         label="LoRA-GA, sketch", scaling=_RANK_STABLE, start=_ours("lora_ga", "sketch"), optimizer=_adamw

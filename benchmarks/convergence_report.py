@@ -23,6 +23,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "pissa": {"color": "#9b6bcc"},
     "lora_one": {"color": "#c65b9e"},
     "lora_ga_exact": {"color": "#c62f2f", "linewidth": 2.2},
+    "lora_ga_gamma_64": {"color": "#f08a8a"},
     "lora_ga_sketch": {"color": "#e0732e", "linestyle": ":", "linewidth": 2.2},
     "peft_lora_ga": {"color": "#d4a012"},
     "random": {"color": "#8c959f", "linestyle": "-."},
@@ -44,6 +45,7 @@ class Results:
             for entry in entries
             if entry["kind"] == "run"
         }
+        self.methods = [method for method in METHODS if any(method == key[1] for key in self.runs)]
         self.alignments = {
             (entry["task"], entry["method"], entry["seed"]): entry for entry in entries if entry["kind"] == "alignment"
         }
@@ -104,7 +106,7 @@ def _task_table(results: Results, task: str) -> str:
     common = results.settings["common_lr"]
     target = statistics.fmean(results.final_losses(task, "lora", results.best_lr(task, "lora")))
     rows = []
-    for method in results.settings["methods"]:
+    for method in results.methods:
         lr = results.best_lr(task, method)
         rows.append(
             [
@@ -162,7 +164,7 @@ def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float | None:
 def _alignment_table(results: Results) -> str:
     tasks = results.settings["tasks"]
     rows = []
-    for method in results.settings["methods"]:
+    for method in results.methods:
         found = {task: [results.alignments[task, method, seed] for seed in results.seeds] for task in tasks}
         moved = [statistics.fmean(a["start_change"] for a in found[task]) for task in tasks]
         start = [statistics.fmean(a["start_cosine"] for a in found[task]) for task in tasks]
@@ -177,7 +179,7 @@ def _alignment_table(results: Results) -> str:
 
 
 def _rates_table(results: Results, task: str) -> str:
-    methods = results.settings["methods"]
+    methods = results.methods
     searched = {method: results.rates(task, method) for method in methods}
     rates = sorted({lr for found in searched.values() for lr in found})
     rows = []
@@ -222,7 +224,7 @@ def write_plots(results: Results, directory: Path) -> None:
 
 
 def _draw_curves(axis: Any, results: Results, task: str) -> None:
-    for method in results.settings["methods"]:
+    for method in results.methods:
         curves = results.curves(task, method, results.best_lr(task, method))
         if not all(curves):
             continue
@@ -238,7 +240,7 @@ def _draw_curves(axis: Any, results: Results, task: str) -> None:
 
 def _draw_rates(axis: Any, results: Results, task: str) -> None:
     rates = set()
-    for method in results.settings["methods"]:
+    for method in results.methods:
         found = {lr: loss for lr, loss in results.rates(task, method).items() if loss is not None}
         axis.plot(list(found), list(found.values()), label=_label(method), marker="o", markersize=3, **_STYLES[method])
         rates |= found.keys()

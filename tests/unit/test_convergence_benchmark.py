@@ -114,7 +114,7 @@ def test_quick_run_and_going_on(tmp_path: Path) -> None:
 
     lines = path.read_text().splitlines()
     results = Results([json.loads(line) for line in lines])
-    assert set(results.settings["methods"]) == set(METHODS)
+    assert results.methods == list(METHODS)
     for method in METHODS:
         best = results.best_lr("help", method)
         rates = results.rates("help", method)
