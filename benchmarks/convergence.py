@@ -94,9 +94,10 @@ def main() -> int:
         if options.markdown:
             split_document(options.markdown)  # a mistake there is told before the runs, not after
         journal = Journal(options.json, settings)
-        started = time.monotonic()
+        already, started = len(journal.read()), time.monotonic()
         run_all(options.model, settings, journal, options.workers)
-        journal.add_seconds(time.monotonic() - started)
+        if len(journal.read()) > already:
+            journal.add({"kind": "session", "wall_seconds": round(time.monotonic() - started)})
         results = Results(journal.read())
         if options.markdown:
             write_tables(results, options.markdown)
@@ -127,7 +128,7 @@ class Journal:
 
     def add(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, allow_nan=False) + "\n"
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(file, line.encode())
         finally:
@@ -135,10 +136,6 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-
-    def add_seconds(self, seconds: float) -> None:
-        if seconds > 1:  # else there was nothing left to run
-            self.add({"kind": "session", "wall_seconds": round(seconds)})
 
     def runs(self, task: str, method: str, seed: int) -> dict[float, float]:
         """The last held-out loss by learning rate; a run that diverged has an infinite one."""

@@ -104,7 +104,7 @@ def tables(results: Results) -> str:
 
 def _task_table(results: Results, task: str) -> str:
     common = results.settings["common_lr"]
-    target = statistics.fmean(results.final_losses(task, "lora", results.best_lr(task, "lora")))
+    targets = [curve[-1][1] for curve in results.curves(task, "lora", results.best_lr(task, "lora"))]
     rows = []
     for method in results.methods:
         lr = results.best_lr(task, method)
@@ -114,7 +114,7 @@ def _task_table(results: Results, task: str) -> str:
                 METHODS[method].scaling,
                 f"{lr:g}",
                 *_losses(results, task, method, lr, results.best_lr(task, "lora")),
-                _steps(results.curves(task, method, lr), target),
+                _steps(results.curves(task, method, lr), targets),
                 *_losses(results, task, method, common, common),
             ]
         )
@@ -143,14 +143,14 @@ def _mean(values: Sequence[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.3f}".replace("-", "−") + spread
 
 
-def _steps(curves: Iterable[Sequence[tuple[int, float]]], target: float) -> str:
-    """Mean number of steps until the loss first is `target`, in a straight line between checks."""
-    found = [step for curve in curves if (step := steps_to(curve, target)) is not None]
-    if not found:
+def _steps(curves: Sequence[Sequence[tuple[int, float]]], targets: Sequence[float]) -> str:
+    """Mean number of steps until the loss first is that of LoRA's end on the same seed; seeds that never get there."""
+    found = [steps_to(curve, target) for curve, target in zip(curves, targets, strict=True)]
+    reached = [steps for steps in found if steps is not None]
+    if not reached:
         return _DASH
-    total = len(list(curves))
-    missed = "" if len(found) == total else f" ({len(found)} of {total} seeds)"
-    return f"{statistics.fmean(found):.0f}{missed}"
+    missed = "" if len(reached) == len(found) else f" ({len(reached)} of {len(found)} seeds)"
+    return f"{statistics.fmean(reached):.0f}{missed}"
 
 
 def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float | None:
@@ -201,10 +201,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def write_plots(results: Results, directory: Path) -> None:
-    """convergence_curves.png and convergence_rates.png; needs matplotlib."""
+    """convergence_curves.svg and convergence_rates.svg; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "convergence", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -218,8 +219,8 @@ def write_plots(results: Results, directory: Path) -> None:
         axes[0][0].set_ylabel("held-out loss, nats per byte")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=2 * len(tasks), frameon=False, fontsize=8.5)
-        figure.tight_layout(rect=(0, 0.13 if len(tasks) > 1 else 0.24, 1, 1))
-        figure.savefig(directory / f"{name}.png", dpi=110, metadata={"Software": None})
+        figure.tight_layout(rect=(0, 0.19 if len(tasks) > 1 else 0.3, 1, 1))
+        figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
         pyplot.close(figure)
 
 

@@ -127,7 +127,7 @@ def test_quick_run_and_going_on(tmp_path: Path) -> None:
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert all(method.label in page for method in METHODS.values())
     write_plots(results, tmp_path / "plots")
-    assert {plot.name for plot in (tmp_path / "plots").iterdir()} == {"convergence_curves.png", "convergence_rates.png"}
+    assert {plot.name for plot in (tmp_path / "plots").iterdir()} == {"convergence_curves.svg", "convergence_rates.svg"}
     cosine = {method: results.alignments["help", method, 0]["cosine"] for method in METHODS}
     assert cosine["full"] == pytest.approx(1, abs=1e-9)
     assert cosine["lora_ga_exact"] > max(cosine["lora"], cosine["random"]) + 0.1
