@@ -108,7 +108,9 @@ def prepare(config: InitConfig, world: World) -> Job:
         raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
     slots = base.slots_of(meta_model)
     shape = ModelShape.of(meta_model, base.dtype)
-    selection = select_targets(meta_model, config.lora, scheme.num_triplets)
+    selection = select_targets(
+        meta_model, config.lora, scheme.num_triplets, any_rank=config.init.rank_budget is not None
+    )
     targets = planned_targets(selection.targets, config.lora, config.init)
     adapter_targets = [
         AdapterTarget(**dataclasses.asdict(target), weight_key=base.weight_keys(target.parameter_name))

@@ -44,6 +44,7 @@ from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.job import Job
 from loraga_dist.placement import GradientReport
 from loraga_dist.progress import phase
+from loraga_dist.rank_budget import spent_budget
 from loraga_dist.resume import RunKeeper
 from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import SCHEMES, LoraFactors
@@ -193,6 +194,7 @@ def make_report(
             "planned_peak_bytes_per_rank": [planned for _, planned in per_rank],
             "state_bytes_per_rank": job.plan.state_bytes_per_rank,
             "targets": targets,
+            "rank_budget": spent_budget(config.init.rank_budget, job.targets),
             "saved_parameters": job.saved_parameters,
             "identity_check": dataclasses.asdict(start.identity_check),
             "warnings": find_warnings(
@@ -200,6 +202,7 @@ def make_report(
                 targets,
                 stopped_by=about["stopped_by"],
                 refine_passes=about["refine_passes"],
+                rank_budget=config.init.rank_budget,
             ),
         }
     )

@@ -176,7 +176,8 @@ def initialize(
         if not hasattr(model, "config") or hasattr(model, "peft_config"):
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
-        selection = select_targets(meta_copy(type(model), model.config), config.lora, scheme.num_triplets)
+        meta_model, any_rank = meta_copy(type(model), model.config), config.init.rank_budget is not None
+        selection = select_targets(meta_model, config.lora, scheme.num_triplets, any_rank=any_rank)
         targets = planned_targets(selection.targets, config.lora, config.init)
         plan = make_plan(targets, config.gradient, scheme, world.size)
         if scheme.source != "gradient":

@@ -17,7 +17,7 @@ from loraga_dist.estimate import ModelShape, disk_bytes, work
 from loraga_dist.forecast import Forecaster, advice, batch_shapes, verdict
 from loraga_dist.models import find_base_model
 from loraga_dist.plan import Plan
-from loraga_dist.rank_budget import planned_targets
+from loraga_dist.rank_budget import num_parameters, planned_targets
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
 from loraga_dist.targets import meta_copy, select_targets
@@ -37,7 +37,12 @@ def forecaster_for(config: InitConfig, device: torch.device) -> Forecaster:
     except (ValueError, ImportError) as error:
         raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
     shape = ModelShape.of(meta_model, base.dtype)
-    selection = select_targets(meta_model, config.lora, SCHEMES[config.init.scheme].num_triplets)
+    selection = select_targets(
+        meta_model,
+        config.lora,
+        SCHEMES[config.init.scheme].num_triplets,
+        any_rank=config.init.rank_budget is not None,
+    )
     targets = planned_targets(selection.targets, config.lora, config.init)
     return Forecaster(config=config, base=base, shape=shape, targets=targets, on_host=device.type == "cpu")
 
@@ -103,6 +108,9 @@ def plan_report(
         },
         "targets": _kinds(plan),
         "owners": _owners(plan, world_size),
+        "rank_budget": None
+        if config.init.rank_budget is None
+        else {"parameters": config.init.rank_budget, "at_largest_ranks": num_parameters(plan.targets)},
         "sweeps": {
             "count": len(plan.sweeps),
             "targets": [len(sweep) for sweep in plan.sweeps],
@@ -169,6 +177,11 @@ def print_plan(report: Mapping[str, Any]) -> None:
         f"{report['flops']['engine'] / sum(report['flops'].values()):.1%}; attention scores not counted",
         "time": _time(report),
     }
+    if budget := report["rank_budget"]:
+        lines["rank budget"] = (
+            f"{budget['parameters']} parameters; r above is the most a target may get, and all is planned for that "
+            f"({budget['at_largest_ranks']} parameters)"
+        )
     if not memory["activations_known"]:
         lines["warning"] = "activations are not counted: this model's code depends on its data"
     if report["verdict"]:

@@ -8,10 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.errors import UserError
+from loraga_dist.linalg import numerical_rank
 from loraga_dist.schemes import SCHEMES, lora_scaling
-from loraga_dist.targets import TargetT
+from loraga_dist.targets import Target, TargetT
 
 LARGEST = 2
 """No target gets more than this times `lora.r`: engines must know beforehand how many directions to look for."""
@@ -32,7 +35,8 @@ def planned_targets(targets: Sequence[TargetT], lora: LoraSection, init: SchemeC
         raise UserError(
             "init.rank_budget",
             init.rank_budget,
-            f"is less than rank 1 of the {len(targets)} targets takes; write {least} or more",
+            f"is less than rank 1 of the {len(targets)} targets takes; write {least} or more, or "
+            "leave targets out with lora.exclude_modules",
         )
     num_triplets = SCHEMES[init.scheme].num_triplets
     return [
@@ -55,13 +59,12 @@ def spend(
     """
     assert init.rank_budget is not None
     num_triplets = SCHEMES[init.scheme].num_triplets
-    energies = [
-        [
-            math.fsum(value**2 for value in singular_values[target.name][num_triplets(r) : num_triplets(r + 1)])
-            for r in range(target.r)
-        ]
-        for target in planned
-    ]
+    energies = []
+    for target in planned:
+        # what lies below rounding would be bought in another order on another number of ranks
+        values = _above_rounding(singular_values[target.name], target)
+        ends = [(num_triplets(r), num_triplets(r + 1)) for r in range(target.r)]
+        energies.append([math.fsum(value**2 for value in values[start:end]) for start, end in ends])
     ranks = allocate(init.rank_budget, [target.M + target.N for target in planned], energies)
     targets = [_with_rank(target, lora, r) for target, r in zip(planned, ranks, strict=True)]
     # one pattern a rank: PEFT tries them all on every name, and Python keeps 512 compiled. ^ makes names whole ones
@@ -101,6 +104,20 @@ def allocate(budget: int, sizes: Sequence[int], energies: Sequence[Sequence[floa
         if ranks[i] < len(energies[i]):
             heapq.heappush(offers, offer(i))
     return ranks
+
+
+def spent_budget(budget: int | None, targets: Sequence[Target]) -> dict[str, int] | None:
+    """What the report says of `init.rank_budget`."""
+    return None if budget is None else {"parameters": budget, "spent": num_parameters(targets)}
+
+
+def num_parameters(targets: Sequence[Target]) -> int:
+    """Of all A and B together."""
+    return sum(target.r * (target.M + target.N) for target in targets)
+
+
+def _above_rounding(values: Sequence[float], target: Target) -> Sequence[float]:
+    return values[: numerical_rank(torch.tensor(values), target.M, target.N)]
 
 
 def _with_rank(target: TargetT, lora: LoraSection, r: int) -> TargetT:

@@ -37,7 +37,7 @@ from loraga_dist.models import DTYPES
 from loraga_dist.outputs import finish_directory, write_adapters
 from loraga_dist.placement import make_factors, product_norm, weight_singular_values
 from loraga_dist.progress import phase
-from loraga_dist.rank_budget import planned_targets, spend
+from loraga_dist.rank_budget import planned_targets, spend, spent_budget
 from loraga_dist.safetensors_files import TensorSlot, read_range, read_rows, scan_checkpoint
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.targets import check_patterns, peft_lora_config
@@ -163,6 +163,7 @@ def refactor(
                 "residual_fingerprint": residual_fingerprint,
                 "versions": versions(),
                 "targets": rebuild.reports,
+                "rank_budget": spent_budget(config.init.rank_budget, targets),
                 # no model was loaded to compare logits
                 "identity_check": old["identity_check"] | {"max_abs_logit_diff": None, "max_abs_logit": None},
                 "warnings": find_warnings(
@@ -170,6 +171,7 @@ def refactor(
                     rebuild.reports,
                     stopped_by=old["stopped_by"],
                     refine_passes=old["refine_passes"],
+                    rank_budget=config.init.rank_budget,
                 )
                 + _beyond_convergence(rebuild.reports),
                 "refactored": {"from": str(source.resolve()), "seconds": time.monotonic() - started},

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
+_LEAVE_OUT = "leave it out with lora.exclude_modules"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """One weight matrix W_MN (y = W x) and the rank and scaling PEFT gives its adapter."""
@@ -70,11 +73,14 @@ class Selection:
     """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
 
 
-def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Callable[[int], int]) -> Selection:
+def select_targets(
+    meta_model: nn.Module, lora: LoraSection, num_triplets: Callable[[int], int], *, any_rank: bool = False
+) -> Selection:
     """Let PEFT inject its layers into `meta_model` (which is consumed) and read off what it chose.
 
-    num_triplets: how many singular triplets the scheme needs for rank r. Raises UserError when nothing matches, or when
-    a match is not a plain matrix, is tied to another parameter, or is too small for its rank.
+    num_triplets: how many singular triplets the scheme needs for rank r. any_rank: the targets' ranks are chosen later.
+    Raises UserError when nothing matches, or when a match is not a plain matrix, is tied to another parameter, or is
+    too small for its rank (with any_rank, for rank 1).
     """
     from peft import get_peft_model
     from peft.tuners.lora.layer import Linear as LoraLinear
@@ -115,13 +121,13 @@ def select_targets(meta_model: nn.Module, lora: LoraSection, num_triplets: Calla
                 f"{name}.weight is tied to {tied[f'{name}.weight']}; changing one would change both; "
                 "add it to lora.exclude_modules",
             )
-        if num_triplets(r) > min(M, N):
+        if num_triplets(1 if any_rank else r) > min(M, N):
             fitting = max(rank for rank in range(min(M, N) + 1) if num_triplets(rank) <= min(M, N))
             raise UserError(
                 "lora.r" if r == lora.r else "lora.rank_pattern",
                 r,
-                f"{name} is {M} x {N} and needs {num_triplets(r)} singular directions; write {fitting} or less, "
-                "there alone with lora.rank_pattern",
+                f"{name} is {M} x {N} and needs {num_triplets(r)} singular directions; "
+                + (f"write {fitting} or less, there alone with lora.rank_pattern" if fitting else _LEAVE_OUT),
             )
         targets.append(
             Target(

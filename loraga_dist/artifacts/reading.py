@@ -61,6 +61,11 @@ class ReportTarget(BaseModel):
     transposed: bool
 
 
+class ReportBudget(BaseModel):
+    parameters: int
+    spent: int
+
+
 class Report(BaseModel):
     """The fields of the report that can be held against the files."""
 
@@ -70,6 +75,7 @@ class Report(BaseModel):
     residual_fingerprint: str | None
     targets: dict[str, ReportTarget]
     saved_parameters: dict[str, str] = {}
+    rank_budget: ReportBudget | None = None
 
     @property
     def scheme(self) -> Scheme:

@@ -73,7 +73,12 @@ def versions() -> dict[str, str]:
 
 
 def find_warnings(
-    scheme: str, targets: Mapping[str, Mapping[str, Any]], *, stopped_by: str | None, refine_passes: int | None
+    scheme: str,
+    targets: Mapping[str, Mapping[str, Any]],
+    *,
+    stopped_by: str | None,
+    refine_passes: int | None,
+    rank_budget: int | None = None,
 ) -> list[str]:
     """What a user should look at before training: one line each, with the worst targets, and what to do.
 
@@ -99,6 +104,13 @@ def find_warnings(
         )
     if stopped_by is None:
         return lines
+    if rank_budget is not None:
+        left = rank_budget - sum(target["r"] * sum(target["shape"]) for target in targets.values())
+        if left >= min(sum(target["shape"]) for target in targets.values()):
+            lines.append(
+                f"init.rank_budget {rank_budget}: {left} parameters were not spent, every target has the largest rank "
+                "or all directions its gradient has; raise lora.r (and lora.lora_alpha with it) to allow larger ranks"
+            )
     if noisy:
         lines.append(
             f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_worst(noisy, targets)}: two halves of the data "
@@ -155,6 +167,7 @@ def print_summary(report: Mapping[str, Any], directory: str, verified: str) -> N
             else f"none: {title} takes no gradient",
         ),
         *([("stopped by", _stop(report))] if has_gradient else []),
+        *([("rank budget", _budget(report))] if report["rank_budget"] else []),
         ("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())),
         ("peak MiB per rank", f"{' '.join(peaks)}  (planned: {' '.join(planned)})"),
         (
@@ -193,7 +206,7 @@ def readme(report: Mapping[str, Any]) -> str:
     return f"""# {scheme.title} start of {base}
 
 {len(report["targets"])} weight matrices; offset ratio ||s B0 A0|| / ||W|| {min(ratios):.3g} to {max(ratios):.3g}.
-
+{_ranks(report)}
 | | |
 |---|---|
 {_contents(scheme, config["lora"]["use_dora"])}
@@ -259,6 +272,14 @@ TRAINED is where the trainer saved it.{more}
 """
 
 
+def _ranks(report: Mapping[str, Any]) -> str:
+    """What `init.rank_budget` came to."""
+    if not report.get("rank_budget"):
+        return ""
+    ranks = [target["r"] for target in report["targets"].values()]
+    return f"Ranks {min(ranks)} to {max(ranks)}; {_budget(report)}.\n"
+
+
 def _belongs(scheme: Scheme, report: Mapping[str, Any]) -> str:
     """What the adapter does to which base."""
     if scheme.changes_base:
@@ -304,6 +325,11 @@ def _worst(found: Mapping[str, float], targets: Mapping[str, Any], *, highest: b
     names = sorted(found, key=found.__getitem__, reverse=highest)
     shown = ", ".join(f"{name} {found[name]:.3g}" for name in names[:_MOST_NAMED])
     return f"{len(names)} of {len(targets)} targets ({shown}{', ...' if len(names) > _MOST_NAMED else ''})"
+
+
+def _budget(report: Mapping[str, Any]) -> str:
+    """What was spent of `init.rank_budget`."""
+    return f"{report['rank_budget']['spent']} of {report['rank_budget']['parameters']} parameters spent"
 
 
 def _stop(report: Mapping[str, Any]) -> str:

@@ -406,6 +406,8 @@ def _facts(report: Mapping[str, Any]) -> str:
             "split-half cosine, median": _number(report["split_half_cosine"], ".3f"),
             "mean loss": _number(report["mean_loss"], ".4f"),
         }
+    if budget := report.get("rank_budget"):
+        of_gradient["rank budget"] = f"{budget['spent']:,} of {budget['parameters']:,} parameters spent"
     facts = {
         "base": model["name_or_path"] + (f" @ {model['revision']}" if model["revision"] else ""),
         "start": start,

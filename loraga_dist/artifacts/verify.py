@@ -25,6 +25,7 @@ from loraga_dist.artifacts.names import (
     LORAGA_OFFSET,
     MODEL_CONFIG,
     README,
+    REPORT,
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
@@ -114,7 +115,7 @@ def verify(
         with _collected(problems, LORAGA_INIT):
             opened_adapter = load_adapter(directory / LORAGA_INIT, report)
         if opened_adapter and world.is_main:
-            problems += _check_finite(*opened_adapter)
+            problems += _check_finite(*opened_adapter) + _check_budget(report)
             if report.scheme.changes_base:
                 with _collected(problems, LORAGA_OFFSET):
                     offset = load_adapter(directory / LORAGA_OFFSET, report, use_dora=False)
@@ -208,6 +209,14 @@ def _check_finite(adapter: AdapterFile, targets: list[AdapterTarget]) -> list[st
         for key, factor in zip(adapter_keys(target.name), adapter.factors(target.name), strict=True)
         if not factor.isfinite().all()
     ]
+
+
+def _check_budget(report: Report) -> list[str]:
+    """The ranks take what the report says they do, and no more than they may."""
+    budget, taken = report.rank_budget, sum(target.r * sum(target.shape) for target in report.targets.values())
+    if budget is None or budget.spent == taken <= budget.parameters:
+        return []
+    return [f"{REPORT}: ranks take {taken} parameters, rank_budget says {budget.spent} of {budget.parameters}"]
 
 
 def _check_magnitudes(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.errors import UserError
 from loraga_dist.rank_budget import allocate, planned_targets, spend
-from loraga_dist.targets import Target, peft_lora_config
+from loraga_dist.schemes import SCHEMES
+from loraga_dist.targets import Target, peft_lora_config, select_targets
 
 
 def target(name: str, M: int, N: int, r: int = 4) -> Target:
@@ -42,28 +45,62 @@ def test_energy_is_weighed_by_what_it_costs() -> None:
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_patterns_give_every_target_its_rank_and_the_same_scaling(use_rslora: bool) -> None:
+def test_the_patterns_give_every_target_its_rank_and_the_same_scaling(use_rslora: bool, tmp_path: Path) -> None:
     lora = LoraSection(r=4, lora_alpha=8, use_rslora=use_rslora)
-    names = ["down", "mlp.down", "layers.1.mlp.down", "layers.11.mlp.down"]
+    # names that end one another, and one that a dot in a pattern would match
+    names = ["down", "mlp.down", "layers.1.mlp.down", "mlp_down"]
     init = SchemeConfig(rank_budget=10 * 40)
     planned = planned_targets([target(name, 20, 20) for name in names], lora, init)
     assert [planned_one.r for planned_one in planned] == [8] * 4
     values = {name: [2.0 ** -(i * j) for j in range(16)] for i, name in enumerate(names)}
     targets, section = spend(planned, values, lora, init)
     assert sum(t.r for t in targets) == 10 and [t.name for t in targets] == names and targets[0].r == 7
-    config: LoraConfig = peft_lora_config(section)
+    peft_lora_config(section).save_pretrained(str(tmp_path))
+    config = LoraConfig.from_pretrained(str(tmp_path))
+    assert isinstance(config, LoraConfig) and list(config.rank_pattern) == sorted(config.rank_pattern)
     scaling = 8 / math.sqrt(4) if use_rslora else 8 / 4
     for found in targets:  # the names end with one another
-        key = get_pattern_key(config.rank_pattern.keys(), found.name)
+        key = get_pattern_key(list(config.rank_pattern), found.name)
+        of_rank = [other.name for other in targets if other.r == found.r]
+        assert [name for name in names if get_pattern_key([key], name) == key] == of_rank
         r, alpha = config.rank_pattern[key], config.alpha_pattern[key]
         assert (r, alpha) == (found.r, found.lora_alpha)
         assert alpha / (math.sqrt(r) if use_rslora else r) == pytest.approx(scaling, rel=1e-15) == found.scaling
 
 
+def test_directions_below_rounding_are_not_bought() -> None:
+    lora, init = LoraSection(r=4), SchemeConfig(rank_budget=9999)
+    planned = planned_targets([target("a", 20, 30), target("b", 20, 30)], lora, init)
+    noise = [3e-7 * 0.9**i for i in range(13)]
+    targets, _ = spend(planned, {"a": [1.0] * 16, "b": [1.0, 1.0, 0.5, *noise]}, lora, init)
+    assert [found.r for found in targets] == [8, 2]
+
+
 def test_small_matrices_bound_their_ranks() -> None:
-    targets = [target("a", 10, 30), target("b", 64, 64)]
+    targets = [target("a", 10, 30), target("b", 64, 64), target("c", 6, 30)]
     planned = planned_targets(targets, LoraSection(r=4), SchemeConfig(rank_budget=999))
-    assert [found.r for found in planned] == [5, 8]
+    assert [found.r for found in planned] == [5, 8, 3]
+
+
+@pytest.mark.parametrize("rows", [6, 1])
+def test_a_matrix_too_small_for_lora_r_is_in_unless_rank_one_does_not_fit(rows: int) -> None:
+    class Model(torch.nn.Module):
+        prepare_inputs_for_generation = None  # PEFT asks causal models for it
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.flat = torch.nn.Linear(50, 40), torch.nn.Linear(50, rows)
+
+    lora = LoraSection(r=4, target_modules=["wide", "flat"])
+    num_triplets = SCHEMES["lora_ga"].num_triplets
+    with pytest.raises(UserError, match="flat is"):
+        select_targets(Model(), lora, num_triplets)
+    if rows == 1:
+        with pytest.raises(UserError, match=r"flat is 1 x 50 .*; leave it out with lora.exclude_modules"):
+            select_targets(Model(), lora, num_triplets, any_rank=True)
+    else:
+        found = select_targets(Model(), lora, num_triplets, any_rank=True).targets
+        assert [target.r for target in planned_targets(found, lora, SchemeConfig(rank_budget=999))] == [8, 3]
 
 
 def test_a_budget_that_cannot_be_kept_is_refused() -> None:

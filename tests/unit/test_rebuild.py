@@ -131,7 +131,7 @@ def test_the_same_settings_give_the_same_files(
     old, new = report(source), report(tmp_path / "again")
     for name, target in old["targets"].items():
         assert new["targets"][name]["offset_ratio"] == pytest.approx(target["offset_ratio"], rel=1e-5)
-        target |= {"offset_ratio": new["targets"][name]["offset_ratio"], "num_converged": 2 * target["r"]}
+        target["offset_ratio"] = new["targets"][name]["offset_ratio"]
         assert new["targets"][name] == target
     assert new["warnings"] == old["warnings"]
 

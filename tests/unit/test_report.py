@@ -14,6 +14,8 @@ FINE: dict[str, Any] = {
     "window_capture": 0.7,
     "numerical_rank": 4,
     "singular_values": [4.0, 3.0, 2.0, 1.0],
+    "shape": [20, 10],
+    "r": 2,
 }
 ADVICE = {
     "max_samples": "raise calibration.max_samples, or write auto",
@@ -24,11 +26,15 @@ ADVICE = {
 
 
 def warnings_of(
-    *changes: dict[str, Any], scheme: str = "lora_ga", stopped_by: str | None = "max_samples", refine_passes: int = 0
+    *changes: dict[str, Any],
+    scheme: str = "lora_ga",
+    stopped_by: str | None = "max_samples",
+    refine_passes: int = 0,
+    rank_budget: int | None = None,
 ) -> list[str]:
     """For targets t0, t1, ... that are fine but for the changes."""
     targets = {f"t{number}": FINE | change for number, change in enumerate(changes)}
-    return find_warnings(scheme, targets, stopped_by=stopped_by, refine_passes=refine_passes)
+    return find_warnings(scheme, targets, stopped_by=stopped_by, refine_passes=refine_passes, rank_budget=rank_budget)
 
 
 def test_nothing_to_say_at_the_bounds_or_of_what_is_unknown() -> None:
@@ -49,6 +55,12 @@ def test_one_line_with_target_figure_and_advice(change: dict[str, Any], says: st
     ((figure,),) = [change.values()]
     assert says in line and f"1 of 2 targets (t1 {figure})" in line
     assert all(advice in line for advice in advises)
+
+
+def test_a_budget_that_buys_no_more_is_said() -> None:
+    assert warnings_of({}, {"shape": [6, 4]}, rank_budget=89) == []
+    (line,) = warnings_of({}, {"shape": [6, 4]}, rank_budget=90)
+    assert "init.rank_budget 90: 10 parameters were not spent" in line and "raise lora.r" in line
 
 
 def test_the_worst_targets_come_first_and_the_rest_are_counted() -> None:
