@@ -239,6 +239,8 @@ def test_a_model_in_memory_starts_with_them(scheme: str, tmp_path: Path) -> None
     start = loraga_dist.initialize(
         model, [{"input_ids": ids, "labels": ids}], {"lora": lora, "init": {"scheme": scheme}}
     )
+    with pytest.raises(loraga_dist.LoragaError, match="lora.use_dora: True: its magnitudes are not saved"):
+        loraga_dist.save_start(start, tmp_path / "saved")
     check = start.identity_check
     differs = (logits(start.model) - before).abs().max()
     if scheme != "lora_one":
