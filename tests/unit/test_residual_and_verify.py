@@ -158,6 +158,7 @@ def write_output(
         "schema_version": 1,
         "config": {
             "model": {"name_or_path": str(base), "revision": None},
+            "lora": {"use_dora": False},
             "init": {"scheme": "lora_ga"},
             "output": {"dir": str(directory), "residual_base": residual_base, "residual_dtype": residual_dtype},
         },
