@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -51,13 +51,16 @@ def main() -> SFTTrainer:
         bf16=torch.cuda.is_available(),  # SFTConfig's default is True
         report_to="none",
     )
-    base = AutoModelForCausalLM.from_pretrained(options.loraga_dir / "residual_base", dtype=torch.float32)
+    adapter, base_name = options.loraga_dir / "loraga_init", options.loraga_dir / "residual_base"
+    if not base_name.exists():  # a scheme that leaves the base as it is
+        base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32)
     trainer = LoraPlusSFTTrainer(
         # without is_trainable TRL trains nothing; with a peft_config it would add a second adapter
-        model=PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True),
+        model=PeftModel.from_pretrained(base, adapter, is_trainable=True),
         args=arguments,
         train_dataset=load_dataset("json", data_files=options.data, split="train"),
-        processing_class=AutoTokenizer.from_pretrained(options.loraga_dir / "residual_base"),
+        processing_class=AutoTokenizer.from_pretrained(base_name),
     )
     trainer.loraplus_lr_ratio = options.loraplus_lr_ratio
     trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)

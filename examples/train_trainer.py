@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     AutoModelForCausalLM,
@@ -54,9 +54,12 @@ def main() -> Trainer:
         use_cpu=not torch.cuda.is_available(),  # else accelerate takes each of several ranks for the only one
         report_to="none",
     )
-    tokenizer = AutoTokenizer.from_pretrained(options.loraga_dir / "residual_base")
-    base = AutoModelForCausalLM.from_pretrained(options.loraga_dir / "residual_base", dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)
+    adapter, base_name = options.loraga_dir / "loraga_init", options.loraga_dir / "residual_base"
+    if not base_name.exists():  # a scheme that leaves the base as it is
+        base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(base_name)
+    base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
 
     lines = load_dataset("json", data_files=options.data, split="train")
     dataset = lines.map(

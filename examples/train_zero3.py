@@ -27,7 +27,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -55,6 +55,9 @@ def main() -> Any:
         options.resume_from_checkpoint and not options.loraga_dir
     ):
         parser.error("write either --loraga_dir or --model; --resume_from_checkpoint goes with --loraga_dir")
+    start_directory = options.output / "start"
+    if options.model and start_directory.exists():
+        parser.error(f"{start_directory} exists: write another --output")
 
     transformers.set_seed(0)
     if not torch.cuda.is_available():
@@ -67,15 +70,17 @@ def main() -> Any:
         "gradient_clipping": 1.0,
     }
     keep_alive = HfDeepSpeedConfig(settings)  # from_pretrained shards while it lives
-    base_directory = options.loraga_dir / "residual_base" if options.loraga_dir else options.model
-    base = AutoModelForCausalLM.from_pretrained(base_directory, dtype=torch.float32)
-    batches = read_batches(options, AutoTokenizer.from_pretrained(base_directory))
+    base_name = options.model or options.loraga_dir / "residual_base"
+    if options.loraga_dir and not base_name.exists():  # a scheme that leaves the base as it is
+        base_name = PeftConfig.from_pretrained(options.loraga_dir / "loraga_init").base_model_name_or_path
+    base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32)
+    batches = read_batches(options, AutoTokenizer.from_pretrained(base_name))
     if options.loraga_dir:
         model: Any = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)
     else:
         start = loraga_dist.initialize(base, batches[:8], {"lora": {"r": options.rank, "lora_alpha": 2 * options.rank}})
         say(f"{len(start.targets)} targets, logits moved by {start.identity_check.max_abs_logit_diff:.1e} at most")
-        say(f"convert later with --init {loraga_dist.save_start(start, options.output / 'start')}/loraga_init")
+        say(f"convert later with --init {loraga_dist.save_start(start, start_directory)}/loraga_init")
         model = start.model
 
     optimizer = torch.optim.AdamW(parameter_groups(model, options.learning_rate, options.loraplus_lr_ratio))

@@ -106,7 +106,8 @@ class Forecaster:
         widths = {matrix.name: matrix.width for sweep in plan.sweeps for matrix in sweep}
         for target in plan.targets:
             work[plan.owners[target.name]] += widths.get(target.name, target.r) * (target.M + target.N)
-        ranks = {0, work.index(max(work))}
+        workspace = {target.name: plan.scheme.workspace_bytes(target.M, target.N, target.r) for target in plan.targets}
+        ranks = {0, work.index(max(work)), plan.owners[max(workspace, key=workspace.__getitem__)]}
         return max((self.memory(rank, plan, shapes, setting) for rank in ranks), key=lambda found: found.peak_bytes)
 
     def changed(self, **sections: dict[str, Any]) -> Forecaster:

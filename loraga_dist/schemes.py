@@ -68,6 +68,8 @@ class Scheme:
     """W becomes W - s B0 A0, and the adapter belongs on that; else it belongs on the original model."""
     starts_at_model: bool
     """The first forward pass is the original model's."""
+    missing_directions: str = ""
+    """What becomes of directions that are asked for and that a gradient of low rank does not have."""
     workspace_bytes: Callable[[int, int, int], int] = lambda M, N, r: 0
     """Taken by the factorization of a weight, beside the weight as the model holds it."""
 
@@ -266,6 +268,7 @@ SCHEMES: dict[str, Scheme] = {
         num_triplets=lambda r: 2 * r,
         changes_base=True,
         starts_at_model=True,
+        missing_directions="the missing columns of B start at zero, as in plain LoRA",
     ),
     "lora_one": Scheme(
         title="LoRA-One",
@@ -274,6 +277,7 @@ SCHEMES: dict[str, Scheme] = {
         num_triplets=lambda r: r,
         changes_base=False,
         starts_at_model=False,
+        missing_directions="the missing rows of A and columns of B start near zero and hardly learn",
     ),
     "pissa": Scheme(
         title="PiSSA",

@@ -33,11 +33,6 @@ _MORE_DATA = {
     "data": "all of the data was used; add more",
 }
 """How to get more calibration data, by what ended it this time."""
-_WITHOUT_DIRECTION = {
-    "lora_ga": ("2r", "the missing columns of B start at zero, as in plain LoRA"),
-    "lora_one": ("r", "the missing rows of A and columns of B start near zero and hardly learn"),
-}
-"""How many directions a scheme wants, and what becomes of the missing ones."""
 _MOST_NAMED = 3
 
 _PACKAGES = ("loraga_dist", "torch", "transformers", "peft", "deepspeed", "safetensors")
@@ -123,10 +118,9 @@ def find_warnings(
             "calibration.per_device_batch_size"
         )
     if deficient:
-        wanted, what = _WITHOUT_DIRECTION[scheme]
         lines.append(
-            f"the gradient has fewer directions than {wanted} in {_worst(deficient, targets)}: {what}; lower lora.r, "
-            f"or use more data ({_MORE_DATA[stopped_by]})"
+            f"the gradient has fewer directions than {SCHEMES[scheme].title} takes in {_worst(deficient, targets)}: "
+            f"{SCHEMES[scheme].missing_directions}; lower lora.r, or use more data ({_MORE_DATA[stopped_by]})"
         )
     return lines
 

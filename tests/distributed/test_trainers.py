@@ -114,6 +114,19 @@ def test_trained_saved_resumed_and_converted(started: Started, name: str, tmp_pa
     assert 0.6 * LORAPLUS_RATIO < moved["B"] / moved["A"] < 1.5 * LORAPLUS_RATIO
 
 
+def test_a_start_on_the_original_base_trains_there(started: Started, tmp_path: Path) -> None:
+    plain = config_tree(started.base, started.data, tmp_path / "out") | {"init": {"scheme": "kaiming"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
+    succeed(run_ranks([INIT, "--config", str(tmp_path / "config.yaml")], 1))
+    inputs = ["--loraga_dir", str(tmp_path / "out"), "--data", str(started.data), "--output", str(tmp_path / "trained")]
+    logits = train(WAYS["sft-1"], *inputs, logits=tmp_path / "logits.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(started.base)
+    size = logits.abs().max()
+    assert (logits_of(base) - logits).abs().max() > 1e-2 * size
+    trained = PeftModel.from_pretrained(base, tmp_path / "trained" / "trained")
+    assert (logits_of(trained) - logits).abs().max() < 1e-5 * size
+
+
 def test_a_start_made_in_memory_is_converted(started: Started, tmp_path: Path) -> None:
     """Shards of two ranks: the start is saved before training, and taken out of the trained adapter afterwards."""
     way, output = WAYS["zero3-2"], tmp_path / "out"
@@ -124,6 +137,9 @@ def test_a_start_made_in_memory_is_converted(started: Started, tmp_path: Path) -
     found = converted(started.base, init, output / "trained", tmp_path / "plain")
     assert (found - logits).abs().max() < 1e-5 * size
     assert (logits_of(AutoModelForCausalLM.from_pretrained(started.base)) - logits).abs().max() > 1e-2 * size
+
+    (refused,) = run_ranks([str(EXAMPLES / way.example), *inputs], 1)
+    assert refused.code == 2 and "start exists: write another --output" in refused.stderr
 
     # what resumes it elsewhere: the residual base from the original one and the saved start
     assert main(["materialize-base", str(output / "start")]) == 0

@@ -47,7 +47,11 @@ def test_nothing_to_say_at_the_bounds_or_of_what_is_unknown() -> None:
         ({"offset_ratio": 1.25}, "offset_ratio above 1", ["lower lora.lora_alpha", "raise init.stable_gamma"]),
         ({"split_half_cosine": 0.32}, "split_half_cosine below 0.5", ["raise calibration.max_samples"]),
         ({"window_capture": 0.41}, "window_capture below 0.7", ["gradient.refine_passes 1", "per_device_batch_size"]),
-        ({"numerical_rank": 3}, "fewer directions than 2r", ["lower lora.r", "raise calibration.max_samples"]),
+        (
+            {"numerical_rank": 3},
+            "fewer directions than LoRA-GA takes",
+            ["lower lora.r", "raise calibration.max_samples"],
+        ),
     ],
 )
 def test_one_line_with_target_figure_and_advice(change: dict[str, Any], says: str, advises: list[str]) -> None:
@@ -84,7 +88,7 @@ def test_a_refine_pass_mends_what_a_window_missed() -> None:
 
 def test_other_schemes_are_told_what_helps_them() -> None:
     (line,) = warnings_of({"numerical_rank": 3}, scheme="lora_one")
-    assert "fewer directions than r in" in line and "rows of A and columns of B start near zero" in line
+    assert "fewer directions than LoRA-One takes in" in line and "rows of A and columns of B start near zero" in line
     without_gradient = dict.fromkeys(("split_half_cosine", "window_capture", "numerical_rank", "singular_values"))
     assert warnings_of(without_gradient, scheme="pissa", stopped_by=None) == []
     (line,) = warnings_of(without_gradient | {"offset_ratio": 2.0}, scheme="olora", stopped_by=None)
