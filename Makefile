@@ -22,7 +22,7 @@ quickstart: .venv/.installed
 	    launch/init.py --config configs/quickstart.yaml --overwrite
 
 test: lint launchers
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # More of the kills that `make test` has a few of; minutes.
 test-faults: .venv/.installed-dev

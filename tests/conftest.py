@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
@@ -24,6 +25,15 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reads or leaves anything in the user's caches."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def matplotlib_for_those_who_ask(request: pytest.FixtureRequest) -> Iterator[None]:
+    """It is optional, and drawing takes longer than a small run: only modules marked `plots` have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("plots") is None:
+            patch.setitem(sys.modules, "matplotlib", None)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -50,6 +50,6 @@ def _be_rank(arguments: list[str], env: dict[str, str], stdout: str, stderr: str
     os.environ.clear()
     os.environ.update(env)
     sys.argv = arguments
-    sys.modules["matplotlib"] = None  # optional; drawing takes seconds, and has tests of its own
+    sys.modules["matplotlib"] = None  # as in tests that are not marked `plots`
     sys.path[0] = str(Path(arguments[0]).parent)
     runpy.run_path(arguments[0], run_name="__main__")

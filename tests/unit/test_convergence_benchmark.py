@@ -20,6 +20,8 @@ from convergence import best_rate
 from convergence_methods import METHODS, Inputs, R, alignment, best_cosine, full_gradients, lora_layers
 from convergence_report import BEGIN, END, Results, steps_to, tables, write_plots
 
+pytestmark = pytest.mark.plots
+
 
 @pytest.mark.parametrize("best", [-4, -1, 0, 1, 5])
 def test_search_brackets_the_best_rate(best: int) -> None:

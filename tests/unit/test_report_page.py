@@ -24,6 +24,8 @@ from loraga_dist.cli import main
 from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
 
+pytestmark = pytest.mark.plots
+
 PLOTS = {"singular_values", "captured_energy", "split_half_cosine", "offset_ratio", "memory", "seconds"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # A window has a least width, a frame has none.
