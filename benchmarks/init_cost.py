@@ -100,18 +100,18 @@ def compare(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
 
 def figures(runs: dict[str, list[Outcome]], gradients: dict[str, Tensor]) -> dict[str, Any]:
     """gradients: the truth about energies, or nothing."""
-    floor_seconds, floor_bytes = medians(runs["floor"])
+    floor_bytes = medians(runs["floor"])[1]
     rows: dict[str, Any] = {}
     for way, outcomes in runs.items():
         seconds, peak_bytes = medians(outcomes)
         rows[way] = {
             "seconds": [outcome.seconds for outcome in outcomes],
             "median_seconds": seconds,
-            "cpu_over_floor": cpu_median(outcomes) / cpu_median(runs["floor"]),
-            "cpu_over_peft": cpu_median(outcomes) / cpu_median(runs["peft"]),
+            "cpu_over_floor": ratio(outcomes, runs["floor"], "cpu_seconds"),
+            "cpu_over_peft": ratio(outcomes, runs["peft"], "cpu_seconds"),
             "cpu_seconds": [outcome.cpu_seconds for outcome in outcomes],
-            "over_floor": seconds / floor_seconds,
-            "over_peft": seconds / medians(runs["peft"])[0],
+            "over_floor": ratio(outcomes, runs["floor"], "seconds"),
+            "over_peft": ratio(outcomes, runs["peft"], "seconds"),
             "peak_bytes": [outcome.peak_bytes for outcome in outcomes],
             "extra_bytes": peak_bytes - floor_bytes,
             "details": [outcome.details for outcome in outcomes],
@@ -131,6 +131,12 @@ def medians(outcomes: list[Outcome]) -> tuple[float, float]:
         statistics.median(outcome.seconds for outcome in outcomes),
         statistics.median(outcome.peak_bytes for outcome in outcomes),
     )
+
+
+def ratio(outcomes: list[Outcome], others: list[Outcome], field: str) -> float:
+    """Median over the turns, each by itself: a machine's speed drifts from turn to turn. *exact* stands by the last."""
+    turns = zip(reversed(outcomes), reversed(others), strict=False)
+    return statistics.median(getattr(outcome, field) / getattr(other, field) for outcome, other in turns)
 
 
 def cpu_median(outcomes: list[Outcome]) -> float:

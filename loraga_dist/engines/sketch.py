@@ -402,9 +402,8 @@ class SketchEngine:
         if width == len(x_TN):
             return x_TN, dy_TM
         V_NK = torch.randn(matrix.N, width, generator=self._generator(f"{matrix.name}/cold")).to(x_TN.device)
-        for _ in range(COLD_ITERATIONS):
-            U_MK, _ = orthonormal_columns(_product(dy_TM, x_TN, V_NK))
-            V_NK, _ = orthonormal_columns(_product(x_TN, dy_TM, U_MK))
+        U_MK, _ = orthonormal_columns(_product(dy_TM, x_TN, V_NK))
+        V_NK, _ = orthonormal_columns(_product(x_TN, dy_TM, U_MK))
         # G V V^T, as "rows" V^T of x and (G V)^T of dy
         return V_NK.t().to(x_TN.dtype), _product(dy_TM, x_TN, V_NK).t().to(dy_TM.dtype)
 
