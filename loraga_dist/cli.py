@@ -105,6 +105,9 @@ def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
     except LoragaError as error:
         return _report_failure(error)
+    except Exception as error:
+        traceback.print_exc()
+        return _report_failure(RunError(f"{type(error).__name__}: {error}"))
     if options.json:
         print(json.dumps(report, indent=2))
     else:

@@ -168,7 +168,9 @@ def refuse_what_cannot_fit(planned: RankMemory, job: Job, config: InitConfig, wo
         kinds.append((planned.host_peak_bytes, free_host_bytes() // world.ranks_on_node, "the host"))
     for needed, free, where in kinds:
         if verdict(needed, free) == "too large":
-            changes = advice(forecaster_of(job, config, world), world.size, free)
+            changes = ["use more nodes, or fewer ranks on each, or lower gradient.state_budget_gib"]
+            if where == "its device":
+                changes = advice(forecaster_of(job, config, world), world.size, free)
             raise UserError(
                 "model.name_or_path",
                 config.model.name_or_path,

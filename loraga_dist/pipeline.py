@@ -62,7 +62,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
         with world.together():
             planned = planned_memory(job, config, world)
             refuse_what_cannot_fit(planned, job, config, world)
-        staged = StagedDirectory(job.destination, world)
+        staged = StagedDirectory(job.destination, world, overwrite=config.output.overwrite)
         finished_files = staged.checkpoint_path / RESIDUAL_BASE
         staged.create(max(0, job.output_bytes - num_bytes_kept(finished_files)))
         try:

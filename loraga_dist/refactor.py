@@ -139,7 +139,9 @@ def refactor(
     rebuild = _Rebuild(
         config=config, old=old, targets={target.name: target for target in targets}, slots=slots, index=index
     )
-    with whole_directory(destination, "--to", _num_bytes(config, targets, slots, index)) as directory:
+    with whole_directory(
+        destination, "--to", _num_bytes(config, targets, slots, index), overwrite=overwrite
+    ) as directory:
         saved = {name: index[key] for name, key in report.saved_parameters.items()}
         write_adapters(directory, config, lora, targets, rebuild.factors, saved, index)
         shutil.copytree(source / FACTORS, directory / FACTORS)

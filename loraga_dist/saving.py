@@ -78,21 +78,22 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         key: TensorDigest.of_json(parts) for found in world.all_json(digests) for key, parts in found.items()
     }
 
+    # the model's own, so that what a trainer saves of it names the base that it belongs on
+    config = model.peft_config["default"]
+    if scheme.changes_base:
+        config.base_model_name_or_path, config.revision = f"{destination}/{RESIDUAL_BASE}", None
+    else:
+        config.base_model_name_or_path, config.revision = name, revision
     staged = StagedDirectory(destination, world, "directory")
     staged.create(sum(4 * target.r * (target.M + target.N) for target in targets))
     try:
         with world.together():
             if world.is_main:
-                config = copy.copy(model.peft_config["default"])
                 report = _report(start, name, base_dir, targets, saved, fingerprint(base_digests))
-                of_base = report["config"]["model"]
-                if scheme.changes_base:
-                    of_base = {"name_or_path": f"{destination}/{RESIDUAL_BASE}", "revision": None}
-                config.base_model_name_or_path, config.revision = of_base["name_or_path"], of_base["revision"]
                 (staged.path / LORAGA_INIT).mkdir()
                 write_adapter(
                     staged.path / LORAGA_INIT,
-                    config,
+                    copy.copy(config),
                     targets,
                     lambda name: (factors[name].A_RN, factors[name].B_MR),
                     saved={parameter: index[key] for parameter, key in saved.items()},

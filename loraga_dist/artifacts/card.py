@@ -54,7 +54,7 @@ def model_card(report: Mapping[str, Any], repo_id: str) -> str:
     elif scheme.changes_base:
         loading += f"""
 base = PeftModel.from_pretrained(base, "{repo_id}", subfolder="{LORAGA_OFFSET}").merge_and_unload()"""
-    tokens = report["num_supervised_tokens"]
+    tokens, is_dora = report["num_supervised_tokens"], config["lora"]["use_dora"]
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -79,9 +79,10 @@ model = PeftModel.from_pretrained(base, "{repo_id}", subfolder="{LORAGA_INIT}", 
 
 ## After training
 
-For the original base as servers want it, from a copy of this repository (with `{REPORT}`):
+{"As a merged model" if is_dora else "For the original base as servers want it"}, from a copy of this repository
+(with `{REPORT}`):
 
 ```
-loraga-dist convert --init {LORAGA_INIT} --trained TRAINED --to CONVERTED
+loraga-dist convert --init {LORAGA_INIT} --trained TRAINED {"--merge MERGED" if is_dora else "--to CONVERTED"}
 ```
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, write_adapter
 from loraga_dist.artifacts.manifest import fingerprint
-from loraga_dist.artifacts.names import CONVERSION
+from loraga_dist.artifacts.names import CONVERSION, MODEL_CONFIG
 from loraga_dist.artifacts.reading import open_base
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, require_targets, write_model
@@ -104,12 +104,13 @@ def convert(
     if to is not None:
         r = rank or update.full_rank
         num_bytes = sum(4 * r * (target.M + target.N) for target in update.targets.values())
-        with whole_directory(to, "--to", num_bytes) as directory:
+        with whole_directory(to, "--to", num_bytes, overwrite=overwrite) as directory:
             found = _write_adapter(directory, update, found, r, show_progress)
             _write_record(directory, found)
     if merge is not None:
         assert base_dir is not None
-        with whole_directory(merge, "--merge", sum(slot.num_bytes for slot in index.values())) as directory:
+        num_bytes = sum(slot.num_bytes for slot in index.values())
+        with whole_directory(merge, "--merge", num_bytes, overwrite=overwrite) as directory:
             _write_merged(directory, update, base_dir, index, show_progress)
             _write_record(directory, found)
     return found
@@ -159,7 +160,7 @@ def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, s
         found,
         r=r,
         kept_energy={name: kept[name] / total[name] if total[name] else 1.0 for name in kept},
-        total_kept_energy=sum(kept.values()) / sum(total.values()),
+        total_kept_energy=sum(kept.values()) / (sum(total.values()) or 1.0),
     )
 
 
@@ -184,6 +185,7 @@ def _write_merged(
     targets = [_with_rank(target, update.rank_of(name), scaling=-1.0) for name, target in update.targets.items()]
     require_targets(index, targets)
     replaced = {_base_key(name, slot, index, update): slot for name, slot in update.saved.items()}
+    _require_no_tied_copy(base_dir, replaced)
     num_bytes = sum(slot.num_bytes for slot in index.values())
     with phase("merge", num_bytes, "B", shown=show_progress) as progress:
         digests = write_model(
@@ -199,6 +201,18 @@ def _write_merged(
     base_digests = {key: base for key, (base, _) in digests.items()} | digest_base(index, replaced)
     if fingerprint(base_digests) != update.report.base_fingerprint:
         raise UserError("--base", str(base_dir), "is not the base of loraga_init: its weights have another fingerprint")
+
+
+def _require_no_tied_copy(base_dir: Path, replaced: dict[str, TensorSlot]) -> None:
+    """Raise UserError if an embedding was trained that the model uses twice: training moved one of the two copies."""
+    config = json.loads((base_dir / MODEL_CONFIG).read_text())
+    config |= config.get("text_config", {})
+    if not config.get("tie_word_embeddings", True):
+        return
+    for key, slot in replaced.items():
+        if slot.shape[0] == config.get("vocab_size"):
+            problem = "was trained alone, and the base ties input and output embeddings"
+            raise UserError("--merge", key, f"{problem}; merge with PEFT's merge_and_unload instead")
 
 
 def _base_key(name: str, slot: TensorSlot, index: dict[str, TensorSlot], update: Update) -> str:

@@ -39,7 +39,7 @@ def materialize_base(
     require_targets(index, targets)
     dtype = report.config.output.residual_dtype
     num_bytes = sum(slot.numel * residual_dtype_of(slot.dtype, dtype).itemsize for slot in index.values())
-    with whole_directory(destination, "--to", num_bytes) as path:
+    with whole_directory(destination, "--to", num_bytes, overwrite=False) as path:
         with phase("write", num_bytes, "B", shown=show_progress) as progress:
             write_model(base_dir, index, targets, adapter, path, dtype, on_progress=progress.advance)
         with phase("verify", sum(slot.num_bytes for slot in index.values()), "B", shown=show_progress) as progress:

@@ -187,8 +187,8 @@ def _plots(report: Mapping[str, Any]) -> Iterator[_Plot]:
     yield _Plot(
         "memory",
         _memory(report["peak_bytes_per_rank"], report["planned_peak_bytes_per_rank"]),
-        "The plan counts the weights, the largest block gathered at a time and the engine's state; activations and "
-        "libraries come on top.",
+        "The plan is made from shapes before anything is loaded: weights, the largest block gathered at a time, the "
+        "engine's state and activations.",
     )
     yield _Plot("seconds", _seconds(report["seconds"]), f"{report['seconds']['total']:.1f} s in all.")
 

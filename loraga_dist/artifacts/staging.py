@@ -29,10 +29,10 @@ def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: It
     marker: the file by which our own earlier output is known, the only thing `overwrite` replaces.
     inputs: what the command reads, and so must not write over.
     """
-    destination = path.resolve()
+    destination = path.expanduser().resolve()
     if destination.exists():
         if not overwrite:
-            raise UserError(key, str(path), "exists; write another directory, or add --overwrite")
+            raise _exists(key, path)
         if not (destination / marker).is_file():
             raise UserError(key, str(path), "exists and is no output of loraga-dist; write another directory")
     for source in inputs:
@@ -41,11 +41,15 @@ def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: It
     return destination
 
 
+def _exists(key: str, path: Path) -> UserError:
+    return UserError(key, str(path), "exists; write another directory, or add --overwrite")
+
+
 class StagedDirectory:
     """A hidden sibling of the destination, until `commit` puts it there."""
 
-    def __init__(self, destination: Path, world: World, key: str = "output.dir") -> None:
-        """key: what the user names the destination by."""
+    def __init__(self, destination: Path, world: World, key: str = "output.dir", *, overwrite: bool = False) -> None:
+        """key: what the user names the destination by. overwrite: `free_place` found something that may be replaced."""
         self.destination = destination
         self._key = key
         self.path = destination.with_name(f".{destination.name}.partial")
@@ -55,6 +59,7 @@ class StagedDirectory:
         self._lock: BinaryIO | None = None
         self._world = world
         self._committing = False
+        self._overwrite = overwrite
         self._replaces = False
 
     def create(self, num_bytes: int) -> None:
@@ -70,6 +75,9 @@ class StagedDirectory:
                         if leftover.exists():
                             shutil.rmtree(leftover)
                     self._replaces = self.destination.exists()
+                    if self._replaces and not self._overwrite:  # another run has finished since this one began
+                        self._drop_lock()
+                        raise _exists(self._key, self.destination)
                     self.path.mkdir()
                     free_bytes = shutil.disk_usage(self.path).free
                 except OSError as error:
@@ -148,12 +156,12 @@ class StagedDirectory:
 
 
 @contextmanager
-def whole_directory(destination: Path, key: str, num_bytes: int) -> Iterator[Path]:
+def whole_directory(destination: Path, key: str, num_bytes: int, *, overwrite: bool) -> Iterator[Path]:
     """An empty directory for one process to fill: in place when the block ends, gone when it raises.
 
-    key: what the user names the destination by. num_bytes: what will be written, checked against the free space.
+    key, overwrite: as for `StagedDirectory`. num_bytes: what will be written, checked against the free space.
     """
-    staged = StagedDirectory(destination, World.alone(), key)
+    staged = StagedDirectory(destination, World.alone(), key, overwrite=overwrite)
     staged.create(num_bytes)
     try:
         yield staged.path

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, magnitude_key
-from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT
+from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.reading import (
     Report,
     expected_shapes,
@@ -99,7 +99,9 @@ def open_update(init: Path, trained: Path) -> Update:
         saved={key.removeprefix(_PREFIX): slot for key, slot in sorted(adapter.slots.items()) if key not in lora_keys},
         task_type=config.task_type,
         modules_to_save=sorted(config.modules_to_save) if config.modules_to_save else None,
-        warnings=_find_warnings(config.base_model_name_or_path, [adapter.slots[key] for key in lora_keys], report),
+        warnings=_find_warnings(
+            config.base_model_name_or_path, init, [adapter.slots[key] for key in lora_keys], report
+        ),
         trained=adapter,
         init=init_adapter,
         init_targets={target.name: target for target in init_targets},
@@ -191,19 +193,26 @@ def _check_values(
             if not factor.isfinite().all():
                 problem = f"{key} has values that are not finite; write an earlier checkpoint"
                 raise UserError("--trained", str(trained), problem)
-            changed = changed or not torch.equal(factor.float(), start)
+            changed = changed or not torch.equal(factor, start.to(factor.dtype))
     if not changed:
         problem = "is the start itself, nothing was trained; load loraga_init with is_trainable=True and train"
         raise UserError("--trained", str(trained), problem)
 
 
-def _find_warnings(trained_on: str | None, factors: Iterable[TensorSlot], report: Report) -> list[str]:
+def _find_warnings(trained_on: str | None, init: Path, factors: Iterable[TensorSlot], report: Report) -> list[str]:
     lines = []
-    if report.scheme.changes_base and trained_on and _same_place(trained_on, report.config.model.name_or_path):
-        lines.append(
-            f"the trained adapter names the original base {trained_on}; if it was not trained on residual_base, or "
-            "with loraga_offset merged in, the result is wrong"
-        )
+    if report.scheme.changes_base and trained_on:
+        belongs_on = [str(init.resolve().with_name(RESIDUAL_BASE)), read_lora_config(init).base_model_name_or_path]
+        if _same_place(trained_on, report.config.model.name_or_path):
+            lines.append(
+                f"the trained adapter names the original base {trained_on}; if it was not trained on residual_base, or "
+                "with loraga_offset merged in, the result is wrong"
+            )
+        elif not any(place and _same_place(trained_on, place) for place in belongs_on):
+            lines.append(
+                f"the trained adapter names the base {trained_on}, and {init} belongs on {belongs_on[0]}; if it was "
+                "trained from another start, the result is wrong"
+            )
     coarse = sorted({dtype_name(slot.dtype) for slot in factors if slot.dtype in _SIXTEEN_BITS})
     if coarse:
         lines.append(

@@ -77,10 +77,18 @@ def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 3) != 3:
         raise UserError("deepspeed.zero_optimization.stage", zero, "must be 3: the model is sharded by ZeRO-3")
-    if (zero.get("offload_param") or {}).get("device") == "nvme":
+    offload = zero.get("offload_param") or {}
+    if not isinstance(offload, dict):
+        problem = "must be an object; write {device: cpu}"
+        raise UserError("deepspeed.zero_optimization.offload_param", offload, problem)
+    if offload.get("device") == "nvme":
         raise UserError(
             "deepspeed.zero_optimization.offload_param.device", "nvme", "is not supported; write cpu or none"
         )
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key, False) not in (False, "auto"):
+            problem = "would gather weights in 8 bits and take the gradients of those; write false"
+            raise UserError(f"deepspeed.zero_optimization.{key}", zero[key], problem)
     if zero.get("zero_hpz_partition_size", 1) not in (1, "auto"):
         raise UserError(
             "deepspeed.zero_optimization.zero_hpz_partition_size", zero["zero_hpz_partition_size"], "write 1"

@@ -138,6 +138,8 @@ def test_a_start_made_in_memory_is_converted(started: Started, tmp_path: Path) -
     assert (found - logits).abs().max() < 1e-5 * size
     assert (logits_of(AutoModelForCausalLM.from_pretrained(started.base)) - logits).abs().max() > 1e-2 * size
 
+    named = json.loads((output / "trained" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(output / "start" / "residual_base"), "on the original base it would be wrong"
     (refused,) = run_ranks([str(EXAMPLES / way.example), *inputs], 1)
     assert refused.code == 2 and "start exists: write another --output" in refused.stderr
 

@@ -172,6 +172,39 @@ def test_stock_peft_on_the_original_base_is_the_trained_model(
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (run.base / "tokenizer.json").read_bytes()
 
 
+def test_a_trained_copy_of_tied_embeddings_is_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = Case("tied", lora=(("target_modules", ["q_proj"]), ("modules_to_save", ["embed_tokens"])))
+    run = train(case, tmp_path)
+    capsys.readouterr()
+    assert run.convert("--merge", tmp_path / "merged") == 2
+    assert "the base ties input and output embeddings; merge with PEFT's merge_and_unload" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert run.convert("--to", tmp_path / "plain") == 0
+    converted = PeftModel.from_pretrained(run.load(run.base), tmp_path / "plain").eval()
+    expected = logits(run.model)
+    assert (logits(converted) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_an_adapter_of_another_start_is_noticed(
+    trained: Callable[[str], Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained("plain")
+    assert run.convert("--to", tmp_path / "plain") == 0
+    assert "wrong" not in capsys.readouterr().err
+    shutil.copytree(run.out, tmp_path / "moved")
+    other = tmp_path / "other" / "loraga_init"
+    shutil.copytree(run.out / "loraga_init", other)
+    shutil.copy(run.out / "loraga_report.json", other.parent)
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(other.with_name("residual_base"))
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    words = ["--trained", str(run.adapter), "--to"]
+    assert main(["convert", "--init", str(tmp_path / "moved" / "loraga_init"), *words, str(tmp_path / "a")]) == 0
+    assert "wrong" not in capsys.readouterr().err
+    assert main(["convert", "--init", str(other), *words, str(tmp_path / "b")]) == 0
+    assert "trained from another start, the result is wrong" in capsys.readouterr().err
+
+
 def test_a_merged_model_in_16_bits_is_rounded_once(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     run = trained("bf16")
     assert run.convert("--merge", tmp_path / "merged") == 0

@@ -17,7 +17,7 @@ from loraga_dist.errors import RunError, UserError
 
 @pytest.fixture
 def staged(tmp_path: Path) -> StagedDirectory:
-    staged = StagedDirectory(tmp_path / "out", World.current())
+    staged = StagedDirectory(tmp_path / "out", World.current(), overwrite=True)
     staged.create(0)
     (staged.path / "file").write_text("new")
     return staged
@@ -45,6 +45,14 @@ def test_what_appeared_meanwhile_is_kept(staged: StagedDirectory) -> None:
     staged.discard()
     assert (staged.destination / "file").read_text() == "another's"
     assert (staged.path / "file").read_text() == "new", "a finished output is not thrown away"
+
+
+def test_what_another_run_has_finished_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for _ in range(2):  # the lock is not kept
+        with pytest.raises(UserError, match="exists; write another directory, or add --overwrite"):
+            StagedDirectory(tmp_path / "out", World.current()).create(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_runs_cannot_write_one_output(staged: StagedDirectory, tmp_path: Path) -> None:
@@ -82,7 +90,7 @@ def test_a_run_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
     replaced = tmp_path / ".out.replaced"
     replaced.mkdir()
     (replaced / "file").write_text("old")
-    StagedDirectory(tmp_path / "out", World.current()).create(0)
+    StagedDirectory(tmp_path / "out", World.current(), overwrite=True).create(0)
     assert (tmp_path / "out" / "file").read_text() == "old"
 
 
