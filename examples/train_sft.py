@@ -51,16 +51,17 @@ def main() -> SFTTrainer:
         bf16=torch.cuda.is_available(),  # SFTConfig's default is True
         report_to="none",
     )
-    adapter, base_name = options.loraga_dir / "loraga_init", options.loraga_dir / "residual_base"
+    adapter, base_name, revision = options.loraga_dir / "loraga_init", options.loraga_dir / "residual_base", None
     if not base_name.exists():  # a scheme that leaves the base as it is
-        base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32)
+        peft_config = PeftConfig.from_pretrained(adapter)
+        base_name, revision = peft_config.base_model_name_or_path, peft_config.revision
+    base = AutoModelForCausalLM.from_pretrained(base_name, revision=revision, dtype=torch.float32)
     trainer = LoraPlusSFTTrainer(
         # without is_trainable TRL trains nothing; with a peft_config it would add a second adapter
         model=PeftModel.from_pretrained(base, adapter, is_trainable=True),
         args=arguments,
         train_dataset=load_dataset("json", data_files=options.data, split="train"),
-        processing_class=AutoTokenizer.from_pretrained(base_name),
+        processing_class=AutoTokenizer.from_pretrained(base_name, revision=revision),
     )
     trainer.loraplus_lr_ratio = options.loraplus_lr_ratio
     trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)

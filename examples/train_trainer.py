@@ -54,11 +54,12 @@ def main() -> Trainer:
         use_cpu=not torch.cuda.is_available(),  # else accelerate takes each of several ranks for the only one
         report_to="none",
     )
-    adapter, base_name = options.loraga_dir / "loraga_init", options.loraga_dir / "residual_base"
+    adapter, base_name, revision = options.loraga_dir / "loraga_init", options.loraga_dir / "residual_base", None
     if not base_name.exists():  # a scheme that leaves the base as it is
-        base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(base_name)
-    base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32)
+        peft_config = PeftConfig.from_pretrained(adapter)
+        base_name, revision = peft_config.base_model_name_or_path, peft_config.revision
+    tokenizer = AutoTokenizer.from_pretrained(base_name, revision=revision)
+    base = AutoModelForCausalLM.from_pretrained(base_name, revision=revision, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
 
     lines = load_dataset("json", data_files=options.data, split="train")

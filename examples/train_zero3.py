@@ -70,11 +70,12 @@ def main() -> Any:
         "gradient_clipping": 1.0,
     }
     keep_alive = HfDeepSpeedConfig(settings)  # from_pretrained shards while it lives
-    base_name = options.model or options.loraga_dir / "residual_base"
+    base_name, revision = options.model or options.loraga_dir / "residual_base", None
     if options.loraga_dir and not base_name.exists():  # a scheme that leaves the base as it is
-        base_name = PeftConfig.from_pretrained(options.loraga_dir / "loraga_init").base_model_name_or_path
-    base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32)
-    batches = read_batches(options, AutoTokenizer.from_pretrained(base_name))
+        peft_config = PeftConfig.from_pretrained(options.loraga_dir / "loraga_init")
+        base_name, revision = peft_config.base_model_name_or_path, peft_config.revision
+    base = AutoModelForCausalLM.from_pretrained(base_name, revision=revision, dtype=torch.float32)
+    batches = read_batches(options, AutoTokenizer.from_pretrained(base_name, revision=revision))
     if options.loraga_dir:
         model: Any = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)
     else:

@@ -183,6 +183,8 @@ def run_verify(directory: Path, base: Path | None) -> int:
 
     if not directory.is_dir():
         return _report_failure(UserError("directory", str(directory), "is not there; write an output directory"))
+    if base is not None and not base.is_dir():
+        return _report_failure(UserError("--base", str(base), "is not there; write the original model's directory"))
     with phase("verify", bytes_to_verify(directory), "B", shown=sys.stderr.isatty()) as progress:
         result = verify(directory, base=base, on_progress=progress.advance)
     for problem in result.problems:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -70,19 +70,19 @@ def _upload(directory: Path, report: Mapping[str, Any]) -> str:
     folders = [LORAGA_INIT, LORAGA_OFFSET, *([RESIDUAL_BASE] if output["push_residual_base"] else [])]
     try:
         url = api.create_repo(output["push_to_hub"], exist_ok=True)
-        # the card first: an adapter without it would be loaded on the wrong base
-        api.upload_file(
-            path_or_fileobj=model_card(report, url.repo_id).encode(),
-            path_in_repo=README,
-            repo_id=url.repo_id,
-            commit_message="Model card",
-        )
-        api.upload_folder(
-            folder_path=directory,
-            repo_id=url.repo_id,
-            allow_patterns=[REPORT, *(f"{folder}/*" for folder in folders)],
-            # of an earlier start: its files beside this one's would load together
-            delete_patterns=[f"{folder}/*" for folder in (LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE)],
+        found = [directory / REPORT, *(path for name in folders for path in (directory / name).rglob("*"))]
+        paths = {path.relative_to(directory).as_posix(): path for path in found if path.is_file()}
+        # of an earlier start: its files beside this one's would load together
+        ours = tuple(f"{folder}/" for folder in (LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE))
+        stale = [name for name in api.list_repo_files(url.repo_id) if name.startswith(ours) and name not in paths]
+        # one commit: an adapter beside another start's card would be loaded on the wrong base
+        api.create_commit(
+            url.repo_id,
+            [
+                CommitOperationAdd(README, model_card(report, url.repo_id).encode()),
+                *(CommitOperationAdd(name, path) for name, path in sorted(paths.items())),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
             commit_message="LoRA-GA start",
         )
     except Exception as error:  # as above: whatever it was, the output is not touched

@@ -165,14 +165,27 @@ def _resolved(config: InitConfig, base: BaseModel, destination: Path) -> InitCon
     deepspeed = config.deepspeed
     if isinstance(deepspeed, dict):  # a training JSON may hold keys of services, and reports are shown around
         deepspeed = {key: value for key, value in deepspeed.items() if key == "zero_optimization"}
+    elif deepspeed is not None:
+        deepspeed = _absolute(deepspeed)
     model = {"name_or_path": str(base.directory.resolve())} if is_local else {"revision": base.directory.name}
+    calibration = config.calibration
+    if calibration.dataset_name is None:  # else they lie in that dataset
+        calibration = calibration.model_copy(update={"data_files": _absolute(calibration.data_files)})
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model),
+            "calibration": calibration,
             "output": config.output.model_copy(update={"dir": str(destination)}),
             "deepspeed": deepspeed,
         }
     )
+
+
+def _absolute(paths: Any) -> Any:
+    """The same paths from any working directory; URLs as they are."""
+    if isinstance(paths, list):
+        return [_absolute(path) for path in paths]
+    return paths if paths is None or "://" in paths else str(Path(paths).expanduser().resolve())
 
 
 def _padding(config: InitConfig, base: BaseModel, tokenizer: Any) -> int:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from loraga_dist.artifacts.residual import writes_residual
+from loraga_dist.artifacts.residual import num_residual_bytes, writes_residual
 from loraga_dist.config import InitConfig
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape, disk_bytes, work
@@ -264,9 +264,9 @@ def _residual_bytes(forecaster: Forecaster) -> int:
     output, index = forecaster.config.output, forecaster.base.index
     if not writes_residual(forecaster.config):
         return 0
-    each = None if output.residual_dtype == "auto" else getattr(torch, output.residual_dtype).itemsize
     if index:
-        return sum(slot.numel * (each or slot.dtype.itemsize) for slot in index.values())
+        return num_residual_bytes(index, output.residual_dtype)
+    each = None if output.residual_dtype == "auto" else getattr(torch, output.residual_dtype).itemsize
     return sum(forecaster.shape.numels) * (each or forecaster.shape.num_bytes_each)
 
 

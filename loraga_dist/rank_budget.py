@@ -54,16 +54,17 @@ def spend(
 ) -> tuple[list[TargetT], LoraSection]:
     """The targets with the ranks that `init.rank_budget` buys, and the section with these as patterns.
 
-    Every target keeps its scaling, that of `lora`. singular_values: of each gradient, descending, at least as many as
-    its planned rank wants or as there are.
+    Every target keeps its scaling, that of `lora`. singular_values: of each gradient, descending; a target gets no rank
+    that wants more of them than it has.
     """
     assert init.rank_budget is not None
     num_triplets = SCHEMES[init.scheme].num_triplets
     energies = []
     for target in planned:
+        held = singular_values[target.name]
+        ends = [(num_triplets(r), num_triplets(r + 1)) for r in range(target.r) if num_triplets(r + 1) <= len(held)]
         # what lies below rounding would be bought in another order on another number of ranks
-        values = _above_rounding(singular_values[target.name], target)
-        ends = [(num_triplets(r), num_triplets(r + 1)) for r in range(target.r)]
+        values = _above_rounding(held, target)
         energies.append([math.fsum(value**2 for value in values[start:end]) for start, end in ends])
     ranks = allocate(init.rank_budget, [target.M + target.N for target in planned], energies)
     targets = [_with_rank(target, lora, r) for target, r in zip(planned, ranks, strict=True)]

@@ -23,8 +23,8 @@ from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
     factor_dtype,
+    num_residual_bytes,
     require_targets,
-    residual_dtype_of,
     write_model,
     writes_residual,
 )
@@ -139,15 +139,15 @@ def refactor(
     rebuild = _Rebuild(
         config=config, old=old, targets={target.name: target for target in targets}, slots=slots, index=index
     )
-    with whole_directory(
-        destination, "--to", _num_bytes(config, targets, slots, index), overwrite=overwrite
-    ) as directory:
+    num_bytes = _num_bytes(config, targets, slots, index)
+    with whole_directory(destination, "--to", num_bytes, overwrite=overwrite) as directory:
         saved = {name: index[key] for name, key in report.saved_parameters.items()}
         write_adapters(directory, config, lora, targets, rebuild.factors, saved, index)
         shutil.copytree(source / FACTORS, directory / FACTORS)
         residual_fingerprint = None
         if writes_residual(config):
-            with phase("write", _residual_bytes(config, index), "B", shown=show_progress) as progress:
+            num_bytes = num_residual_bytes(index, config.output.residual_dtype)
+            with phase("write", num_bytes, "B", shown=show_progress) as progress:
                 digests = write_model(
                     base_dir,
                     index,
@@ -263,11 +263,6 @@ def _norm(slot: TensorSlot) -> float:
     return math.fsum(squares) ** 0.5
 
 
-def _residual_bytes(config: InitConfig, index: Mapping[str, TensorSlot]) -> int:
-    dtype = config.output.residual_dtype
-    return sum(slot.numel * residual_dtype_of(slot.dtype, dtype).itemsize for slot in index.values())
-
-
 def _num_bytes(
     config: InitConfig,
     targets: Sequence[AdapterTarget],
@@ -276,5 +271,5 @@ def _num_bytes(
 ) -> int:
     each = sum(4 * target.r * (target.M + target.N) for target in targets)
     adapters = 2 * each if SCHEMES[config.init.scheme].changes_base else each
-    residual = _residual_bytes(config, index) if writes_residual(config) else 0
+    residual = num_residual_bytes(index, config.output.residual_dtype) if writes_residual(config) else 0
     return adapters + sum(slot.num_bytes for slot in slots.values()) + residual

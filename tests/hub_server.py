@@ -31,6 +31,7 @@ class Hub:
     refuses_commits: bool = False
     created: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
+    num_commits: int = 0
 
     def answer(self, path: str, headers: Any, body: bytes) -> tuple[int, Any]:
         if headers["authorization"] != f"Bearer {TOKEN}":
@@ -51,6 +52,7 @@ class Hub:
         if path.startswith(f"/api/models/{REPO}/commit/"):
             if self.refuses_commits:
                 return 507, {"error": "storage limit reached"}
+            self.num_commits += 1
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraga_dist.artifacts.names import LORAGA_INIT, MODEL_CONFIG, RESIDUAL_BASE
 from loraga_dist.artifacts.reading import load_adapter, open_base, read_report
-from loraga_dist.artifacts.residual import require_targets, residual_dtype_of, write_model
+from loraga_dist.artifacts.residual import num_residual_bytes, require_targets, write_model
 from loraga_dist.artifacts.staging import free_place, whole_directory
 from loraga_dist.artifacts.verify import check_residual
 from loraga_dist.errors import RunError, UserError
@@ -38,7 +38,7 @@ def materialize_base(
     base_dir, index = open_base(report, base)
     require_targets(index, targets)
     dtype = report.config.output.residual_dtype
-    num_bytes = sum(slot.numel * residual_dtype_of(slot.dtype, dtype).itemsize for slot in index.values())
+    num_bytes = num_residual_bytes(index, dtype)
     with whole_directory(destination, "--to", num_bytes, overwrite=False) as path:
         with phase("write", num_bytes, "B", shown=show_progress) as progress:
             write_model(base_dir, index, targets, adapter, path, dtype, on_progress=progress.advance)

@@ -81,6 +81,11 @@ def residual_dtype_of(dtype: torch.dtype, residual_dtype: str) -> torch.dtype:
     return dtype if residual_dtype == "auto" or dtype not in _WIDE_FLOATS else getattr(torch, residual_dtype)
 
 
+def num_residual_bytes(index: Mapping[str, TensorSlot], residual_dtype: str) -> int:
+    """Of the tensors of a `residual_base/`."""
+    return sum(slot.numel * residual_dtype_of(slot.dtype, residual_dtype).itemsize for slot in index.values())
+
+
 def factor_dtype(compute: torch.dtype, weight: torch.dtype, residual_dtype: str) -> torch.dtype:
     """What a target's A0 and B0 are rounded to: the coarser of the compute dtype and its residual's."""
     return max(compute, residual_dtype_of(weight, residual_dtype), key=lambda dtype: torch.finfo(dtype).eps)

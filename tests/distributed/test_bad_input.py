@@ -204,6 +204,14 @@ CASES = {
     "pickle": (pickles_only, MODEL, "/model'", "(pytorch_model.bin), which are never loaded; save_pretrained"),
     "output exists": (output_exists, OUT, "/out'", "add --overwrite"),
     "overwrite of something else": (overwrite_of_something_else, OUT, "/out'", "write another directory"),
+    "quantized gathering": (
+        setting("deepspeed", zero_optimization={"zero_quantized_weights": True}),
+        "deepspeed.zero_optimization.zero_quantized_weights", "True", "write false",
+    ),
+    "offload as a word": (
+        setting("deepspeed", zero_optimization={"offload_param": "cpu"}),
+        "deepspeed.zero_optimization.offload_param", "'cpu'", "write {device: cpu}",
+    ),
     "ZeRO stage": (deepspeed_stage_2, "deepspeed.zero_optimization.stage", "2", "must be 3"),
     "DeepSpeed file missing": (deepspeed_file_missing, "deepspeed", "absent.json", "write the path of a JSON"),
 }  # fmt: skip
@@ -338,3 +346,4 @@ def test_overwrite_replaces_an_earlier_output(prepare: Prepare) -> None:
     assert not (attempt.out / "note.txt").exists()
     assert sorted(path.name for path in attempt.directory.iterdir()) == ["config.yaml", "out"]
     assert main(["verify", str(attempt.out)]) == 0
+    assert main(["verify", str(attempt.out), "--base", str(attempt.directory / "absent")]) == 2

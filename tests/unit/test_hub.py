@@ -50,7 +50,9 @@ def test_a_repository_is_enough_to_train_from(
     hub: Hub, with_residual: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = config_of(tmp_path, push_residual_base=with_residual)
+    hub.files["loraga_init/of_an_earlier_start.bin"] = b""
     assert init_main(arguments) == 0
+    assert hub.num_commits == 1
     out = tmp_path / "out"
     folders = ["loraga_init", "loraga_offset", *(["residual_base"] if with_residual else [])]
     assert hub.files.keys() == {"README.md", "loraga_report.json", *below(out, *folders)}
@@ -94,7 +96,7 @@ def test_the_card_names_a_base_of_the_hub_and_its_commit() -> None:
     report = {
         "config": {
             "model": {"name_or_path": "company/base", "revision": "abc123"},
-            "lora": {"task_type": "SEQ_CLS"},
+            "lora": {"task_type": "SEQ_CLS", "use_dora": False},
             "init": {"scheme": "lora_ga"},
             "output": {"push_residual_base": False},
         },

@@ -76,6 +76,14 @@ def test_directions_below_rounding_are_not_bought() -> None:
     assert [found.r for found in targets] == [8, 2]
 
 
+def test_a_rank_whose_directions_are_not_all_there_is_not_bought() -> None:
+    """As in factors/ of an earlier run with a small lora.r."""
+    lora, init = LoraSection(r=4, lora_alpha=8), SchemeConfig(rank_budget=10**6)
+    planned = planned_targets([target("a", 40, 30), target("b", 40, 30)], lora, init)
+    targets, _ = spend(planned, {"a": [1.0] * 16, "b": [1.0] * 5}, lora, init)
+    assert [found.r for found in targets] == [8, 2]
+
+
 def test_small_matrices_bound_their_ranks() -> None:
     targets = [target("a", 10, 30), target("b", 64, 64), target("c", 6, 30)]
     planned = planned_targets(targets, LoraSection(r=4), SchemeConfig(rank_budget=999))

@@ -46,6 +46,18 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
+def test_the_resolved_configuration_is_the_run_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "base")
+    save_data(tmp_path / "data.jsonl")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_tree(Path("base"), Path("data.jsonl"), Path("out"))))
+    monkeypatch.chdir(tmp_path)
+    assert init_main(["--config", "config.yaml"]) == 0
+    monkeypatch.chdir("/")
+    resolved, again = tmp_path / "out" / "resolved_config.yaml", tmp_path / "again"
+    assert init_main(["--config", str(resolved), "--output.dir", str(again)]) == 0
+    assert (again / "loraga_init").is_dir() and main(["verify", str(again)]) == 0
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
