@@ -5,6 +5,7 @@ Every default of the project lives here. Unknown keys are errors that name the n
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
@@ -330,6 +331,8 @@ def _field_path(kind: type[BaseModel], path: list[str]) -> list[str]:
 
 def _unknown_key_hint(kind: type[BaseModel], path: list[str]) -> str:
     *parents, leaf = path
+    if parents == ["lora"] and _is_key_of_peft(leaf):
+        return "is a key of PEFT's that is not supported here; remove it"
     section: Any = kind
     for parent in parents:
         section = section.model_fields[parent].annotation
@@ -346,3 +349,9 @@ def _unknown_key_hint(kind: type[BaseModel], path: list[str]) -> str:
     if elsewhere:
         return f"unknown key; did you mean {elsewhere[0]}?"
     return f"unknown key; known here: {', '.join(section.model_fields)}"
+
+
+def _is_key_of_peft(key: str) -> bool:
+    from peft import LoraConfig  # seconds, which only this mistake is worth
+
+    return key in {field.name for field in dataclasses.fields(LoraConfig)}
