@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os.path
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from loraga_dist.errors import UserError
 
@@ -24,6 +25,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
 StateDevice = Literal["auto", "device", "host"]
 Tracker = Literal["tensorboard", "wandb"]
+
+PathOrId = Annotated[str, AfterValidator(os.path.expanduser)]
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
@@ -37,7 +40,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model, as transformers' `from_pretrained` names its arguments."""
 
-    name_or_path: str
+    name_or_path: PathOrId
     revision: str | None = None
     dtype: Dtype = "auto"
     """Compute dtype of calibration; `auto` is the checkpoint's own."""
@@ -155,11 +158,11 @@ class GradientConfig(Section):
 class CalibrationConfig(Section):
     """The calibration data, in TRL's and datasets' names."""
 
-    dataset_name: str | None = None
+    dataset_name: PathOrId | None = None
     """A hub id, a directory written by `save_to_disk`, or a `datasets` builder (json, csv, parquet, text); by default
     the builder that the suffix of `data_files` names."""
     dataset_config: str | None = None
-    data_files: str | list[str] | None = None
+    data_files: PathOrId | list[PathOrId] | None = None
     split: str = "train"
     dataset_text_field: str = "text"
     label_field: str = "label"
@@ -194,7 +197,7 @@ class CalibrationConfig(Section):
 class OutputConfig(Section):
     """Where the files go."""
 
-    dir: str
+    dir: PathOrId
     overwrite: bool = False
     residual_base: Literal["full", "none"] = "full"
     residual_dtype: Dtype = "auto"
@@ -227,7 +230,7 @@ class MethodConfig(Section):
     lora: LoraSection = LoraSection()
     init: SchemeConfig = SchemeConfig()
     gradient: GradientConfig = GradientConfig()
-    deepspeed: str | dict[str, Any] | None = None
+    deepspeed: PathOrId | dict[str, Any] | None = None
     """A DeepSpeed JSON file, or the same inline; ZeRO stage 3 without optimizer is what is taken from it."""
 
 

@@ -161,7 +161,7 @@ def _deal(config: InitConfig, base: BaseModel, world: World) -> SampleDeal:
 
 
 def _resolved(config: InitConfig, base: BaseModel, destination: Path) -> InitConfig:
-    is_local = Path(config.model.name_or_path).expanduser().is_dir()
+    is_local = Path(config.model.name_or_path).is_dir()
     deepspeed = config.deepspeed
     if isinstance(deepspeed, dict):  # a training JSON may hold keys of services, and reports are shown around
         deepspeed = {key: value for key, value in deepspeed.items() if key == "zero_optimization"}
@@ -185,7 +185,7 @@ def _absolute(paths: Any) -> Any:
     """The same paths from any working directory; URLs as they are."""
     if isinstance(paths, list):
         return [_absolute(path) for path in paths]
-    return paths if paths is None or "://" in paths else str(Path(paths).expanduser().resolve())
+    return paths if paths is None or "://" in paths else str(Path(paths).resolve())
 
 
 def _padding(config: InitConfig, base: BaseModel, tokenizer: Any) -> int:

@@ -55,7 +55,13 @@ def test_the_resolved_configuration_is_the_run_from_anywhere(tmp_path: Path, mon
     monkeypatch.chdir("/")
     resolved, again = tmp_path / "out" / "resolved_config.yaml", tmp_path / "again"
     assert init_main(["--config", str(resolved), "--output.dir", str(again)]) == 0
-    assert (again / "loraga_init").is_dir() and main(["verify", str(again)]) == 0
+    assert main(["verify", str(again)]) == 0
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"model.name_or_path": "~/base", "calibration.data_files": "[~/data.jsonl]", "output.dir": "~/at home"}
+    words = [word for key, path in paths.items() for word in (f"--{key}", path)]
+    assert init_main(["--config", str(tmp_path / "config.yaml"), *words]) == 0
+    assert main(["verify", str(tmp_path / "at home")]) == 0
 
 
 def contents(directory: Path) -> dict[str, bytes]:
