@@ -198,11 +198,10 @@ def make_report(
             "saved_parameters": job.saved_parameters,
             "identity_check": dataclasses.asdict(start.identity_check),
             "warnings": find_warnings(
-                config.init.scheme,
+                config.init,
                 targets,
                 stopped_by=about["stopped_by"],
                 refine_passes=about["refine_passes"],
-                rank_budget=config.init.rank_budget,
             ),
         }
     )

@@ -169,11 +169,10 @@ def refactor(
                 # no model was loaded to compare logits
                 "identity_check": old["identity_check"] | {"max_abs_logit_diff": None, "max_abs_logit": None},
                 "warnings": find_warnings(
-                    config.init.scheme,
+                    config.init,
                     rebuild.reports,
                     stopped_by=old["stopped_by"],
                     refine_passes=old["refine_passes"],
-                    rank_budget=config.init.rank_budget,
                 )
                 + _beyond_convergence(rebuild.reports),
                 "refactored": {"from": str(source.resolve()), "seconds": time.monotonic() - started},

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from loraga_dist.artifacts.card import AUTO_CLASSES
 from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, README, RESIDUAL_BASE
+from loraga_dist.config import SchemeConfig
 from loraga_dist.schemes import SCHEMES, Scheme
 
 SCHEMA_VERSION = 1
@@ -67,18 +68,28 @@ def versions() -> dict[str, str]:
     return found
 
 
+_SMALLER_OFFSET = {
+    "stable": "lower lora.lora_alpha or raise init.stable_gamma",
+    "peft": "lower lora.lora_alpha or raise init.stable_gamma",
+    "unit": "lower lora.lora_alpha",
+    "gd": "raise lora.lora_alpha",
+    "weight_svd": "write init.scale stable",
+}
+"""By scale: gd divides by the square of s, weight_svd by s."""
+
+
 def find_warnings(
-    scheme: str,
+    init: SchemeConfig,
     targets: Mapping[str, Mapping[str, Any]],
     *,
     stopped_by: str | None,
     refine_passes: int | None,
-    rank_budget: int | None = None,
 ) -> list[str]:
     """What a user should look at before training: one line each, with the worst targets, and what to do.
 
     stopped_by, refine_passes: None where no gradient was taken.
     """
+    scheme = SCHEMES[init.scheme]
     values = {
         field: {name: target[field] for name, target in targets.items() if target[field] is not None}
         for field in ("offset_ratio", "split_half_cosine", "window_capture", "numerical_rank")
@@ -91,20 +102,20 @@ def find_warnings(
     }
     lines = []
     if large:
-        or_gamma = " or raise init.stable_gamma" if SCHEMES[scheme].source == "gradient" else ""
-        rounding = "; output.residual_dtype float32 keeps the rounding small" if SCHEMES[scheme].changes_base else ""
+        smaller = _SMALLER_OFFSET[init.scale] if scheme.source == "gradient" else _SMALLER_OFFSET["unit"]
+        rounding = "; output.residual_dtype float32 keeps the rounding small" if scheme.changes_base else ""
         lines.append(
             f"offset_ratio above {LARGE_OFFSET_RATIO} (s*B0*A0 outweighs W) in {_worst(large, targets, highest=True)}: "
-            f"lower lora.lora_alpha{or_gamma}{rounding}"
+            f"{smaller}{rounding}"
         )
     if stopped_by is None:
         return lines
-    if rank_budget is not None:
-        left = rank_budget - sum(target["r"] * sum(target["shape"]) for target in targets.values())
+    if init.rank_budget is not None:
+        left = init.rank_budget - sum(target["r"] * sum(target["shape"]) for target in targets.values())
         if left >= min(sum(target["shape"]) for target in targets.values()):
             lines.append(
-                f"init.rank_budget {rank_budget}: {left} parameters were not spent, every target has the largest rank "
-                "or all directions its gradient has; raise lora.r (and lora.lora_alpha with it) to allow larger ranks"
+                f"init.rank_budget {init.rank_budget}: {left} parameters were not spent, every target has the largest "
+                "rank or all directions its gradient has; raise lora.r (and lora.lora_alpha with it) to allow larger ranks"
             )
     if noisy:
         lines.append(
@@ -119,8 +130,8 @@ def find_warnings(
         )
     if deficient:
         lines.append(
-            f"the gradient has fewer directions than {SCHEMES[scheme].title} takes in {_worst(deficient, targets)}: "
-            f"{SCHEMES[scheme].missing_directions}; lower lora.r, or use more data ({_MORE_DATA[stopped_by]})"
+            f"the gradient has fewer directions than {scheme.title} takes in {_worst(deficient, targets)}: "
+            f"{scheme.missing_directions}; lower lora.r, or use more data ({_MORE_DATA[stopped_by]})"
         )
     return lines
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from loraga_dist.artifacts.report import find_warnings
+from loraga_dist.config import SchemeConfig
+from loraga_dist.schemes import SCALES, ScaleInputs
 
 FINE: dict[str, Any] = {
     "offset_ratio": 1.0,
@@ -27,14 +30,13 @@ ADVICE = {
 
 def warnings_of(
     *changes: dict[str, Any],
-    scheme: str = "lora_ga",
     stopped_by: str | None = "max_samples",
     refine_passes: int = 0,
-    rank_budget: int | None = None,
+    **init: Any,
 ) -> list[str]:
     """For targets t0, t1, ... that are fine but for the changes."""
     targets = {f"t{number}": FINE | change for number, change in enumerate(changes)}
-    return find_warnings(scheme, targets, stopped_by=stopped_by, refine_passes=refine_passes, rank_budget=rank_budget)
+    return find_warnings(SchemeConfig(**init), targets, stopped_by=stopped_by, refine_passes=refine_passes)
 
 
 def test_nothing_to_say_at_the_bounds_or_of_what_is_unknown() -> None:
@@ -93,3 +95,20 @@ def test_other_schemes_are_told_what_helps_them() -> None:
     assert warnings_of(without_gradient, scheme="pissa", stopped_by=None) == []
     (line,) = warnings_of(without_gradient | {"offset_ratio": 2.0}, scheme="olora", stopped_by=None)
     assert "lower lora.lora_alpha; output.residual_dtype float32" in line
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_advice_makes_the_offset_smaller(scale: str) -> None:
+    (line,) = warnings_of({"offset_ratio": 2.0}, scale=scale)
+
+    def size(scaling: float = 2.0, stable_gamma: float = 16.0) -> float:
+        S_R = torch.tensor([2.0, 1.0])
+        A, B = SCALES[scale](
+            ScaleInputs(r=2, scaling=scaling, out_features=64, stable_gamma=stable_gamma, S_B_R=S_R, weight_S_K=S_R)
+        )
+        return scaling * torch.as_tensor(A * B).norm().item()
+
+    assert ("lower lora.lora_alpha" in line) == (size(scaling=1.0) < 0.9 * size())
+    assert ("raise lora.lora_alpha" in line) == (size(scaling=4.0) < 0.9 * size())
+    assert ("raise init.stable_gamma" in line) == (size(stable_gamma=64.0) < 0.9 * size())
+    assert ("write init.scale" in line) == (size(scaling=1.0) == pytest.approx(size()))
