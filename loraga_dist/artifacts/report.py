@@ -115,7 +115,8 @@ def find_warnings(
         if left >= min(sum(target["shape"]) for target in targets.values()):
             lines.append(
                 f"init.rank_budget {init.rank_budget}: {left} parameters were not spent, every target has the largest "
-                "rank or all directions its gradient has; raise lora.r (and lora.lora_alpha with it) to allow larger ranks"
+                "rank or all directions its gradient has; raise lora.r (and lora.lora_alpha with it) to allow larger "
+                "ranks"
             )
     if noisy:
         lines.append(
