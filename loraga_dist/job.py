@@ -92,7 +92,7 @@ def prepare(config: InitConfig, world: World) -> Job:
     Rank 0 asks the hub for access where that is wanted.
     """
     read_deepspeed_config(config.deepspeed)
-    destination = check_destination(config.output)
+    destination = check_destination(config.output, _local_inputs(config))
     if config.output.push_residual_base and not writes_residual(config):
         raise UserError("output.push_residual_base", True, f"{config.init.scheme} has no residual_base; write false")
     if world.is_main:
@@ -179,6 +179,14 @@ def _resolved(config: InitConfig, base: BaseModel, destination: Path) -> InitCon
             "deepspeed": deepspeed,
         }
     )
+
+
+def _local_inputs(config: InitConfig) -> list[Path]:
+    """Data and settings that an output must not take the place of; the model is found later."""
+    data_files, dataset_name = config.calibration.data_files or [], config.calibration.dataset_name
+    named = [*([data_files] if isinstance(data_files, str) else data_files)]
+    named += [name for name in (config.deepspeed, dataset_name) if isinstance(name, str) and Path(name).exists()]
+    return [Path(name) for name in named]
 
 
 def _absolute(paths: Any) -> Any:

@@ -84,6 +84,9 @@ def find_base_model(
     directory = resolve_model_dir(config.name_or_path, config.revision, needs_weights=needs_weights)
     has_weights = any(directory.glob("*.safetensors*"))
     index = read_checkpoint_index(directory) if needs_weights or has_weights else {}
+    if (directory / "adapter_config.json").is_file():
+        problem = "has an adapter_config.json beside its weights, so that transformers would load that adapter, too"
+        raise UserError("model.name_or_path", config.name_or_path, f"{problem}; write a copy without it")
     try:
         hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:

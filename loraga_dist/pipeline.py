@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memo
 from loraga_dist.hub import push_output
 from loraga_dist.job import Job, agree_on_inputs, prepare
 from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
+from loraga_dist.models import DTYPES
 from loraga_dist.outputs import finish_directory, make_report, write_weights
 from loraga_dist.plan import make_plan
 from loraga_dist.plan_report import plan_report, print_plan
@@ -39,7 +40,7 @@ from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
 from loraga_dist.start import Start, start_in_place
-from loraga_dist.targets import meta_copy, select_targets
+from loraga_dist.targets import Target, meta_copy, select_targets
 from loraga_dist.tracking import track
 
 
@@ -179,6 +180,7 @@ def initialize(
         meta_model, any_rank = meta_copy(type(model), model.config), config.init.rank_budget is not None
         selection = select_targets(meta_model, config.lora, scheme.num_triplets, any_rank=any_rank)
         targets = planned_targets(selection.targets, config.lora, config.init)
+        _require_unquantized(model, targets)
         plan = make_plan(targets, config.gradient, scheme, world.size)
         if scheme.source != "gradient":
             max_batches = 1
@@ -209,6 +211,15 @@ def _import_libraries() -> None:
     for name in ("peft", "datasets"):
         with suppress(ImportError):  # where it is needed, its absence is reported
             importlib.import_module(name)
+
+
+def _require_unquantized(model: nn.Module, targets: Sequence[Target]) -> None:
+    parameters = dict(model.named_parameters())
+    for target in targets:
+        weight = parameters.get(target.parameter_name)
+        if weight is None or weight.dtype not in DTYPES.values():
+            held = "no weight" if weight is None else f"a weight in {str(weight.dtype).removeprefix('torch.')}"
+            raise UserError("model", target.name, f"holds {held}; load the model in {', '.join(DTYPES)}")
 
 
 def _sharding_of(model: nn.Module, config: MethodConfig, world: World) -> Sharding:

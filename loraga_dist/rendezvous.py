@@ -8,7 +8,7 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.launcher import Placement, environment_int
@@ -26,8 +26,10 @@ def meet(placement: Placement) -> Store:
     seconds = environment_int(os.environ, "LORAGA_RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS)
     deadline = time.monotonic() + seconds
     where = f"{placement.master_addr}:{placement.master_port}"
-    store = _reach(placement, where, seconds)
-    keys = [f"loraga_dist/arrived/{rank}" for rank in range(placement.size)]
+    # torchrun's store outlives the ranks that it starts again
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"loraga_dist/{attempt}", _reach(placement, where, seconds))
+    keys = [f"arrived/{rank}" for rank in range(placement.size)]
     try:
         store.set(keys[placement.rank], f"{placement.size} {socket.gethostname()}")
         _wait(store, keys, deadline)

@@ -35,6 +35,7 @@ class Conversion:
     trained: str
     base: str
     """The original base, as the adapter names it."""
+    revision: str | None
     num_targets: int
     r: int | None
     """Of the adapter; None if only a merged model was written."""
@@ -94,6 +95,7 @@ def convert(
         init=str(init),
         trained=str(trained),
         base=str(base) if base is not None else update.report.config.model.name_or_path,
+        revision=None if base is not None else update.report.config.model.revision,
         num_targets=len(update.targets),
         r=None,
         kept_energy={},
@@ -147,6 +149,7 @@ def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, s
         config = LoraConfig(
             task_type=update.task_type,  # type: ignore[arg-type]
             base_model_name_or_path=found.base,
+            revision=found.revision,
             r=r,
             lora_alpha=r,
             modules_to_save=update.modules_to_save,

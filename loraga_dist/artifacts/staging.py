@@ -18,9 +18,9 @@ from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
 
 
-def check_destination(config: OutputConfig) -> Path:
+def check_destination(config: OutputConfig, inputs: Iterable[Path]) -> Path:
     """The output directory to make; raises UserError when something is there that must not be replaced."""
-    return free_place(Path(config.dir), "output.dir", marker=REPORT, overwrite=config.overwrite)
+    return free_place(Path(config.dir), "output.dir", marker=REPORT, overwrite=config.overwrite, inputs=inputs)
 
 
 def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: Iterable[Path] = ()) -> Path:
@@ -134,6 +134,8 @@ class StagedDirectory:
         self._lock = self._lock_path.open("wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._lock_path.exists() or not os.path.samefile(self._lock_path, self._lock.fileno()):
+                raise BlockingIOError  # its last holder has removed it in between, and another may hold a new one
         except BlockingIOError:
             self._lock = None
             raise UserError(

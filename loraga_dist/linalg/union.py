@@ -50,9 +50,10 @@ def complete_basis(U_MJ: Tensor, width: int, generator: torch.Generator) -> Tens
         return U_MJ[:, :width].contiguous()
     random = torch.randn(M, width - J, generator=generator, device=generator.device).to(U_MJ.device)
     split = _split(random, U_MJ)
-    assert len(split.R_JK) == width - J, "random columns are independent"
-    beyond = torch.eye(width, dtype=split.R_JK.dtype, device=U_MJ.device)[:, J:]
-    return torch.cat([U_MJ, split.combine(beyond)], dim=1)
+    found = len(split.R_JK)
+    beyond = torch.eye(J + found, dtype=split.R_JK.dtype, device=U_MJ.device)[:, J:]
+    # where width is nearly M, a random column may lie almost within the others
+    return complete_basis(torch.cat([U_MJ, split.combine(beyond)], dim=1), width, generator)
 
 
 @dataclass(frozen=True)

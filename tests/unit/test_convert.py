@@ -205,6 +205,18 @@ def test_an_adapter_of_another_start_is_noticed(
     assert "trained from another start, the result is wrong" in capsys.readouterr().err
 
 
+def test_the_converted_adapter_names_the_commit_of_its_base(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    run = trained("plain")
+    shutil.copytree(run.out / "loraga_init", tmp_path / "start" / "loraga_init")
+    report = json.loads((run.out / "loraga_report.json").read_text())
+    report["config"]["model"] |= {"name_or_path": "company/base", "revision": "abc123"}
+    (tmp_path / "start" / "loraga_report.json").write_text(json.dumps(report))
+    words = ["convert", "--init", str(tmp_path / "start" / "loraga_init"), "--trained", str(run.adapter), "--to"]
+    assert main([*words, str(tmp_path / "plain")]) == 0
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("company/base", "abc123")
+
+
 def test_a_merged_model_in_16_bits_is_rounded_once(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     run = trained("bf16")
     assert run.convert("--merge", tmp_path / "merged") == 0

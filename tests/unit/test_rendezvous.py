@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from launching import free_port
+from torch.distributed import TCPStore
 
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.launcher import Placement
@@ -28,6 +29,22 @@ def test_all_meet() -> None:
         stores = list(ranks.map(lambda rank: meet(place(rank, 3, port)), (2, 0, 1)))
     stores[0].set("from", "rank 2")
     assert stores[1].get("from") == b"rank 2"
+
+
+def test_ranks_started_again_meet_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torchrun, whose store is the agent's and stays."""
+    port = free_port()
+    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with ThreadPoolExecutor(2) as ranks:
+        stores = list(ranks.map(lambda rank: meet(place(rank, 2, port)), (0, 1)))
+    stores[0].set("address", "of the first attempt")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(RunError, match=r"1 of 2 ranks arrived within 3 s, not \[1\]"):
+        meet(place(0, 2, port))
+    store = meet(place(1, 2, port))
+    assert not store.check(["address"])
+    del agent
 
 
 def test_who_is_missing_is_named() -> None:

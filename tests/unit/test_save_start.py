@@ -96,3 +96,14 @@ def test_an_earlier_start_stays(tmp_path: Path) -> None:
     with pytest.raises(loraga_dist.UserError, match="exists; write another directory"):
         loraga_dist.save_start(start, tmp_path / "start")
     assert not list((tmp_path / "start").iterdir())
+
+
+def test_quantized_weights_are_refused_before_anything_is_taken(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "base"))
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(
+        loraga_dist.UserError, match=r"model\.layers\.1\.mlp\.up_proj.* a weight in float8_e4m3fn; load"
+    ):
+        loraga_dist.initialize(model, [], {"lora": LORA})
+    assert not hasattr(model, "peft_config")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -67,6 +69,20 @@ def test_two_runs_cannot_write_one_output(staged: StagedDirectory, tmp_path: Pat
     assert list((tmp_path / "next").iterdir()) == []
 
 
+def test_a_lock_whose_file_is_gone_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder ended between our opening the file and our locking it."""
+    lock = fcntl.flock
+
+    def late_lock(file: Any, how: int) -> None:
+        (tmp_path / ".out.lock").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late_lock)
+    with pytest.raises(UserError, match="is being written by another run"):
+        StagedDirectory(tmp_path / "out", World.current()).create(0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_rename_puts_the_old_directory_back(
     replacing: StagedDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,3 +135,22 @@ def test_an_output_that_holds_the_base_is_refused(tmp_path: Path, capsys: pytest
     code, said = run(tmp_path, model, capsys, output={"dir": str(tmp_path / "out"), "overwrite": True})
     assert code == 2 and "holds the base model" in said
     assert (model / "config.json").exists()
+
+
+def test_an_output_that_holds_the_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "loraga_report.json").write_text("{}")
+    data = save_data(tmp_path / "out" / "data.jsonl")
+    sections = {"calibration": {"data_files": [str(data)]}, "output": {"dir": str(tmp_path / "out"), "overwrite": True}}
+    code, said = run(tmp_path, model, capsys, **sections)
+    assert code == 2 and f"output.dir: '{tmp_path}/out': holds {data}, which is read" in said
+    assert data.exists()
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers would load it on top of the model."""
+    model = save_model(tmp_path / "model")
+    (model / "adapter_config.json").write_text("{}")
+    code, said = run(tmp_path, model, capsys)
+    assert code == 2 and "has an adapter_config.json beside its weights" in said

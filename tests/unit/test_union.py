@@ -61,6 +61,14 @@ def test_orthonormal_columns_reveal_the_rank() -> None:
     assert (W_MJ @ R_JK.float() - X_MK).norm() < 1e-4 * X_MK.norm()
 
 
+def test_a_basis_is_completed_to_the_whole_space() -> None:
+    """With as many columns as rows, a random one now and then has next to nothing outside the others."""
+    draw = generator()
+    for _ in range(400):
+        U_MJ, _ = orthonormal_columns(torch.randn(64, 16, generator=draw))
+        assert is_orthonormal(complete_basis(U_MJ, 64, draw))
+
+
 def test_a_completed_basis_keeps_what_was_there() -> None:
     U_MJ, _ = orthonormal_columns(torch.randn(M, 7, generator=generator()))
     P_MK = complete_basis(U_MJ, K, generator())
