@@ -38,13 +38,13 @@ from loraga_dist.calibration import (
 )
 from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
-from loraga_dist.distributed import World
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
 from loraga_dist.losses import causal_lm
 from loraga_dist.models import find_base_model
-from loraga_dist.progress import Progress
+from loraga_dist.ranks.progress import Progress
+from loraga_dist.ranks.world import World
 from loraga_dist.sharding import SingleProcess, Zero3
 from loraga_dist.sweep import LossTotals, sweep
 from loraga_dist.targets import meta_copy, select_targets

@@ -17,12 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraga_dist.calibrate import calibrate
 from loraga_dist.calibration import BatchDeal, Microbatch
 from loraga_dist.config import GradientConfig, LoraSection, SchemeConfig, StateDevice
-from loraga_dist.distributed import World
 from loraga_dist.engines import ExactEngine, SketchEngine
 from loraga_dist.losses import causal_lm
-from loraga_dist.memory import PeakMemory
 from loraga_dist.placement import add_adapter, place_factors
 from loraga_dist.plan import Plan, make_plan
+from loraga_dist.ranks.memory import PeakMemory
+from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding import Sharding, SingleProcess
 from loraga_dist.sweep import forward

@@ -33,7 +33,7 @@ from torch import Tensor
 from torchrun import run_as_ranks
 
 from loraga_dist.artifacts.report import versions
-from loraga_dist.memory import return_freed_memory_at_once
+from loraga_dist.ranks.memory import return_freed_memory_at_once
 
 LLAMA_2_7B_LAYER = Shape(
     hidden=4096, intermediate=11008, layers=1, heads=32, key_value_heads=32, microbatches=32, tokens=512

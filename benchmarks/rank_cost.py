@@ -22,8 +22,8 @@ from cost_runs import Bench, Outcome, Shape
 from transformers.utils import logging
 
 from loraga_dist.cli import leave_process
-from loraga_dist.distributed import World
-from loraga_dist.memory import return_freed_memory_at_once
+from loraga_dist.ranks.memory import return_freed_memory_at_once
+from loraga_dist.ranks.world import World
 from loraga_dist.sharding import Zero3
 
 SHAPE = Shape(hidden=1024, intermediate=2752, layers=2, heads=8, key_value_heads=8, microbatches=16, tokens=256)

@@ -12,7 +12,6 @@ from torch import nn
 
 from loraga_dist.calibration import Deal, Microbatch, without_supervision
 from loraga_dist.config import GradientConfig
-from loraga_dist.distributed import World
 from loraga_dist.engines import GradientEngine, GradientSVD, SketchEngine
 from loraga_dist.engines.base import EngineState, Tensors
 from loraga_dist.engines.group import EngineGroup
@@ -21,7 +20,8 @@ from loraga_dist.errors import RunError, UserError
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.losses import LossSum
 from loraga_dist.plan import Plan
-from loraga_dist.progress import phase
+from loraga_dist.ranks.progress import phase
+from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.stream import Calibration, IsEnough, Position, Stream, halves_agree
 from loraga_dist.sweep import LossTotals, full_float32_matmul, sweep

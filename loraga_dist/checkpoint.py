@@ -15,8 +15,8 @@ from torch import Tensor
 
 from loraga_dist.artifacts.manifest import check_checksums, write_checksums
 from loraga_dist.artifacts.shared_tensors import write_shared_tensors
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
+from loraga_dist.ranks.world import World
 from loraga_dist.safetensors_files import TensorSlot, read_range, scan_checkpoint
 
 GENERATIONS = 2

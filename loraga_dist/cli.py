@@ -18,9 +18,9 @@ from loraga_dist.commands import OFFLINE_COMMANDS, Command
 from loraga_dist.errors import LoragaError, RunError, UserError
 
 if TYPE_CHECKING:
-    from loraga_dist.distributed import World
+    from loraga_dist.ranks.watch import Watch
+    from loraga_dist.ranks.world import World
     from loraga_dist.resume import StopRequest
-    from loraga_dist.watch import Watch
 
 
 _OVERRIDES = "Any key of the file can be given as --section.key value."
@@ -124,8 +124,8 @@ def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _run_init(options: argparse.Namespace, overrides: Sequence[str], stop: StopRequest) -> int:
-    from loraga_dist.distributed import World
-    from loraga_dist.watch import Watch
+    from loraga_dist.ranks.watch import Watch
+    from loraga_dist.ranks.world import World
 
     try:
         world = World.start()
@@ -179,7 +179,7 @@ def _run_init(options: argparse.Namespace, overrides: Sequence[str], stop: StopR
 
 def run_verify(directory: Path, base: Path | None) -> int:
     from loraga_dist.artifacts.verify import bytes_to_verify, verify
-    from loraga_dist.progress import phase
+    from loraga_dist.ranks.progress import phase
 
     if not directory.is_dir():
         return _report_failure(UserError("directory", str(directory), "is not there; write an output directory"))

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loraga_dist.config import GradientConfig, InitConfig
-from loraga_dist.distributed import World
 from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape, RankMemory, Setting, rank_memory, sink_bytes
 from loraga_dist.job import Job
 from loraga_dist.losses import LOSSES
-from loraga_dist.memory import free_bytes, free_host_bytes
 from loraga_dist.models import BaseModel
 from loraga_dist.placement import PROBE_TOKENS
 from loraga_dist.plan import Plan, make_plan
+from loraga_dist.ranks.memory import free_bytes, free_host_bytes
+from loraga_dist.ranks.world import World
 from loraga_dist.rehearsal import Rehearsal, Shapes, rehearse
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config

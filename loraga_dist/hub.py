@@ -16,8 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from loraga_dist.artifacts.card import model_card
 from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, README, REPORT, RESIDUAL_BASE
 from loraga_dist.config import OutputConfig
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.ranks.world import World
 
 _KEY = "output.push_to_hub"
 

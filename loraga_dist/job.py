@@ -28,13 +28,13 @@ from loraga_dist.calibration import (
     padding_token_id,
 )
 from loraga_dist.config import InitConfig
-from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape
 from loraga_dist.hub import check_hub_access
 from loraga_dist.models import BaseModel, find_base_model
 from loraga_dist.plan import Plan, make_plan
 from loraga_dist.rank_budget import planned_targets
+from loraga_dist.ranks.world import World
 from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config

@@ -39,12 +39,12 @@ from loraga_dist.artifacts.residual import (
 )
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.config import InitConfig, LoraSection
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.job import Job
 from loraga_dist.placement import GradientReport
-from loraga_dist.progress import phase
 from loraga_dist.rank_budget import spent_budget
+from loraga_dist.ranks.progress import phase
+from loraga_dist.ranks.world import World
 from loraga_dist.resume import RunKeeper
 from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import SCHEMES, LoraFactors

@@ -24,17 +24,17 @@ from loraga_dist.calibrate import in_step
 from loraga_dist.calibration import BatchDeal, microbatches_from_batches
 from loraga_dist.checkpoint import CheckpointStore
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
-from loraga_dist.distributed import World
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
 from loraga_dist.hub import push_output
 from loraga_dist.job import Job, agree_on_inputs, prepare
-from loraga_dist.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.models import DTYPES
 from loraga_dist.outputs import finish_directory, make_report, write_weights
 from loraga_dist.plan import make_plan
 from loraga_dist.plan_report import plan_report, print_plan
 from loraga_dist.rank_budget import planned_targets
+from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
+from loraga_dist.ranks.world import World
 from loraga_dist.resume import RunKeeper, StopRequest, base_identity
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3

@@ -30,14 +30,14 @@ from loraga_dist.artifacts.residual import (
 )
 from loraga_dist.artifacts.staging import free_place, whole_directory
 from loraga_dist.config import InitConfig, OutputConfig, load_config
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
 from loraga_dist.models import DTYPES
 from loraga_dist.outputs import finish_directory, write_adapters
 from loraga_dist.placement import make_factors, product_norm, weight_singular_values
-from loraga_dist.progress import phase
 from loraga_dist.rank_budget import planned_targets, spend, spent_budget
+from loraga_dist.ranks.progress import phase
+from loraga_dist.ranks.world import World
 from loraga_dist.safetensors_files import TensorSlot, read_range, read_rows, scan_checkpoint
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.targets import check_patterns, peft_lora_config

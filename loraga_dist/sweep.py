@@ -15,11 +15,11 @@ from torch import nn
 
 from loraga_dist.calibration import Microbatch
 from loraga_dist.config import Checkpointing
-from loraga_dist.distributed import World
 from loraga_dist.engines import GradientEngine
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.losses import LossSum
-from loraga_dist.progress import Progress
+from loraga_dist.ranks.progress import Progress
+from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.taps import tapped
 

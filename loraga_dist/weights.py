@@ -13,7 +13,7 @@ from loraga_dist.engines.base import seeded_generator
 from loraga_dist.errors import RunError
 from loraga_dist.placement import scheme_inputs
 from loraga_dist.plan import Plan
-from loraga_dist.progress import phase
+from loraga_dist.ranks.progress import phase
 from loraga_dist.schemes import LoraFactors, Scheme
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.sweep import full_float32_matmul

@@ -20,7 +20,7 @@ from loraga_dist.artifacts.staging import free_place, whole_directory
 from loraga_dist.artifacts.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.linalg import product_svd
-from loraga_dist.progress import phase
+from loraga_dist.ranks.progress import phase
 from loraga_dist.safetensors_files import TensorSlot
 
 _MAX_RELATIVE_ERROR = 1e-6

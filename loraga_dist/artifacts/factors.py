@@ -7,8 +7,8 @@ from pathlib import Path
 
 from loraga_dist.artifacts.names import FACTORS_STEM
 from loraga_dist.artifacts.shared_tensors import write_shared_tensors
-from loraga_dist.distributed import World
 from loraga_dist.linalg import TruncatedSVD
+from loraga_dist.ranks.world import World
 
 
 def write_factors(directory: Path, owned: Mapping[str, TruncatedSVD], world: World) -> None:

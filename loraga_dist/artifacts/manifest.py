@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from loraga_dist.artifacts.names import CHECKSUMS
 from loraga_dist.artifacts.parallel import over_cores, shares
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
+from loraga_dist.ranks.world import World
 
 OnBytes = Callable[[int], None]
 """Told how many more bytes are done, now and then."""

@@ -10,7 +10,7 @@ from loraga_dist.artifacts.residual import num_residual_bytes, require_targets, 
 from loraga_dist.artifacts.staging import free_place, whole_directory
 from loraga_dist.artifacts.verify import check_residual
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.progress import phase
+from loraga_dist.ranks.progress import phase
 
 
 def materialize_base(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
+from loraga_dist.ranks.world import World
 from loraga_dist.safetensors_files import SafetensorsWriter
 
 

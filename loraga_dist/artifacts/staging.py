@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 from loraga_dist.artifacts.names import REPORT
 from loraga_dist.config import OutputConfig
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.ranks.world import World
 
 
 def check_destination(config: OutputConfig, inputs: Iterable[Path]) -> Path:

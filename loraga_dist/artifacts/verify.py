@@ -41,8 +41,8 @@ from loraga_dist.artifacts.residual import (
     start_magnitudes,
     subtract_offset,
 )
-from loraga_dist.distributed import World
 from loraga_dist.errors import LoragaError, RunError
+from loraga_dist.ranks.world import World
 from loraga_dist.safetensors_files import (
     TensorSlot,
     as_bytes,

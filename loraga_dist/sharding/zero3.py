@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import Parameter
 
-from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
+from loraga_dist.ranks.world import World
 from loraga_dist.safetensors_files import TensorSlot, read_range
 from loraga_dist.sharding.base import Sharding, pretrained
 from loraga_dist.sharding.gloo import all_gather_in_place

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import loraga_dist
 from loraga_dist.cli import leave_process
-from loraga_dist.distributed import World
+from loraga_dist.ranks.world import World
 
 
 def attempt(model_dir: str, case: str, world: World) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import leave_process
-from loraga_dist.distributed import World
+from loraga_dist.ranks.world import World
 
 if __name__ == "__main__":
     report_dir, *directories = map(Path, sys.argv[1:])

@@ -10,8 +10,8 @@ import time
 import torch
 
 from loraga_dist.cli import leave_process
-from loraga_dist.distributed import World
-from loraga_dist.watch import Watch
+from loraga_dist.ranks.watch import Watch
+from loraga_dist.ranks.world import World
 
 
 def main() -> None:

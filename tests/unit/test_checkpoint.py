@@ -10,8 +10,8 @@ import torch
 
 from loraga_dist.artifacts.manifest import write_checksums
 from loraga_dist.checkpoint import CheckpointStore
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError
+from loraga_dist.ranks.world import World
 
 
 @pytest.fixture

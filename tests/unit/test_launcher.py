@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraga_dist.errors import UserError
-from loraga_dist.launcher import expand_nodelist, expand_task_counts, find_placement, port_of_job
+from loraga_dist.ranks.launcher import expand_nodelist, expand_task_counts, find_placement, port_of_job
 
 TORCHRUN = {
     "RANK": "5",

@@ -10,8 +10,8 @@ from launching import free_port
 from torch.distributed import TCPStore
 
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.launcher import Placement
-from loraga_dist.rendezvous import meet
+from loraga_dist.ranks.launcher import Placement
+from loraga_dist.ranks.rendezvous import meet
 
 
 def place(rank: int, size: int, port: int, address: str = "127.0.0.1") -> Placement:

@@ -28,8 +28,8 @@ from loraga_dist.artifacts.residual import (
     write_residual_files,
 )
 from loraga_dist.artifacts.verify import VerifyResult, verify
-from loraga_dist.distributed import World
 from loraga_dist.errors import UserError
+from loraga_dist.ranks.world import World
 from loraga_dist.safetensors_files import SafetensorsWriter, read_checkpoint_index
 
 TOKENS = torch.arange(24).view(2, 12) % 50

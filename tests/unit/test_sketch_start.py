@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from loraga_dist.distributed import World
 from loraga_dist.engines import ENGINES, Matrix, StateHome
+from loraga_dist.ranks.world import World
 
 M, N, T = 96, 80, 700
 

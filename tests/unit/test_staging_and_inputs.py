@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from loraga_dist.artifacts.staging import StagedDirectory
 from loraga_dist.cli import init_main
-from loraga_dist.distributed import World
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.ranks.world import World
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraga_dist.distributed import World
 from loraga_dist.engines import ENGINES, GradientSVD, Matrix, StateHome
+from loraga_dist.ranks.world import World
 
 CPU = torch.device("cpu")
 M, N = 160, 200

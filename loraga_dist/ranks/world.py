@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from loraga_dist.errors import LoragaError, RunError, UserError
-from loraga_dist.launcher import Placement, environment_int, find_placement
-from loraga_dist.rendezvous import meet
+from loraga_dist.ranks.launcher import Placement, environment_int, find_placement
+from loraga_dist.ranks.rendezvous import meet
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 

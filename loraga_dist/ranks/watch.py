@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 
 from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from loraga_dist.distributed import World
+from loraga_dist.ranks.world import World
 
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 40

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.launcher import Placement, environment_int
+from loraga_dist.ranks.launcher import Placement, environment_int
 
 RENDEZVOUS_SECONDS = 600
 """Overridden by the environment: it is needed before any configuration is read."""

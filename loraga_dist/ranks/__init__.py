@@ -1,0 +1,1 @@
+"""Ranks: who am I, who else is there, how we leave."""
