@@ -19,7 +19,6 @@ from loraga_dist.artifacts.residual import (
     require_targets,
     writes_residual,
 )
-from loraga_dist.artifacts.staging import check_destination
 from loraga_dist.calibration import (
     Sample,
     SampleDeal,
@@ -30,12 +29,13 @@ from loraga_dist.calibration import (
 from loraga_dist.config import InitConfig
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape
+from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.files.staging import check_destination
 from loraga_dist.hub import check_hub_access
 from loraga_dist.models import BaseModel, find_base_model
 from loraga_dist.plan import Plan, make_plan
 from loraga_dist.rank_budget import planned_targets
 from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
 from loraga_dist.targets import Target, meta_copy, select_targets

@@ -11,7 +11,7 @@ from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError
-from loraga_dist.safetensors_files import TensorSlot, read_checkpoint_index, resolve_model_dir
+from loraga_dist.files.safetensors_io import TensorSlot, read_checkpoint_index, resolve_model_dir
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

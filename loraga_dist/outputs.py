@@ -16,7 +16,6 @@ from torch import Tensor
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, write_adapter
 from loraga_dist.artifacts.factors import write_factors
 from loraga_dist.artifacts.finished import FinishedFiles
-from loraga_dist.artifacts.manifest import TensorDigest, fingerprint, sha256_of, write_checksums
 from loraga_dist.artifacts.names import (
     ADAPTER_WEIGHTS,
     FACTORS,
@@ -27,7 +26,6 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
-from loraga_dist.artifacts.parallel import shares
 from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, readme, versions
 from loraga_dist.artifacts.report_page import write_report_page
 from loraga_dist.artifacts.residual import (
@@ -40,13 +38,15 @@ from loraga_dist.artifacts.residual import (
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.config import InitConfig, LoraSection
 from loraga_dist.errors import RunError, VerificationError
+from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of, write_checksums
+from loraga_dist.files.parallel import shares
+from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.job import Job
 from loraga_dist.placement import GradientReport
 from loraga_dist.rank_budget import spent_budget
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.resume import RunKeeper
-from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start import Start
 from loraga_dist.stream import Calibration

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget
-from loraga_dist.artifacts.manifest import fingerprint
 from loraga_dist.artifacts.names import FACTORS, FACTORS_STEM, LORAGA_INIT, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
 from loraga_dist.artifacts.reading import Report, open_base, read_report, targets_under
 from loraga_dist.artifacts.report import find_warnings, finite, versions
@@ -28,9 +27,11 @@ from loraga_dist.artifacts.residual import (
     write_model,
     writes_residual,
 )
-from loraga_dist.artifacts.staging import free_place, whole_directory
 from loraga_dist.config import InitConfig, OutputConfig, load_config
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.checksums import fingerprint
+from loraga_dist.files.safetensors_io import TensorSlot, read_range, read_rows, scan_checkpoint
+from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
 from loraga_dist.models import DTYPES
 from loraga_dist.outputs import finish_directory, write_adapters
@@ -38,7 +39,6 @@ from loraga_dist.placement import make_factors, product_norm, weight_singular_va
 from loraga_dist.rank_budget import planned_targets, spend, spent_budget
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import TensorSlot, read_range, read_rows, scan_checkpoint
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.targets import check_patterns, peft_lora_config
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from loraga_dist.checkpoint import Checkpoint, CheckpointStore
 from loraga_dist.engines.base import EngineState
 from loraga_dist.errors import Preempted, UserError
+from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore
+from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import TensorSlot
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send some time before they kill."""

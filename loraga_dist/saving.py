@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from loraga_dist.artifacts.adapter import AdapterTarget, write_adapter
-from loraga_dist.artifacts.manifest import TensorDigest, fingerprint
 from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
-from loraga_dist.artifacts.parallel import shares
 from loraga_dist.artifacts.report import SCHEMA_VERSION, versions
 from loraga_dist.artifacts.residual import digest_base, require_targets
-from loraga_dist.artifacts.staging import StagedDirectory
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.checksums import TensorDigest, fingerprint
+from loraga_dist.files.parallel import shares
+from loraga_dist.files.safetensors_io import TensorSlot, read_checkpoint_index, read_range, resolve_model_dir
+from loraga_dist.files.staging import StagedDirectory
 from loraga_dist.models import WeightKeys
 from loraga_dist.placement import product_norm
 from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import TensorSlot, read_checkpoint_index, read_range, resolve_model_dir
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, write_adapter
-from loraga_dist.artifacts.manifest import fingerprint
 from loraga_dist.artifacts.names import CONVERSION, MODEL_CONFIG
 from loraga_dist.artifacts.reading import open_base
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, require_targets, write_model
-from loraga_dist.artifacts.staging import free_place, whole_directory
 from loraga_dist.artifacts.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.checksums import fingerprint
+from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import product_svd
 from loraga_dist.ranks.progress import phase
-from loraga_dist.safetensors_files import TensorSlot
 
 _MAX_RELATIVE_ERROR = 1e-6
 """Of a stored update, beside what truncation drops; two roundings to float32 cost about a tenth of it."""

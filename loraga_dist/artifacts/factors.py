@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loraga_dist.artifacts.names import FACTORS_STEM
-from loraga_dist.artifacts.shared_tensors import write_shared_tensors
+from loraga_dist.files.shared_tensors import write_shared_tensors
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.ranks.world import World
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraga_dist.artifacts.manifest import TensorDigest
 from loraga_dist.artifacts.residual import PlannedFile
-from loraga_dist.safetensors_files import dtype_name
+from loraga_dist.files.checksums import TensorDigest
+from loraga_dist.files.safetensors_io import dtype_name
 
 Digests = dict[str, tuple[TensorDigest, TensorDigest]]
 """By checkpoint key: of the base's tensor, and of the residual's."""

@@ -22,7 +22,7 @@ from loraga_dist.artifacts.names import ADAPTER_CONFIG, REPORT
 from loraga_dist.artifacts.report import SCHEMA_VERSION
 from loraga_dist.config import Dtype, SchemeName
 from loraga_dist.errors import RunError
-from loraga_dist.safetensors_files import TensorSlot, dtype_name, read_checkpoint_index, resolve_model_dir
+from loraga_dist.files.safetensors_io import TensorSlot, dtype_name, read_checkpoint_index, resolve_model_dir
 from loraga_dist.schemes import SCHEMES, Scheme
 
 if TYPE_CHECKING:

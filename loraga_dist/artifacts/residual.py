@@ -18,12 +18,12 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterTarget, FactorSource
-from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, no_progress
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
-from loraga_dist.artifacts.parallel import over_cores
 from loraga_dist.config import InitConfig
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.safetensors_files import (
+from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
+from loraga_dist.files.parallel import over_cores
+from loraga_dist.files.safetensors_io import (
     MODEL_FILE_PATTERNS,
     SafetensorsWriter,
     TensorSlot,

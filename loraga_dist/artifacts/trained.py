@@ -21,7 +21,7 @@ from loraga_dist.artifacts.reading import (
     targets_under,
 )
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.safetensors_files import BrokenFileError, TensorSlot, dtype_name
+from loraga_dist.files.safetensors_io import BrokenFileError, TensorSlot, dtype_name
 
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin")

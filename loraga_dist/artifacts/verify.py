@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, magnitude_key, saved_key
-from loraga_dist.artifacts.manifest import OnBytes, TensorDigest, check_checksums, fingerprint, no_progress
 from loraga_dist.artifacts.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -29,7 +28,6 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
-from loraga_dist.artifacts.parallel import over_cores, shares
 from loraga_dist.artifacts.reading import Report, load_adapter, open_base, read_report
 from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
@@ -42,8 +40,9 @@ from loraga_dist.artifacts.residual import (
     subtract_offset,
 )
 from loraga_dist.errors import LoragaError, RunError
-from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import (
+from loraga_dist.files.checksums import OnBytes, TensorDigest, check_checksums, fingerprint, no_progress
+from loraga_dist.files.parallel import over_cores, shares
+from loraga_dist.files.safetensors_io import (
     TensorSlot,
     as_bytes,
     dtype_name,
@@ -51,6 +50,7 @@ from loraga_dist.safetensors_files import (
     read_rows,
     scan_checkpoint,
 )
+from loraga_dist.ranks.world import World
 
 _MAX_ORTHONORMALITY_ERROR = 1e-4
 _MAX_MAGNITUDE_ERROR = 2**-23  # one rounding to float32, and float64 sums in another order

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import Parameter
 
 from loraga_dist.errors import UserError
+from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import TensorSlot
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
 from loraga_dist.targets import Target
 

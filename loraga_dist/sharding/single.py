@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from loraga_dist.safetensors_files import TensorSlot
+from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.sharding.base import Sharding, pretrained
 
 

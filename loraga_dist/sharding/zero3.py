@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import Parameter
 
 from loraga_dist.errors import UserError
+from loraga_dist.files.safetensors_io import TensorSlot, read_range
 from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import TensorSlot, read_range
 from loraga_dist.sharding.base import Sharding, pretrained
 from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.slices import flat_range

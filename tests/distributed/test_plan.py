@@ -17,7 +17,7 @@ from launching import INIT, ROOT, Finished, run_ranks, succeed
 from transformers import LlamaForCausalLM
 
 from loraga_dist.cli import main
-from loraga_dist.safetensors_files import dtype_name
+from loraga_dist.files.safetensors_io import dtype_name
 from loraga_dist.targets import meta_copy
 
 WORKER = str(Path(__file__).with_name("partition_worker.py"))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraga_dist.artifacts.manifest import write_checksums
-from loraga_dist.checkpoint import CheckpointStore
 from loraga_dist.errors import RunError
+from loraga_dist.files.checkpoint import CheckpointStore
+from loraga_dist.files.checksums import write_checksums
 from loraga_dist.ranks.world import World
 
 

@@ -18,10 +18,10 @@ import pytest
 import yaml
 from builders import config_tree, save_data, save_model
 
-from loraga_dist.artifacts.manifest import check_checksums
 from loraga_dist.artifacts.report_page import write_report_page
 from loraga_dist.cli import main
 from loraga_dist.errors import RunError
+from loraga_dist.files.checksums import check_checksums
 from loraga_dist.ranks.world import World
 
 pytestmark = pytest.mark.plots

@@ -18,8 +18,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from loraga_dist.artifacts import residual
 from loraga_dist.artifacts import verify as verification
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, rank_and_scaling, write_adapter
-from loraga_dist.artifacts.manifest import check_checksums, fingerprint, write_checksums
-from loraga_dist.artifacts.parallel import shares
 from loraga_dist.artifacts.residual import (
     digest_base,
     finish_residual_base,
@@ -29,8 +27,10 @@ from loraga_dist.artifacts.residual import (
 )
 from loraga_dist.artifacts.verify import VerifyResult, verify
 from loraga_dist.errors import UserError
+from loraga_dist.files.checksums import check_checksums, fingerprint, write_checksums
+from loraga_dist.files.parallel import shares
+from loraga_dist.files.safetensors_io import SafetensorsWriter, read_checkpoint_index
 from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import SafetensorsWriter, read_checkpoint_index
 
 TOKENS = torch.arange(24).view(2, 12) % 50
 K = 8

@@ -11,9 +11,9 @@ import yaml
 from builders import config_tree, save_data, save_model
 from safetensors.torch import load_file, save_file
 
-from loraga_dist.artifacts.staging import StagedDirectory
 from loraga_dist.cli import init_main
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.staging import StagedDirectory
 from loraga_dist.ranks.world import World
 
 

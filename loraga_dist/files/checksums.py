@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loraga_dist.artifacts.names import CHECKSUMS
-from loraga_dist.artifacts.parallel import over_cores, shares
 from loraga_dist.errors import RunError
+from loraga_dist.files.parallel import over_cores, shares
 from loraga_dist.ranks.world import World
 
 OnBytes = Callable[[int], None]

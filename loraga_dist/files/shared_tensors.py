@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from loraga_dist.errors import RunError
+from loraga_dist.files.safetensors_io import SafetensorsWriter
 from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import SafetensorsWriter
 
 
 def write_shared_tensors(directory: Path, stem: str, tensors: Mapping[str, Tensor], world: World) -> None:

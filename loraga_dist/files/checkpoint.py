@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from loraga_dist.artifacts.manifest import check_checksums, write_checksums
-from loraga_dist.artifacts.shared_tensors import write_shared_tensors
 from loraga_dist.errors import RunError
+from loraga_dist.files.checksums import check_checksums, write_checksums
+from loraga_dist.files.safetensors_io import TensorSlot, read_range, scan_checkpoint
+from loraga_dist.files.shared_tensors import write_shared_tensors
 from loraga_dist.ranks.world import World
-from loraga_dist.safetensors_files import TensorSlot, read_range, scan_checkpoint
 
 GENERATIONS = 2
 """Kept at a time: the newest, and the one before in case the newest is damaged."""

@@ -1,0 +1,1 @@
+"""Crash-safe files: safetensors, checksums, staged directories, checkpoints. Knows no LoRA."""
