@@ -30,18 +30,18 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from loraga_dist.artifacts.report import versions
-from loraga_dist.calibration import (
+from loraga_dist.cli import leave_process
+from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
+from loraga_dist.data.losses import causal_lm
+from loraga_dist.data.samples import (
     Microbatch,
     assign_microbatches,
     count_supervised_tokens,
     load_samples,
 )
-from loraga_dist.cli import leave_process
-from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
-from loraga_dist.losses import causal_lm
 from loraga_dist.models import find_base_model
 from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.world import World

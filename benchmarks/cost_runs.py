@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraga_dist.calibrate import calibrate
-from loraga_dist.calibration import BatchDeal, Microbatch
 from loraga_dist.config import GradientConfig, LoraSection, SchemeConfig, StateDevice
+from loraga_dist.data.losses import causal_lm
+from loraga_dist.data.samples import BatchDeal, Microbatch
 from loraga_dist.engines import ExactEngine, SketchEngine
-from loraga_dist.losses import causal_lm
 from loraga_dist.placement import add_adapter, place_factors
 from loraga_dist.plan import Plan, make_plan
 from loraga_dist.ranks.memory import PeakMemory

@@ -10,15 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from loraga_dist.calibration import Deal, Microbatch, without_supervision
 from loraga_dist.config import GradientConfig
+from loraga_dist.data.losses import LossSum
+from loraga_dist.data.samples import Deal, Microbatch, without_supervision
 from loraga_dist.engines import GradientEngine, GradientSVD, SketchEngine
 from loraga_dist.engines.base import EngineState, Tensors
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.linalg import TruncatedSVD
-from loraga_dist.losses import LossSum
 from loraga_dist.plan import Plan
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World

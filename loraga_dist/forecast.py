@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loraga_dist.config import GradientConfig, InitConfig
+from loraga_dist.data.losses import LOSSES
 from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape, RankMemory, Setting, rank_memory, sink_bytes
 from loraga_dist.job import Job
-from loraga_dist.losses import LOSSES
 from loraga_dist.models import BaseModel
 from loraga_dist.placement import PROBE_TOKENS
 from loraga_dist.plan import Plan, make_plan

@@ -19,14 +19,14 @@ from loraga_dist.artifacts.residual import (
     require_targets,
     writes_residual,
 )
-from loraga_dist.calibration import (
+from loraga_dist.config import InitConfig
+from loraga_dist.data.samples import (
     Sample,
     SampleDeal,
     fingerprints,
     load_samples,
     padding_token_id,
 )
-from loraga_dist.config import InitConfig
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape
 from loraga_dist.files.safetensors_io import TensorSlot

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraga_dist.calibration import Microbatch
 from loraga_dist.config import LoraSection, SchemeConfig
+from loraga_dist.data.samples import Microbatch
 from loraga_dist.engines import GradientSVD, Matrix
 from loraga_dist.engines.base import seeded_generator
 from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd

@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loraga_dist.calibration import Microbatch
 from loraga_dist.config import Checkpointing
-from loraga_dist.losses import LossSum
+from loraga_dist.data.losses import LossSum
+from loraga_dist.data.samples import Microbatch
 from loraga_dist.sweep import forward
 from loraga_dist.taps import tapped
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from loraga_dist.calibrate import Keeper, calibrate
-from loraga_dist.calibration import Deal, seeded_microbatch
 from loraga_dist.config import LoraSection, MethodConfig, SchemeName
+from loraga_dist.data.losses import LOSSES
+from loraga_dist.data.samples import Deal, seeded_microbatch
 from loraga_dist.errors import RunError
-from loraga_dist.losses import LOSSES
 from loraga_dist.placement import PROBE_TOKENS, TargetReport, add_adapter, place_factors, probe_logits
 from loraga_dist.plan import Plan
 from loraga_dist.rank_budget import spend

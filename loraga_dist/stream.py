@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from loraga_dist.calibration import Deal, Microbatch
+from loraga_dist.data.samples import Deal, Microbatch
 from loraga_dist.engines import GradientEngine, GradientSVD
 from loraga_dist.ranks.world import World
 from loraga_dist.sweep import LossTotals

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraga_dist.calibration import Microbatch
 from loraga_dist.config import Checkpointing
+from loraga_dist.data.losses import LossSum
+from loraga_dist.data.samples import Microbatch
 from loraga_dist.engines import GradientEngine
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.losses import LossSum
 from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding

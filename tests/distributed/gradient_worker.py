@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraga_dist.calibration import assign_microbatches, load_samples
 from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, ModelConfig
+from loraga_dist.data.losses import causal_lm
+from loraga_dist.data.samples import assign_microbatches, load_samples
 from loraga_dist.engines import ExactEngine, StateHome
-from loraga_dist.losses import causal_lm
 from loraga_dist.models import find_base_model
 from loraga_dist.plan import make_plan
 from loraga_dist.ranks.progress import Progress

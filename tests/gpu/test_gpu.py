@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from loraga_dist.calibrate import calibrate
-from loraga_dist.calibration import BatchDeal, Microbatch
 from loraga_dist.config import GradientConfig, LoraSection
+from loraga_dist.data.losses import causal_lm
+from loraga_dist.data.samples import BatchDeal, Microbatch
 from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD, Matrix, StateHome
 from loraga_dist.linalg import efficiency
-from loraga_dist.losses import causal_lm
 from loraga_dist.plan import make_plan
 from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.world import World

@@ -16,7 +16,8 @@ from trl.chat_template_utils import qwen2_5_chat_template
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from loraga_dist.calibration import (
+from loraga_dist.config import CalibrationConfig
+from loraga_dist.data.samples import (
     IGNORED,
     Sample,
     assign_microbatches,
@@ -25,7 +26,6 @@ from loraga_dist.calibration import (
     microbatches_from_batches,
     padding_token_id,
 )
-from loraga_dist.config import CalibrationConfig
 from loraga_dist.errors import UserError
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]

@@ -7,12 +7,12 @@ import torch
 from builders import TASKS, llama_config, make_model
 from transformers import LlamaForCausalLM
 
-from loraga_dist.calibration import Microbatch
 from loraga_dist.config import Checkpointing, GradientConfig, LoraSection
+from loraga_dist.data.losses import LOSSES
+from loraga_dist.data.samples import Microbatch
 from loraga_dist.engines.footprint import factorization_bytes, triplet_bytes
 from loraga_dist.estimate import ModelShape, Setting, rank_memory, work
 from loraga_dist.forecast import verdict
-from loraga_dist.losses import LOSSES
 from loraga_dist.plan import Plan, make_plan
 from loraga_dist.rehearsal import rehearse
 from loraga_dist.schemes import SCHEMES

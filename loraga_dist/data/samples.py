@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from loraga_dist.config import CalibrationConfig, TaskType
+from loraga_dist.data.formats import BadRowError, Inputs, data_error, encoder
+from loraga_dist.data.losses import IGNORED
 from loraga_dist.errors import UserError
-from loraga_dist.formats import BadRowError, Inputs, data_error, encoder
-from loraga_dist.losses import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,8 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loraga_dist.config import CalibrationConfig, TaskType
+from loraga_dist.data.losses import IGNORED
 from loraga_dist.errors import UserError
-from loraga_dist.losses import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
