@@ -19,7 +19,7 @@ from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.linalg import TruncatedSVD
-from loraga_dist.plan import Plan
+from loraga_dist.model.plan import Plan
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding

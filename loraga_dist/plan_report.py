@@ -15,12 +15,12 @@ from loraga_dist.config import InitConfig
 from loraga_dist.errors import UserError
 from loraga_dist.estimate import ModelShape, disk_bytes, work
 from loraga_dist.forecast import Forecaster, advice, batch_shapes, verdict
-from loraga_dist.models import find_base_model
-from loraga_dist.plan import Plan
-from loraga_dist.rank_budget import num_parameters, planned_targets
+from loraga_dist.model.base import find_base_model
+from loraga_dist.model.plan import Plan
+from loraga_dist.model.rank_budget import num_parameters, planned_targets
+from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
-from loraga_dist.targets import meta_copy, select_targets
 
 UTILISATION = (0.5, 0.2)
 """Shares of a device's peak flops between which the time range is drawn."""

@@ -33,14 +33,14 @@ from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.safetensors_io import TensorSlot, read_range, read_rows, scan_checkpoint
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
-from loraga_dist.models import DTYPES
+from loraga_dist.model.base import DTYPES
+from loraga_dist.model.rank_budget import planned_targets, spend, spent_budget
+from loraga_dist.model.targets import check_patterns, peft_lora_config
 from loraga_dist.outputs import finish_directory, write_adapters
 from loraga_dist.placement import make_factors, product_norm, weight_singular_values
-from loraga_dist.rank_budget import planned_targets, spend, spent_budget
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.targets import check_patterns, peft_lora_config
 
 _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_dropout"}
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""

@@ -19,7 +19,7 @@ from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot, read_checkpoint_index, read_range, resolve_model_dir
 from loraga_dist.files.staging import StagedDirectory
-from loraga_dist.models import WeightKeys
+from loraga_dist.model.base import WeightKeys
 from loraga_dist.placement import product_norm
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES, LoraFactors

@@ -14,8 +14,8 @@ from torch import Tensor
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraga_dist.errors import RunError
 from loraga_dist.files.safetensors_io import SafetensorsWriter, TensorSlot, read_header, read_range, read_rows
+from loraga_dist.model.targets import Target
 from loraga_dist.schemes import lora_scaling
-from loraga_dist.targets import Target
 
 if TYPE_CHECKING:
     from peft import LoraConfig

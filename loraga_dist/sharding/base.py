@@ -14,9 +14,9 @@ from torch.nn import Parameter
 
 from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
-from loraga_dist.targets import Target
 
 
 def pretrained(model_class: Any, model_dir: Path, config: Any, dtype: torch.dtype) -> nn.Module:

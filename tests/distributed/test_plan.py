@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from loraga_dist.cli import main
 from loraga_dist.files.safetensors_io import dtype_name
-from loraga_dist.targets import meta_copy
+from loraga_dist.model.targets import meta_copy
 
 WORKER = str(Path(__file__).with_name("partition_worker.py"))
 

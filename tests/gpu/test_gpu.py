@@ -17,13 +17,13 @@ from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.samples import BatchDeal, Microbatch
 from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD, Matrix, StateHome
 from loraga_dist.linalg import efficiency
-from loraga_dist.plan import make_plan
+from loraga_dist.model.plan import make_plan
+from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding import SingleProcess
 from loraga_dist.sweep import forward
-from loraga_dist.targets import meta_copy, select_targets
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from loraga_dist.config import GradientConfig
 from loraga_dist.engines import ENGINES, Matrix
+from loraga_dist.model.targets import Target
 from loraga_dist.schemes import Scheme
-from loraga_dist.targets import Target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ import torch
 from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.errors import UserError
 from loraga_dist.linalg import numerical_rank
+from loraga_dist.model.targets import Target, TargetT
 from loraga_dist.schemes import SCHEMES, lora_scaling
-from loraga_dist.targets import Target, TargetT
 
 LARGEST = 2
 """No target gets more than this times `lora.r`: engines must know beforehand how many directions to look for."""

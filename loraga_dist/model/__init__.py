@@ -1,0 +1,1 @@
+"""The base model before a weight is read: class, shapes, targets, ranks, plan."""
