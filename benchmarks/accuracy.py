@@ -41,13 +41,13 @@ from loraga_dist.data.samples import (
 )
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
+from loraga_dist.gradients.one_pass import LossTotals, sweep
 from loraga_dist.linalg import efficiency
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding import SingleProcess, Zero3
-from loraga_dist.sweep import LossTotals, sweep
 
 RANKS = (4, 8, 16, 32)
 REFINES = (0, 1)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraga_dist.calibrate import calibrate
 from loraga_dist.config import GradientConfig, LoraSection, SchemeConfig, StateDevice
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.samples import BatchDeal, Microbatch
 from loraga_dist.engines import ExactEngine, SketchEngine
+from loraga_dist.gradients.calibrate import calibrate
+from loraga_dist.gradients.one_pass import forward
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.placement import add_adapter, place_factors
@@ -26,7 +27,6 @@ from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding import Sharding, SingleProcess
-from loraga_dist.sweep import forward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of, write_checksums
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.gradients.passes import Calibration
 from loraga_dist.job import Job
 from loraga_dist.model.rank_budget import spent_budget
 from loraga_dist.model.targets import peft_lora_config
@@ -50,7 +51,6 @@ from loraga_dist.ranks.world import World
 from loraga_dist.resume import RunKeeper
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start import Start
-from loraga_dist.stream import Calibration
 
 _NO_GRADIENT = dict.fromkeys(field.name for field in dataclasses.fields(GradientReport))
 _OF_CALIBRATION = (

@@ -19,13 +19,13 @@ from torch import nn
 
 from loraga_dist.artifacts.finished import num_bytes_kept
 from loraga_dist.artifacts.names import RESIDUAL_BASE
-from loraga_dist.calibrate import in_step
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.data.samples import BatchDeal, microbatches_from_batches
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import StagedDirectory
 from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
+from loraga_dist.gradients.calibrate import in_step
 from loraga_dist.hub import push_output
 from loraga_dist.job import Job, agree_on_inputs, prepare
 from loraga_dist.model.base import DTYPES

@@ -16,12 +16,12 @@ from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.data.samples import Microbatch
 from loraga_dist.engines import GradientSVD, Matrix
 from loraga_dist.engines.base import seeded_generator
+from loraga_dist.gradients.one_pass import forward, full_float32_matmul
 from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.schemes import SCHEMES, LoraFactors, SchemeInputs
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.sweep import forward, full_float32_matmul
 
 PROBE_TOKENS = 64
 """Positions of the first calibration sequence whose logits are compared before and after."""

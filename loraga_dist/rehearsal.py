@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import LossSum
 from loraga_dist.data.samples import Microbatch
-from loraga_dist.sweep import forward
-from loraga_dist.taps import tapped
+from loraga_dist.gradients.one_pass import forward
+from loraga_dist.gradients.taps import tapped
 
 _BLOCKS_RUN = 3
 """Of a stack of equal blocks; the others are counted, not run."""

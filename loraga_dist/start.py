@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraga_dist.calibrate import Keeper, calibrate
 from loraga_dist.config import LoraSection, MethodConfig, SchemeName
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.samples import Deal, seeded_microbatch
 from loraga_dist.errors import RunError
+from loraga_dist.gradients.calibrate import Keeper, calibrate
+from loraga_dist.gradients.passes import Calibration
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
@@ -23,7 +24,6 @@ from loraga_dist.placement import PROBE_TOKENS, TargetReport, add_adapter, place
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding import Sharding
-from loraga_dist.stream import Calibration
 from loraga_dist.weights import make_factors_of_weights
 
 _FLOAT32_TOLERANCE = 1e-3

@@ -18,6 +18,7 @@ from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, M
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.samples import assign_microbatches, load_samples
 from loraga_dist.engines import ExactEngine, StateHome
+from loraga_dist.gradients.one_pass import LossTotals, forward, sweep
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -25,7 +26,6 @@ from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding import SingleProcess, Zero3
-from loraga_dist.sweep import LossTotals, forward, sweep
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 

@@ -11,11 +11,12 @@ from builders import llama_config
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from loraga_dist.calibrate import calibrate
 from loraga_dist.config import GradientConfig, LoraSection
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.samples import BatchDeal, Microbatch
 from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD, Matrix, StateHome
+from loraga_dist.gradients.calibrate import calibrate
+from loraga_dist.gradients.one_pass import forward
 from loraga_dist.linalg import efficiency
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -23,7 +24,6 @@ from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding import SingleProcess
-from loraga_dist.sweep import forward
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import make_model
 
-from loraga_dist.taps import tapped
+from loraga_dist.gradients.taps import tapped
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])

@@ -18,13 +18,13 @@ from loraga_dist.engines.base import EngineState, Tensors
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.gradients.one_pass import LossTotals, full_float32_matmul, sweep
+from loraga_dist.gradients.passes import Calibration, IsEnough, Position, Stream, halves_agree
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.plan import Plan
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.stream import Calibration, IsEnough, Position, Stream, halves_agree
-from loraga_dist.sweep import LossTotals, full_float32_matmul, sweep
 
 _ENGINES = "engines"
 """In saved content: the engines' part. Absent between two sweeps."""

@@ -18,10 +18,10 @@ from loraga_dist.data.losses import LossSum
 from loraga_dist.data.samples import Microbatch
 from loraga_dist.engines import GradientEngine
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.gradients.taps import tapped
 from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.taps import tapped
 
 
 @dataclass

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from loraga_dist.data.samples import Deal, Microbatch
 from loraga_dist.engines import GradientEngine, GradientSVD
+from loraga_dist.gradients.one_pass import LossTotals
 from loraga_dist.ranks.world import World
-from loraga_dist.sweep import LossTotals
 
 IsEnough = Callable[[int, bool], bool]
 """is_enough(microbatches so far, whether that was the last): end the pass here?"""

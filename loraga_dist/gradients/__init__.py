@@ -1,0 +1,1 @@
+"""From microbatches to each owner's singular triplets."""
