@@ -22,11 +22,11 @@ from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.one_pass import forward
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
-from loraga_dist.placement import add_adapter, place_factors
 from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding import Sharding, SingleProcess
+from loraga_dist.start.place import add_adapter, place_factors
 
 
 @dataclass(frozen=True, kw_only=True)

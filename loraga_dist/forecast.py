@@ -16,12 +16,12 @@ from loraga_dist.job import Job
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import Target
-from loraga_dist.placement import PROBE_TOKENS
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
 from loraga_dist.rehearsal import Rehearsal, Shapes, rehearse
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
+from loraga_dist.start.place import PROBE_TOKENS
 
 MARGIN = 0.1
 """The plan may be off by this share: below 1 - MARGIN of the memory it fits, above 1 + MARGIN it cannot."""

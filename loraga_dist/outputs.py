@@ -45,12 +45,12 @@ from loraga_dist.gradients.passes import Calibration
 from loraga_dist.job import Job
 from loraga_dist.model.rank_budget import spent_budget
 from loraga_dist.model.targets import peft_lora_config
-from loraga_dist.placement import GradientReport
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.resume import RunKeeper
 from loraga_dist.schemes import SCHEMES, LoraFactors
-from loraga_dist.start import Start
+from loraga_dist.start.in_place import Start
+from loraga_dist.start.place import GradientReport
 
 _NO_GRADIENT = dict.fromkeys(field.name for field in dataclasses.fields(GradientReport))
 _OF_CALIBRATION = (

@@ -40,7 +40,7 @@ from loraga_dist.resume import RunKeeper, StopRequest, base_identity
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
-from loraga_dist.start import Start, start_in_place
+from loraga_dist.start.in_place import Start, start_in_place
 from loraga_dist.tracking import track
 
 

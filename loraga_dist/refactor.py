@@ -37,10 +37,10 @@ from loraga_dist.model.base import DTYPES
 from loraga_dist.model.rank_budget import planned_targets, spend, spent_budget
 from loraga_dist.model.targets import check_patterns, peft_lora_config
 from loraga_dist.outputs import finish_directory, write_adapters
-from loraga_dist.placement import make_factors, product_norm, weight_singular_values
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
+from loraga_dist.start.place import make_factors, product_norm, weight_singular_values
 
 _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_dropout"}
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""

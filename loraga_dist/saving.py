@@ -20,13 +20,13 @@ from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot, read_checkpoint_index, read_range, resolve_model_dir
 from loraga_dist.files.staging import StagedDirectory
 from loraga_dist.model.base import WeightKeys
-from loraga_dist.placement import product_norm
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
 from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
-from loraga_dist.start import Start
+from loraga_dist.start.in_place import Start
+from loraga_dist.start.place import product_norm
 
 
 def save_start(start: Start, directory: str | Path, *, base: str | Path | None = None) -> Path:

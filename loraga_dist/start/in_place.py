@@ -20,11 +20,11 @@ from loraga_dist.gradients.passes import Calibration
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
-from loraga_dist.placement import PROBE_TOKENS, TargetReport, add_adapter, place_factors, probe_logits
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding import Sharding
-from loraga_dist.weights import make_factors_of_weights
+from loraga_dist.start.from_weights import make_factors_of_weights
+from loraga_dist.start.place import PROBE_TOKENS, TargetReport, add_adapter, place_factors, probe_logits
 
 _FLOAT32_TOLERANCE = 1e-3
 """Of the largest logit; runs that are right stay below 1e-5."""

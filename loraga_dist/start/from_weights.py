@@ -14,10 +14,10 @@ from loraga_dist.errors import RunError
 from loraga_dist.gradients.one_pass import full_float32_matmul
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target
-from loraga_dist.placement import scheme_inputs
 from loraga_dist.ranks.progress import phase
 from loraga_dist.schemes import LoraFactors, Scheme
 from loraga_dist.sharding.base import Sharding
+from loraga_dist.start.place import scheme_inputs
 
 
 @full_float32_matmul()
