@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from loraga_dist.config import load_config
-from loraga_dist.plan_report import forecaster_for, plan_report
+from loraga_dist.forecast.report import forecaster_for, plan_report
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30

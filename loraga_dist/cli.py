@@ -97,7 +97,7 @@ def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         import torch
 
         from loraga_dist.config import load_config
-        from loraga_dist.plan_report import forecaster_for, plan_report, print_plan
+        from loraga_dist.forecast.report import forecaster_for, plan_report, print_plan
 
         forecaster = forecaster_for(load_config(options.config, overrides), torch.device(options.device))
         report = plan_report(

@@ -28,9 +28,9 @@ from loraga_dist.data.samples import (
     padding_token_id,
 )
 from loraga_dist.errors import UserError
-from loraga_dist.estimate import ModelShape
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import check_destination
+from loraga_dist.forecast.memory import ModelShape
 from loraga_dist.hub import check_hub_access
 from loraga_dist.model.base import BaseModel, find_base_model
 from loraga_dist.model.plan import Plan, make_plan

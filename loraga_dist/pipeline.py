@@ -24,7 +24,8 @@ from loraga_dist.data.samples import BatchDeal, microbatches_from_batches
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import StagedDirectory
-from loraga_dist.forecast import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
+from loraga_dist.forecast.forecaster import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
+from loraga_dist.forecast.report import plan_report, print_plan
 from loraga_dist.gradients.calibrate import in_step
 from loraga_dist.hub import push_output
 from loraga_dist.job import Job, agree_on_inputs, prepare
@@ -33,7 +34,6 @@ from loraga_dist.model.plan import make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.targets import Target, meta_copy, select_targets
 from loraga_dist.outputs import finish_directory, make_report, write_weights
-from loraga_dist.plan_report import plan_report, print_plan
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.ranks.world import World
 from loraga_dist.resume import RunKeeper, StopRequest, base_identity

@@ -11,13 +11,13 @@ from loraga_dist.config import Checkpointing, GradientConfig, LoraSection
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.samples import Microbatch
 from loraga_dist.engines.footprint import factorization_bytes, triplet_bytes
-from loraga_dist.estimate import ModelShape, Setting, rank_memory, work
-from loraga_dist.forecast import verdict
+from loraga_dist.forecast.activations import rehearse
+from loraga_dist.forecast.forecaster import verdict
+from loraga_dist.forecast.memory import ModelShape, Setting, rank_memory, work
 from loraga_dist.gradients.one_pass import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
-from loraga_dist.rehearsal import rehearse
 from loraga_dist.schemes import SCHEMES
 
 SCHEME = SCHEMES["lora_ga"]

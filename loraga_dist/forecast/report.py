@@ -13,8 +13,8 @@ from rich.table import Table
 from loraga_dist.artifacts.residual import num_residual_bytes, writes_residual
 from loraga_dist.config import InitConfig
 from loraga_dist.errors import UserError
-from loraga_dist.estimate import ModelShape, disk_bytes, work
-from loraga_dist.forecast import Forecaster, advice, batch_shapes, verdict
+from loraga_dist.forecast.forecaster import Forecaster, advice, batch_shapes, verdict
+from loraga_dist.forecast.memory import ModelShape, disk_bytes, work
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import num_parameters, planned_targets

@@ -17,8 +17,8 @@ from loraga_dist.engines.footprint import (
     observation_bytes,
     triplet_bytes,
 )
+from loraga_dist.forecast.activations import Rehearsal
 from loraga_dist.model.plan import Plan
-from loraga_dist.rehearsal import Rehearsal
 from loraga_dist.sharding.slices import BLOCK_ELEMENTS
 
 RUNTIME_BYTES = 40 * 2**20
