@@ -31,15 +31,15 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import check_destination
 from loraga_dist.forecast.memory import ModelShape
-from loraga_dist.hub import check_hub_access
 from loraga_dist.model.base import BaseModel, find_base_model
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.targets import Target, meta_copy, select_targets
+from loraga_dist.publish.hub import check_hub_access
+from loraga_dist.publish.tracking import check_trackers
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
-from loraga_dist.tracking import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,6 @@ from loraga_dist.artifacts.names import (
     RESOLVED_CONFIG,
 )
 from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, readme, versions
-from loraga_dist.artifacts.report_page import write_report_page
 from loraga_dist.artifacts.residual import (
     digest_base,
     finish_residual_base,
@@ -45,6 +44,7 @@ from loraga_dist.gradients.passes import Calibration
 from loraga_dist.job import Job
 from loraga_dist.model.rank_budget import spent_budget
 from loraga_dist.model.targets import peft_lora_config
+from loraga_dist.publish.page import write_report_page
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.resume import RunKeeper

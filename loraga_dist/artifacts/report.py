@@ -12,9 +12,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from loraga_dist.artifacts.card import AUTO_CLASSES
 from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, README, RESIDUAL_BASE
 from loraga_dist.config import SchemeConfig
+from loraga_dist.publish.card import AUTO_CLASSES
 from loraga_dist.schemes import SCHEMES, Scheme
 
 SCHEMA_VERSION = 1

@@ -16,8 +16,8 @@ from hub_server import REPO, TOKEN, Hub, served
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from loraga_dist.artifacts.card import model_card
 from loraga_dist.cli import init_main, main
+from loraga_dist.publish.card import model_card
 
 WANDB_KEY = "wandb" * 8
 

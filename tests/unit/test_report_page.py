@@ -18,10 +18,10 @@ import pytest
 import yaml
 from builders import config_tree, save_data, save_model
 
-from loraga_dist.artifacts.report_page import write_report_page
 from loraga_dist.cli import main
 from loraga_dist.errors import RunError
 from loraga_dist.files.checksums import check_checksums
+from loraga_dist.publish.page import write_report_page
 from loraga_dist.ranks.world import World
 
 pytestmark = pytest.mark.plots
@@ -205,7 +205,7 @@ def test_without_matplotlib_the_page_says_how_to_get_plots(
 
 def test_the_same_report_gives_the_same_page_whatever_backend_a_notebook_set(run: Path, tmp_path: Path) -> None:
     program = (
-        "import json, sys; from pathlib import Path; from loraga_dist.artifacts.report_page import write_report_page\n"
+        "import json, sys; from pathlib import Path; from loraga_dist.publish.page import write_report_page\n"
         "write_report_page(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))"
     )
     command = [sys.executable, "-c", program, str(tmp_path), str(run / "loraga_report.json")]

@@ -12,7 +12,7 @@ import yaml
 from builders import config_tree, save_data, save_model
 
 from loraga_dist.cli import init_main, main
-from loraga_dist.tracking import figures
+from loraga_dist.publish.tracking import figures
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="pip install tensorboard")
 

@@ -13,10 +13,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from loraga_dist.artifacts.card import model_card
 from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, README, REPORT, RESIDUAL_BASE
 from loraga_dist.config import OutputConfig
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.publish.card import model_card
 from loraga_dist.ranks.world import World
 
 _KEY = "output.push_to_hub"

@@ -1,0 +1,1 @@
+"""What people look at: page, README, model card, hub, trackers."""
