@@ -6,8 +6,8 @@ from loraga_dist.config import InitConfig, MethodConfig
 from loraga_dist.errors import LoragaError, RunError, UserError
 
 if TYPE_CHECKING:
+    from loraga_dist.commands.save_start import save_start
     from loraga_dist.pipeline import initialize
-    from loraga_dist.saving import save_start
 
 __all__ = ["InitConfig", "LoragaError", "MethodConfig", "RunError", "UserError", "initialize", "save_start"]
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> object:
 
         return initialize
     if name == "save_start":
-        from loraga_dist.saving import save_start
+        from loraga_dist.commands.save_start import save_start
 
         return save_start
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

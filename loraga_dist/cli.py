@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from loraga_dist.commands import OFFLINE_COMMANDS, Command
+from loraga_dist.commands.table import OFFLINE_COMMANDS, Command
 from loraga_dist.errors import LoragaError, RunError, UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from loraga_dist.artifacts.names import CONVERSION, MODEL_CONFIG
 from loraga_dist.artifacts.reading import open_base
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, require_targets, write_model
-from loraga_dist.artifacts.trained import Update, open_update
+from loraga_dist.commands.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.safetensors_io import TensorSlot

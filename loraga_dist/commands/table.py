@@ -37,7 +37,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from loraga_dist.artifacts.convert import convert
+    from loraga_dist.commands.convert import convert
 
     found = convert(
         options.init,
@@ -85,7 +85,7 @@ def _add_materialize_base(parser: argparse.ArgumentParser) -> None:
 
 
 def _materialize_base(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from loraga_dist.artifacts.materialize import materialize_base
+    from loraga_dist.commands.materialize import materialize_base
 
     path = materialize_base(options.directory, to=options.to, base=options.base, show_progress=sys.stderr.isatty())
     print(f"{path}: the base that loraga_init is trained on, verified")
@@ -100,7 +100,7 @@ def _add_refactor(parser: argparse.ArgumentParser) -> None:
 
 
 def _refactor(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from loraga_dist.refactor import refactor
+    from loraga_dist.commands.rebuild import refactor
 
     report, verified = refactor(
         options.directory,

@@ -1,0 +1,1 @@
+"""The commands beside `init`, each a function and its entry in the table."""
