@@ -7,7 +7,7 @@ from loraga_dist.errors import LoragaError, RunError, UserError
 
 if TYPE_CHECKING:
     from loraga_dist.commands.save_start import save_start
-    from loraga_dist.pipeline import initialize
+    from loraga_dist.run.pipeline import initialize
 
 __all__ = ["InitConfig", "LoragaError", "MethodConfig", "RunError", "UserError", "initialize", "save_start"]
 __version__ = "0.1.0"
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     # importing torch and transformers for a config check would take seconds
     if name == "initialize":
-        from loraga_dist.pipeline import initialize
+        from loraga_dist.run.pipeline import initialize
 
         return initialize
     if name == "save_start":

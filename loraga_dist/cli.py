@@ -20,7 +20,7 @@ from loraga_dist.errors import LoragaError, RunError, UserError
 if TYPE_CHECKING:
     from loraga_dist.ranks.watch import Watch
     from loraga_dist.ranks.world import World
-    from loraga_dist.resume import StopRequest
+    from loraga_dist.run.keeper import StopRequest
 
 
 _OVERRIDES = "Any key of the file can be given as --section.key value."
@@ -117,7 +117,7 @@ def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     _prepare_libraries()
-    from loraga_dist.resume import StopRequest
+    from loraga_dist.run.keeper import StopRequest
 
     with StopRequest() as stop:
         return _run_init(options, overrides, stop)
@@ -137,7 +137,7 @@ def _run_init(options: argparse.Namespace, overrides: Sequence[str], stop: StopR
             watch = Watch(world)
         from loraga_dist.artifacts.report import versions
         from loraga_dist.config import load_config
-        from loraga_dist.pipeline import dry_run, run
+        from loraga_dist.run.pipeline import dry_run, run
 
         with world.together():
             extra = ["--output.overwrite", "true"] if options.overwrite else []

@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "transformers", "peft", "deepspeed", "datasets", "trl", "loraga_dist.pipeline"])
+_FORKS.set_forkserver_preload(
+    ["torch", "transformers", "peft", "deepspeed", "datasets", "trl", "loraga_dist.run.pipeline"]
+)
 
 
 class Rank:

@@ -36,9 +36,9 @@ from loraga_dist.linalg import TruncatedSVD, numerical_rank
 from loraga_dist.model.base import DTYPES
 from loraga_dist.model.rank_budget import planned_targets, spend, spent_budget
 from loraga_dist.model.targets import check_patterns, peft_lora_config
-from loraga_dist.outputs import finish_directory, write_adapters
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
+from loraga_dist.run.writing import finish_directory, write_adapters
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.start.place import make_factors, product_norm, weight_singular_values
 

@@ -13,12 +13,12 @@ from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
 from loraga_dist.forecast.activations import Rehearsal, Shapes, rehearse
 from loraga_dist.forecast.memory import ModelShape, RankMemory, Setting, rank_memory, sink_bytes
-from loraga_dist.job import Job
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
+from loraga_dist.run.request import Job
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
 from loraga_dist.start.place import PROBE_TOKENS

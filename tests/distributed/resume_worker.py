@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from loraga_dist.cli import leave_process
 from loraga_dist.config import load_config
 from loraga_dist.errors import LoragaError
-from loraga_dist.pipeline import run
 from loraga_dist.ranks.world import World
-from loraga_dist.resume import StopRequest
+from loraga_dist.run.keeper import StopRequest
+from loraga_dist.run.pipeline import run
 
 
 class StopAfter(StopRequest):

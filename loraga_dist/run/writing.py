@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, write_adapter
 from loraga_dist.artifacts.factors import write_factors
-from loraga_dist.artifacts.finished import FinishedFiles
 from loraga_dist.artifacts.names import (
     ADAPTER_WEIGHTS,
     FACTORS,
@@ -41,13 +40,14 @@ from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of, wr
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.passes import Calibration
-from loraga_dist.job import Job
 from loraga_dist.model.rank_budget import spent_budget
 from loraga_dist.model.targets import peft_lora_config
 from loraga_dist.publish.page import write_report_page
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
-from loraga_dist.resume import RunKeeper
+from loraga_dist.run.finished import FinishedFiles
+from loraga_dist.run.keeper import RunKeeper
+from loraga_dist.run.request import Job
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start.in_place import Start
 from loraga_dist.start.place import GradientReport

@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import nn
 
-from loraga_dist.artifacts.finished import num_bytes_kept
 from loraga_dist.artifacts.names import RESIDUAL_BASE
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.data.samples import BatchDeal, microbatches_from_batches
@@ -27,17 +26,18 @@ from loraga_dist.files.staging import StagedDirectory
 from loraga_dist.forecast.forecaster import forecaster_of, largest_microbatch, planned_memory, refuse_what_cannot_fit
 from loraga_dist.forecast.report import plan_report, print_plan
 from loraga_dist.gradients.calibrate import in_step
-from loraga_dist.job import Job, agree_on_inputs, prepare
 from loraga_dist.model.base import DTYPES
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.targets import Target, meta_copy, select_targets
-from loraga_dist.outputs import finish_directory, make_report, write_weights
 from loraga_dist.publish.hub import push_output
 from loraga_dist.publish.tracking import track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
 from loraga_dist.ranks.world import World
-from loraga_dist.resume import RunKeeper, StopRequest, base_identity
+from loraga_dist.run.finished import num_bytes_kept
+from loraga_dist.run.keeper import RunKeeper, StopRequest, base_identity
+from loraga_dist.run.request import Job, agree_on_inputs, prepare
+from loraga_dist.run.writing import finish_directory, make_report, write_weights
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards

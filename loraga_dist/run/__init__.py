@@ -1,0 +1,1 @@
+"""`loraga-dist init`, from the request to the verified directory."""
