@@ -41,7 +41,7 @@ from loraga_dist.data.samples import (
 )
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
-from loraga_dist.gradients.one_pass import LossTotals, sweep
+from loraga_dist.gradients.one_pass import LossTotals, run_pass
 from loraga_dist.linalg import efficiency
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -118,7 +118,7 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
 
     def observe(engines: Sequence[Any], microbatches: list[Microbatch]) -> int:
         totals = LossTotals()
-        sweep(
+        run_pass(
             module,
             [target.name for target in targets],
             microbatches,

@@ -150,7 +150,7 @@ def _run_init(options: argparse.Namespace, overrides: Sequence[str], stop: StopR
             return 0
         report, verified = run(config, world, stop)
         if world.is_main:
-            from loraga_dist.artifacts.report import print_summary
+            from loraga_dist.publish.text import print_summary
 
             print_summary(report, config.output.dir, verified)
     except LoragaError as error:

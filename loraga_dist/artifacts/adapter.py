@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,18 +18,6 @@ from loraga_dist.schemes import lora_scaling
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterTarget(Target):
-    """A target whose weight has been found in the base checkpoint."""
-
-    weight_key: str
-    """Of its weight in the checkpoint."""
-
-    @property
-    def stored_shape(self) -> tuple[int, int]:
-        return (self.N, self.M) if self.transposed else (self.M, self.N)
 
 
 def adapter_keys(name: str) -> tuple[str, str]:
@@ -51,11 +38,11 @@ def saved_key(parameter_name: str) -> str:
 def write_adapter(
     directory: Path,
     peft_config: LoraConfig,
-    targets: Sequence[AdapterTarget],
+    targets: Sequence[Target],
     factors: Callable[[str], tuple[Tensor, Tensor]],
     *,
     negate_b: bool = False,
-    magnitudes: Callable[[AdapterTarget, Tensor, Tensor], Tensor] | None = None,
+    magnitudes: Callable[[Target, Tensor, Tensor], Tensor] | None = None,
     saved: Mapping[str, TensorSlot] | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32), asking for one target's factors at a time.

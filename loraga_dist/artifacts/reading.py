@@ -10,19 +10,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import BaseModel, PositiveInt, ValidationError, field_validator
 
-from loraga_dist.artifacts.adapter import (
-    AdapterFile,
-    AdapterTarget,
-    adapter_keys,
-    magnitude_key,
-    rank_and_scaling,
-    saved_key,
-)
+from loraga_dist.artifacts.adapter import AdapterFile, adapter_keys, magnitude_key, rank_and_scaling, saved_key
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, REPORT
 from loraga_dist.artifacts.report import SCHEMA_VERSION
 from loraga_dist.config import Dtype, SchemeName
 from loraga_dist.errors import RunError
-from loraga_dist.files.safetensors_io import TensorSlot, dtype_name, read_checkpoint_index, resolve_model_dir
+from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
+from loraga_dist.model.base import read_checkpoint_index, resolve_model_dir
+from loraga_dist.model.targets import Target
 from loraga_dist.schemes import SCHEMES, Scheme
 
 if TYPE_CHECKING:
@@ -107,9 +102,7 @@ def read_report(directory: Path) -> Report:
         raise RunError(f"{REPORT}: {where}: {first['msg']}") from error
 
 
-def load_adapter(
-    directory: Path, report: Report, *, use_dora: bool | None = None
-) -> tuple[AdapterFile, list[AdapterTarget]]:
+def load_adapter(directory: Path, report: Report, *, use_dora: bool | None = None) -> tuple[AdapterFile, list[Target]]:
     """The adapter of exactly the report's targets, scaled as PEFT will read its config; raises RunError.
 
     use_dora: as it should be; None is what the report says of `loraga_init`.
@@ -142,7 +135,7 @@ def load_adapter(
     return adapter, targets
 
 
-def targets_under(config: LoraConfig, report: Report) -> list[AdapterTarget]:
+def targets_under(config: LoraConfig, report: Report) -> list[Target]:
     """The report's targets with the ranks and scalings that an adapter config gives them; raises RunError."""
     targets = []
     for name, target in report.targets.items():
@@ -152,7 +145,7 @@ def targets_under(config: LoraConfig, report: Report) -> list[AdapterTarget]:
         except (ArithmeticError, TypeError, ValueError, re.error) as error:
             raise RunError(f"{ADAPTER_CONFIG} gives {name} no rank and scaling ({error})") from error
         targets.append(
-            AdapterTarget(
+            Target(
                 name=name,
                 weight_key=target.weight_key,
                 M=M,
@@ -166,7 +159,7 @@ def targets_under(config: LoraConfig, report: Report) -> list[AdapterTarget]:
     return targets
 
 
-def expected_shapes(targets: Iterable[AdapterTarget], use_dora: bool) -> dict[str, tuple[int, ...]]:
+def expected_shapes(targets: Iterable[Target], use_dora: bool) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the factors, and DoRA's magnitudes, in the adapter file of these targets."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target in targets:

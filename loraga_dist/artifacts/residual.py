@@ -17,21 +17,15 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterTarget, FactorSource
+from loraga_dist.artifacts.adapter import FactorSource
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
 from loraga_dist.config import InitConfig
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
 from loraga_dist.files.parallel import over_cores
-from loraga_dist.files.safetensors_io import (
-    MODEL_FILE_PATTERNS,
-    SafetensorsWriter,
-    TensorSlot,
-    as_bytes,
-    dtype_name,
-    read_range,
-    read_rows,
-)
+from loraga_dist.files.safetensors_io import SafetensorsWriter, TensorSlot, as_bytes, dtype_name, read_range, read_rows
+from loraga_dist.model.base import MODEL_FILE_PATTERNS
+from loraga_dist.model.targets import Target
 from loraga_dist.schemes import SCHEMES
 
 CHUNK_ELEMENTS = 2**20
@@ -60,7 +54,7 @@ def writes_residual(config: InitConfig) -> bool:
     return config.output.residual_base == "full" and SCHEMES[config.init.scheme].changes_base
 
 
-def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[AdapterTarget]) -> None:
+def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) -> None:
     """Raise UserError unless the checkpoint holds every target as a plain floating matrix of the expected shape."""
     for target in targets:
         slot = index.get(target.weight_key)
@@ -112,7 +106,7 @@ def plan_residual_files(
 def write_residual_files(
     files: Iterable[PlannedFile],
     index: Mapping[str, TensorSlot],
-    targets: Iterable[AdapterTarget],
+    targets: Iterable[Target],
     adapter: FactorSource,
     destination: Path,
     on_progress: OnBytes = no_progress,
@@ -145,7 +139,7 @@ def write_residual_files(
 def write_model(
     model_dir: Path,
     index: Mapping[str, TensorSlot],
-    targets: Sequence[AdapterTarget],
+    targets: Sequence[Target],
     adapter: FactorSource,
     destination: Path,
     residual_dtype: str = "auto",
@@ -206,14 +200,14 @@ def finish_residual_base(model_dir: Path, destination: Path, files: Sequence[Pla
         raise RunError(f"{error.filename or destination} cannot be written ({error.strerror})") from error
 
 
-def subtract_offset(target: AdapterTarget, weight_rows: Tensor, A_RN: Tensor, B_MR: Tensor, row0: int) -> Tensor:
+def subtract_offset(target: Target, weight_rows: Tensor, A_RN: Tensor, B_MR: Tensor, row0: int) -> Tensor:
     """W - s B A in float64, for the rows of the stored weight that start at `row0`; factors in float64."""
     left, right = (A_RN.T, B_MR.T) if target.transposed else (B_MR, A_RN)
     rows = slice(row0, row0 + len(weight_rows))
     return weight_rows.to(torch.float64, copy=True).addmm_(left[rows], right, alpha=-target.scaling)
 
 
-def output_norms(slot: TensorSlot, target: AdapterTarget, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def output_norms(slot: TensorSlot, target: Target, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """||.|| over the inputs of every output, (M,) in float64: of W - s B A, or of W where no A_RN, B_MR are given."""
     squares_M = torch.zeros(target.M, dtype=torch.float64)
     A_RN, B_MR = (None, None) if factors is None else (factor.double() for factor in factors)
@@ -230,9 +224,7 @@ def output_norms(slot: TensorSlot, target: AdapterTarget, factors: tuple[Tensor,
     return squares_M.sqrt_()
 
 
-def start_magnitudes(
-    slot: TensorSlot, target: AdapterTarget, A_RN: Tensor, B_MR: Tensor, *, changes_base: bool
-) -> Tensor:
+def start_magnitudes(slot: TensorSlot, target: Target, A_RN: Tensor, B_MR: Tensor, *, changes_base: bool) -> Tensor:
     """DoRA's magnitudes (M,), float64, with which it starts as the plain adapter would: the norms of W_res + s B A.
 
     That is the original W where the base became W - s B A, and W + s B A on an unchanged base. slot: of W. Raises
@@ -254,7 +246,7 @@ def chunks(length: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, length)
 
 
-def rows_per_chunk(target: AdapterTarget) -> int:
+def rows_per_chunk(target: Target) -> int:
     """Rows of a target's stored weight that make one chunk."""
     return max(1, CHUNK_ELEMENTS // target.stored_shape[1])
 
@@ -262,7 +254,7 @@ def rows_per_chunk(target: AdapterTarget) -> int:
 def _residual_chunks(
     slot: TensorSlot,
     dtype: torch.dtype,
-    target: AdapterTarget | None,
+    target: Target | None,
     adapter: FactorSource,
     magnitudes: Callable[[str], Tensor] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, magnitude_key, saved_key
+from loraga_dist.artifacts.adapter import AdapterFile, adapter_keys, magnitude_key, saved_key
 from loraga_dist.artifacts.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -50,6 +50,7 @@ from loraga_dist.files.safetensors_io import (
     read_rows,
     scan_checkpoint,
 )
+from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 
 _MAX_ORTHONORMALITY_ERROR = 1e-4
@@ -152,7 +153,7 @@ def check_residual(
     base: Mapping[str, TensorSlot],
     residual_dir: Path,
     adapter: AdapterFile,
-    targets: list[AdapterTarget],
+    targets: list[Target],
     on_progress: OnBytes = no_progress,
 ) -> list[str]:
     """What is wrong with a residual base, wherever it lies, one line each. Raises BrokenFileError for its files."""
@@ -202,7 +203,7 @@ def _missing_files(directory: Path, report: Report) -> list[str]:
     return [f"{name}: is missing" for name in wanted if not (directory / name).is_file()]
 
 
-def _check_finite(adapter: AdapterFile, targets: list[AdapterTarget]) -> list[str]:
+def _check_finite(adapter: AdapterFile, targets: list[Target]) -> list[str]:
     return [
         f"{LORAGA_INIT}: {key} has values that are not finite"
         for target in targets
@@ -220,7 +221,7 @@ def _check_budget(report: Report) -> list[str]:
 
 
 def _check_magnitudes(
-    report: Report, base: Mapping[str, TensorSlot], adapter: AdapterFile, targets: list[AdapterTarget], world: World
+    report: Report, base: Mapping[str, TensorSlot], adapter: AdapterFile, targets: list[Target], world: World
 ) -> list[str]:
     """This rank's share of the targets: with DoRA's magnitudes, too, the start is that of the plain adapter."""
     require_targets(base, targets)
@@ -251,7 +252,7 @@ def _check_saved(adapter: AdapterFile, index: Mapping[str, TensorSlot], saved: M
 
 
 def _check_offset(
-    init: AdapterFile, init_targets: list[AdapterTarget], offset: AdapterFile, offset_targets: list[AdapterTarget]
+    init: AdapterFile, init_targets: list[Target], offset: AdapterFile, offset_targets: list[Target]
 ) -> list[str]:
     """The offset adapter is (A, -B) of the init adapter, bit by bit, under the same scaling."""
     problems = []
@@ -307,7 +308,7 @@ def _check_layout(
     base_dir: Path,
     base: Mapping[str, TensorSlot],
     residual: Mapping[str, TensorSlot],
-    target_of: Mapping[str, AdapterTarget],
+    target_of: Mapping[str, Target],
 ) -> list[str]:
     """The residual base has the base's tensors, in the dtype that the config asks for, and the targets among them."""
     dtype = report.config.output.residual_dtype
@@ -337,7 +338,7 @@ def _compare(
     base: Mapping[str, TensorSlot],
     residual_dir: Path | None,
     adapter: AdapterFile,
-    targets: list[AdapterTarget],
+    targets: list[Target],
     world: World,
     on_progress: OnBytes,
 ) -> tuple[list[str], _Compared | None]:
@@ -391,7 +392,7 @@ def _copied_pieces(base: TensorSlot, residual: TensorSlot) -> Iterator[tuple[Ten
 
 
 def _target_pieces(
-    base: TensorSlot, residual: TensorSlot, target: AdapterTarget, adapter: AdapterFile
+    base: TensorSlot, residual: TensorSlot, target: Target, adapter: AdapterFile
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """(base piece, residual piece, the largest |W - (W_res + s B A)| among them in roundings)."""
     A_RN, B_MR = (factor.double() for factor in adapter.factors(target.name))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, write_adapter
+from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
 from loraga_dist.artifacts.names import CONVERSION, MODEL_CONFIG
 from loraga_dist.artifacts.reading import open_base
 from loraga_dist.artifacts.report import versions
@@ -21,6 +21,7 @@ from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import product_svd
+from loraga_dist.model.targets import Target
 from loraga_dist.ranks.progress import phase
 
 _MAX_RELATIVE_ERROR = 1e-6
@@ -167,7 +168,7 @@ def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, s
     )
 
 
-def _with_rank(target: AdapterTarget, r: int, scaling: float = 1.0) -> AdapterTarget:
+def _with_rank(target: Target, r: int, scaling: float = 1.0) -> Target:
     return dataclasses.replace(target, r=r, lora_alpha=r, scaling=scaling)
 
 

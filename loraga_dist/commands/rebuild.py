@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget
+from loraga_dist.artifacts.adapter import AdapterFile
 from loraga_dist.artifacts.names import FACTORS, FACTORS_STEM, LORAGA_INIT, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
 from loraga_dist.artifacts.reading import Report, open_base, read_report, targets_under
-from loraga_dist.artifacts.report import find_warnings, finite, versions
+from loraga_dist.artifacts.report import finite, versions
 from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
@@ -27,6 +27,7 @@ from loraga_dist.artifacts.residual import (
     write_model,
     writes_residual,
 )
+from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import InitConfig, OutputConfig, load_config
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import fingerprint
@@ -35,12 +36,12 @@ from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
 from loraga_dist.model.base import DTYPES
 from loraga_dist.model.rank_budget import planned_targets, spend, spent_budget
-from loraga_dist.model.targets import check_patterns, peft_lora_config
+from loraga_dist.model.targets import Target, check_patterns, peft_lora_config
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.run.writing import finish_directory, write_adapters
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.start.place import make_factors, product_norm, weight_singular_values
+from loraga_dist.start.factors import make_factors, product_norm, weight_singular_values
 
 _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_dropout"}
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""
@@ -57,7 +58,7 @@ class _Rebuild:
     config: InitConfig
     old: Mapping[str, Any]
     """The report of the output that the factors come from."""
-    targets: dict[str, AdapterTarget]
+    targets: dict[str, Target]
     slots: dict[str, TensorSlot]
     """Of `factors/`."""
     index: dict[str, TensorSlot]
@@ -221,7 +222,7 @@ def _singular_values(slots: Mapping[str, TensorSlot], name: str) -> list[float]:
     return read_rows(slot, 0, slot.shape[0]).tolist()
 
 
-def _require_triplets(config: InitConfig, targets: Sequence[AdapterTarget], slots: Mapping[str, TensorSlot]) -> None:
+def _require_triplets(config: InitConfig, targets: Sequence[Target], slots: Mapping[str, TensorSlot]) -> None:
     num_triplets = SCHEMES[config.init.scheme].num_triplets
     held = {target.name: slots[f"{target.name}.S"].shape[0] for target in targets}
     largest = {name: max(r for r in range(K + 1) if num_triplets(r) <= K) for name, K in held.items()}
@@ -264,7 +265,7 @@ def _norm(slot: TensorSlot) -> float:
 
 def _num_bytes(
     config: InitConfig,
-    targets: Sequence[AdapterTarget],
+    targets: Sequence[Target],
     slots: Mapping[str, TensorSlot],
     index: Mapping[str, TensorSlot],
 ) -> int:

@@ -10,23 +10,24 @@ from typing import Any
 
 import torch
 
-from loraga_dist.artifacts.adapter import AdapterTarget, write_adapter
+from loraga_dist.artifacts.adapter import write_adapter
 from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.report import SCHEMA_VERSION, versions
 from loraga_dist.artifacts.residual import digest_base, require_targets
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
-from loraga_dist.files.safetensors_io import TensorSlot, read_checkpoint_index, read_range, resolve_model_dir
+from loraga_dist.files.safetensors_io import TensorSlot, read_range
 from loraga_dist.files.staging import StagedDirectory
-from loraga_dist.model.base import WeightKeys
+from loraga_dist.model.base import WeightKeys, read_checkpoint_index, resolve_model_dir
+from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
 from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
+from loraga_dist.start.factors import product_norm
 from loraga_dist.start.in_place import Start
-from loraga_dist.start.place import product_norm
 
 
 def save_start(start: Start, directory: str | Path, *, base: str | Path | None = None) -> Path:
@@ -57,8 +58,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         index = read_checkpoint_index(base_dir)
         keys = WeightKeys(index, model.get_base_model().base_model_prefix)
         targets = [
-            AdapterTarget(**dataclasses.asdict(found.target), weight_key=keys(found.target.parameter_name))
-            for found in start.targets
+            dataclasses.replace(found.target, weight_key=keys(found.target.parameter_name)) for found in start.targets
         ]
         require_targets(index, targets)
         saved = {name: keys(name) for name in _saved_parameters(model)}
@@ -133,7 +133,7 @@ def _saved_parameters(model: Any) -> list[str]:
     ]
 
 
-def _gather_factors(model: Any, target: AdapterTarget, sharding: Sharding) -> LoraFactors:
+def _gather_factors(model: Any, target: Target, sharding: Sharding) -> LoraFactors:
     """A_RN and B_MR of one target as the model holds them, float32 on the host."""
     layer = model.base_model.model.get_submodule(target.name)
     whole = []
@@ -144,7 +144,7 @@ def _gather_factors(model: Any, target: AdapterTarget, sharding: Sharding) -> Lo
 
 
 def _require_start(
-    model: Any, target: AdapterTarget, offset: LoraFactors | None, slot: TensorSlot, base: str, sharding: Sharding
+    model: Any, target: Target, offset: LoraFactors | None, slot: TensorSlot, base: str, sharding: Sharding
 ) -> None:
     """Raise UserError on all ranks unless W_res + s*B*A is the checkpoint's W to rounding; a collective.
 
@@ -176,7 +176,7 @@ def _require_start(
 
 
 def _require_untrained(
-    target: AdapterTarget, made: LoraFactors, offset_ratio: float, slot: TensorSlot, sharding: Sharding
+    target: Target, made: LoraFactors, offset_ratio: float, slot: TensorSlot, sharding: Sharding
 ) -> None:
     """Raise UserError on all ranks if ||s B A|| is not what it was: 16 bits of W would not tell a short training."""
     norm = sharding.world.sum_(_share_of_square_norm(slot, sharding)).sqrt().item()
@@ -196,7 +196,7 @@ def _share_of_square_norm(slot: TensorSlot, sharding: Sharding) -> torch.Tensor:
 
 
 def _report(
-    start: Start, name: str, base_dir: Path, targets: list[AdapterTarget], saved: dict[str, str], base_fingerprint: str
+    start: Start, name: str, base_dir: Path, targets: list[Target], saved: dict[str, str], base_fingerprint: str
 ) -> dict[str, Any]:
     """The part of loraga_report.json that can be known without a run of the command line."""
     is_local = Path(name).expanduser().is_dir()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, adapter_keys, magnitude_key
+from loraga_dist.artifacts.adapter import AdapterFile, adapter_keys, magnitude_key
 from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.reading import (
     Report,
@@ -22,6 +22,7 @@ from loraga_dist.artifacts.reading import (
 )
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.safetensors_io import BrokenFileError, TensorSlot, dtype_name
+from loraga_dist.model.targets import Target
 
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin")
@@ -36,7 +37,7 @@ class Update:
     parameters that were trained whole."""
 
     report: Report
-    targets: dict[str, AdapterTarget]
+    targets: dict[str, Target]
     """As trained."""
     saved: dict[str, TensorSlot]
     """Trained copies of whole parameters (`modules_to_save`, resized embeddings) by parameter name."""
@@ -45,7 +46,7 @@ class Update:
     warnings: list[str]
     trained: AdapterFile
     init: AdapterFile
-    init_targets: dict[str, AdapterTarget]
+    init_targets: dict[str, Target]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """[A_t; A_0] (2r, N) and [s_t B_t, -s_0 B_0] (M, 2r) in float64, whose product B A is the update; on an
@@ -126,7 +127,7 @@ class _TrainedFile(AdapterFile):
         self.slots = plain
 
 
-def _open_init(init: Path) -> tuple[Report, AdapterFile, list[AdapterTarget]]:
+def _open_init(init: Path) -> tuple[Report, AdapterFile, list[Target]]:
     output = init.resolve().parent
     if not (output / REPORT).is_file():
         instead = init / LORAGA_INIT if (init / REPORT).is_file() else f"the {LORAGA_INIT} of an output directory"
@@ -148,9 +149,7 @@ def _nothing_trained(directory: Path) -> str:
     return f"holds no {ADAPTER_WEIGHTS}; write the directory the trainer saved the adapter to"
 
 
-def _check_tensors(
-    trained: Path, init: Path, adapter: AdapterFile, targets: list[AdapterTarget], report: Report
-) -> None:
+def _check_tensors(trained: Path, init: Path, adapter: AdapterFile, targets: list[Target], report: Report) -> None:
     def refuse(key: str, problem: str) -> UserError:
         return UserError("--trained", str(trained), f"{key} {problem}")
 
@@ -180,9 +179,7 @@ def _check_tensors(
             raise refuse(_PREFIX + name, "is missing, which modules_to_save trains; save the adapter with PEFT")
 
 
-def _check_values(
-    trained: Path, adapter: AdapterFile, init: AdapterFile, targets: list[AdapterTarget], is_dora: bool
-) -> None:
+def _check_values(trained: Path, adapter: AdapterFile, init: AdapterFile, targets: list[Target], is_dora: bool) -> None:
     changed = False
     for target in targets:
         keys, values, starts = [*adapter_keys(target.name)], adapter.factors(target.name), init.factors(target.name)

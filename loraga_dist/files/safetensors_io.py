@@ -14,28 +14,13 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
-from loraga_dist.errors import RunError, UserError
+from loraga_dist.errors import RunError
 
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-MODEL_FILE_PATTERNS = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "*.py",
-    "tokenizer*",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""What of a model directory, beside its weights, a copy of the model needs."""
 
-_MODEL_KEY = "model.name_or_path"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own readers
 _DTYPES: dict[str, torch.dtype] = {
@@ -79,45 +64,6 @@ class TensorSlot:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
-
-
-def resolve_model_dir(name_or_path: str, revision: str | None = None, *, needs_weights: bool = True) -> Path:
-    """The local directory of a model: the path as given, or the hub's snapshot of that id (downloaded if need be).
-
-    Raises UserError when there is neither. Weights other than safetensors are never downloaded; without
-    `needs_weights` the config alone is.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(_MODEL_KEY, name_or_path, "is a file; write the directory that holds it")
-    try:
-        snapshot = snapshot_download(
-            name_or_path,
-            revision=revision,
-            allow_patterns=["*.safetensors", *MODEL_FILE_PATTERNS] if needs_weights else ["config.json", "*.py"],
-            # vendors' own second copy of the weights, beside the one transformers reads
-            ignore_patterns=["consolidated*.safetensors", "original/*"],
-        )
-    except HFValidationError as error:
-        raise UserError(_MODEL_KEY, name_or_path, "is no directory; write a model directory or a hub id") from error
-    except OSError as error:  # every error of the hub client is one: unknown id, no access, offline
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            _MODEL_KEY,
-            name_or_path,
-            f"is no local directory, and the hub has no such model within reach ({reason}); write one or the other",
-        ) from error
-    return Path(snapshot)
-
-
-def read_checkpoint_index(model_dir: Path) -> dict[str, TensorSlot]:
-    """Every tensor of a model directory, from the headers alone. Raises UserError for anything not whole."""
-    try:
-        return scan_checkpoint(model_dir)
-    except BrokenFileError as error:
-        raise UserError(_MODEL_KEY, str(model_dir), str(error)) from error
 
 
 def scan_checkpoint(directory: Path, stem: str = "model") -> dict[str, TensorSlot]:

@@ -12,13 +12,14 @@ from loraga_dist.data.losses import LOSSES
 from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
 from loraga_dist.forecast.activations import Rehearsal, Shapes, rehearse
-from loraga_dist.forecast.memory import ModelShape, RankMemory, Setting, rank_memory, sink_bytes
+from loraga_dist.forecast.memory import RankMemory, Setting, rank_memory, sink_bytes
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.plan import Plan, make_plan
+from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
-from loraga_dist.run.request import Job
+from loraga_dist.request.request import Job
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
 from loraga_dist.start.place import PROBE_TOKENS
@@ -73,7 +74,7 @@ class Forecaster:
     def rehearsal(self, plan: Plan, shapes: Shapes, gradient: GradientConfig, *, gathers: bool) -> Rehearsal | None:
         """Of the sweep whose backward goes deepest: the first, for targets are in module order. Without sweeps there is
         no backward."""
-        names = [matrix.name for matrix in plan.sweeps[0]] if plan.sweeps else []
+        names = [matrix.name for matrix in plan.groups[0]] if plan.groups else []
         key = (tuple(shapes.items()), tuple(names), gradient.checkpointing, gathers)
         if key not in self._rehearsals:
             self._rehearsals[key] = rehearse(
@@ -103,7 +104,7 @@ class Forecaster:
         plan = self.plan(world_size)
         setting = self.setting(plan, world_size)
         work = [0] * world_size
-        widths = {matrix.name: matrix.width for sweep in plan.sweeps for matrix in sweep}
+        widths = {matrix.name: matrix.width for matrix in plan.matrices.values()}
         for target in plan.targets:
             work[plan.owners[target.name]] += widths.get(target.name, target.r) * (target.M + target.N)
         workspace = {target.name: plan.scheme.workspace_bytes(target.M, target.N, target.r) for target in plan.targets}
@@ -211,14 +212,14 @@ def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[
 
 def _fewer_sweeps(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[str]:
     """The smallest budget with which one sweep over the data does, or else half of the sweeps, if that fits."""
-    sweeps = forecaster.plan(world_size).sweeps
+    sweeps = forecaster.plan(world_size).groups
     if not sweeps:
         return []
     everything = sum(Plan.state_bytes(sweep) for sweep in sweeps) / 2**30
     for wanted in sorted({1, -(-len(sweeps) // 2)} - {len(sweeps)}):
         budget = math.ceil(10.5 * everything / wanted) / 10
         changed = forecaster.changed(gradient={"state_budget_gib": budget})
-        peak, count = _peak(changed, world_size), len(changed.plan(world_size).sweeps)
+        peak, count = _peak(changed, world_size), len(changed.plan(world_size).groups)
         if verdict(peak, limit_bytes) == "fits" and count < len(sweeps):
             return [f"gradient.state_budget_gib {budget:g}: {count} instead of {len(sweeps)} sweeps, {_gib(peak)} GiB"]
     return []

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from loraga_dist.engines import Matrix
 from loraga_dist.engines.footprint import (
@@ -19,6 +18,7 @@ from loraga_dist.engines.footprint import (
 )
 from loraga_dist.forecast.activations import Rehearsal
 from loraga_dist.model.plan import Plan
+from loraga_dist.model.shape import ModelShape
 from loraga_dist.sharding.slices import BLOCK_ELEMENTS
 
 RUNTIME_BYTES = 40 * 2**20
@@ -31,50 +31,6 @@ MAPPED_WEIGHTS = "mapped weights"
 
 Parts = dict[str, int]
 """Bytes by what they hold."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """What of a model decides costs; taken from a copy on the meta device."""
-
-    dtype: torch.dtype
-    numels: list[int]
-    largest_module_numel: int
-    block_numel: int
-    """Parameters in the blocks that checkpointing recomputes."""
-    embedding_numel: int
-    """Parameters that are looked up, not multiplied."""
-    linear_numel: int
-    """Entries of all matrices a token is multiplied with."""
-
-    @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype) -> ModelShape:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        modules = list(model.modules())
-        blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
-        embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
-        weights = [getattr(module, "weight", None) for module in modules if not isinstance(module, nn.Embedding)]
-        return cls(
-            dtype=dtype,
-            numels=[parameter.numel() for parameter in model.parameters()],
-            largest_module_numel=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules),
-            block_numel=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
-            embedding_numel=sum(parameter.numel() for module in embeddings for parameter in module.parameters()),
-            linear_numel=sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2),
-        )
-
-    @property
-    def num_bytes_each(self) -> int:
-        return self.dtype.itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_bytes_each * sum(self.numels)
-
-    def partition_bytes(self, world_size: int) -> int:
-        """One rank's shards: every parameter is cut on its own, and padded."""
-        return self.num_bytes_each * sum(math.ceil(numel / world_size) for numel in self.numels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +90,7 @@ def rank_memory(
     factors = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
     adapter = factors if not setting.sharded else math.ceil(factors / 4 * shape.num_bytes_each / W)
     owned_targets = plan.owned(rank)
-    if plan.sweeps:
+    if plan.groups:
         found_host = {"owned triplets": sum(triplet_bytes(matrix) for matrix in _owned(plan, rank))}
     else:
         found_host = {"owned A and B": sum(4 * target.r * (target.M + target.N) for target in owned_targets)}
@@ -144,14 +100,14 @@ def rank_memory(
     calibrate: list[tuple[Parts, Parts]] = []
     factorize: list[tuple[Parts, Parts]] = []
     triplets_before = 0
-    for sweep in plan.sweeps:
-        owned = [matrix for matrix in sweep if matrix.owner == rank]
-        held = sum(held_bytes(matrix, shape.dtype, owned=matrix.owner == rank) for matrix in sweep)
-        cold = sum(cold_bytes(matrix, num_tokens, shape.dtype) for matrix in sweep)
+    for group in plan.groups:
+        owned = [matrix for matrix in group if matrix.owner == rank]
+        held = sum(held_bytes(matrix, shape.dtype, owned=matrix.owner == rank) for matrix in group)
+        cold = sum(cold_bytes(matrix, num_tokens, shape.dtype) for matrix in group)
         union = max((factorization_bytes(matrix) for matrix in owned if matrix.engine == "sketch"), default=0)
         largest = max((factorization_bytes(matrix) for matrix in owned), default=0)
         # on the host, one target's state at a time visits the device
-        visiting = max(held_bytes(matrix, shape.dtype, owned=True) for matrix in sweep)
+        visiting = max(held_bytes(matrix, shape.dtype, owned=True) for matrix in group)
         moments = [
             (calibrate, held, "microbatch", backward),
             (calibrate, held, "workspace", union),
@@ -166,7 +122,7 @@ def rank_memory(
                 phase.append(({"engine state": state, kind: num_bytes}, on_host))
         triplets_before += sum(triplet_bytes(matrix) for matrix in owned)
 
-    if not plan.sweeps:
+    if not plan.groups:
         of_targets = [
             {
                 "gathered": shape.num_bytes_each * target.M * target.N if setting.sharded else 0,
@@ -217,7 +173,7 @@ def _total(parts: Parts) -> int:
 
 
 def _owned(plan: Plan, rank: int) -> list[Matrix]:
-    return [matrix for sweep in plan.sweeps for matrix in sweep if matrix.owner == rank]
+    return [matrix for matrix in plan.matrices.values() if matrix.owner == rank]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,17 +199,16 @@ def work(
     Per token: forward 2 flops an entry, backward (towards inputs; weights are frozen) the same, a checkpointed block
     once more. `sketch` 4 K (M + N) a target, `exact` 2 M N. A refine pass is one more of all that for `sketch`.
     """
-    passes = sum(1 + (refine_passes if _has(sweep, "sketch") else 0) for sweep in plan.sweeps)
+    passes = sum(1 + (refine_passes if _has(group, "sketch") else 0) for group in plan.groups)
     recomputed = shape.block_numel if checkpointed else 0
     model_per_token = 2 * (2 * shape.linear_numel + recomputed)
     engine_per_token = sum(
         4 * matrix.width * (matrix.M + matrix.N) * (1 + refine_passes)
         if matrix.engine == "sketch"
         else 2 * matrix.M * matrix.N
-        for sweep in plan.sweeps
-        for matrix in sweep
+        for matrix in plan.matrices.values()
     )
-    matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
+    matrices = list(plan.matrices.values())
     refreshes = 2 + math.ceil(math.log2(max(2, microbatches_per_rank))) + refine_passes
     gathers_per_pass = 2 * sum(shape.numels) + recomputed - shape.embedding_numel
     # each of these weights goes to its owner once
@@ -282,7 +237,7 @@ def work(
 def disk_bytes(plan: Plan, residual_bytes: int) -> dict[str, int]:
     """What a run writes, by directory. residual_bytes: 0 where output.residual_base is none."""
     adapter = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
-    matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
+    matrices = list(plan.matrices.values())
     return {
         "loraga_init": adapter,
         "loraga_offset": adapter if plan.scheme.changes_base else 0,
@@ -291,11 +246,11 @@ def disk_bytes(plan: Plan, residual_bytes: int) -> dict[str, int]:
     }
 
 
-def _has(sweep: Sequence[Matrix], engine: str) -> bool:
-    return any(matrix.engine == engine for matrix in sweep)
+def _has(group: Sequence[Matrix], engine: str) -> bool:
+    return any(matrix.engine == engine for matrix in group)
 
 
 def sink_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype) -> Callable[[str], int]:
     """`observation_bytes` by target name."""
-    found = {matrix.name: observation_bytes(matrix, num_tokens, dtype) for sweep in plan.sweeps for matrix in sweep}
+    found = {matrix.name: observation_bytes(matrix, num_tokens, dtype) for matrix in plan.matrices.values()}
     return found.__getitem__

@@ -14,10 +14,11 @@ from loraga_dist.artifacts.residual import num_residual_bytes, writes_residual
 from loraga_dist.config import InitConfig
 from loraga_dist.errors import UserError
 from loraga_dist.forecast.forecaster import Forecaster, advice, batch_shapes, verdict
-from loraga_dist.forecast.memory import ModelShape, disk_bytes, work
+from loraga_dist.forecast.memory import disk_bytes, work
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import num_parameters, planned_targets
+from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.zero3 import read_deepspeed_config
@@ -65,7 +66,7 @@ def plan_report(
     config, shape = forecaster.config, forecaster.shape
     shapes_known = shapes or batch_shapes(config, forecaster.base)
     plan = forecaster.plan(world_size)
-    num_sequences = (num_sequences or config.calibration.most_samples) if plan.sweeps else 0
+    num_sequences = (num_sequences or config.calibration.most_samples) if plan.groups else 0
     batch, length = shapes_known["input_ids"]
     microbatches = -(-num_sequences // (world_size * batch))
     refine_passes = 0 if config.gradient.refine_passes == "auto" else config.gradient.refine_passes
@@ -112,9 +113,9 @@ def plan_report(
         if config.init.rank_budget is None
         else {"parameters": config.init.rank_budget, "at_largest_ranks": num_parameters(plan.targets)},
         "sweeps": {
-            "count": len(plan.sweeps),
-            "targets": [len(sweep) for sweep in plan.sweeps],
-            "state_bytes": [plan.state_bytes(sweep) for sweep in plan.sweeps],
+            "count": len(plan.groups),
+            "targets": [len(group) for group in plan.groups],
+            "state_bytes": [plan.state_bytes(group) for group in plan.groups],
         },
         "memory_per_rank": {
             "peak_bytes": worst.peak_bytes,
@@ -239,7 +240,7 @@ def _memory_table(memory: Mapping[str, Any]) -> Table:
 
 
 def _kinds(plan: Plan) -> list[dict[str, Any]]:
-    matrices = {matrix.name: matrix for sweep in plan.sweeps for matrix in sweep}
+    matrices = plan.matrices
     kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
     for target in plan.targets:
         matrix = matrices.get(target.name)

@@ -18,7 +18,7 @@ from loraga_dist.engines.base import EngineState, Tensors
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.gradients.one_pass import LossTotals, full_float32_matmul, sweep
+from loraga_dist.gradients.one_pass import LossTotals, full_float32_matmul, run_pass
 from loraga_dist.gradients.passes import Calibration, IsEnough, Position, Stream, halves_agree
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.plan import Plan
@@ -84,7 +84,7 @@ def calibrate(
     if saved is not None:
         found, at = _restored(saved, plan, world)
     num_steps = _steps(found, deal)
-    with phase("calibrate", (len(plan.sweeps) - at.sweep) * num_steps, "batch", shown=world.is_main) as progress:
+    with phase("calibrate", (len(plan.groups) - at.sweep) * num_steps, "batch", shown=world.is_main) as progress:
 
         def one_pass(
             at: Position, group: EngineGroup, engine: GradientEngine, names: list[str], is_enough: IsEnough
@@ -95,7 +95,7 @@ def calibrate(
 
             stream = Stream(deal, found, at, is_enough, keep)
             if stream.rest:
-                sweep(
+                run_pass(
                     model,
                     names,
                     stream,
@@ -108,7 +108,7 @@ def calibrate(
                 )
             at.refinement, at.num_samples, at.num_microbatches = at.refinement + 1, 0, 0
 
-        for matrices in plan.sweeps[at.sweep :]:
+        for matrices in plan.groups[at.sweep :]:
             started = time.monotonic()
             home = StateHome.choose(config.state_device, world.device, plan.state_bytes_per_rank)
             group = EngineGroup.of(matrices, home=home, seed=seed, dtype=next(model.parameters()).dtype)
@@ -120,7 +120,7 @@ def calibrate(
                 # the first sweep decides how much data there is for all passes
                 is_enough = halves_agree(group, target_cosine if at.sweep == 0 else None, world)
                 one_pass(at, group, group, [matrix.name for matrix in matrices], is_enough)
-                progress.extend((_steps(found, deal) - num_steps) * (len(plan.sweeps) - at.sweep))
+                progress.extend((_steps(found, deal) - num_steps) * (len(plan.groups) - at.sweep))
                 num_steps = _steps(found, deal)
                 found.num_supervised_tokens = at.totals.num_tokens
                 found.mean_loss = at.totals.loss_sum / at.totals.num_tokens
@@ -196,7 +196,7 @@ def _refine_passes(config: GradientConfig, plan: Plan, tokens_per_microbatch: fl
     """
     if config.refine_passes != "auto":
         return config.refine_passes
-    widths = [matrix.width for matrices in plan.sweeps for matrix in matrices if matrix.engine == "sketch"]
+    widths = [matrix.width for matrices in plan.groups for matrix in matrices if matrix.engine == "sketch"]
     return int(tokens_per_microbatch < max(widths, default=0))
 
 

@@ -32,7 +32,7 @@ class LossTotals:
     num_tokens: int = 0
 
 
-def sweep(
+def run_pass(
     model: nn.Module,
     names: Sequence[str],
     microbatches: Iterable[Microbatch],

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import TensorSlot, read_checkpoint_index, resolve_model_dir
+from loraga_dist.files.safetensors_io import BrokenFileError, TensorSlot, scan_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -151,3 +153,59 @@ def _checkpoint_dtype(hf_config: Any, index: dict[str, TensorSlot]) -> torch.dty
             "model.name_or_path", str(next(iter(index.values())).path.parent), "holds no float32, bfloat16 or float16"
         )
     return held
+
+
+MODEL_FILE_PATTERNS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "*.py",
+    "tokenizer*",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What of a model directory, beside its weights, a copy of the model needs."""
+
+
+_MODEL_KEY = "model.name_or_path"
+
+
+def resolve_model_dir(name_or_path: str, revision: str | None = None, *, needs_weights: bool = True) -> Path:
+    """The local directory of a model: the path as given, or the hub's snapshot of that id (downloaded if need be).
+
+    Raises UserError when there is neither. Weights other than safetensors are never downloaded; without
+    `needs_weights` the config alone is.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(_MODEL_KEY, name_or_path, "is a file; write the directory that holds it")
+    try:
+        snapshot = snapshot_download(
+            name_or_path,
+            revision=revision,
+            allow_patterns=["*.safetensors", *MODEL_FILE_PATTERNS] if needs_weights else ["config.json", "*.py"],
+            # vendors' own second copy of the weights, beside the one transformers reads
+            ignore_patterns=["consolidated*.safetensors", "original/*"],
+        )
+    except HFValidationError as error:
+        raise UserError(_MODEL_KEY, name_or_path, "is no directory; write a model directory or a hub id") from error
+    except OSError as error:  # every error of the hub client is one: unknown id, no access, offline
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            _MODEL_KEY,
+            name_or_path,
+            f"is no local directory, and the hub has no such model within reach ({reason}); write one or the other",
+        ) from error
+    return Path(snapshot)
+
+
+def read_checkpoint_index(model_dir: Path) -> dict[str, TensorSlot]:
+    """Every tensor of a model directory, from the headers alone. Raises UserError for anything not whole."""
+    try:
+        return scan_checkpoint(model_dir)
+    except BrokenFileError as error:
+        raise UserError(_MODEL_KEY, str(model_dir), str(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +19,19 @@ class Plan:
 
     scheme: Scheme
     targets: list[Target]
-    sweeps: list[list[Matrix]]
+    groups: list[list[Matrix]]
     """None where the scheme takes no gradient."""
     owners: dict[str, int]
 
+    @functools.cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """Of all groups, by target name."""
+        return {matrix.name: matrix for group in self.groups for matrix in group}
+
     @property
     def state_bytes_per_rank(self) -> int:
-        """Engine state every rank holds during the largest sweep."""
-        return max((self.state_bytes(sweep) for sweep in self.sweeps), default=0)
+        """Engine state every rank holds during the largest group."""
+        return max((self.state_bytes(group) for group in self.groups), default=0)
 
     def owned(self, rank: int) -> list[Target]:
         """In the order of their sizes, so that all ranks' next ones are much alike."""
@@ -33,15 +39,15 @@ class Plan:
         return sorted(mine, key=lambda target: -target.M * target.N)
 
     @staticmethod
-    def state_bytes(sweep: Sequence[Matrix]) -> int:
-        """Engine state every rank holds during one sweep."""
-        return sum(_state_bytes(matrix) for matrix in sweep)
+    def state_bytes(group: Sequence[Matrix]) -> int:
+        """Engine state every rank holds for one group."""
+        return sum(_state_bytes(matrix) for matrix in group)
 
     @property
     def costs(self) -> dict[str, int]:
         """What owners are balanced by, per target; grows as the flops of the factorization do."""
-        if self.sweeps:
-            return {matrix.name: _svd_cost(matrix) for sweep in self.sweeps for matrix in sweep}
+        if self.groups:
+            return {name: _svd_cost(matrix) for name, matrix in self.matrices.items()}
         return {target.name: _weight_cost(target) for target in self.targets}
 
 
@@ -54,12 +60,12 @@ def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme,
     loads = [(0, rank) for rank in range(world_size)]
     if scheme.source != "gradient":
         owners = _assign_owners({target.name: _weight_cost(target) for target in targets}, loads)
-        return Plan(scheme=scheme, targets=list(targets), sweeps=[], owners=owners)
-    sweeps, owners = [], {}
+        return Plan(scheme=scheme, targets=list(targets), groups=[], owners=owners)
+    groups, owners = [], {}
     for group in _cut([_matrix(target, config, scheme) for target in targets], config):
         owners |= _assign_owners({matrix.name: _svd_cost(matrix) for matrix in group}, loads)
-        sweeps.append([replace(matrix, owner=owners[matrix.name]) for matrix in group])
-    return Plan(scheme=scheme, targets=list(targets), sweeps=sweeps, owners=owners)
+        groups.append([replace(matrix, owner=owners[matrix.name]) for matrix in group])
+    return Plan(scheme=scheme, targets=list(targets), groups=groups, owners=owners)
 
 
 def _matrix(target: Target, config: GradientConfig, scheme: Scheme) -> Matrix:

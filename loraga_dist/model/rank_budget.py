@@ -13,14 +13,14 @@ import torch
 from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.errors import UserError
 from loraga_dist.linalg import numerical_rank
-from loraga_dist.model.targets import Target, TargetT
+from loraga_dist.model.targets import Target
 from loraga_dist.schemes import SCHEMES, lora_scaling
 
 LARGEST = 2
 """No target gets more than this times `lora.r`: engines must know beforehand how many directions to look for."""
 
 
-def planned_targets(targets: Sequence[TargetT], lora: LoraSection, init: SchemeConfig) -> list[TargetT]:
+def planned_targets(targets: Sequence[Target], lora: LoraSection, init: SchemeConfig) -> list[Target]:
     """The targets with the largest ranks they may get, for which engines, memory and disk are planned.
 
     Without `init.rank_budget` they are as they were. Raises UserError for a budget that cannot be kept.
@@ -50,8 +50,8 @@ def planned_targets(targets: Sequence[TargetT], lora: LoraSection, init: SchemeC
 
 
 def spend(
-    planned: Sequence[TargetT], singular_values: Mapping[str, Sequence[float]], lora: LoraSection, init: SchemeConfig
-) -> tuple[list[TargetT], LoraSection]:
+    planned: Sequence[Target], singular_values: Mapping[str, Sequence[float]], lora: LoraSection, init: SchemeConfig
+) -> tuple[list[Target], LoraSection]:
     """The targets with the ranks that `init.rank_budget` buys, and the section with these as patterns.
 
     Every target keeps its scaling, that of `lora`. singular_values: of each gradient, descending; a target gets no rank
@@ -121,7 +121,7 @@ def _above_rounding(values: Sequence[float], target: Target) -> Sequence[float]:
     return values[: numerical_rank(torch.tensor(values), target.M, target.N)]
 
 
-def _with_rank(target: TargetT, lora: LoraSection, r: int) -> TargetT:
+def _with_rank(target: Target, lora: LoraSection, r: int) -> Target:
     """The same scaling at another rank."""
     share = r / lora.r
     lora_alpha = lora.lora_alpha * (math.sqrt(share) if lora.use_rslora else share)

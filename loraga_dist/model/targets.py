@@ -6,13 +6,16 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,13 +36,16 @@ class Target:
     scaling: float
     transposed: bool
     """The parameter is stored (N, M): GPT-2's Conv1D."""
+    weight_key: str
+    """Of the weight in the checkpoint; its parameter's name where the model is in memory."""
 
     @property
     def parameter_name(self) -> str:
         return f"{self.name}.weight"
 
-
-TargetT = TypeVar("TargetT", bound=Target)
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        return (self.N, self.M) if self.transposed else (self.M, self.N)
 
 
 def peft_lora_config(lora: LoraSection) -> LoraConfig:
@@ -74,11 +80,17 @@ class Selection:
 
 
 def select_targets(
-    meta_model: nn.Module, lora: LoraSection, num_triplets: Callable[[int], int], *, any_rank: bool = False
+    meta_model: nn.Module,
+    lora: LoraSection,
+    num_triplets: Callable[[int], int],
+    *,
+    any_rank: bool = False,
+    weight_key: Callable[[str], str] = str,
 ) -> Selection:
     """Let PEFT inject its layers into `meta_model` (which is consumed) and read off what it chose.
 
     num_triplets: how many singular triplets the scheme needs for rank r. any_rank: the targets' ranks are chosen later.
+    weight_key: the checkpoint's key of a parameter; without a checkpoint the parameter's name.
     Raises UserError when nothing matches, or when a match is not a plain matrix, is tied to another parameter, or is
     too small for its rank (with any_rank, for rank 1).
     """
@@ -138,6 +150,7 @@ def select_targets(
                 lora_alpha=layer.lora_alpha["default"],
                 scaling=layer.scaling["default"],
                 transposed=transposed,
+                weight_key=weight_key(f"{name}.weight"),
             )
         )
     if not targets:

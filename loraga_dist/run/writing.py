@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, write_adapter
+from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
 from loraga_dist.artifacts.factors import write_factors
 from loraga_dist.artifacts.names import (
     ADAPTER_WEIGHTS,
@@ -25,7 +25,7 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
-from loraga_dist.artifacts.report import SCHEMA_VERSION, find_warnings, finite, readme, versions
+from loraga_dist.artifacts.report import SCHEMA_VERSION, finite, versions
 from loraga_dist.artifacts.residual import (
     digest_base,
     finish_residual_base,
@@ -34,6 +34,7 @@ from loraga_dist.artifacts.residual import (
     writes_residual,
 )
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
+from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import InitConfig, LoraSection
 from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of, write_checksums
@@ -41,13 +42,14 @@ from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.passes import Calibration
 from loraga_dist.model.rank_budget import spent_budget
-from loraga_dist.model.targets import peft_lora_config
+from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.publish.page import write_report_page
+from loraga_dist.publish.text import readme
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
+from loraga_dist.request.request import Job
 from loraga_dist.run.finished import FinishedFiles
 from loraga_dist.run.keeper import RunKeeper
-from loraga_dist.run.request import Job
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start.in_place import Start
 from loraga_dist.start.place import GradientReport
@@ -280,7 +282,7 @@ def write_adapters(
     directory: Path,
     config: InitConfig,
     lora: LoraSection,
-    targets: Sequence[AdapterTarget],
+    targets: Sequence[Target],
     factors: Callable[[str], tuple[Tensor, Tensor]],
     saved: Mapping[str, TensorSlot],
     base: Mapping[str, TensorSlot],
@@ -297,7 +299,7 @@ def write_adapters(
     changes_base = SCHEMES[config.init.scheme].changes_base
     of_init = of_residual if changes_base else of_original
 
-    def magnitudes(target: AdapterTarget, A_RN: Tensor, B_MR: Tensor) -> Tensor:
+    def magnitudes(target: Target, A_RN: Tensor, B_MR: Tensor) -> Tensor:
         return start_magnitudes(base[target.weight_key], target, A_RN, B_MR, changes_base=changes_base)
 
     write_adapter(

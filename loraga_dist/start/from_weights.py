@@ -17,7 +17,7 @@ from loraga_dist.model.targets import Target
 from loraga_dist.ranks.progress import phase
 from loraga_dist.schemes import LoraFactors, Scheme
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.start.place import scheme_inputs
+from loraga_dist.start.factors import scheme_inputs
 
 
 @full_float32_matmul()

@@ -15,13 +15,13 @@ from torch import nn
 from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.data.samples import Microbatch
 from loraga_dist.engines import GradientSVD, Matrix
-from loraga_dist.engines.base import seeded_generator
 from loraga_dist.gradients.one_pass import forward, full_float32_matmul
-from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd
+from loraga_dist.linalg import numerical_rank
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target, peft_lora_config
-from loraga_dist.schemes import SCHEMES, LoraFactors, SchemeInputs
+from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding.base import Sharding
+from loraga_dist.start.factors import _rounded, make_factors, product_norm, weight_singular_values
 
 PROBE_TOKENS = 64
 """Positions of the first calibration sequence whose logits are compared before and after."""
@@ -89,7 +89,7 @@ def place_factors(
     square_norms = sharding.square_norms([layer.get_base_layer().weight for layer in layers.values()]).tolist()
     reports = []
     owners = plan.owners
-    matrices = {matrix.name: matrix for sweep in plan.sweeps for matrix in sweep}
+    matrices = plan.matrices
     with full_float32_matmul():
         for target, square_norm in zip(plan.targets, square_norms, strict=True):
             layer = layers[target.name]
@@ -133,44 +133,6 @@ def _put_magnitudes(layer: Any, target: Target, factors: LoraFactors, *, changes
         V_MN = torch.addmm(V_MN, factors.B_MR, factors.A_RN, alpha=target.scaling)
     norms_M = torch.linalg.vector_norm(V_MN, dim=1, dtype=torch.float64)
     layer.lora_magnitude_vector["default"].weight.copy_(norms_M)
-
-
-def make_factors(
-    target: Target, svd: TruncatedSVD, config: SchemeConfig, dtype: torch.dtype, weight_S_R: torch.Tensor | None
-) -> LoraFactors:
-    """A0, B0 from one target's gradient, rounded to `dtype` and stored in float32; the same wherever and whenever they
-    are made.
-
-    weight_S_R: `weight_singular_values`, for the scale that wants them.
-    """
-    generator = seeded_generator(config.seed, f"{target.name}/direction", torch.device("cpu"))
-    inputs = scheme_inputs(target, config, generator, svd=svd, weight_S_K=weight_S_R)
-    return _rounded(SCHEMES[config.scheme].factors(inputs), dtype)
-
-
-def scheme_inputs(target: Target, config: SchemeConfig, generator: torch.Generator, **source: Any) -> SchemeInputs:
-    """Of one target. source: what the scheme starts from, by `SchemeInputs`' names."""
-    return SchemeInputs(
-        M=target.M,
-        N=target.N,
-        r=target.r,
-        scaling=target.scaling,
-        direction=config.direction,
-        scale=config.scale,
-        stable_gamma=config.gamma,
-        generator=generator,
-        **source,
-    )
-
-
-def _rounded(factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
-    return LoraFactors(A_RN=factors.A_RN.to(dtype).float(), B_MR=factors.B_MR.to(dtype).float())
-
-
-def weight_singular_values(W: torch.Tensor, target: Target, config: SchemeConfig) -> torch.Tensor:
-    """Leading r singular values of a target's weight as the model holds it, float32 on the host."""
-    generator = seeded_generator(config.seed, f"{target.name}/weight", W.device)
-    return truncated_svd(W.float(), rank=target.r, oversampling=target.r, generator=generator).S_K.cpu()
 
 
 def _share_factors(
@@ -242,12 +204,6 @@ def _gradient_report(numbers: list[float], matrix: Matrix) -> GradientReport:
 def _known(value: float) -> float | None:
     """A number that travelled as NaN where there was none."""
     return None if math.isnan(value) else value
-
-
-def product_norm(factors: LoraFactors) -> float:
-    """||B A||_F from the r x r Gram matrices."""
-    A, B = factors.A_RN.double(), factors.B_MR.double()
-    return ((B.t() @ B) * (A @ A.t())).sum().clamp_min(0).sqrt().item()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, M
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.samples import assign_microbatches, load_samples
 from loraga_dist.engines import ExactEngine, StateHome
-from loraga_dist.gradients.one_pass import LossTotals, forward, sweep
+from loraga_dist.gradients.one_pass import LossTotals, forward, run_pass
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -67,10 +67,10 @@ def main() -> None:
         plan = make_plan(targets, GradientConfig(max_targets_in_flight=in_flight), SCHEMES["lora_ga"], world.size)
         module = sharding.attach(model)
         worst, seen = 0.0, 0
-        for matrices in plan.sweeps:
+        for matrices in plan.groups:
             engine = ExactEngine(matrices, home=StateHome(world.device), seed=0, dtype=torch.float32)
             totals = LossTotals()
-            sweep(
+            run_pass(
                 module,
                 [matrix.name for matrix in matrices],
                 mine,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import run_ranks, succeed
 
-from loraga_dist.artifacts.report import LOW_WINDOW_CAPTURE
+from loraga_dist.artifacts.warnings import LOW_WINDOW_CAPTURE
 
 WORKER = str(Path(__file__).with_name("sketch_worker.py"))
 

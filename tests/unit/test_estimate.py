@@ -13,10 +13,11 @@ from loraga_dist.data.samples import Microbatch
 from loraga_dist.engines.footprint import factorization_bytes, triplet_bytes
 from loraga_dist.forecast.activations import rehearse
 from loraga_dist.forecast.forecaster import verdict
-from loraga_dist.forecast.memory import ModelShape, Setting, rank_memory, work
+from loraga_dist.forecast.memory import Setting, rank_memory, work
 from loraga_dist.gradients.one_pass import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.plan import Plan, make_plan
+from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.schemes import SCHEMES
 
@@ -66,7 +67,7 @@ def test_memory_by_hand() -> None:
     assert found.device["calibrate"]["weights"] == shape.partition_bytes(2)
     assert found.device["calibrate"]["engine state"] == gradients
     assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without a rehearsal the largest module alone"
-    mine = [matrix for sweep in plan.sweeps for matrix in sweep if matrix.owner == 1]
+    mine = [matrix for matrix in plan.matrices.values() if matrix.owner == 1]
     assert all(matrix.width == 16 for matrix in mine)
     assert found.host["write"]["owned triplets"] == sum(64 * (matrix.M + matrix.N + 1) for matrix in mine)
     assert found.device["factorize"]["workspace"] == max(factorization_bytes(matrix) for matrix in mine)
@@ -76,10 +77,10 @@ def test_memory_by_hand() -> None:
 def test_a_small_budget_makes_sweeps_and_less_state() -> None:
     whole, shape = tiny_plan(1, engine="sketch")
     half, _ = tiny_plan(1, engine="sketch", state_budget_gib=whole.state_bytes_per_rank / 2 / 2**30)
-    assert len(half.sweeps) > len(whole.sweeps) == 1
+    assert len(half.groups) > len(whole.groups) == 1
     peaks = [rank_memory(0, plan, shape, None, 16, on_device(1)).peak_bytes for plan in (whole, half)]
     assert peaks[1] < peaks[0]
-    matrix = whole.sweeps[0][0]
+    matrix = whole.groups[0][0]
     assert triplet_bytes(matrix) == 4 * matrix.width * (matrix.M + matrix.N + 1)
 
 

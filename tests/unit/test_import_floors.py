@@ -1,4 +1,4 @@
-"""Who may import whom: the layers of the package, read from its source."""
+"""Who may import whom: the wings of the package, and the modules inside each, read from the source."""
 
 from __future__ import annotations
 
@@ -13,46 +13,50 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "loraga_dist"
 
-# A module or sub-package imports only from floors below its own.
+# A wing, or a module beside the wings, imports only from floors below its own.
 FLOORS = [
-    {"errors", "linalg", "losses", "memory", "progress"},
-    {"launcher"},
-    {"rendezvous"},
-    {"config", "distributed", "safetensors_files", "schemes", "engines"},
-    {"targets", "formats", "taps", "models", "watch"},
-    {"calibration", "rank_budget"},
-    {"sharding", "plan", "artifacts"},
-    {"sweep", "checkpoint", "hub", "tracking"},
-    {"stream", "placement", "resume", "rehearsal"},
-    {"calibrate", "estimate", "weights"},
-    {"start", "job"},
-    {"outputs", "forecast", "saving"},
-    {"plan_report"},
-    {"pipeline", "refactor"},
+    {"errors", "linalg"},
+    {"schemes", "engines", "ranks"},
+    {"config", "files"},
+    {"data", "model"},
+    {"sharding"},
+    {"request"},
+    {"artifacts", "gradients"},
+    {"start", "forecast", "publish"},
+    {"run"},
     {"commands"},
     {"cli"},
 ]
+# The same inside each wing, from the ground up. A wing's __init__ imports nothing from above the wing's own modules.
+INSIDE = {
+    "linalg": ["randomized_svd", "product", "subspace", "union"],
+    "engines": ["home", "base", "exact", "sketch", "footprint", "__init__", "group"],
+    "ranks": ["progress", "memory", "launcher", "rendezvous", "world", "watch"],
+    "files": ["parallel", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
+    "data": ["losses", "formats", "samples"],
+    "model": ["base", "shape", "targets", "rank_budget", "plan"],
+    "sharding": ["slices", "gloo", "base", "single", "zero3", "__init__"],
+    "request": ["request"],
+    "artifacts": ["names", "adapter", "residual", "factors", "warnings", "report", "reading", "verify"],
+    "gradients": ["taps", "one_pass", "passes", "calibrate"],
+    "start": ["factors", "place", "from_weights", "in_place"],
+    "forecast": ["activations", "memory", "forecaster", "report"],
+    "publish": ["card", "text", "page", "hub", "tracking"],
+    "run": ["finished", "keeper", "writing", "pipeline"],
+    "commands": ["trained", "convert", "materialize", "rebuild", "save_start", "table"],
+}
 MAY_IMPORT = {
     "linalg": set(),
     "schemes": {"linalg", "errors"},
     "engines": {"linalg"},
+    "ranks": {"errors"},
 }
 HEAVY = ("trl", "datasets", "deepspeed", "matplotlib", "mpi4py")
-CORE = [
-    "launcher",
-    "distributed",
-    "config",
-    "schemes",
-    "engines",
-    "calibration",
-    "models",
-    "plan",
-    "sharding",
-    "sweep",
-    "job",
-    "pipeline",
-    "cli",
-]
+MAX_LINES = 400
+
+
+def _modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
 def _imports(path: Path) -> Iterator[str]:
@@ -65,49 +69,70 @@ def _imports(path: Path) -> Iterator[str]:
             yield node.module
 
 
-def _edges() -> set[tuple[str, str]]:
-    """(importer, imported) over modules and sub-packages; the package's own __init__ may import anything."""
-    edges = set()
-    for path in PACKAGE.rglob("*.py"):
-        importer = path.relative_to(PACKAGE).with_suffix("").parts[0]
+def _edges() -> Iterator[tuple[Path, list[str]]]:
+    """Importer, and the dotted parts of what it imports of ours."""
+    for path in _modules():
         for module in _imports(path):
             package, *names = module.split(".")
-            if package == "loraga_dist" and importer not in ("__init__", names[0]):
-                edges.add((importer, names[0]))
-    return edges
+            if package == "loraga_dist":
+                yield path, names
 
 
-def test_every_module_has_exactly_one_floor() -> None:
-    names = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()} - {"__init__", "__pycache__"}
-    assert sorted(name for floor in FLOORS for name in floor) == sorted(names)
+def _wing(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_every_wing_has_exactly_one_floor_and_every_module_one_place() -> None:
+    wings = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()} - {"__init__", "__pycache__"}
+    assert sorted(name for floor in FLOORS for name in floor) == sorted(wings)
+    assert len(FLOORS) <= 12, "more than a person holds in mind"
+    for wing, order in INSIDE.items():
+        modules = {path.stem for path in (PACKAGE / wing).glob("*.py")} - {"__init__"}
+        assert sorted(set(order) - {"__init__"}) == sorted(modules), wing
+    assert {path.parent.name for path in PACKAGE.glob("*/*.py")} == INSIDE.keys()
 
 
 def test_imports_point_down() -> None:
     level = {name: height for height, floor in enumerate(FLOORS) for name in floor}
-    upward = sorted(f"{a} imports {b}" for a, b in _edges() if level[b] >= level[a])
+    upward = {f"{_wing(a)} imports {b[0]}" for a, b in _edges() if _wing(a) != b[0] and level[b[0]] >= level[_wing(a)]}
     assert not upward
+
+
+def test_imports_inside_a_wing_point_down() -> None:
+    upward = []
+    for importer, (wing, *rest) in _edges():
+        if importer.parent.name == wing:
+            order = INSIDE[wing]
+            at = order.index(importer.stem) if importer.stem in order else len(order)
+            imported = rest[0] if rest else "__init__"
+            if order.index(imported) >= at:
+                upward.append(f"{wing}.{importer.stem} imports {imported}")
+    assert not upward
+
+
+def test_no_module_is_longer_than_a_reader_holds() -> None:
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in _modules()}
+    assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
 
 
 @pytest.mark.parametrize("unit", MAY_IMPORT)
 def test_the_mathematics_stands_alone(unit: str) -> None:
-    assert {imported for importer, imported in _edges() if importer == unit} <= MAY_IMPORT[unit]
+    assert {names[0] for importer, names in _edges() if _wing(importer) == unit} - {unit} <= MAY_IMPORT[unit]
 
 
 def test_sharding_knows_no_engine() -> None:
-    assert not {"engines", "schemes", "sweep"} & {imported for importer, imported in _edges() if importer == "sharding"}
+    imported = {names[0] for importer, names in _edges() if _wing(importer) == "sharding"}
+    assert not {"engines", "schemes", "gradients"} & imported
 
 
 def test_only_sharding_imports_deepspeed() -> None:
-    importers = {
-        path.relative_to(PACKAGE)
-        for path in PACKAGE.rglob("*.py")
-        if any(name.partition(".")[0] == "deepspeed" for name in _imports(path))
-    }
+    importers = {path for path in _modules() if any(name.partition(".")[0] == "deepspeed" for name in _imports(path))}
     assert importers, "the check reads no imports"
-    assert {path.parts[0] for path in importers} == {"sharding"}
+    assert {_wing(path) for path in importers} == {"sharding"}
 
 
-def test_core_imports_without_the_optional_packages() -> None:
+def test_every_module_imports_without_the_optional_packages() -> None:
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in _modules()]
     program = f"""
 import importlib, sys
 
@@ -117,7 +142,7 @@ class Refuse:
             raise ImportError(f"{{name}} is blocked")
 
 sys.meta_path.insert(0, Refuse())
-for module in {CORE!r}:
-    importlib.import_module(f"loraga_dist.{{module}}")
+for module in {modules!r}:
+    importlib.import_module(module.removesuffix(".__init__"))
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)

@@ -20,7 +20,7 @@ from loraga_dist.schemes import SCHEMES
 
 
 def target(name: str, M: int, N: int, r: int = 4) -> Target:
-    return Target(name=name, M=M, N=N, r=r, lora_alpha=8, scaling=8 / r, transposed=False)
+    return Target(name=name, M=M, N=N, r=r, lora_alpha=8, scaling=8 / r, transposed=False, weight_key=name)
 
 
 @pytest.mark.parametrize("seed", range(20))

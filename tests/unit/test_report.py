@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraga_dist.artifacts.report import find_warnings
+from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import SchemeConfig
 from loraga_dist.schemes import SCALES, ScaleInputs
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from loraga_dist.artifacts import residual
 from loraga_dist.artifacts import verify as verification
-from loraga_dist.artifacts.adapter import AdapterFile, AdapterTarget, rank_and_scaling, write_adapter
+from loraga_dist.artifacts.adapter import AdapterFile, rank_and_scaling, write_adapter
 from loraga_dist.artifacts.residual import (
     digest_base,
     finish_residual_base,
@@ -29,7 +29,9 @@ from loraga_dist.artifacts.verify import VerifyResult, verify
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import check_checksums, fingerprint, write_checksums
 from loraga_dist.files.parallel import shares
-from loraga_dist.files.safetensors_io import SafetensorsWriter, read_checkpoint_index
+from loraga_dist.files.safetensors_io import SafetensorsWriter
+from loraga_dist.model.base import read_checkpoint_index
+from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 
 TOKENS = torch.arange(24).view(2, 12) % 50
@@ -66,9 +68,9 @@ def save_gpt2(directory: Path) -> Path:
     return directory
 
 
-def make_target(config: LoraConfig, name: str, M: int, N: int, transposed: bool) -> AdapterTarget:
+def make_target(config: LoraConfig, name: str, M: int, N: int, transposed: bool) -> Target:
     r, lora_alpha, scaling = rank_and_scaling(config, name)
-    return AdapterTarget(
+    return Target(
         name=name,
         weight_key=f"{name}.weight",
         M=M,
@@ -80,7 +82,7 @@ def make_target(config: LoraConfig, name: str, M: int, N: int, transposed: bool)
     )
 
 
-def llama_targets(config: LoraConfig) -> list[AdapterTarget]:
+def llama_targets(config: LoraConfig) -> list[Target]:
     shapes = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (16, 32), "mlp.down_proj": (32, 48)}
     return [
         make_target(config, f"model.layers.{layer}.{module}", M, N, transposed=False)
@@ -89,7 +91,7 @@ def llama_targets(config: LoraConfig) -> list[AdapterTarget]:
     ]
 
 
-def gpt2_targets(config: LoraConfig) -> list[AdapterTarget]:
+def gpt2_targets(config: LoraConfig) -> list[Target]:
     shapes = {"attn.c_attn": (96, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
     return [
         make_target(config, f"transformer.h.{layer}.{module}", M, N, transposed=True)
@@ -115,12 +117,12 @@ def lora_config(base: Path) -> LoraConfig:
 def write_output(
     base: Path,
     directory: Path,
-    make_targets: Callable[[LoraConfig], list[AdapterTarget]] = llama_targets,
+    make_targets: Callable[[LoraConfig], list[Target]] = llama_targets,
     residual_dtype: str = "auto",
     residual_base: str = "full",
     max_shard_bytes: int = 5 * 10**9,
     world_size: int = 1,
-) -> list[AdapterTarget]:
+) -> list[Target]:
     """A whole output directory with random factors, written by the code under test."""
     config = lora_config(base)
     targets = make_targets(config)

@@ -11,14 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.files.safetensors_io import (
-    SafetensorsWriter,
-    read_checkpoint_index,
-    read_header,
-    read_range,
-    read_rows,
-    resolve_model_dir,
-)
+from loraga_dist.files.safetensors_io import SafetensorsWriter, read_header, read_range, read_rows
+from loraga_dist.model.base import read_checkpoint_index, resolve_model_dir
 
 INDEX = "model.safetensors.index.json"
 
@@ -238,7 +232,7 @@ def test_resolve_model_dir(tmp_path: Path) -> None:
 
 
 def test_hub_id_offline_is_a_user_error(tmp_path: Path) -> None:
-    code = "from loraga_dist.files.safetensors_io import resolve_model_dir; resolve_model_dir('nobody/nothing')"
+    code = "from loraga_dist.model.base import resolve_model_dir; resolve_model_dir('nobody/nothing')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert "UserError: model.name_or_path: 'nobody/nothing'" in run.stderr.splitlines()[-1]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loraga_dist.artifacts.report import readme
+from loraga_dist.publish.text import readme
 
 KEYS = json.loads((Path(__file__).parents[1] / "golden" / "trainer_keys.json").read_text())
 OUT = "/data/runs: 1 #/out"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from loraga_dist.artifacts.adapter import AdapterTarget
 from loraga_dist.artifacts.residual import (
     PlannedFile,
     factor_dtype,
@@ -30,10 +29,10 @@ from loraga_dist.data.samples import (
 from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import check_destination
-from loraga_dist.forecast.memory import ModelShape
 from loraga_dist.model.base import BaseModel, find_base_model
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
+from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import Target, meta_copy, select_targets
 from loraga_dist.publish.hub import check_hub_access
 from loraga_dist.publish.tracking import check_trackers
@@ -54,7 +53,7 @@ class Job:
     """The checkpoint's tensors by parameter name; None where transformers has to convert them."""
     shape: ModelShape
     plan: Plan
-    targets: list[AdapterTarget]
+    targets: list[Target]
     """As planned: with a rank budget, at their largest ranks until `with_ranks`."""
     saved_parameters: dict[str, str]
     """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
@@ -82,8 +81,7 @@ class Job:
 
     def storage_dtype(self, target: Target) -> torch.dtype:
         """What A0 and B0 of a target are rounded to."""
-        key = self.base.weight_keys(target.parameter_name)
-        return factor_dtype(self.base.dtype, self.base.index[key].dtype, self.residual_dtype)
+        return factor_dtype(self.base.dtype, self.base.index[target.weight_key].dtype, self.residual_dtype)
 
 
 def prepare(config: InitConfig, world: World) -> Job:
@@ -109,14 +107,14 @@ def prepare(config: InitConfig, world: World) -> Job:
     slots = base.slots_of(meta_model)
     shape = ModelShape.of(meta_model, base.dtype)
     selection = select_targets(
-        meta_model, config.lora, scheme.num_triplets, any_rank=config.init.rank_budget is not None
+        meta_model,
+        config.lora,
+        scheme.num_triplets,
+        any_rank=config.init.rank_budget is not None,
+        weight_key=base.weight_keys,
     )
     targets = planned_targets(selection.targets, config.lora, config.init)
-    adapter_targets = [
-        AdapterTarget(**dataclasses.asdict(target), weight_key=base.weight_keys(target.parameter_name))
-        for target in targets
-    ]
-    require_targets(base.index, adapter_targets)
+    require_targets(base.index, targets)
     deal = None
     if scheme.source == "gradient" or config.calibration.names_data:
         deal = _deal(config, base, world)
@@ -131,7 +129,7 @@ def prepare(config: InitConfig, world: World) -> Job:
         slots=slots,
         shape=shape,
         plan=plan,
-        targets=adapter_targets,
+        targets=targets,
         saved_parameters=saved_parameters,
         residual_files=residual_files,
         residual_dtype=config.output.residual_dtype,
@@ -252,7 +250,7 @@ def _output_bytes(
     parameters = sum(target.r * (target.M + target.N) for target in plan.targets)
     factors_of_adapter = 4 * min(parameters, config.init.rank_budget or parameters)
     adapters = (2 if plan.scheme.changes_base else 1) * (factors_of_adapter + sum(slot.num_bytes for slot in saved))
-    matrices = [matrix for sweep in plan.sweeps for matrix in sweep]
+    matrices = list(plan.matrices.values())
     factors = sum(4 * matrix.width * (matrix.M + matrix.N + 1) for matrix in matrices)
     residual = sum(file.num_bytes for file in residual_files) if writes_residual(config) else 0
     return adapters + factors + residual

@@ -1,0 +1,108 @@
+"""What a user should look at before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loraga_dist.config import SchemeConfig
+from loraga_dist.schemes import SCHEMES
+
+LOW_SPLIT_HALF_COSINE = 0.5
+"""Below it two halves of the data disagree on the gradient more than they agree."""
+
+
+LOW_WINDOW_CAPTURE = 0.7
+"""Below it a window of the data held much energy outside the sketch's bases."""
+
+
+LARGE_OFFSET_RATIO = 1
+"""Above it the start changes a weight by more than its own size."""
+
+
+_MORE_DATA = {
+    "max_samples": "raise calibration.max_samples, or write auto",
+    "sample_limit": "raise calibration.sample_limit",
+    "target_cosine": "raise calibration.target_cosine",
+    "data": "all of the data was used; add more",
+}
+"""How to get more calibration data, by what ended it this time."""
+
+
+_MOST_NAMED = 3
+
+
+_SMALLER_OFFSET = {
+    "stable": "lower lora.lora_alpha or raise init.stable_gamma",
+    "peft": "lower lora.lora_alpha or raise init.stable_gamma",
+    "unit": "lower lora.lora_alpha",
+    "gd": "raise lora.lora_alpha",
+    "weight_svd": "write init.scale stable",
+}
+"""By scale: gd divides by the square of s, weight_svd by s."""
+
+
+def find_warnings(
+    init: SchemeConfig,
+    targets: Mapping[str, Mapping[str, Any]],
+    *,
+    stopped_by: str | None,
+    refine_passes: int | None,
+) -> list[str]:
+    """What a user should look at before training: one line each, with the worst targets, and what to do.
+
+    stopped_by, refine_passes: None where no gradient was taken.
+    """
+    scheme = SCHEMES[init.scheme]
+    values = {
+        field: {name: target[field] for name, target in targets.items() if target[field] is not None}
+        for field in ("offset_ratio", "split_half_cosine", "window_capture", "numerical_rank")
+    }
+    large = {name: ratio for name, ratio in values["offset_ratio"].items() if ratio > LARGE_OFFSET_RATIO}
+    noisy = {name: cosine for name, cosine in values["split_half_cosine"].items() if cosine < LOW_SPLIT_HALF_COSINE}
+    drifted = {name: capture for name, capture in values["window_capture"].items() if capture < LOW_WINDOW_CAPTURE}
+    deficient = {
+        name: rank for name, rank in values["numerical_rank"].items() if rank < len(targets[name]["singular_values"])
+    }
+    lines = []
+    if large:
+        smaller = _SMALLER_OFFSET[init.scale] if scheme.source == "gradient" else _SMALLER_OFFSET["unit"]
+        rounding = "; output.residual_dtype float32 keeps the rounding small" if scheme.changes_base else ""
+        lines.append(
+            f"offset_ratio above {LARGE_OFFSET_RATIO} (s*B0*A0 outweighs W) in {_worst(large, targets, highest=True)}: "
+            f"{smaller}{rounding}"
+        )
+    if stopped_by is None:
+        return lines
+    if init.rank_budget is not None:
+        left = init.rank_budget - sum(target["r"] * sum(target["shape"]) for target in targets.values())
+        if left >= min(sum(target["shape"]) for target in targets.values()):
+            lines.append(
+                f"init.rank_budget {init.rank_budget}: {left} parameters were not spent, every target has the largest "
+                "rank or all directions its gradient has; raise lora.r (and lora.lora_alpha with it) to allow larger "
+                "ranks"
+            )
+    if noisy:
+        lines.append(
+            f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_worst(noisy, targets)}: two halves of the data "
+            f"disagree on the gradient; {_MORE_DATA[stopped_by]}"
+        )
+    if drifted and not refine_passes:  # a refine pass sees all data with the final bases
+        lines.append(
+            f"window_capture below {LOW_WINDOW_CAPTURE} in {_worst(drifted, targets)}: the gradient changed while the "
+            "data went by; set gradient.refine_passes 1, or mix the data better: raise "
+            "calibration.per_device_batch_size"
+        )
+    if deficient:
+        lines.append(
+            f"the gradient has fewer directions than {scheme.title} takes in {_worst(deficient, targets)}: "
+            f"{scheme.missing_directions}; lower lora.r, or use more data ({_MORE_DATA[stopped_by]})"
+        )
+    return lines
+
+
+def _worst(found: Mapping[str, float], targets: Mapping[str, Any], *, highest: bool = False) -> str:
+    """How many of the targets, and the first few from the worst on with their figures."""
+    names = sorted(found, key=found.__getitem__, reverse=highest)
+    shown = ", ".join(f"{name} {found[name]:.3g}" for name in names[:_MOST_NAMED])
+    return f"{len(names)} of {len(targets)} targets ({shown}{', ...' if len(names) > _MOST_NAMED else ''})"

@@ -1,0 +1,53 @@
+"""What of a model's shapes decides costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What of a model decides costs; taken from a copy on the meta device."""
+
+    dtype: torch.dtype
+    numels: list[int]
+    largest_module_numel: int
+    block_numel: int
+    """Parameters in the blocks that checkpointing recomputes."""
+    embedding_numel: int
+    """Parameters that are looked up, not multiplied."""
+    linear_numel: int
+    """Entries of all matrices a token is multiplied with."""
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype) -> ModelShape:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        modules = list(model.modules())
+        blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+        embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
+        weights = [getattr(module, "weight", None) for module in modules if not isinstance(module, nn.Embedding)]
+        return cls(
+            dtype=dtype,
+            numels=[parameter.numel() for parameter in model.parameters()],
+            largest_module_numel=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules),
+            block_numel=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
+            embedding_numel=sum(parameter.numel() for module in embeddings for parameter in module.parameters()),
+            linear_numel=sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2),
+        )
+
+    @property
+    def num_bytes_each(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_bytes_each * sum(self.numels)
+
+    def partition_bytes(self, world_size: int) -> int:
+        """One rank's shards: every parameter is cut on its own, and padded."""
+        return self.num_bytes_each * sum(math.ceil(numel / world_size) for numel in self.numels)
