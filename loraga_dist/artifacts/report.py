@@ -8,7 +8,47 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
 SCHEMA_VERSION = 1
+
+
+class ReportPart(BaseModel):
+    """Base of all parts of the report: typed, immutable; keys of other versions are passed over."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class TargetReport(ReportPart):
+    """What is known of one target. What a gradient would tell is None for schemes that take none."""
+
+    shape: tuple[PositiveInt, PositiveInt]
+    """M, N."""
+    r: PositiveInt
+    lora_alpha: int | float
+    scaling: float
+    transposed: bool
+    weight_key: str
+    singular_values: list[float] | None = None
+    """Of the mean gradient, as many as the scheme takes, descending."""
+    num_converged: int | None = None
+    """Leading ones that were asked of the engine; `factors/` holds more."""
+    numerical_rank: int | None = None
+    captured_energy: float | None = None
+    split_half_cosine: float | None = None
+    window_capture: float | None = None
+    engine: str | None = None
+    offset_ratio: float | None = None
+    """||s B0 A0||_F / ||W||_F."""
+    owner_rank: int | None = None
+
+
+class IdentityCheck(ReportPart):
+    """How far the start is from the original model: on calibration tokens, or seeded ones where there is no data."""
+
+    max_abs_logit_diff: float | None
+    max_abs_logit: float | None
+    dtype: str
 
 
 _PACKAGES = ("loraga_dist", "torch", "transformers", "peft", "deepspeed", "safetensors")
