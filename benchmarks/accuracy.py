@@ -33,12 +33,8 @@ from loraga_dist.artifacts.report import versions
 from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
 from loraga_dist.data.losses import causal_lm
-from loraga_dist.data.samples import (
-    Microbatch,
-    assign_microbatches,
-    count_supervised_tokens,
-    load_samples,
-)
+from loraga_dist.data.microbatches import Microbatch, assign_microbatches, count_supervised_tokens
+from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
 from loraga_dist.gradients.one_pass import LossTotals, run_pass
@@ -47,7 +43,8 @@ from loraga_dist.model.base import find_base_model
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding import SingleProcess, Zero3
+from loraga_dist.sharding.single import SingleProcess
+from loraga_dist.sharding.zero3 import Zero3
 
 RANKS = (4, 8, 16, 32)
 REFINES = (0, 1)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraga_dist.config import GradientConfig, LoraSection, SchemeConfig, StateDevice
 from loraga_dist.data.losses import causal_lm
-from loraga_dist.data.samples import BatchDeal, Microbatch
+from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import ExactEngine, SketchEngine
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.one_pass import forward
@@ -25,7 +25,8 @@ from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.sharding import Sharding, SingleProcess
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.single import SingleProcess
 from loraga_dist.start.place import add_adapter, place_factors
 
 
@@ -185,7 +186,13 @@ class Bench:
         plan, sharding = self.plan(gradient), self.sharding
         with self._measured() as outcome:
             found = calibrate(
-                self.model, plan, BatchDeal(self.microbatches), gradient, sharding=sharding, loss_sum=causal_lm, seed=0
+                self.model,
+                plan,
+                BatchSharder(self.microbatches),
+                gradient,
+                sharding=sharding,
+                loss_sum=causal_lm,
+                seed=0,
             )
         r = self.shape.r
         for name, result in found.owned.items():

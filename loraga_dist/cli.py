@@ -20,7 +20,7 @@ from loraga_dist.errors import LoragaError, RunError, UserError
 if TYPE_CHECKING:
     from loraga_dist.ranks.watch import Watch
     from loraga_dist.ranks.world import World
-    from loraga_dist.run.keeper import StopRequest
+    from loraga_dist.run.checkpointer import StopRequest
 
 
 _OVERRIDES = "Any key of the file can be given as --section.key value."
@@ -97,9 +97,14 @@ def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         import torch
 
         from loraga_dist.config import load_config
-        from loraga_dist.forecast.report import forecaster_for, plan_report, print_plan
+        from loraga_dist.forecast.forecaster import Forecaster
+        from loraga_dist.forecast.report import plan_report, print_plan
+        from loraga_dist.ranks.world import World
+        from loraga_dist.request.request import understand
 
-        forecaster = forecaster_for(load_config(options.config, overrides), torch.device(options.device))
+        world = World(0, options.ranks, 0, torch.device(options.device))
+        request = understand(load_config(options.config, overrides), world, needs_weights=False, reads_data=False)
+        forecaster = Forecaster(request=request, on_host=options.device == "cpu")
         report = plan_report(
             forecaster, options.ranks, gib_per_rank=options.gib_per_rank, device_tflops=options.device_tflops
         )
@@ -117,7 +122,7 @@ def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def run_init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     _prepare_libraries()
-    from loraga_dist.run.keeper import StopRequest
+    from loraga_dist.run.checkpointer import StopRequest
 
     with StopRequest() as stop:
         return _run_init(options, overrides, stop)

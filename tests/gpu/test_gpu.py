@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from loraga_dist.config import GradientConfig, LoraSection
 from loraga_dist.data.losses import causal_lm
-from loraga_dist.data.samples import BatchDeal, Microbatch
+from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD, Matrix, StateHome
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.one_pass import forward
@@ -23,7 +23,7 @@ from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.sharding import SingleProcess
+from loraga_dist.sharding.single import SingleProcess
 
 pytestmark = [
     pytest.mark.gpu,
@@ -180,7 +180,7 @@ def test_calibrate_against_autograd(kind: str, checkpointing: str, state_device:
     found = calibrate(
         model,
         make_plan(targets, gradient, scheme, 1),
-        BatchDeal(microbatches),
+        BatchSharder(microbatches),
         gradient,
         sharding=SingleProcess(World(0, 1, 0, DEVICE)),
         loss_sum=causal_lm,
