@@ -30,7 +30,7 @@ NOT_RUN = {
     "launch/init.py --config my.yaml": "needs four machines",
     "sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 "
     "launch/slurm/srun_per_gpu.sbatch --config my.yaml": "needs four machines; test_slurm.py submits it to two nodes",
-    "launch/mpi.sh -n 16 --hostfile launch/hostfile -- --config my.yaml": "the same; test_launchers.py starts two ranks",
+    "launch/mpi.sh -n 16 --hostfile launch/hostfile -- --config my.yaml": "the same; test_launchers.py has two ranks",
     "deepspeed --hostfile launch/hostfile --master_addr node0 "
     "launch/init.py --config my.yaml": "the same; test_launchers.py has a hostfile of this machine",
     "deepspeed --hostfile launch/hostfile --master_addr node0 --no_ssh --node_rank 1 "
