@@ -51,7 +51,7 @@ def document(plans: list[dict[str, Any]]) -> str:
         "What the recipes in `configs/` take, from the models' public shapes: no weights were read, none of these ran.",
         "Written by `python benchmarks/plans.py`. For one of them, with its tables:",
         "",
-        "```",
+        "```bash",
         "loraga-dist plan --config configs/llama-3-70b.yaml --model.name_or_path benchmarks/shapes/llama-3-70b \\",
         "    --ranks 8 --gib_per_rank 80",
         "```",
