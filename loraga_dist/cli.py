@@ -99,12 +99,9 @@ def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         from loraga_dist.config import load_config
         from loraga_dist.forecast.forecaster import Forecaster
         from loraga_dist.forecast.report import plan_report, print_plan
-        from loraga_dist.ranks.world import World
-        from loraga_dist.request.request import understand
 
-        world = World(0, options.ranks, 0, torch.device(options.device))
-        request = understand(load_config(options.config, overrides), world, needs_weights=False, reads_data=False)
-        forecaster = Forecaster(request=request, on_host=options.device == "cpu")
+        config = load_config(options.config, overrides)
+        forecaster = Forecaster.of_config(config, options.ranks, torch.device(options.device))
         report = plan_report(
             forecaster, options.ranks, gib_per_rank=options.gib_per_rank, device_tflops=options.device_tflops
         )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from loraga_dist.config import InitConfig
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import PROBE_TOKENS
@@ -17,7 +19,7 @@ from loraga_dist.forecast.memory import RankMemory, Setting, rank_memory, sink_b
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
-from loraga_dist.request.request import CheckpointRequest
+from loraga_dist.request.request import CheckpointRequest, understand
 from loraga_dist.sharding.settings import Holding
 
 MARGIN = 0.1
@@ -43,6 +45,14 @@ class Forecaster:
         on_host = world.device.type == "cpu"
         device_bytes = None if on_host else free_bytes(world.device, world.ranks_on_node)
         return cls(request=request, on_host=on_host, device_bytes=device_bytes)
+
+    @classmethod
+    def of_config(cls, config: InitConfig, world_size: int, device: torch.device) -> Forecaster:
+        """For ranks and devices that need not be there, from config and headers alone. Raises UserError for what `init`
+        would refuse of them."""
+        elsewhere = World(0, world_size, 0, device)
+        request = understand(config, elsewhere, needs_weights=False, reads_data=False)
+        return cls(request=request, on_host=device.type == "cpu")
 
     @property
     def config(self) -> InitConfig:
