@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from loraga_dist.engines import ENGINES
-from loraga_dist.engines.base import Collectives, EngineState, GradientEngine, GradientSVD, Matrix, Tensors
+from loraga_dist.engines.base import (
+    Collectives,
+    EngineState,
+    GradientEngine,
+    GradientSVD,
+    Matrix,
+    RefiningEngine,
+    Tensors,
+)
 from loraga_dist.engines.home import StateHome
 
 
@@ -19,17 +27,23 @@ class EngineGroup:
 
     engines: list[GradientEngine]
     engine_of: dict[str, GradientEngine]
+    refining: list[RefiningEngine]
+    """Those of the engines that further passes bring something to."""
 
     @classmethod
     def of(cls, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> EngineGroup:
         """dtype: of the data the engines will see."""
         engines: list[GradientEngine] = []
         engine_of: dict[str, GradientEngine] = {}
-        for kind in dict.fromkeys(matrix.engine for matrix in matrices):
-            members = [matrix for matrix in matrices if matrix.engine == kind]
-            engines.append(ENGINES[kind].engine(members, home=home, seed=seed, dtype=dtype))
-            engine_of |= {matrix.name: engines[-1] for matrix in members}
-        return cls(engines, engine_of)
+        refining: list[RefiningEngine] = []
+        for name in dict.fromkeys(matrix.engine for matrix in matrices):
+            members = [matrix for matrix in matrices if matrix.engine == name]
+            engine = ENGINES[name](members, home=home, seed=seed, dtype=dtype)
+            engines.append(engine)
+            engine_of |= {matrix.name: engine for matrix in members}
+            if ENGINES[name].refines:
+                refining.append(cast(RefiningEngine, engine))
+        return cls(engines, engine_of, refining)
 
     def begin_microbatch(self, index: int) -> None:
         for engine in self.engines:

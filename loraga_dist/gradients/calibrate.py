@@ -13,7 +13,7 @@ from torch import nn
 from loraga_dist.config import GradientConfig
 from loraga_dist.data.losses import LossSum
 from loraga_dist.data.samples import Deal, Microbatch, without_supervision
-from loraga_dist.engines import GradientEngine, GradientSVD, SketchEngine
+from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD
 from loraga_dist.engines.base import EngineState, Tensors
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
@@ -125,7 +125,7 @@ def calibrate(
                 found.num_supervised_tokens = at.totals.num_tokens
                 found.mean_loss = at.totals.loss_sum / at.totals.num_tokens
                 found.refine_passes = _refine_passes(config, plan, at.totals.num_tokens / num_steps)
-            for engine in (engine for engine in group.engines if isinstance(engine, SketchEngine)):
+            for engine in group.refining:
                 while at.refinement <= found.refine_passes:
                     progress.extend(num_steps)
                     if at.num_microbatches == 0:
@@ -196,7 +196,7 @@ def _refine_passes(config: GradientConfig, plan: Plan, tokens_per_microbatch: fl
     """
     if config.refine_passes != "auto":
         return config.refine_passes
-    widths = [matrix.width for matrices in plan.groups for matrix in matrices if matrix.engine == "sketch"]
+    widths = [matrix.width for matrices in plan.groups for matrix in matrices if ENGINES[matrix.engine].refines]
     return int(tokens_per_microbatch < max(widths, default=0))
 
 

@@ -17,10 +17,6 @@ from loraga_dist.errors import UserError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-
 _LEAVE_OUT = "leave it out with lora.exclude_modules"
 
 
@@ -42,6 +38,16 @@ class Target:
     @property
     def parameter_name(self) -> str:
         return f"{self.name}.weight"
+
+    @property
+    def num_parameters(self) -> int:
+        """Of A and B together."""
+        return self.r * (self.M + self.N)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of A and B together, in float32."""
+        return 4 * self.num_parameters
 
     @property
     def stored_shape(self) -> tuple[int, int]:

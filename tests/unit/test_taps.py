@@ -11,7 +11,7 @@ from builders import make_model
 from loraga_dist.gradients.taps import tapped
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_forward_set_on_a_block_is_used_and_stays(checkpointing: Any, fails: bool) -> None:
     """As accelerate and others set it on instances."""
