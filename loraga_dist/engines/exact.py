@@ -19,7 +19,7 @@ from loraga_dist.engines.base import (
     split_half_cosine,
 )
 from loraga_dist.engines.home import StateHome
-from loraga_dist.linalg import truncated_svd, truncated_svd_bytes
+from loraga_dist.linalg import TruncatedSVD, truncated_svd, truncated_svd_bytes
 
 OVERSAMPLING = 32
 """Columns of the randomized SVD beyond the wanted ones, unless the user says otherwise."""
@@ -104,18 +104,22 @@ class ExactEngine:
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         for matrix, G_MN in self.mean_gradients(world, num_tokens):
-            svd = truncated_svd(
-                G_MN,
-                rank=matrix.num_triplets,
-                oversampling=matrix.width - matrix.num_triplets,
-                generator=seeded_generator(self._seed, matrix.name, self._home.device),
-            )
+            svd = self.svd(matrix, G_MN)
             captured = _ratio(
                 svd.S_K[: matrix.num_triplets].double().square().sum().item(),
                 torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item(),
             )
             cosine = split_half_cosine(self._E.pop(matrix.name), len(self._halves_seen))
             yield matrix.name, GradientSVD(svd=svd, captured_energy=captured, split_half_cosine=cosine)
+
+    def svd(self, matrix: Matrix, G_MN: torch.Tensor) -> TruncatedSVD:
+        """The leading `matrix.width` triplets of one mean gradient, on its device."""
+        return truncated_svd(
+            G_MN,
+            rank=matrix.num_triplets,
+            oversampling=matrix.width - matrix.num_triplets,
+            generator=seeded_generator(self._seed, matrix.name, self._home.device),
+        )
 
     @staticmethod
     def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
