@@ -36,7 +36,6 @@ from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import Microbatch, assign_microbatches, count_supervised_tokens
 from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
-from loraga_dist.engines.sketch import width
 from loraga_dist.gradients.one_pass import LossTotals, one_pass
 from loraga_dist.linalg import efficiency
 from loraga_dist.model.base import find_base_model
@@ -130,7 +129,7 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
                 M=target.M,
                 N=target.N,
                 num_triplets=2 * r,
-                width=width(2 * r, target.M, target.N, None),
+                width=SketchEngine.width(2 * r, target.M, target.N, None),
                 owner=index % world.size,
                 engine="sketch",
             )
@@ -153,7 +152,7 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         observe(refined, microbatches)
         gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(world, num_tokens)}
         energies = {target: torch.linalg.svdvals(G_MN.double()).square() for target, G_MN in gradients.items()}
-        few = num_tokens / len(microbatches) < width(8, 256, 256, None)
+        few = num_tokens / len(microbatches) < SketchEngine.width(8, 256, 256, None)
         for refine_passes, engines in enumerate((single, refined)):
             for r, engine in zip(RANKS, engines, strict=True):
                 found = dict(engine.factorize(world, num_tokens))
@@ -210,7 +209,7 @@ def synthetic(n: int = 1024, r: int = 8, microbatches: int = 32, tokens: int = 2
                         "gradients": f"synthetic {name}",
                         "ranks": 1,
                         "r": r,
-                        "K": width(2 * r, n, n, columns),
+                        "K": SketchEngine.width(2 * r, n, n, columns),
                         "refine_passes": refine_passes,
                         "default": columns is None and refine_passes == 0,
                         "mean": sum(scores) / len(scores),
@@ -248,7 +247,9 @@ def _synthetic_run(
         x_TN, dy_TM = stream(index)
         G_MN += dy_TM.T @ x_TN
     world = World.current()
-    matrix = Matrix(name="G", M=n, N=n, num_triplets=2 * r, width=width(2 * r, n, n, columns), owner=0, engine="sketch")
+    matrix = Matrix(
+        name="G", M=n, N=n, num_triplets=2 * r, width=SketchEngine.width(2 * r, n, n, columns), owner=0, engine="sketch"
+    )
     engine = SketchEngine([matrix], home=StateHome(torch.device("cpu")), seed=seed, dtype=torch.float32)
     for refinement in range(refine_passes + 1):
         if refinement:

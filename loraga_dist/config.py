@@ -9,21 +9,53 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os.path
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
+from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
+from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
 
+
+@dataclasses.dataclass(frozen=True)
+class NameIn:
+    """Annotates a string: a name in the table, which is read when a value is checked, or one of a few words."""
+
+    table: Mapping[str, Any]
+    words: tuple[str, ...] = ()
+
+    @property
+    def choices(self) -> list[str]:
+        return [*self.words, *self.table]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def _check(self, value: Any) -> Any:
+        if value not in self.choices:
+            *others, last = map(repr, self.choices)
+            raise ValueError(f"Input should be {', '.join(others)} or {last}")
+        return value
+
+
+SchemeName = Annotated[str, NameIn(SCHEMES)]
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
-SchemeName = Literal["lora_ga", "lora_one", "pissa", "olora", "kaiming"]
-Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
-Scale = Literal["stable", "unit", "gd", "weight_svd", "peft"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Checkpointing = Literal["none", "reentrant", "non_reentrant"]
+Checkpointing = Literal["none", "non_reentrant"]
 StateDevice = Literal["auto", "device", "host"]
 Tracker = Literal["tensorboard", "wandb"]
 
@@ -84,24 +116,14 @@ class LoraSection(Section):
         return value
 
 
-_STABLE_GAMMA = {"lora_ga": 16.0, "lora_one": 128.0}
-_SCHEMES_WITH = {
-    "direction": ("lora_ga",),
-    "scale": ("lora_ga",),
-    "stable_gamma": tuple(_STABLE_GAMMA),
-    "rank_budget": tuple(_STABLE_GAMMA),
-}
-"""The schemes that a key concerns."""
-
-
 class SchemeConfig(Section):
     """How A and B start (`schemes.py`)."""
 
     scheme: SchemeName = "lora_ga"
     """From the gradient: `lora_ga`, and `lora_one` on an unchanged base; from the weights: `pissa`, `olora`; `kaiming`,
     from neither, is plain LoRA."""
-    direction: Direction = "ArB2r"
-    scale: Scale = "stable"
+    direction: Annotated[str, NameIn(DIRECTIONS)] = "ArB2r"
+    scale: Annotated[str, NameIn(SCALES)] = "stable"
     stable_gamma: float | None = Field(default=None, gt=0)
     """null is the scheme's own: 16 for `lora_ga`, 128 for `lora_one`."""
     rank_budget: int | None = Field(default=None, ge=1)
@@ -125,21 +147,23 @@ class SchemeConfig(Section):
     def _of_this_scheme(cls, value: Any, info: ValidationInfo) -> Any:
         key = info.field_name or ""
         scheme, default = info.data.get("scheme"), cls.model_fields[key].default
-        if scheme is not None and value != default and scheme not in _SCHEMES_WITH[key]:
-            shown = "null" if default is None else default
-            raise ValueError(f"concerns {' and '.join(_SCHEMES_WITH[key])} alone, not {scheme}; write {shown}")
+        if scheme is not None and value != default and key not in SCHEMES[scheme].init_keys:
+            concerned = " and ".join(name for name, other in SCHEMES.items() if key in other.init_keys)
+            raise ValueError(
+                f"concerns {concerned} alone, not {scheme}; write {'null' if default is None else default}"
+            )
         return value
 
     @property
     def gamma(self) -> float:
-        """`stable_gamma`, or the scheme's own; 1 for schemes without."""
-        return _STABLE_GAMMA.get(self.scheme, 1.0) if self.stable_gamma is None else self.stable_gamma
+        """`stable_gamma`, or the scheme's own."""
+        return SCHEMES[self.scheme].stable_gamma if self.stable_gamma is None else self.stable_gamma
 
 
 class GradientConfig(Section):
     """How gradients are gathered, by schemes that take them."""
 
-    engine: Literal["auto", "sketch", "exact"] = "auto"
+    engine: Annotated[str, NameIn(ENGINES, words=("auto",))] = "auto"
     """`sketch` needs one pass and a few percent of the gradient's size; `auto` takes it for every target that is large
     enough to profit."""
     max_targets_in_flight: int | None = Field(default=None, ge=1)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from loraga_dist.errors import UserError
 from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd, truncated_svd_bytes
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +57,54 @@ class SchemeInputs:
     """The weight, in any floating dtype, for the schemes that factorize it; never changed."""
 
 
+Indices = tuple[Tensor, Tensor]
+Multipliers = tuple[Tensor | float, Tensor | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What the rows of A and the columns of B are multiplied by, and what follows from that."""
+
+    multipliers: Callable[[ScaleInputs], Multipliers]
+    smaller_offset: str
+    """What to change where s B0 A0 outweighs W."""
+    needs_weight: bool = False
+    """`ScaleInputs.weight_S_K` must be there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """One way to initialise: its function, what that needs, and what becomes of the base."""
+    """One way to initialise: its function, what that needs, and what follows from it."""
 
     title: str
     source: Literal["gradient", "weight", "nothing"]
+    """What it starts from. Of a gradient the output holds the triplets, too, in `factors`."""
     factors: Callable[[SchemeInputs], LoraFactors]
     num_triplets: Callable[[int], int]
     """Singular directions that a matrix must have for rank r; of the gradient, that many are computed."""
     changes_base: bool
-    """W becomes W - s B0 A0, and the adapter belongs on that; else it belongs on the original model."""
+    """W becomes W - s B0 A0, and the adapter belongs on that: the output has an offset and a residual base. Else it
+    belongs on the original model."""
     starts_at_model: bool
     """The first forward pass is the original model's."""
     missing_directions: str = ""
     """What becomes of directions that are asked for and that a gradient of low rank does not have."""
+    init_keys: tuple[str, ...] = ()
+    """Keys of the section `init` that concern some schemes only, and this one."""
+    stable_gamma: float = 1.0
+    """Where `init.stable_gamma` is null."""
+    smaller_offset: str = "lower lora.lora_alpha"
+    """What to change where s B0 A0 outweighs W, unless the scale says it."""
+    learning_rate_advice: str = ""
+    """A sentence, where training differs from plain LoRA's."""
     workspace_bytes: Callable[[int, int, int], int] = lambda M, N, r: 0
     """Taken by the factorization of a weight, beside the weight as the model holds it."""
+    factorization_cost: Callable[[int, int, int], int] = lambda M, N, r: M * N * r
+    """Grows as the flops of that factorization do; owners are balanced by it."""
 
-
-Indices = tuple[Tensor, Tensor]
-Multipliers = tuple[Tensor | float, Tensor | float]
+    def smaller_offset_at(self, scale: str) -> str:
+        """What to change where s B0 A0 outweighs W. scale: a key of SCALES."""
+        return SCALES[scale].smaller_offset if "scale" in self.init_keys else self.smaller_offset
 
 
 def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -98,7 +127,7 @@ def lora_ga(inputs: SchemeInputs) -> LoraFactors:
     """
     r, svd = inputs.r, _triplets(inputs, 2 * inputs.r)
     choose = _lookup(DIRECTIONS, "init.direction", inputs.direction)
-    multipliers = _lookup(SCALES, "init.scale", inputs.scale)
+    multipliers = _lookup(SCALES, "init.scale", inputs.scale).multipliers
 
     index_A_R, index_B_R = (index.to(svd.S_K.device) for index in choose(r, inputs.generator))
     times_A, times_B = multipliers(
@@ -197,7 +226,7 @@ def _olora_bytes(M: int, N: int, r: int) -> int:
     return 4 * M * N + 16 * M * r + 4 * r * (M + N)
 
 
-def _lookup(table: dict[str, Callable], key: str, name: str) -> Callable:
+def _lookup(table: dict[str, Entry], key: str, name: str) -> Entry:
     if name not in table:
         raise UserError(key, name, f"write one of {', '.join(table)}")
     return table[name]
@@ -252,12 +281,16 @@ DIRECTIONS: dict[str, Callable[[int, torch.Generator], Indices]] = {
     "random": _random,
 }
 
-SCALES: dict[str, Callable[[ScaleInputs], Multipliers]] = {
-    "stable": _stable,
-    "unit": _unit,
-    "gd": _gd,
-    "weight_svd": _weight_svd,
-    "peft": _peft,
+_LOWER_ALPHA_OR_RAISE_GAMMA = "lower lora.lora_alpha or raise init.stable_gamma"
+
+SCALES: dict[str, Scale] = {
+    "stable": Scale(multipliers=_stable, smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA),
+    "unit": Scale(multipliers=_unit, smaller_offset="lower lora.lora_alpha"),
+    # divides by the square of s
+    "gd": Scale(multipliers=_gd, smaller_offset="raise lora.lora_alpha"),
+    # divides by s
+    "weight_svd": Scale(multipliers=_weight_svd, smaller_offset="write init.scale stable", needs_weight=True),
+    "peft": Scale(multipliers=_peft, smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA),
 }
 
 SCHEMES: dict[str, Scheme] = {
@@ -269,6 +302,10 @@ SCHEMES: dict[str, Scheme] = {
         changes_base=True,
         starts_at_model=True,
         missing_directions="the missing columns of B start at zero, as in plain LoRA",
+        init_keys=("direction", "scale", "stable_gamma", "rank_budget"),
+        stable_gamma=16.0,
+        learning_rate_advice="LoRA-GA wants learning rates near those of full fine-tuning, which are lower than plain "
+        "LoRA's.",
     ),
     "lora_one": Scheme(
         title="LoRA-One",
@@ -278,6 +315,9 @@ SCHEMES: dict[str, Scheme] = {
         changes_base=False,
         starts_at_model=False,
         missing_directions="the missing rows of A and columns of B start near zero and hardly learn",
+        init_keys=("stable_gamma", "rank_budget"),
+        stable_gamma=128.0,
+        smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA,
     ),
     "pissa": Scheme(
         title="PiSSA",

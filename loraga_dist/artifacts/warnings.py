@@ -32,16 +32,6 @@ _MORE_DATA = {
 _MOST_NAMED = 3
 
 
-_SMALLER_OFFSET = {
-    "stable": "lower lora.lora_alpha or raise init.stable_gamma",
-    "peft": "lower lora.lora_alpha or raise init.stable_gamma",
-    "unit": "lower lora.lora_alpha",
-    "gd": "raise lora.lora_alpha",
-    "weight_svd": "write init.scale stable",
-}
-"""By scale: gd divides by the square of s, weight_svd by s."""
-
-
 def find_warnings(
     init: SchemeConfig,
     targets: Mapping[str, Mapping[str, Any]],
@@ -66,11 +56,10 @@ def find_warnings(
     }
     lines = []
     if large:
-        smaller = _SMALLER_OFFSET[init.scale] if scheme.source == "gradient" else _SMALLER_OFFSET["unit"]
         rounding = "; output.residual_dtype float32 keeps the rounding small" if scheme.changes_base else ""
         lines.append(
             f"offset_ratio above {LARGE_OFFSET_RATIO} (s*B0*A0 outweighs W) in {_worst(large, targets, highest=True)}: "
-            f"{smaller}{rounding}"
+            f"{scheme.smaller_offset_at(init.scale)}{rounding}"
         )
     if stopped_by is None:
         return lines

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from loraga_dist.engines.home import StateHome
 from loraga_dist.linalg import TruncatedSVD
 
 
@@ -27,6 +28,11 @@ class Matrix:
     """The rank that factorizes it."""
     engine: str
     """A key of ENGINES."""
+
+    @property
+    def triplet_bytes(self) -> int:
+        """Of a result: K triplets in float32."""
+        return 4 * self.width * (self.M + self.N + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +118,74 @@ class GradientEngine(Protocol):
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         """Reduce every matrix to its owner; yield the owned ones. The state is gone afterwards."""
+        ...
+
+
+class RefiningEngine(GradientEngine, Protocol):
+    """An engine to which further passes over the same data bring something."""
+
+    def begin_refinement(self, world: Collectives) -> None:
+        """Before each further pass; a collective."""
+        ...
+
+
+class EngineKind(Protocol):
+    """The class of an engine: makes engines, and says beforehand what one matrix takes of one rank.
+
+    Bytes are an upper bound of the tensors alive at once. dtype: of x and dy. num_tokens: of the largest microbatch.
+    """
+
+    @property
+    def refines(self) -> bool:
+        """Whether its engines are `RefiningEngine`s."""
+        ...
+
+    def __call__(
+        self, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype
+    ) -> GradientEngine: ...
+
+    def width(self, num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
+        """K, at most min(M, N). oversampling: the user's; None for the engine's own rule."""
+        ...
+
+    def suits(self, matrix: Matrix) -> bool:
+        """Whether `auto` takes this engine, if none before it in the table suits."""
+        ...
+
+    def state_bytes(self, matrix: Matrix) -> int:
+        """At most, whatever the dtype and the owner: what `gradient.state_budget_gib` counts."""
+        ...
+
+    def held_bytes(self, matrix: Matrix, dtype: torch.dtype, *, owned: bool) -> int:
+        """State after the first microbatch."""
+        ...
+
+    def cold_bytes(self, matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
+        """State at the end of the first microbatch, before `end_microbatch`."""
+        ...
+
+    def observation_bytes(self, matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
+        """Taken for a moment by `observe`."""
+        ...
+
+    def refresh_bytes(self, matrix: Matrix) -> int:
+        """Taken for a moment by the owner in `end_microbatch`."""
+        ...
+
+    def factorization_bytes(self, matrix: Matrix) -> int:
+        """Taken for a moment by the owner in `factorize`."""
+        ...
+
+    def factorization_cost(self, matrix: Matrix) -> int:
+        """Grows as the flops of the owner's work do; owners are balanced by it."""
+        ...
+
+    def flops_per_token(self, matrix: Matrix) -> int:
+        """Of one pass."""
+        ...
+
+    def traffic_bytes(self, matrix: Matrix, num_microbatches: int, refine_passes: int) -> int:
+        """Sent through collectives over all passes. num_microbatches: per rank and pass."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,24 +19,16 @@ from loraga_dist.engines.base import (
     split_half_cosine,
 )
 from loraga_dist.engines.home import StateHome
-from loraga_dist.linalg import truncated_svd
+from loraga_dist.linalg import TruncatedSVD, truncated_svd, truncated_svd_bytes
 
 OVERSAMPLING = 32
 """Columns of the randomized SVD beyond the wanted ones, unless the user says otherwise."""
 
 
-def state_bytes(M: int, N: int, width: int) -> int:
-    """Float32 bytes one matrix takes on every rank during its sweep."""
-    return 4 * (M * N + 2 * M * ERROR_COLUMNS + N * ERROR_COLUMNS)
-
-
-def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
-    """K, at most min(M, N)."""
-    return min(num_triplets + (OVERSAMPLING if oversampling is None else oversampling), M, N)
-
-
 class ExactEngine:
-    """Accumulates G_MN = sum over tokens of dy x^T in float32; see `GradientEngine`."""
+    """Accumulates G_MN = sum over tokens of dy x^T in float32; see `GradientEngine`, and `EngineKind` for its costs."""
+
+    refines: ClassVar[bool] = False
 
     def __init__(self, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> None:
         """dtype: of x and dy; the state is float32 whatever it is."""
@@ -112,18 +104,68 @@ class ExactEngine:
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         for matrix, G_MN in self.mean_gradients(world, num_tokens):
-            svd = truncated_svd(
-                G_MN,
-                rank=matrix.num_triplets,
-                oversampling=matrix.width - matrix.num_triplets,
-                generator=seeded_generator(self._seed, matrix.name, self._home.device),
-            )
+            svd = self.svd(matrix, G_MN)
             captured = _ratio(
                 svd.S_K[: matrix.num_triplets].double().square().sum().item(),
                 torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item(),
             )
             cosine = split_half_cosine(self._E.pop(matrix.name), len(self._halves_seen))
             yield matrix.name, GradientSVD(svd=svd, captured_energy=captured, split_half_cosine=cosine)
+
+    def svd(self, matrix: Matrix, G_MN: torch.Tensor) -> TruncatedSVD:
+        """The leading `matrix.width` triplets of one mean gradient, on its device."""
+        return truncated_svd(
+            G_MN,
+            rank=matrix.num_triplets,
+            oversampling=matrix.width - matrix.num_triplets,
+            generator=seeded_generator(self._seed, matrix.name, self._home.device),
+        )
+
+    @staticmethod
+    def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
+        return min(num_triplets + (OVERSAMPLING if oversampling is None else oversampling), M, N)
+
+    @staticmethod
+    def suits(matrix: Matrix) -> bool:
+        return True
+
+    @staticmethod
+    def state_bytes(matrix: Matrix) -> int:
+        return 4 * (matrix.M * matrix.N + (2 * matrix.M + matrix.N) * ERROR_COLUMNS)
+
+    @classmethod
+    def held_bytes(cls, matrix: Matrix, dtype: torch.dtype, *, owned: bool) -> int:
+        return cls.state_bytes(matrix)
+
+    @classmethod
+    def cold_bytes(cls, matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
+        return cls.state_bytes(matrix)
+
+    @staticmethod
+    def observation_bytes(matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
+        casts = 0 if dtype == torch.float32 else matrix.M + matrix.N
+        return 4 * num_tokens * (casts + ERROR_COLUMNS)
+
+    @staticmethod
+    def refresh_bytes(matrix: Matrix) -> int:
+        return 0
+
+    @staticmethod
+    def factorization_bytes(matrix: Matrix) -> int:
+        # the energy of G is summed in float64, which a CPU makes a copy for
+        return max(truncated_svd_bytes(matrix.M, matrix.N, matrix.width), 8 * matrix.M * matrix.N)
+
+    @staticmethod
+    def factorization_cost(matrix: Matrix) -> int:
+        return matrix.M * matrix.N * matrix.width
+
+    @staticmethod
+    def flops_per_token(matrix: Matrix) -> int:
+        return 2 * matrix.M * matrix.N
+
+    @staticmethod
+    def traffic_bytes(matrix: Matrix, num_microbatches: int, refine_passes: int) -> int:
+        return 4 * matrix.M * matrix.N
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -1,76 +1,84 @@
-"""The engines of one sweep as one: every matrix goes to its own kind."""
+"""The engines of one group as one: every matrix goes to its own kind."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from loraga_dist.engines import ENGINES
-from loraga_dist.engines.base import Collectives, EngineState, GradientEngine, GradientSVD, Matrix, Tensors
+from loraga_dist.engines.base import (
+    Collectives,
+    EngineState,
+    GradientEngine,
+    GradientSVD,
+    Matrix,
+    RefiningEngine,
+    Tensors,
+)
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.sketch import SketchEngine
 
 
 @dataclass(frozen=True)
 class EngineGroup:
-    """A `GradientEngine` made of others, by the name of the matrix."""
+    """A `GradientEngine` made of others, each for its own matrices."""
 
-    engines: list[GradientEngine]
+    engines: dict[str, GradientEngine]
+    """By the name that ENGINES has for their kind."""
     engine_of: dict[str, GradientEngine]
+    """By the name of the matrix."""
 
     @classmethod
     def of(cls, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> EngineGroup:
         """dtype: of the data the engines will see."""
-        engines: list[GradientEngine] = []
-        engine_of: dict[str, GradientEngine] = {}
-        for kind in dict.fromkeys(matrix.engine for matrix in matrices):
-            members = [matrix for matrix in matrices if matrix.engine == kind]
-            engines.append(ENGINES[kind].engine(members, home=home, seed=seed, dtype=dtype))
-            engine_of |= {matrix.name: engines[-1] for matrix in members}
-        return cls(engines, engine_of)
+        engines = {}
+        for name in dict.fromkeys(matrix.engine for matrix in matrices):
+            members = [matrix for matrix in matrices if matrix.engine == name]
+            engines[name] = ENGINES[name](members, home=home, seed=seed, dtype=dtype)
+        return cls(engines, {matrix.name: engines[matrix.engine] for matrix in matrices})
 
     @property
     def names(self) -> list[str]:
+        """Of the matrices."""
         return list(self.engine_of)
 
     @property
     def refining(self) -> EngineGroup | None:
-        """Those that gain from further passes over the same data, if there are any."""
-        engines = [engine for engine in self.engines if isinstance(engine, SketchEngine)]
-        engine_of = {name: engine for name, engine in self.engine_of.items() if engine in engines}
-        return EngineGroup(list(engines), engine_of) if engines else None
+        """Those to which further passes over the same data bring something, if there are any."""
+        engines = {name: engine for name, engine in self.engines.items() if ENGINES[name].refines}
+        members = {name: engine for name, engine in self.engine_of.items() if engine in engines.values()}
+        return EngineGroup(engines, members) if engines else None
 
     def begin_refinement(self, world: Collectives) -> None:
-        for engine in self.engines:
-            assert isinstance(engine, SketchEngine)
-            engine.begin_refinement(world)
+        """Before each further pass; a collective, of a group that is `refining`."""
+        for engine in self.engines.values():
+            cast(RefiningEngine, engine).begin_refinement(world)
 
     def begin_microbatch(self, index: int) -> None:
-        for engine in self.engines:
+        for engine in self.engines.values():
             engine.begin_microbatch(index)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
         self.engine_of[name].observe(name, x_TN, dy_TM)
 
     def end_microbatch(self, world: Collectives) -> None:
-        for engine in self.engines:
+        for engine in self.engines.values():
             engine.end_microbatch(world)
 
     def split_half_cosines(self, world: Collectives) -> list[float | None]:
-        return [cosine for engine in self.engines for cosine in engine.split_half_cosines(world)]
+        return [cosine for engine in self.engines.values() for cosine in engine.split_half_cosines(world)]
 
     def save_state(self, world: Collectives) -> EngineState:
-        states = [engine.save_state(world) for engine in self.engines]
+        states = [engine.save_state(world) for engine in self.engines.values()]
         tensors = {name: tensor for state in states for name, tensor in state.tensors.items()}
         return EngineState({"engines": [state.content for state in states]}, tensors)
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
-        for engine, of_engine in zip(self.engines, content["engines"], strict=True):
+        for engine, of_engine in zip(self.engines.values(), content["engines"], strict=True):
             engine.load_state(of_engine, tensors, world)
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
-        for engine in self.engines:
+        for engine in self.engines.values():
             yield from engine.factorize(world, num_tokens)

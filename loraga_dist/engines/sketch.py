@@ -12,8 +12,7 @@ they have many rows, until the ranks have found bases together; then it is sketc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,78 +29,17 @@ from loraga_dist.engines.base import (
     split_half_cosine,
 )
 from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.sketch_state import SketchCosts, State, Window, kept_rows
 from loraga_dist.linalg import TruncatedSVD, boolean_sum, complete_basis, orthonormal_columns
 
 COLD_ITERATIONS = 2
 """Rounds of subspace iteration on the first microbatch's gradient."""
 
 
-def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
-    """K, at most min(M, N): by default the wanted triplets and as many again, 96 at least and 128 at most.
+class SketchEngine(SketchCosts):
+    """Sketches every gradient in one pass; see the module's docstring and `RefiningEngine`."""
 
-    Measured by benchmarks/accuracy.py. Rounded up to a multiple of 16, which matrix units like.
-    """
-    if oversampling is None:
-        oversampling = min(max(num_triplets, 96), 128)
-    return min(-(-(num_triplets + oversampling) // 16) * 16, M, N)
-
-
-def state_bytes(M: int, N: int, width: int) -> int:
-    """Bytes one matrix takes at most: accumulators, bases in 16 bits and, on the owner, 16 more; error sketches."""
-    return _WINDOW_BYTES * width * (M + N) + 4 * 3 * M * ERROR_COLUMNS + 2 * N * ERROR_COLUMNS
-
-
-_WINDOW_BYTES = 8
-"""Of a window, per column and row of the matrix: Y or Z, and P or Q in 32 bits or twice 16."""
-
-
-def kept_rows(width: int, M: int, N: int, num_tokens: int, itemsize: int) -> int:
-    """Rows of x and dy that stand for the first microbatch: all, while the window to come is no smaller, else 2K."""
-    if num_tokens * itemsize <= _WINDOW_BYTES * width or 2 * width >= num_tokens:
-        return num_tokens
-    return min(2 * width, M, N)
-
-
-@dataclass
-class _Window:
-    """Bases as the data's dtype has them, and the float32 sketches Y = G Q, Z = G^T P of the data since they were made.
-
-    The error sketch's test matrix Phi_NS stands beside Q, so that one product makes both.
-    """
-
-    P_MK: Tensor
-    QPhi_NC: Tensor
-    Y_MK: Tensor
-    Z_NK: Tensor
-
-
-@dataclass
-class _State:
-    """One target's sketch on this rank. Tensors are where `StateHome` keeps them."""
-
-    matrix: Matrix
-    E_2MS: Tensor
-    """Error sketches G Phi of even and odd microbatches: since the last refresh, on the owner all that it has."""
-    cold: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(x_TN, dy_TM) of the microbatch at hand, while there are no bases."""
-    window: _Window | None = None
-    """None until the target has seen a token."""
-    num_microbatches: int = 0
-    refreshed_at: int = 0
-    refining: bool = False
-    P_rest_MK: Tensor | None = None
-    Q_rest_NK: Tensor | None = None
-    """On the owner, if the window's bases have 16 bits: 16 more of them."""
-    S_J: Tensor | None = None
-    """On the owner, once there is an estimate: singular values of sum(dy x^T), whose vectors lead P and Q."""
-    earlier_E_MS: Tensor | None = None
-    """On the owner: E of both halves at the last refresh."""
-    captures: list[float] = field(default_factory=list)
-    """On the owner: share of each window's energy that its own sketch held."""
-
-
-class SketchEngine:
-    """Sketches every gradient in one pass; see the module's docstring and `GradientEngine`."""
+    refines: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -119,7 +57,7 @@ class SketchEngine:
         self._half = 0
         self._halves_seen: set[int] = set()
         self._states = {
-            matrix.name: _State(
+            matrix.name: State(
                 matrix=matrix, E_2MS=self._home.keep(torch.zeros(2, matrix.M, ERROR_COLUMNS, device=home.device))
             )
             for matrix in matrices
@@ -141,7 +79,7 @@ class SketchEngine:
         else:
             self._sketch(state, state.window, x_TN, dy_TM)
 
-    def _sketch(self, state: _State, window: _Window, x_TN: Tensor, dy_TM: Tensor) -> None:
+    def _sketch(self, state: State, window: Window, x_TN: Tensor, dy_TM: Tensor) -> None:
         K = state.matrix.width
         right_NC = self._home.fetch(window.QPhi_NC).to(x_TN.dtype)
         if state.refining:  # the first pass has the error sketch
@@ -244,7 +182,7 @@ class SketchEngine:
             if state.matrix.owner == world.rank:
                 yield name, self._result(state, num_tokens)
 
-    def _unfinished(self) -> list[_State]:
+    def _unfinished(self) -> list[State]:
         return [state for state in self._states.values() if state.num_microbatches > state.refreshed_at]
 
     def _start_cold(self, world: Collectives) -> None:
@@ -257,13 +195,13 @@ class SketchEngine:
                 state.window = self._first_window(state, world)
             state.cold.clear()
 
-    def _largest_gradient(self, state: _State) -> Tensor:
+    def _largest_gradient(self, state: State) -> Tensor:
         """Largest magnitude in the cold rows' dy; 0 without rows."""
         # rows whose product is zero may have been compressed to none
         magnitudes = [self._home.fetch(dy_TM).abs().amax().float() for _, dy_TM in state.cold if dy_TM.numel()]
         return torch.stack([*magnitudes, torch.zeros((), device=self._device)]).amax()
 
-    def _first_window(self, state: _State, world: Collectives) -> _Window:
+    def _first_window(self, state: State, world: Collectives) -> Window:
         """Bases from the first microbatch by subspace iteration over ranks; then its sketch, as of any other data."""
         matrix, generator = state.matrix, self._generator(f"{state.matrix.name}/start")
         rows = [(self._home.fetch(x_TN), self._home.fetch(dy_TM)) for x_TN, dy_TM in state.cold]
@@ -286,24 +224,24 @@ class SketchEngine:
             self._keep_rest(state, window, P_MK, Q_NK)
         return window
 
-    def _window(self, matrix: Matrix, P_MK: Tensor, Q_NK: Tensor) -> _Window:
+    def _window(self, matrix: Matrix, P_MK: Tensor, Q_NK: Tensor) -> Window:
         """An empty window with these bases."""
         Phi_NS = torch.randn(matrix.N, ERROR_COLUMNS, generator=self._generator(f"{matrix.name}/error"))
-        return _Window(
+        return Window(
             P_MK=self._home.keep(P_MK.to(self._dtype)),
             QPhi_NC=self._home.keep(torch.cat([Q_NK, Phi_NS.to(self._device)], dim=1).to(self._dtype)),
             Y_MK=self._home.keep(torch.zeros_like(P_MK)),
             Z_NK=self._home.keep(torch.zeros_like(Q_NK)),
         )
 
-    def _keep_rest(self, state: _State, window: _Window, P_MK: Tensor, Q_NK: Tensor) -> None:
+    def _keep_rest(self, state: State, window: Window, P_MK: Tensor, Q_NK: Tensor) -> None:
         """On the owner: what the window's 16 bits leave of float32 bases, in 16 bits again."""
         in_P_MK, in_Q_NK = self._in_window(state, window)
         if in_P_MK.dtype != P_MK.dtype:
             state.P_rest_MK = self._home.keep((P_MK - in_P_MK).to(in_P_MK.dtype))
             state.Q_rest_NK = self._home.keep((Q_NK - in_Q_NK).to(in_Q_NK.dtype))
 
-    def _bases(self, state: _State, window: _Window) -> tuple[Tensor, Tensor]:
+    def _bases(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
         """On the owner: P and Q in float32, of 32 bits or, within some 2^-18 of a column's norm, of twice 16."""
         P_MK, Q_NK = (basis.float() for basis in self._in_window(state, window))
         if state.P_rest_MK is not None and state.Q_rest_NK is not None:
@@ -311,10 +249,10 @@ class SketchEngine:
             Q_NK += self._home.fetch(state.Q_rest_NK)
         return P_MK, Q_NK
 
-    def _in_window(self, state: _State, window: _Window) -> tuple[Tensor, Tensor]:
+    def _in_window(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
         return self._home.fetch(window.P_MK), self._home.fetch(window.QPhi_NC)[:, : state.matrix.width]
 
-    def _refresh(self, states: Sequence[_State], world: Collectives, *, last: bool = False) -> None:
+    def _refresh(self, states: Sequence[State], world: Collectives, *, last: bool = False) -> None:
         windows = [(state, state.window) for state in states if state.window is not None]
         # three rounds over the targets, so that owners unite theirs at the same time
         for state, window in windows:
@@ -336,7 +274,7 @@ class SketchEngine:
                 self._home.put_back(kept, self._home.fetch(kept).zero_())
             state.refreshed_at = state.num_microbatches
 
-    def _unite(self, state: _State, window: _Window) -> None:
+    def _unite(self, state: State, window: Window) -> None:
         """On the owner: this window's sketches and the estimate of the earlier ones become the new estimate."""
         K, fetch = state.matrix.width, self._home.fetch
         P_MK, Q_NK = self._bases(state, window)
@@ -364,7 +302,7 @@ class SketchEngine:
         self._keep_rest(state, window, P_MK, Q_NK)
         state.earlier_E_MS = self._home.keep(E_MS)
 
-    def _result(self, state: _State, num_tokens: int) -> GradientSVD:
+    def _result(self, state: State, num_tokens: int) -> GradientSVD:
         """On the owner: `width` triplets; those beyond the estimate have singular value 0 and arbitrary vectors."""
         matrix, fetch = state.matrix, self._home.fetch
         K = matrix.width
@@ -398,7 +336,7 @@ class SketchEngine:
         The product is found by subspace iteration on the factors and has 2K rows.
         """
         itemsize = max(x_TN.itemsize, dy_TM.itemsize)
-        width = kept_rows(matrix.width, matrix.M, matrix.N, len(x_TN), itemsize)
+        width = kept_rows(matrix, len(x_TN), itemsize)
         if width == len(x_TN):
             return x_TN, dy_TM
         V_NK = torch.randn(matrix.N, width, generator=self._generator(f"{matrix.name}/cold")).to(x_TN.device)

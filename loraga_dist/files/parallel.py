@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from loraga_dist.ranks.balance import balance
+
 MAX_THREADS = 8
 """Per process: ranks share a node's cores, and files come no faster from more."""
 
@@ -24,11 +26,5 @@ def over_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
 
 
 def shares(items: Iterable[Item], num_bytes: Callable[[Item], int], count: int) -> list[list[Item]]:
-    """The items dealt out to `count` ranks: largest first, to the rank with the fewest bytes so far."""
-    dealt: list[list[Item]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for item in sorted(items, key=lambda item: -num_bytes(item)):
-        rank = loads.index(min(loads))
-        dealt[rank].append(item)
-        loads[rank] += num_bytes(item)
-    return dealt
+    """The items dealt out to `count` ranks, with about as many bytes each."""
+    return balance(items, num_bytes, [0] * count)

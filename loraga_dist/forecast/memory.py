@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from loraga_dist.engines import Matrix
-from loraga_dist.engines.footprint import (
-    cold_bytes,
-    factorization_bytes,
-    held_bytes,
-    observation_bytes,
-    triplet_bytes,
-)
+from loraga_dist.engines import ENGINES, Matrix
 from loraga_dist.forecast.activations import Activations
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.shape import ModelShape
@@ -87,13 +80,13 @@ def rank_memory(
     gathered = shape.largest_module_numel * shape.num_bytes_each if setting.sharded else 0
     backward = gathered if activations is None else activations.backward_bytes
     forward = gathered if activations is None else activations.forward_bytes
-    factors = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
+    factors = sum(target.adapter_bytes for target in plan.targets)
     adapter = factors if not setting.sharded else math.ceil(factors / 4 * shape.num_bytes_each / W)
     owned_targets = plan.owned(rank)
     if plan.groups:
-        found_host = {"owned triplets": sum(triplet_bytes(matrix) for matrix in _owned(plan, rank))}
+        found_host = {"owned triplets": sum(plan.matrices[target.name].triplet_bytes for target in owned_targets)}
     else:
-        found_host = {"owned A and B": sum(4 * target.r * (target.M + target.N) for target in owned_targets)}
+        found_host = {"owned A and B": sum(target.adapter_bytes for target in owned_targets)}
     if rank == 0:
         found_host["all A and B"] = factors
 
@@ -101,18 +94,19 @@ def rank_memory(
     factorize: list[tuple[Parts, Parts]] = []
     triplets_before = 0
     for group in plan.groups:
-        owned = [matrix for matrix in group if matrix.owner == rank]
-        held = sum(held_bytes(matrix, shape.dtype, owned=matrix.owner == rank) for matrix in group)
-        cold = sum(cold_bytes(matrix, num_tokens, shape.dtype) for matrix in group)
-        union = max((factorization_bytes(matrix) for matrix in owned if matrix.engine == "sketch"), default=0)
-        largest = max((factorization_bytes(matrix) for matrix in owned), default=0)
+        pairs = [(ENGINES[matrix.engine], matrix) for matrix in group]
+        owned = [(engine, matrix) for engine, matrix in pairs if matrix.owner == rank]
+        held = sum(engine.held_bytes(matrix, shape.dtype, owned=matrix.owner == rank) for engine, matrix in pairs)
+        cold = sum(engine.cold_bytes(matrix, shape.dtype, num_tokens) for engine, matrix in pairs)
+        refresh = max((engine.refresh_bytes(matrix) for engine, matrix in owned), default=0)
+        factorization = max((engine.factorization_bytes(matrix) for engine, matrix in owned), default=0)
         # on the host, one target's state at a time visits the device
-        visiting = max(held_bytes(matrix, shape.dtype, owned=True) for matrix in group)
+        visiting = max(engine.held_bytes(matrix, shape.dtype, owned=True) for engine, matrix in pairs)
         moments = [
             (calibrate, held, "microbatch", backward),
-            (calibrate, held, "workspace", union),
+            (calibrate, held, "workspace", refresh),
             (calibrate, cold, "workspace", gathered),
-            (factorize, held, "workspace", largest),
+            (factorize, held, "workspace", factorization),
         ]
         for phase, state, kind, num_bytes in moments:
             on_host = {"owned triplets": triplets_before}
@@ -120,7 +114,7 @@ def rank_memory(
                 phase.append(({"engine state": visiting, kind: num_bytes}, on_host | {"engine state": state}))
             else:
                 phase.append(({"engine state": state, kind: num_bytes}, on_host))
-        triplets_before += sum(triplet_bytes(matrix) for matrix in owned)
+        triplets_before += sum(matrix.triplet_bytes for _, matrix in owned)
 
     if not plan.groups:
         of_targets = [
@@ -134,7 +128,7 @@ def rank_memory(
             ({}, found_host)
         ]
 
-    largest_target = max(4 * target.r * (target.M + target.N) for target in plan.targets)
+    largest_target = max(target.adapter_bytes for target in plan.targets)
     largest_block = min(BLOCK_ELEMENTS, max(target.M * target.N for target in plan.targets))
     phases: dict[str, tuple[Parts, Parts]] = {
         "load": ({"gathered": gathered}, {}),
@@ -172,10 +166,6 @@ def _total(parts: Parts) -> int:
     return sum(parts.values())
 
 
-def _owned(plan: Plan, rank: int) -> list[Matrix]:
-    return [matrix for matrix in plan.matrices.values() if matrix.owner == rank]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """Flops of all ranks together, and bytes that each rank receives, over the whole calibration."""
@@ -197,19 +187,18 @@ def work(
     """Matrix products of the model and of the engines; attention scores are left out.
 
     Per token: forward 2 flops an entry, backward (towards inputs; weights are frozen) the same, a checkpointed block
-    once more. `sketch` 4 K (M + N) a target, `exact` 2 M N. A refine pass is one more of all that for `sketch`.
+    once more. A refine pass is one more of all that where an engine refines.
     """
-    passes = sum(1 + (refine_passes if _has(group, "sketch") else 0) for group in plan.groups)
+
+    def passes_of(matrix: Matrix) -> int:
+        return 1 + refine_passes if ENGINES[matrix.engine].refines else 1
+
+    passes = sum(max(map(passes_of, group)) for group in plan.groups)
     recomputed = shape.block_numel if checkpointed else 0
     model_per_token = 2 * (2 * shape.linear_numel + recomputed)
-    engine_per_token = sum(
-        4 * matrix.width * (matrix.M + matrix.N) * (1 + refine_passes)
-        if matrix.engine == "sketch"
-        else 2 * matrix.M * matrix.N
-        for matrix in plan.matrices.values()
-    )
-    matrices = list(plan.matrices.values())
-    refreshes = 2 + math.ceil(math.log2(max(2, microbatches_per_rank))) + refine_passes
+    pairs = [(ENGINES[matrix.engine], matrix) for matrix in plan.matrices.values()]
+    engine_per_token = sum(engine.flops_per_token(matrix) * passes_of(matrix) for engine, matrix in pairs)
+    collectives = sum(engine.traffic_bytes(matrix, microbatches_per_rank, refine_passes) for engine, matrix in pairs)
     gathers_per_pass = 2 * sum(shape.numels) + recomputed - shape.embedding_numel
     # each of these weights goes to its owner once
     to_owners = sum(t.M * t.N for t in plan.targets) / world_size if plan.scheme.source == "weight" else 0
@@ -220,37 +209,28 @@ def work(
             "weights gathered": int(
                 away * (passes * microbatches_per_rank * gathers_per_pass + to_owners) * shape.num_bytes_each
             ),
-            "gradients and bases": int(
-                away
-                * sum(
-                    4 * matrix.M * matrix.N
-                    if matrix.engine == "exact"
-                    else 2 * refreshes * 4 * matrix.width * (matrix.M + matrix.N)
-                    for matrix in matrices
-                )
-            ),
-            "A and B": int(away * sum(4 * target.r * (target.M + target.N) for target in plan.targets)),
+            "gradients and bases": int(away * collectives),
+            "A and B": int(away * sum(target.adapter_bytes for target in plan.targets)),
         },
     )
 
 
 def disk_bytes(plan: Plan, residual_bytes: int) -> dict[str, int]:
     """What a run writes, by directory. residual_bytes: 0 where output.residual_base is none."""
-    adapter = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
-    matrices = list(plan.matrices.values())
+    adapter = sum(target.adapter_bytes for target in plan.targets)
     return {
         "loraga_init": adapter,
         "loraga_offset": adapter if plan.scheme.changes_base else 0,
-        "factors": sum(triplet_bytes(matrix) for matrix in matrices),
+        "factors": sum(matrix.triplet_bytes for matrix in plan.matrices.values()),
         "residual_base": residual_bytes,
     }
 
 
-def _has(group: Sequence[Matrix], engine: str) -> bool:
-    return any(matrix.engine == engine for matrix in group)
-
-
 def sink_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype) -> Callable[[str], int]:
-    """`observation_bytes` by target name."""
-    found = {matrix.name: observation_bytes(matrix, num_tokens, dtype) for matrix in plan.matrices.values()}
-    return found.__getitem__
+    """By target name, what its engine takes for a moment while a tap hands over x and dy."""
+
+    def observation_bytes(name: str) -> int:
+        matrix = plan.matrices[name]
+        return ENGINES[matrix.engine].observation_bytes(matrix, dtype, num_tokens)
+
+    return observation_bytes

@@ -59,7 +59,7 @@ def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing:
     try:
         for name in names:
             handles.append(modules[name].register_forward_hook(functools.partial(attach, name=name)))
-        with _checkpointed_blocks(modules, names, checkpointing):
+        with _checkpointed_blocks(modules, checkpointing):
             yield
     finally:
         for handle in handles:
@@ -69,9 +69,7 @@ def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing:
 
 
 @contextmanager
-def _checkpointed_blocks(
-    modules: dict[str, nn.Module], names: Sequence[str], checkpointing: Checkpointing
-) -> Iterator[None]:
+def _checkpointed_blocks(modules: dict[str, nn.Module], checkpointing: Checkpointing) -> Iterator[None]:
     """Checkpoint the blocks transformers marks for it, without its switch: that one needs train mode, hence dropout."""
     if checkpointing == "none":
         yield
@@ -82,37 +80,11 @@ def _checkpointed_blocks(
     # an instance attribute hides the class's forward; the user, or a library, may have set one already
     hidden = {name: block.__dict__["forward"] for name, block in blocks.items() if "forward" in block.__dict__}
     try:
-        for name, block in blocks.items():
-            holds_tap = any(target.startswith(f"{name}.") for target in names)
-            wrap = _reentrant if checkpointing == "reentrant" else _non_reentrant
-            block.forward = wrap(block.forward, holds_tap)
+        for block in blocks.values():
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         yield
     finally:
         for name, block in blocks.items():
             block.__dict__.pop("forward", None)
             if name in hidden:
                 block.forward = hidden[name]
-
-
-def _non_reentrant(forward: Callable[..., Any], holds_tap: bool) -> Callable[..., Any]:
-    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def _reentrant(forward: Callable[..., Any], holds_tap: bool) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        # reentrant checkpointing sees gradients of positional tensors only, and needs one input that wants them
-        values = [*args, *kwargs.values()]
-        if holds_tap and torch.is_grad_enabled():
-            for i, value in enumerate(values):
-                if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    values[i] = value if value.requires_grad else value.detach().requires_grad_()
-                    break
-        if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
-            return forward(*args, **kwargs)
-
-        def positional(*flat: Any) -> Any:
-            return forward(*flat[: len(args)], **dict(zip(kwargs, flat[len(args) :], strict=True)))
-
-        return checkpoint(positional, *values, use_reentrant=True, preserve_rng_state=False)
-
-    return run

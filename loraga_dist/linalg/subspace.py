@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraga_dist.linalg.randomized_svd import TruncatedSVD, numerical_rank
+from loraga_dist.linalg.randomized_svd import numerical_rank
 
 
 def efficiency(G_MN: Tensor, U_MR: Tensor, V_NR: Tensor) -> float:
@@ -35,19 +35,6 @@ def principal_sines(A_MK: Tensor, B_MK: Tensor) -> Tensor:
     """
     A_MK, B_MK = _orthonormal_basis(A_MK), _orthonormal_basis(B_MK)
     return torch.linalg.svdvals(B_MK - A_MK @ (A_MK.T @ B_MK)).clamp(max=1.0)
-
-
-def captured_energy(G_MN: Tensor, svd: TruncatedSVD, rank: int) -> float:
-    """1 - ||G - U S V^T||_F^2 / ||G||_F^2 for the first `rank` triplets, without forming U S V^T; 1 for G = 0."""
-    energy = float(torch.linalg.vector_norm(G_MN)) ** 2
-    if energy == 0:
-        return 1.0
-    svd = svd.leading(rank)
-    GV_MK = (G_MN @ svd.Vh_KN.T).double()
-    S_K = svd.S_K.double()
-    inner = ((svd.U_MK.double() * GV_MK).sum(dim=0) * S_K).sum()
-    # ||G - M||^2 = ||G||^2 - 2 <G, M> + ||M||^2
-    return float((2 * inner - S_K.square().sum()) / energy)
 
 
 def _orthonormal_basis(X_MK: Tensor) -> Tensor:

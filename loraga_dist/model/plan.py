@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loraga_dist.config import GradientConfig
 from loraga_dist.engines import ENGINES, Matrix
 from loraga_dist.model.targets import Target
+from loraga_dist.ranks.balance import balance
 from loraga_dist.schemes import Scheme
 
 
@@ -41,14 +41,14 @@ class Plan:
     @staticmethod
     def state_bytes(group: Sequence[Matrix]) -> int:
         """Engine state every rank holds for one group."""
-        return sum(_state_bytes(matrix) for matrix in group)
+        return sum(ENGINES[matrix.engine].state_bytes(matrix) for matrix in group)
 
     @property
     def costs(self) -> dict[str, int]:
         """What owners are balanced by, per target; grows as the flops of the factorization do."""
         if self.groups:
-            return {name: _svd_cost(matrix) for name, matrix in self.matrices.items()}
-        return {target.name: _weight_cost(target) for target in self.targets}
+            return _svd_costs(self.matrices.values())
+        return _weight_costs(self.targets, self.scheme)
 
 
 def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme, world_size: int) -> Plan:
@@ -57,35 +57,34 @@ def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme,
     Neighbours share a sweep, so that backward can stop at the group's lowest layer. A target larger than the budget
     gets a sweep of its own. A scheme that takes no gradient needs no sweep, only owners.
     """
-    loads = [(0, rank) for rank in range(world_size)]
+    loads = [0] * world_size
     if scheme.source != "gradient":
-        owners = _assign_owners({target.name: _weight_cost(target) for target in targets}, loads)
+        owners = _assign_owners(_weight_costs(targets, scheme), loads)
         return Plan(scheme=scheme, targets=list(targets), groups=[], owners=owners)
     groups, owners = [], {}
     for group in _cut([_matrix(target, config, scheme) for target in targets], config):
-        owners |= _assign_owners({matrix.name: _svd_cost(matrix) for matrix in group}, loads)
+        owners |= _assign_owners(_svd_costs(group), loads)
         groups.append([replace(matrix, owner=owners[matrix.name]) for matrix in group])
     return Plan(scheme=scheme, targets=list(targets), groups=groups, owners=owners)
 
 
 def _matrix(target: Target, config: GradientConfig, scheme: Scheme) -> Matrix:
     num_triplets = scheme.num_triplets(target.r)
-    widths = {
-        kind: engine.width(num_triplets, target.M, target.N, config.oversampling) for kind, engine in ENGINES.items()
-    }
-    engine = config.engine
-    if engine == "auto":
-        # two sketches of that width would be as large as the gradient
-        engine = "exact" if 2 * widths["sketch"] >= min(target.M, target.N) else "sketch"
-    return Matrix(
-        name=target.name,
-        M=target.M,
-        N=target.N,
-        num_triplets=num_triplets,
-        width=widths[engine],
-        engine=engine,
-        owner=0,
-    )
+
+    def with_engine(name: str) -> Matrix:
+        return Matrix(
+            name=target.name,
+            M=target.M,
+            N=target.N,
+            num_triplets=num_triplets,
+            width=ENGINES[name].width(num_triplets, target.M, target.N, config.oversampling),
+            engine=name,
+            owner=0,
+        )
+
+    if config.engine != "auto":
+        return with_engine(config.engine)
+    return next(matrix for matrix in map(with_engine, ENGINES) if ENGINES[matrix.engine].suits(matrix))
 
 
 def _cut(matrices: Sequence[Matrix], config: GradientConfig) -> list[list[Matrix]]:
@@ -94,7 +93,7 @@ def _cut(matrices: Sequence[Matrix], config: GradientConfig) -> list[list[Matrix
     groups: list[list[Matrix]] = [[]]
     group_bytes = 0
     for matrix in matrices:
-        needed = _state_bytes(matrix)
+        needed = Plan.state_bytes([matrix])
         if groups[-1] and (len(groups[-1]) >= most_targets or group_bytes + needed > budget_bytes):
             groups.append([])
             group_bytes = 0
@@ -103,27 +102,15 @@ def _cut(matrices: Sequence[Matrix], config: GradientConfig) -> list[list[Matrix
     return groups
 
 
-def _assign_owners(costs: Mapping[str, int], loads: list[tuple[int, int]]) -> dict[str, int]:
-    """Greedy bin packing: the costliest first, each to the rank with least work so far.
-
-    loads: a heap of (work, rank), carried from group to group.
-    """
-    owners: dict[str, int] = {}
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        load, owners[name] = heapq.heappop(loads)
-        heapq.heappush(loads, (load + costs[name], owners[name]))
-    return owners
+def _assign_owners(costs: Mapping[str, int], loads: list[int]) -> dict[str, int]:
+    """loads: work of every rank, carried from group to group."""
+    dealt = balance(sorted(costs), costs.__getitem__, loads)
+    return {name: rank for rank, names in enumerate(dealt) for name in names}
 
 
-def _svd_cost(matrix: Matrix) -> int:
-    """Grows as the flops of the factorization do: with M N K where the gradient is there, with (M + N) K^2 else."""
-    size = matrix.M * matrix.N if matrix.engine == "exact" else (matrix.M + matrix.N) * matrix.width
-    return size * matrix.width
+def _svd_costs(matrices: Iterable[Matrix]) -> dict[str, int]:
+    return {matrix.name: ENGINES[matrix.engine].factorization_cost(matrix) for matrix in matrices}
 
 
-def _weight_cost(target: Target) -> int:
-    return target.M * target.N * target.r
-
-
-def _state_bytes(matrix: Matrix) -> int:
-    return ENGINES[matrix.engine].state_bytes(matrix.M, matrix.N, matrix.width)
+def _weight_costs(targets: Iterable[Target], scheme: Scheme) -> dict[str, int]:
+    return {target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}

@@ -114,7 +114,7 @@ def spent_budget(budget: int | None, targets: Sequence[Target]) -> dict[str, int
 
 def num_parameters(targets: Sequence[Target]) -> int:
     """Of all A and B together."""
-    return sum(target.r * (target.M + target.N) for target in targets)
+    return sum(target.num_parameters for target in targets)
 
 
 def _above_rounding(values: Sequence[float], target: Target) -> Sequence[float]:

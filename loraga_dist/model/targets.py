@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from loraga_dist.model.base import WIDE_FLOATS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
 
 _LEAVE_OUT = "leave it out with lora.exclude_modules"
 
@@ -41,6 +40,16 @@ class Target:
     @property
     def parameter_name(self) -> str:
         return f"{self.name}.weight"
+
+    @property
+    def num_parameters(self) -> int:
+        """Of A and B together."""
+        return self.r * (self.M + self.N)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of A and B together, in float32."""
+        return 4 * self.num_parameters
 
     @property
     def stored_shape(self) -> tuple[int, int]:

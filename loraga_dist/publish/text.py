@@ -13,11 +13,6 @@ from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, REA
 from loraga_dist.publish.card import AUTO_CLASSES
 from loraga_dist.schemes import SCHEMES, Scheme
 
-_LEARNING_RATE = {
-    "lora_ga": "LoRA-GA wants learning rates near those of full fine-tuning, which are lower than plain LoRA's.\n"
-}
-
-
 _AFTER_ON_RESIDUAL = f"""A trained adapter belongs on `{RESIDUAL_BASE}/` too. As a plain LoRA on the original base, for
 any server or trainer:"""
 
@@ -101,6 +96,7 @@ def readme(report: Mapping[str, Any]) -> str:
     directory, base = config["output"]["dir"], config["model"]["name_or_path"]
     auto = AUTO_CLASSES[config["lora"]["task_type"]]
     scheme = SCHEMES[config["init"]["scheme"]]
+    learning_rate = scheme.learning_rate_advice and f"{scheme.learning_rate_advice}\n"
     start_base = f"{directory}/{RESIDUAL_BASE}" if scheme.changes_base else base
     revision = config["model"]["revision"]
     at_revision = f', revision="{revision}"' if revision and not scheme.changes_base else ""
@@ -134,7 +130,7 @@ model = PeftModel.from_pretrained(base, "{directory}/{LORAGA_INIT}", is_trainabl
 TRL: `SFTTrainer(model=model, peft_config=None, ...)`. Other trainers take these lines in their configuration.
 
 {_trainer_configs(start_base, f"{directory}/{LORAGA_INIT}")}
-{_LEARNING_RATE.get(config["init"]["scheme"], "")}LoRA+ gives B a larger learning rate than A:
+{learning_rate}LoRA+ gives B a larger learning rate than A:
 `loraplus_lr_ratio` in Axolotl and LLaMA-Factory, `lorap_lr_ratio` in ms-swift, elsewhere
 `peft.optimizers.create_loraplus_optimizer`. Rank, alpha and dropout come from the adapter, whatever a trainer's own
 keys say.

@@ -9,12 +9,12 @@ from loraga_dist.engines.base import seeded_generator
 from loraga_dist.errors import RunError
 from loraga_dist.linalg import TruncatedSVD, truncated_svd
 from loraga_dist.model.targets import Target
-from loraga_dist.schemes import SCHEMES, LoraFactors, SchemeInputs
+from loraga_dist.schemes import SCALES, SCHEMES, LoraFactors, SchemeInputs
 
 
 def needs_weight(config: SchemeConfig) -> bool:
     """Tell whether `make_factors` wants the target's weight."""
-    return SCHEMES[config.scheme].source == "weight" or config.scale == "weight_svd"
+    return SCHEMES[config.scheme].source == "weight" or SCALES[config.scale].needs_weight
 
 
 def make_factors(

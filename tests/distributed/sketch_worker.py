@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loraga_dist.cli import leave_process
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
-from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
 from loraga_dist.ranks.world import World
 
@@ -71,7 +70,13 @@ STREAMS = {
 
 def matrix_owned_by(owner: int) -> Matrix:
     return Matrix(
-        name="target", M=M, N=N, num_triplets=2 * R, width=width(2 * R, M, N, None), owner=owner, engine="sketch"
+        name="target",
+        M=M,
+        N=N,
+        num_triplets=2 * R,
+        width=SketchEngine.width(2 * R, M, N, None),
+        owner=owner,
+        engine="sketch",
     )
 
 

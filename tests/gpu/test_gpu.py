@@ -54,7 +54,7 @@ def truth(dtype: torch.dtype) -> Tensor:
 def new_engine(kind: str, dtype: torch.dtype, *, on_host: bool, names: tuple[str, ...] = ("target",)) -> GradientEngine:
     width = ENGINES[kind].width(2 * R, M, N, None)
     matrices = [Matrix(name=name, M=M, N=N, num_triplets=2 * R, width=width, owner=0, engine=kind) for name in names]
-    return ENGINES[kind].engine(matrices, home=StateHome(DEVICE, on_host=on_host), seed=0, dtype=dtype)
+    return ENGINES[kind](matrices, home=StateHome(DEVICE, on_host=on_host), seed=0, dtype=dtype)
 
 
 def factorize(kind: str, dtype: torch.dtype, *, on_host: bool) -> GradientSVD:
@@ -135,7 +135,10 @@ def test_saved_state_goes_on_where_it_was(kind: str, on_host: bool) -> None:
 
 def test_state_takes_what_the_plan_says_or_none_of_the_device() -> None:
     names = tuple(f"target{i}" for i in range(32))
-    planned = len(names) * ENGINES["sketch"].state_bytes(M, N, ENGINES["sketch"].width(2 * R, M, N, None))
+    sketch = ENGINES["sketch"]
+    width = sketch.width(2 * R, M, N, None)
+    matrix = Matrix(name="any", M=M, N=N, num_triplets=2 * R, width=width, owner=0, engine="sketch")
+    planned = len(names) * sketch.state_bytes(matrix)
     x_TN, dy_TM = data(0, torch.bfloat16)
     world = World(0, 1, 0, DEVICE)
     peaks = []

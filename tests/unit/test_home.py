@@ -14,7 +14,7 @@ M, N = 160, 200
 
 def factorize(kind: str, home: StateHome, *, refine: bool = False) -> GradientSVD:
     matrix = Matrix(name="target", M=M, N=N, num_triplets=8, width=24, owner=0, engine=kind)
-    engine = ENGINES[kind].engine([matrix], home=home, seed=0, dtype=torch.bfloat16)
+    engine = ENGINES[kind]([matrix], home=home, seed=0, dtype=torch.bfloat16)
     world = World(0, 1, 0, CPU)
     for refining in (False, True) if refine else (False,):
         if refining:

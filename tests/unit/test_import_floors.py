@@ -30,8 +30,8 @@ FLOORS = [
 # The same inside each wing, from the ground up. A wing's __init__ imports nothing from above the wing's own modules.
 INSIDE = {
     "linalg": ["randomized_svd", "product", "subspace", "union"],
-    "engines": ["home", "base", "exact", "sketch", "footprint", "__init__", "group"],
-    "ranks": ["progress", "memory", "launcher", "rendezvous", "world", "watch"],
+    "engines": ["home", "base", "exact", "sketch_state", "sketch", "__init__", "group"],
+    "ranks": ["balance", "progress", "memory", "launcher", "rendezvous", "world", "watch"],
     "files": ["parallel", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
     "data": ["losses", "formats", "samples"],
     "model": ["base", "shape", "targets", "rank_budget", "plan"],

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from loraga_dist.config import MethodConfig, SchemeName, parse_config
 from loraga_dist.errors import UserError
 from loraga_dist.linalg import TruncatedSVD, efficiency, sign_fix, truncated_svd
 from loraga_dist.schemes import (
@@ -256,38 +255,9 @@ def test_kaiming_is_pefts_default() -> None:
     assert torch.equal(got.B_MR, torch.zeros(M, 16))
 
 
-@pytest.mark.parametrize(
-    ("init", "says"),
-    [
-        ({"scheme": "lora_sb"}, r"init\.scheme: 'lora_sb': LoRA-SB trains an r x r matrix .*; write lora_one"),
-        ({"scheme": "pizza"}, r"init\.scheme: 'pizza': input should be 'lora_ga'"),
-        ({"scheme": "pissa", "scale": "unit"}, r"init\.scale: 'unit': concerns lora_ga alone, not pissa; write stable"),
-        ({"scheme": "lora_one", "direction": "ArBr"}, r"init\.direction: 'ArBr': .* not lora_one; write ArB2r"),
-        (
-            {"scheme": "olora", "stable_gamma": 16},
-            r"init\.stable_gamma: 16: .*lora_ga and lora_one alone.*; write null",
-        ),
-    ],
-)
-def test_settings_of_other_schemes_are_refused(init: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        parse_config(MethodConfig, {"init": init})
-
-
-def test_gamma_is_the_schemes_own_unless_said() -> None:
-    def gamma(**init: Any) -> float:
-        return parse_config(MethodConfig, {"init": init}).init.gamma
-
-    assert gamma() == gamma(scheme="lora_ga", stable_gamma=None) == 16
-    assert gamma(scheme="lora_one") == 128
-    assert gamma(scheme="lora_one", stable_gamma=16) == 16
-    assert gamma(scheme="pissa", scale="stable", direction="ArB2r") == 1
-
-
 def test_scaling_and_table() -> None:
     assert lora_scaling(16, 8, False) == 2.0
     assert lora_scaling(16, 64, True) == 2.0
     scheme = SCHEMES["lora_ga"]
     assert scheme.factors is lora_ga
     assert scheme.num_triplets(8) == 16
-    assert set(get_args(SchemeName)) == set(SCHEMES)

@@ -13,7 +13,7 @@ M, N, T = 96, 80, 700
 def test_a_long_first_microbatch_without_supervision_leaves_the_start_to_the_next() -> None:
     world = World(0, 1, 0, torch.device("cpu"))
     matrix = Matrix(name="target", M=M, N=N, num_triplets=8, width=16, owner=0, engine="sketch")
-    engine = ENGINES["sketch"].engine([matrix], home=StateHome(world.device), seed=0, dtype=torch.float32)
+    engine = ENGINES["sketch"]([matrix], home=StateHome(world.device), seed=0, dtype=torch.float32)
     draw = torch.Generator().manual_seed(0)
     x_TN, dy_TM = torch.randn(T, N, generator=draw), torch.randn(T, 8, generator=draw)
     dy_TM = dy_TM @ torch.randn(8, M, generator=draw)

@@ -1,21 +1,15 @@
-"""The plan's arithmetic against hand arithmetic, and the activations against a run on real tensors."""
+"""Bytes, flops and traffic of a plan against arithmetic by hand."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from builders import TASKS, llama_config, make_model
+from builders import llama_config
 from transformers import LlamaForCausalLM
 
-from loraga_dist.config import Checkpointing, GradientConfig, LoraSection
-from loraga_dist.data.losses import LOSSES
-from loraga_dist.data.microbatches import Microbatch
-from loraga_dist.engines.footprint import factorization_bytes, triplet_bytes
-from loraga_dist.forecast.activations import forecast_activations
+from loraga_dist.config import GradientConfig, LoraSection
+from loraga_dist.engines import ENGINES
 from loraga_dist.forecast.forecaster import verdict
 from loraga_dist.forecast.memory import Setting, rank_memory, work
-from loraga_dist.gradients.one_pass import forward
-from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -66,11 +60,13 @@ def test_memory_by_hand() -> None:
     gradients = 3 * sum(4 * (M * N + 32 * M + 16 * N) for M, N in block)
     assert found.device["calibrate"]["weights"] == shape.partition_bytes(2)
     assert found.device["calibrate"]["engine state"] == gradients
-    assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without a activations the largest module alone"
+    assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without a rehearsal the largest module alone"
     mine = [matrix for matrix in plan.matrices.values() if matrix.owner == 1]
     assert all(matrix.width == 16 for matrix in mine)
     assert found.host["write"]["owned triplets"] == sum(64 * (matrix.M + matrix.N + 1) for matrix in mine)
-    assert found.device["factorize"]["workspace"] == max(factorization_bytes(matrix) for matrix in mine)
+    assert found.device["factorize"]["workspace"] == max(
+        ENGINES["exact"].factorization_bytes(matrix) for matrix in mine
+    )
     assert "all A and B" in rank_memory(0, plan, shape, None, 16, on_device(2)).host["write"]
 
 
@@ -81,7 +77,7 @@ def test_a_small_budget_makes_sweeps_and_less_state() -> None:
     peaks = [rank_memory(0, plan, shape, None, 16, on_device(1)).peak_bytes for plan in (whole, half)]
     assert peaks[1] < peaks[0]
     matrix = whole.groups[0][0]
-    assert triplet_bytes(matrix) == 4 * matrix.width * (matrix.M + matrix.N + 1)
+    assert matrix.triplet_bytes == 4 * matrix.width * (matrix.M + matrix.N + 1)
 
 
 def test_work_by_hand() -> None:
@@ -96,47 +92,3 @@ def test_work_by_hand() -> None:
 
 def test_verdict_leaves_a_margin_on_both_sides() -> None:
     assert [verdict(peak, 100) for peak in (90, 91, 110, 111)] == ["fits", "tight", "tight", "too large"]
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
-@pytest.mark.parametrize(("kind", "layers"), [("llama", 3), ("llama", 12), ("t5", 2), ("gpt2", 2), ("bert", 2)])
-def test_a_rehearsal_takes_what_a_run_takes(kind: str, layers: int, checkpointing: Checkpointing) -> None:
-    model = LlamaForCausalLM(llama_config(num_hidden_layers=layers)).eval() if kind == "llama" else make_model(kind)
-    model.requires_grad_(False)
-    task = TASKS[kind]
-    labels = (BATCH,) if task == "SEQ_CLS" else (BATCH, LENGTH)
-    shapes = {"input_ids": (BATCH, LENGTH), "attention_mask": (BATCH, LENGTH), "labels": labels}
-    lora = LoraSection(task_type=task, exclude_modules=["score", "classifier"] if task == "SEQ_CLS" else None)  # type: ignore[arg-type]
-    targets = select_targets(meta_copy(type(model), model.config), lora, SCHEME.num_triplets).targets
-    names = [target.name for target in targets]
-    rehearsed = forecast_activations(
-        type(model), model.config, torch.float32, shapes, names,
-        loss_sum=LOSSES[task], checkpointing=checkpointing, gathers=False, sink_bytes=lambda name: 0,
-    )  # fmt: skip
-    assert rehearsed is not None
-    measured = real_peak_bytes(model, shapes, names, task, checkpointing)
-    assert rehearsed.backward_bytes == pytest.approx(measured, rel=0.1)
-
-
-def real_peak_bytes(
-    model: torch.nn.Module,
-    shapes: dict[str, tuple[int, ...]],
-    names: list[str],
-    task: str,
-    checkpointing: Checkpointing,
-) -> int:
-    """Most bytes that torch's allocator had out at once, from its own trace."""
-    inputs = {name: torch.ones(shape, dtype=torch.long) for name, shape in shapes.items()}
-    inputs["attention_mask"][0, -8:] = 0  # with padding there is a mask in memory
-    microbatch = Microbatch(inputs=inputs, num_supervised_tokens=1, index=0, sample_ids=())
-    taps = tapped(model, names, lambda *_: None, checkpointing=checkpointing)
-    with torch.autograd.profiler.profile(profile_memory=True) as trace, taps:
-        LOSSES[task](forward(model, microbatch, torch.device("cpu")), inputs["labels"]).backward()
-    assert trace.kineto_results is not None
-    changes = [event for event in trace.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    assert peak > 0, "the trace shows no memory"
-    return peak
