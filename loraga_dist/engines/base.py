@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -187,6 +188,16 @@ class EngineKind(Protocol):
     def traffic_bytes(self, matrix: Matrix, num_microbatches: int, refine_passes: int) -> int:
         """Sent through collectives over all passes. num_microbatches: per rank and pass."""
         ...
+
+
+@contextmanager
+def naming(matrix: Matrix) -> Iterator[None]:
+    """Have an error of linear algebra, or of memory, say which matrix it is about."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(f"of {matrix.name}, {matrix.M} x {matrix.N}")
+        raise
 
 
 def gather_on_owner_(tensor: Tensor, owner: int, world: Collectives) -> bool:

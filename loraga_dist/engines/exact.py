@@ -15,6 +15,7 @@ from loraga_dist.engines.base import (
     Matrix,
     Tensors,
     gather_on_owner_,
+    naming,
     seeded_generator,
     split_half_cosine,
 )
@@ -104,11 +105,12 @@ class ExactEngine:
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         for matrix, G_MN in self.mean_gradients(world, num_tokens):
-            svd = self.svd(matrix, G_MN)
-            captured = _ratio(
-                svd.S_K[: matrix.num_triplets].double().square().sum().item(),
-                torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item(),
-            )
+            with naming(matrix):
+                svd = self.svd(matrix, G_MN)
+                captured = _ratio(
+                    svd.S_K[: matrix.num_triplets].double().square().sum().item(),
+                    torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item(),
+                )
             cosine = split_half_cosine(self._E.pop(matrix.name), len(self._halves_seen))
             yield matrix.name, GradientSVD(svd=svd, captured_energy=captured, split_half_cosine=cosine)
 

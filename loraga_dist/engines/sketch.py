@@ -25,6 +25,7 @@ from loraga_dist.engines.base import (
     Matrix,
     Tensors,
     gather_on_owner_,
+    naming,
     seeded_generator,
     split_half_cosine,
 )
@@ -180,7 +181,9 @@ class SketchEngine(SketchCosts):
         for name in self.names:
             state = self._states.pop(name)
             if state.matrix.owner == world.rank:
-                yield name, self._result(state, num_tokens)
+                with naming(state.matrix):
+                    result = self._result(state, num_tokens)
+                yield name, result
 
     def _unfinished(self) -> list[State]:
         return [state for state in self._states.values() if state.num_microbatches > state.refreshed_at]
@@ -262,7 +265,8 @@ class SketchEngine(SketchCosts):
                 self._home.put_back(kept, sum_of_ranks)
         for state, window in windows:
             if state.matrix.owner == world.rank:
-                self._unite(state, window)
+                with naming(state.matrix):
+                    self._unite(state, window)
         for state, window in windows:
             if not last:
                 for kept in (window.P_MK, window.QPhi_NC):

@@ -83,12 +83,11 @@ def rank_memory(
     factors = sum(target.adapter_bytes for target in plan.targets)
     adapter = factors if not setting.sharded else math.ceil(factors / 4 * shape.num_bytes_each / W)
     owned_targets = plan.owned(rank)
+    found_host = {}
     if plan.groups:
-        found_host = {"owned triplets": sum(plan.matrices[target.name].triplet_bytes for target in owned_targets)}
-    else:
-        found_host = {"owned A and B": sum(target.adapter_bytes for target in owned_targets)}
-    if rank == 0:
-        found_host["all A and B"] = factors
+        found_host["owned triplets"] = sum(plan.matrices[target.name].triplet_bytes for target in owned_targets)
+    owned_factors = {"owned A and B": sum(target.adapter_bytes for target in owned_targets)}
+    all_factors = {"all A and B": factors} if rank == 0 else {}
 
     calibrate: list[tuple[Parts, Parts]] = []
     factorize: list[tuple[Parts, Parts]] = []
@@ -124,19 +123,20 @@ def rank_memory(
             }
             for target in owned_targets
         ]
-        factorize = [(parts, found_host) for parts in of_targets if plan.scheme.source == "weight"] or [
-            ({}, found_host)
+        factorize = [(parts, owned_factors) for parts in of_targets if plan.scheme.source == "weight"] or [
+            ({}, owned_factors)
         ]
 
     largest_target = max(target.adapter_bytes for target in plan.targets)
     largest_block = min(BLOCK_ELEMENTS, max(target.M * target.N for target in plan.targets))
+    placing = found_host | owned_factors | all_factors
     phases: dict[str, tuple[Parts, Parts]] = {
         "load": ({"gathered": gathered}, {}),
         **({"calibrate": max(calibrate, key=lambda parts: _total(parts[0]))} if calibrate else {}),
         "factorize": max(factorize, key=lambda parts: _total(parts[0])),
-        "place": ({"adapter": adapter, "workspace": largest_target + 12 * largest_block}, found_host),
-        "compare logits": ({"adapter": adapter, "microbatch": forward}, found_host),
-        "write": ({"adapter": adapter}, found_host | {"workspace": _WRITE_BYTES}),
+        "place": ({"adapter": adapter, "workspace": largest_target + 12 * largest_block}, placing),
+        "compare logits": ({"adapter": adapter, "microbatch": forward}, found_host | all_factors),
+        "write": ({"adapter": adapter}, found_host | all_factors | {"workspace": _WRITE_BYTES}),
     }
     device: dict[str, Parts] = {}
     host: dict[str, Parts] = {}

@@ -87,6 +87,7 @@ def start_in_place(
 
     peft_model = add_adapter(model, lora, sharding)
     placed = place_factors(peft_model, plan, owned, sharding=sharding)
+    del owned  # rank 0 has all of them now, and two copies would be one too many
 
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     peft_model.requires_grad_(False)
