@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loraga_dist.artifacts.adapter import write_adapter
+from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
-from loraga_dist.artifacts.report import SCHEMA_VERSION, versions
+from loraga_dist.artifacts.report import SCHEMA_VERSION, IdentityCheck, Report, versions
 from loraga_dist.artifacts.residual import digest_base, require_targets
-from loraga_dist.errors import RunError, UserError
+from loraga_dist.artifacts.tensors import entries_of
+from loraga_dist.config import InitConfig, ModelConfig, OutputConfig, SchemeConfig
+from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot, read_range
@@ -22,6 +24,7 @@ from loraga_dist.files.staging import StagedDirectory
 from loraga_dist.model.base import WeightKeys, read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
+from loraga_dist.run.writing import target_reports
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
@@ -84,12 +87,21 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         config.base_model_name_or_path, config.revision = f"{destination}/{RESIDUAL_BASE}", None
     else:
         config.base_model_name_or_path, config.revision = name, revision
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        config=_known_config(start, name, base_dir, destination),
+        base_fingerprint=fingerprint(base_digests),
+        residual_fingerprint=None,
+        versions=versions(),
+        targets=target_reports(start, targets),
+        saved_parameters=saved,
+        identity_check=IdentityCheck(**dataclasses.asdict(start.identity_check)),
+    )
     staged = StagedDirectory(destination, world, "directory")
-    staged.create(sum(4 * target.r * (target.M + target.N) for target in targets))
+    staged.create(Layout.of_report(report, entries_of(index)).num_bytes[LORAGA_INIT])
     try:
         with world.together():
             if world.is_main:
-                report = _report(start, name, base_dir, targets, saved, fingerprint(base_digests))
                 (staged.path / LORAGA_INIT).mkdir()
                 write_adapter(
                     staged.path / LORAGA_INIT,
@@ -98,10 +110,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
                     lambda name: (factors[name].A_RN, factors[name].B_MR),
                     saved={parameter: index[key] for parameter, key in saved.items()},
                 )
-                try:
-                    (staged.path / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-                except OSError as error:
-                    raise RunError(f"{staged.path / REPORT} cannot be written ({error.strerror})") from error
+                report.write(staged.path / REPORT)
                 staged.commit()
     except BaseException:
         if world.is_main:
@@ -195,37 +204,19 @@ def _share_of_square_norm(slot: TensorSlot, sharding: Sharding) -> torch.Tensor:
     return share.to(world.device)
 
 
-def _report(
-    start: Start, name: str, base_dir: Path, targets: list[Target], saved: dict[str, str], base_fingerprint: str
-) -> dict[str, Any]:
-    """The part of loraga_report.json that can be known without a run of the command line."""
+def _known_config(start: Start, name: str, base_dir: Path, destination: Path) -> InitConfig:
+    """What a start in memory knows of the configuration that would have made its output."""
     is_local = Path(name).expanduser().is_dir()
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "config": {
-            "model": {
-                "name_or_path": str(base_dir.resolve()) if is_local else name,
-                "revision": None if is_local else base_dir.name,
-            },
-            "lora": {"use_dora": False},
-            "init": {"scheme": start.scheme},
-            "output": {"residual_base": "none", "residual_dtype": _dtype(start.model)},
-        },
-        "base_fingerprint": base_fingerprint,
-        "residual_fingerprint": None,
-        "versions": versions(),
-        "targets": {
-            target.name: {
-                "shape": [target.M, target.N],
-                "r": target.r,
-                "weight_key": target.weight_key,
-                "transposed": target.transposed,
-            }
-            for target in targets
-        },
-        "saved_parameters": saved,
-    }
+    return InitConfig(
+        model=ModelConfig(
+            name_or_path=str(base_dir.resolve()) if is_local else name, revision=None if is_local else base_dir.name
+        ),
+        lora=start.lora,
+        init=SchemeConfig(scheme=start.scheme),
+        output=OutputConfig(dir=str(destination), residual_base="none", residual_dtype=_dtype(start.model)),
+    )
 
 
-def _dtype(model: Any) -> str:
+def _dtype(model: Any) -> Any:
+    """As `output.residual_dtype` says it."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -17,7 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import RESIDUAL_BASE
+from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.data.samples import BatchDeal, microbatches_from_batches
 from loraga_dist.errors import LoragaError, UserError, VerificationError
@@ -44,7 +46,7 @@ from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
 from loraga_dist.start.in_place import Start, start_in_place
 
 
-def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, Any], str]:
+def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, str]:
     """`loraga-dist init`: from a checkpoint and data to a verified output directory.
 
     Every rank calls it. Returns the report and what was verified. Raises UserError before weights are
@@ -65,7 +67,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             refuse_what_cannot_fit(planned, job, config, world)
         staged = StagedDirectory(job.destination, world, overwrite=config.output.overwrite)
         finished_files = staged.checkpoint_path / RESIDUAL_BASE
-        staged.create(max(0, job.output_bytes - num_bytes_kept(finished_files)))
+        staged.create(max(0, sum(Layout.of(job).num_bytes.values()) - num_bytes_kept(finished_files)))
         try:
             keeper = _keeper(job, staged.checkpoint_path, stop, world)
             sharded = world.size > 1 or config.deepspeed is not None
@@ -89,14 +91,12 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             job = job.with_ranks([found.target for found in start.targets])
             keeper.leave_if_asked()
             write_started = time.monotonic()
-            fingerprints = write_weights(staged.path, job, config, start, factors, finished_files, keeper, world)
+            fingerprints = write_weights(staged.path, job, start, factors, finished_files, keeper, world)
             keeper.leave_if_asked()
             seconds["write"] = time.monotonic() - write_started
             seconds["total"] = time.monotonic() - started
-            report = make_report(
-                job, config, start, fingerprints, seconds, memory.peak_bytes, planned.peak_bytes, world
-            )
-            verified = finish_directory(staged.path, config, report, world)
+            report = make_report(job, start, fingerprints, seconds, memory.peak_bytes, planned.peak_bytes, world)
+            verified = finish_directory(staged.path, report, world)
             with world.together():
                 if world.is_main:
                     staged.commit()

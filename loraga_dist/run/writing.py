@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
 from loraga_dist.artifacts.factors import write_factors
+from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import (
     ADAPTER_WEIGHTS,
     FACTORS,
@@ -25,23 +26,16 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
-from loraga_dist.artifacts.report import SCHEMA_VERSION, finite, versions
-from loraga_dist.artifacts.residual import (
-    digest_base,
-    finish_residual_base,
-    start_magnitudes,
-    write_residual_files,
-    writes_residual,
-)
+from loraga_dist.artifacts.report import SCHEMA_VERSION, IdentityCheck, Report, SpentBudget, TargetReport, versions
+from loraga_dist.artifacts.residual import digest_base, finish_residual_base, start_magnitudes, write_residual_files
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.artifacts.warnings import find_warnings
-from loraga_dist.config import InitConfig, LoraSection
+from loraga_dist.config import LoraSection
 from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of, write_checksums
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.passes import Calibration
-from loraga_dist.model.rank_budget import spent_budget
 from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.publish.page import write_report_page
 from loraga_dist.publish.text import readme
@@ -52,19 +46,6 @@ from loraga_dist.run.finished import FinishedFiles
 from loraga_dist.run.keeper import RunKeeper
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start.in_place import Start
-from loraga_dist.start.place import GradientReport
-
-_NO_GRADIENT = dict.fromkeys(field.name for field in dataclasses.fields(GradientReport))
-_OF_CALIBRATION = (
-    "data_fingerprint",
-    "engine",
-    "refine_passes",
-    "num_sequences",
-    "num_supervised_tokens",
-    "stopped_by",
-    "split_half_cosine",
-    "mean_loss",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,153 +59,162 @@ class Fingerprints:
 def write_weights(
     directory: Path,
     job: Job,
-    config: InitConfig,
     start: Start,
     factors: Mapping[str, LoraFactors],
     finished_files: Path,
     keeper: RunKeeper,
     world: World,
 ) -> Fingerprints:
-    """Adapters by rank 0, factors by their owners, the residual base's files shared out; a collective. No factors where
-    there was no gradient, no offset and residual base where the scheme leaves the base as it is.
+    """Write adapters by rank 0, `factors/` by their owners, the residual base's files shared out; a collective.
 
     factors: A0 and B0 of every target as stored, on rank 0. finished_files: where residual files are kept for another
     run of the same work, should this one be interrupted. Raises Preempted, on all ranks, when one was asked to stop.
     """
-    adapter_digest = ""
-    calibration, has_residual = start.calibration, writes_residual(config)
+    layout = Layout.of(job)
     with world.together():
         if world.is_main:
-            if calibration is not None:
-                (directory / FACTORS).mkdir()
-            if has_residual:
-                (directory / RESIDUAL_BASE).mkdir()
-            saved = {name: job.base.index[key] for name, key in job.saved_parameters.items()}
+            for name in layout.directories:
+                (directory / name).mkdir()
+    magnitudes = None
+    if layout.config.lora.use_dora:
+        magnitudes = shared_magnitudes(layout, job.base.index, factors, world)
+    adapter_digest = ""
+    with world.together():
+        if world.is_main:
             write_adapters(
                 directory,
-                config,
+                layout,
                 start.lora,
-                job.targets,
                 lambda name: (factors[name].A_RN, factors[name].B_MR),
-                saved,
                 job.base.index,
+                None if magnitudes is None else lambda target, A_RN, B_MR: magnitudes[target.name],
             )
             adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
     work = {**keeper.work, "adapter": world.all_texts(adapter_digest)[0]}
-    if calibration is not None:
-        write_factors(directory / FACTORS, {name: found.svd for name, found in calibration.owned.items()}, world)
+    if start.calibration is not None:
+        owned = {name: found.svd for name, found in start.calibration.owned.items()}
+        write_factors(directory / FACTORS, owned, world)
+    if RESIDUAL_BASE in layout.directories:
+        return _write_residual(directory, job, layout, FinishedFiles(finished_files, work), keeper, world)
+    index = job.base.index
+    share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
+    digests: dict[str, list[TensorDigest]] = {}
+    num_bytes = sum(index[key].num_bytes for key in share)
+    with world.together(), phase("write", num_bytes, "B", shown=world.is_main) as progress:
+        digests = {key: [digest] for key, digest in digest_base(index, share, progress.advance).items()}
+    (base,) = _fingerprints(digests, world)
+    return Fingerprints(base=base, residual=None)
 
-    finished, kept = FinishedFiles(finished_files, work), []
+
+def _write_residual(
+    directory: Path, job: Job, layout: Layout, finished: FinishedFiles, keeper: RunKeeper, world: World
+) -> Fingerprints:
+    """Write this rank's share of the residual base, or take what an earlier run of the same work has finished."""
+    files, into = layout.residual_files, directory / RESIDUAL_BASE
+    kept: list[str] = []
     with world.together():
         if world.is_main:
-            kept = finished.prune(job.residual_files if has_residual else [])
-    kept = set(world.all_json(kept)[0])
-    share = shares(job.residual_files, lambda file: 0 if file.name in kept else file.num_bytes, world.size)[world.rank]
+            kept = finished.prune(files)
+    kept = world.all_json(kept)[0]
+    share = shares(files, lambda file: 0 if file.name in kept else file.num_bytes, world.size)[world.rank]
     digests: dict[str, list[TensorDigest]] = {}
     with world.together():
-        num_bytes = sum(file.num_bytes for file in share)
-        with phase("write", num_bytes, "B", shown=world.is_main) as progress:
-            if has_residual:
-                into, adapter = directory / RESIDUAL_BASE, AdapterFile(directory / LORAGA_INIT)
-                for file in share:
-                    keeper.leave_here_if_asked()
-                    written = finished.take(file, into)
-                    if written is None:
-                        written = write_residual_files(
-                            [file], job.base.index, job.targets, adapter, into, progress.advance
-                        )
-                        finished.keep(file, into, written)
-                    else:
-                        progress.advance(file.num_bytes)
-                    digests |= {key: list(pair) for key, pair in written.items()}
-            else:
-                keys = [key for file in share for key in file.entries]
-                digests = {key: [digest] for key, digest in digest_base(job.base.index, keys, progress.advance).items()}
-    everyone: dict[str, list[TensorDigest]] = {}
-    for share_of_rank in world.all_json(digests):
-        for key, found in share_of_rank.items():
-            everyone[key] = [TensorDigest.of_json(parts) for parts in found]
+        adapter = AdapterFile(directory / LORAGA_INIT)
+        with phase("write", sum(file.num_bytes for file in share), "B", shown=world.is_main) as progress:
+            for file in share:
+                keeper.leave_here_if_asked()
+                written = finished.take(file, into)
+                if written is None:
+                    written = write_residual_files(
+                        [file], job.base.index, layout.targets, adapter, into, progress.advance
+                    )
+                    finished.keep(file, into, written)
+                else:
+                    progress.advance(file.num_bytes)
+                digests |= {key: list(pair) for key, pair in written.items()}
+    base, residual = _fingerprints(digests, world)
     with world.together():
-        if world.is_main and has_residual:
-            finish_residual_base(
-                job.base.directory, directory / RESIDUAL_BASE, job.residual_files, config.output.residual_dtype
-            )
-    return Fingerprints(
-        base=fingerprint({key: found[0] for key, found in everyone.items()}),
-        residual=fingerprint({key: found[1] for key, found in everyone.items()}) if has_residual else None,
-    )
+        if world.is_main:
+            finish_residual_base(job.base.directory, into, files, layout.config.output.residual_dtype)
+    return Fingerprints(base=base, residual=residual)
+
+
+def _fingerprints(digests: Mapping[str, Sequence[TensorDigest]], world: World) -> list[str]:
+    """Of all ranks' tensors, one for each digest that a tensor has; a collective."""
+    everyone = {
+        key: [TensorDigest.of_json(parts) for parts in found]
+        for share in world.all_json(digests)
+        for key, found in share.items()
+    }
+    return [fingerprint(dict(zip(everyone, digests, strict=True))) for digests in zip(*everyone.values(), strict=True)]
 
 
 def make_report(
     job: Job,
-    config: InitConfig,
     start: Start,
     fingerprints: Fingerprints,
     seconds: Mapping[str, float],
     peak_bytes: int,
     planned_peak_bytes: int,
     world: World,
-) -> dict[str, Any]:
-    """The content of loraga_report.json; a collective."""
+) -> Report:
+    """What there is to say of a run; a collective."""
     per_rank = world.all_json([peak_bytes, planned_peak_bytes])
-    weight_keys = {target.name: target.weight_key for target in job.targets}
-    targets = {
-        found.target.name: {
-            "shape": [found.target.M, found.target.N],
-            "r": found.target.r,
-            "lora_alpha": found.target.lora_alpha,
-            "scaling": found.target.scaling,
-            "transposed": found.target.transposed,
-            "weight_key": weight_keys[found.target.name],
-            **(_NO_GRADIENT if found.gradient is None else dataclasses.asdict(found.gradient)),
-            "offset_ratio": found.offset_ratio,
-            "owner_rank": found.owner_rank,
+    found, config = start.calibration, job.config
+    targets = target_reports(start, job.targets)
+    of_data: dict[str, Any] = {}
+    if found is not None:
+        of_data = {
+            "data_fingerprint": job.data_fingerprints[found.num_samples - 1],
+            "engine": config.gradient.engine,
+            "refine_passes": found.refine_passes,
+            "num_sequences": found.num_samples,
+            "num_supervised_tokens": found.num_supervised_tokens,
+            "stopped_by": _stopped_by(job, found),
+            "split_half_cosine": _median_cosine(targets),
+            "mean_loss": found.mean_loss,
         }
-        for found in start.targets
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        config=config,
+        base_fingerprint=fingerprints.base,
+        residual_fingerprint=fingerprints.residual,
+        versions=versions(),
+        world_size=world.size,
+        seconds=dict(seconds),
+        peak_bytes_per_rank=[peak for peak, _ in per_rank],
+        planned_peak_bytes_per_rank=[planned for _, planned in per_rank],
+        state_bytes_per_rank=job.plan.state_bytes_per_rank,
+        targets=targets,
+        rank_budget=SpentBudget.of(config.init, job.targets),
+        saved_parameters=job.saved_parameters,
+        identity_check=IdentityCheck(**dataclasses.asdict(start.identity_check)),
+        warnings=find_warnings(
+            config.init,
+            targets,
+            stopped_by=of_data.get("stopped_by"),
+            refine_passes=of_data.get("refine_passes"),
+        ),
+        **of_data,
+    )
+
+
+def target_reports(start: Start, targets: Sequence[Target]) -> dict[str, TargetReport]:
+    """What the report says of every target. targets: the start's, with their keys in the checkpoint."""
+    return {
+        target.name: TargetReport(
+            shape=(target.M, target.N),
+            r=target.r,
+            lora_alpha=target.lora_alpha,
+            scaling=target.scaling,
+            transposed=target.transposed,
+            weight_key=target.weight_key,
+            **({} if found.gradient is None else dataclasses.asdict(found.gradient)),
+            offset_ratio=found.offset_ratio,
+            owner_rank=found.owner_rank,
+        )
+        for found, target in zip(start.targets, targets, strict=True)
     }
-    return finite(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "config": config.model_dump(),
-            "base_fingerprint": fingerprints.base,
-            "residual_fingerprint": fingerprints.residual,
-            "versions": versions(),
-            "world_size": world.size,
-            **(about := _about_calibration(job, start)),
-            "seconds": dict(seconds),
-            "peak_bytes_per_rank": [peak for peak, _ in per_rank],
-            "planned_peak_bytes_per_rank": [planned for _, planned in per_rank],
-            "state_bytes_per_rank": job.plan.state_bytes_per_rank,
-            "targets": targets,
-            "rank_budget": spent_budget(config.init.rank_budget, job.targets),
-            "saved_parameters": job.saved_parameters,
-            "identity_check": dataclasses.asdict(start.identity_check),
-            "warnings": find_warnings(
-                config.init,
-                targets,
-                stopped_by=about["stopped_by"],
-                refine_passes=about["refine_passes"],
-            ),
-        }
-    )
-
-
-def _about_calibration(job: Job, start: Start) -> dict[str, Any]:
-    """What the report says of data and gradients as a whole; null where none were taken."""
-    found = start.calibration
-    if found is None:
-        return dict.fromkeys(_OF_CALIBRATION)
-    values = (
-        job.data_fingerprints[found.num_samples - 1],
-        job.config.gradient.engine,
-        found.refine_passes,
-        found.num_samples,
-        found.num_supervised_tokens,
-        _stopped_by(job, found),
-        _median_cosine(start),
-        found.mean_loss,
-    )
-    return dict(zip(_OF_CALIBRATION, values, strict=True))
 
 
 def _stopped_by(job: Job, calibration: Calibration) -> str:
@@ -237,14 +227,13 @@ def _stopped_by(job: Job, calibration: Calibration) -> str:
     return "sample_limit" if wanted.max_samples == "auto" else "max_samples"
 
 
-def _median_cosine(start: Start) -> float | None:
+def _median_cosine(targets: Mapping[str, TargetReport]) -> float | None:
     """Split-half cosine of the median target; None where there was a single microbatch."""
-    cosines = [found.gradient.split_half_cosine for found in start.targets if found.gradient is not None]
-    known = [cosine for cosine in cosines if cosine is not None]
+    known = [target.split_half_cosine for target in targets.values() if target.split_half_cosine is not None]
     return statistics.median(known) if known else None
 
 
-def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, Any], world: World) -> str:
+def finish_directory(directory: Path, report: Report, world: World) -> str:
     """The text files, the page, the checksums, and the verification of it all; returns what was verified.
 
     A collective: ranks share the reading. Raises RunError when a file cannot be written, VerificationError when the
@@ -252,7 +241,7 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
     """
     with world.together():
         if world.is_main:
-            _write_texts(directory, config, report)
+            _write_texts(directory, report)
             write_report_page(directory, report)
     write_checksums(directory, world)
     with phase("verify", bytes_to_verify(directory) // world.size, "B", shown=world.is_main) as progress:
@@ -265,52 +254,83 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
     return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
 
 
-def _write_texts(directory: Path, config: InitConfig, report: Mapping[str, Any]) -> None:
-    texts = {
-        REPORT: json.dumps(report, indent=2, allow_nan=False) + "\n",
-        RESOLVED_CONFIG: yaml.safe_dump(config.model_dump(), sort_keys=False),
-        README: readme(report),
-    }
+def _write_texts(directory: Path, report: Report) -> None:
+    report.write(directory / REPORT)
+    texts = {RESOLVED_CONFIG: yaml.safe_dump(report.config.model_dump(), sort_keys=False), README: readme(report)}
     for name, text in texts.items():
         try:
-            (directory / name).write_text(text)
+            (directory / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise RunError(f"write: {directory / name} cannot be written ({error.strerror})") from error
 
 
+def shared_magnitudes(
+    layout: Layout, base: Mapping[str, TensorSlot], factors: Mapping[str, LoraFactors], world: World
+) -> dict[str, Tensor]:
+    """DoRA's magnitudes (M,) of every target on rank 0, each rank having read its share of the weights; a collective.
+
+    factors: of every target, on rank 0. Raises UserError, on all ranks, for a weight that DoRA cannot divide by.
+    """
+    changes_base = SCHEMES[layout.config.init.scheme].changes_base
+    dealt = shares(layout.targets, lambda target: base[target.weight_key].num_bytes, world.size)
+    owners = {target.name: rank for rank, share in enumerate(dealt) for target in share}
+    mine: dict[str, tuple[Tensor, Tensor]] = {}
+    for target in layout.targets:
+        A_RN = torch.zeros(target.r, target.N, device=world.device)
+        B_MR = torch.zeros(target.M, target.r, device=world.device)
+        if not changes_base:  # on another base the norms are W's alone
+            if world.is_main:
+                A_RN.copy_(factors[target.name].A_RN)
+                B_MR.copy_(factors[target.name].B_MR)
+            world.broadcast_(A_RN, 0)
+            world.broadcast_(B_MR, 0)
+        if owners[target.name] == world.rank:
+            mine[target.name] = A_RN.cpu(), B_MR.cpu()
+    computed: dict[str, Tensor] = {}
+    with world.together():
+        for target in dealt[world.rank]:
+            norms_M = start_magnitudes(base[target.weight_key], target, *mine[target.name], changes_base=changes_base)
+            computed[target.name] = norms_M.float()
+    found: dict[str, Tensor] = {}
+    for target in layout.targets:
+        magnitudes_M = torch.empty(target.M, device=world.device)
+        if target.name in computed:
+            magnitudes_M.copy_(computed[target.name])
+        world.broadcast_(magnitudes_M, owners[target.name])
+        if world.is_main:
+            found[target.name] = magnitudes_M.cpu()
+    return found
+
+
 def write_adapters(
     directory: Path,
-    config: InitConfig,
+    layout: Layout,
     lora: LoraSection,
-    targets: Sequence[Target],
     factors: Callable[[str], tuple[Tensor, Tensor]],
-    saved: Mapping[str, TensorSlot],
     base: Mapping[str, TensorSlot],
+    magnitudes: Callable[[Target, Tensor, Tensor], Tensor] | None,
 ) -> None:
-    """`loraga_init` with the given A0, B0, asked for once per target, and, if it belongs on another base than the
+    """Write `loraga_init` with the given A0, B0, asked for once per target, and, if it belongs on another base than the
     original, `loraga_offset` with the stored A0, -B0.
 
-    lora: the config's, with the ranks and alphas of `targets`. base: the checkpoint, whose norms DoRA's magnitudes are;
-    the offset is a plain LoRA always, because merging it is what changes W.
+    lora: the config's, with the ranks and alphas of the targets. base: the checkpoint, for `modules_to_save`.
+    magnitudes: DoRA's, as `write_adapter` takes them; None where the adapter is none.
     """
+    config, saved = layout.config, {name: base[key] for name, key in layout.saved_parameters.items()}
     of_residual, of_original = peft_lora_config(lora), peft_lora_config(lora)
     of_residual.base_model_name_or_path = f"{config.output.dir}/{RESIDUAL_BASE}"
     of_original.base_model_name_or_path, of_original.revision = config.model.name_or_path, config.model.revision
-    changes_base = SCHEMES[config.init.scheme].changes_base
-    of_init = of_residual if changes_base else of_original
-
-    def magnitudes(target: Target, A_RN: Tensor, B_MR: Tensor) -> Tensor:
-        return start_magnitudes(base[target.weight_key], target, A_RN, B_MR, changes_base=changes_base)
-
+    has_offset = LORAGA_OFFSET in layout.directories
     write_adapter(
         directory / LORAGA_INIT,
-        of_init,
-        targets,
+        of_residual if has_offset else of_original,
+        layout.targets,
         factors,
-        magnitudes=magnitudes if config.lora.use_dora else None,
+        magnitudes=magnitudes,
         saved=saved,
     )
-    if not changes_base:
-        return
-    stored = AdapterFile(directory / LORAGA_INIT)
-    write_adapter(directory / LORAGA_OFFSET, of_original, targets, stored.factors, negate_b=True, saved=saved)
+    if has_offset:
+        stored = AdapterFile(directory / LORAGA_INIT)
+        write_adapter(
+            directory / LORAGA_OFFSET, of_original, layout.targets, stored.factors, negate_b=True, saved=saved
+        )
