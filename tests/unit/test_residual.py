@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import edit, gpt2_targets, llama_targets, lora_config, save_gpt2, save_llama, write_output
+from handmade import edit, gpt2_targets, llama_targets, lora_config, save_gpt2, save_llama, write_output
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

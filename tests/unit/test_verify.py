@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import read_report
-from outputs import edit, save_llama, write_output, write_report
+from handmade import edit, save_llama, write_output, write_report
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.artifacts.verify import VerifyResult, verify
