@@ -197,8 +197,3 @@ def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         for key, value in changes.items()
     }
     return tree | both
-
-
-def read_report(out: Path) -> dict[str, Any]:
-    """The report of an output as JSON."""
-    return json.loads((out / "loraga_report.json").read_text())

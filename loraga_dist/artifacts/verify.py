@@ -133,7 +133,7 @@ def _text_of_report(directory: Path, world: World) -> tuple[str | None, list[str
     if problem:
         return None, [problem]
     differing = [rank for rank, (_, _, digest) in enumerate(others, start=1) if digest != expected]
-    problems = [f"{REPORT}: ranks {differing} see another one in {directory} than rank 0"] if differing else []
+    problems = [f"{REPORT}: ranks {differing} see another one than rank 0"] if differing else []
     return text, problems
 
 

@@ -16,13 +16,13 @@ from launching import Finished, succeed
 from outputs import flip_bit, read_factors, read_products, read_report, relative, write_config
 from ranks import finish_on_ranks
 
-from loraga_dist.artifacts.residual import plan_residual_files
+from loraga_dist.artifacts import layout
+from loraga_dist.artifacts.residual import plan_model_files
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import leave_process
 from loraga_dist.config import load_config
 from loraga_dist.errors import LoragaError
 from loraga_dist.ranks.world import World
-from loraga_dist.request import request
 from loraga_dist.run.keeper import StopRequest
 from loraga_dist.run.pipeline import run
 
@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_is_said_and_left(config: Path, stopped: Path, tmp_
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request, "plan_residual_files", partial(plan_residual_files, max_shard_bytes=40_000))
+    monkeypatch.setattr(layout, "plan_model_files", partial(plan_model_files, max_shard_bytes=40_000))
 
 
 @pytest.mark.usefixtures("small_files")

@@ -46,3 +46,24 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
         assert problems == alone
     assert sum(read for _, read in ranks) == num_bytes
     assert max(read for _, read in ranks) < 0.8 * num_bytes
+
+
+def verified_apart(directories: Sequence[Path]) -> list[str]:
+    """What every rank is told where each sees a directory of its own, as behind a network file system that lags."""
+    world = World.start()
+    return verify(directories[world.rank], world=world).problems
+
+
+def test_ranks_that_see_different_reports_say_so(tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data.jsonl", rows=4)
+    out = make_output(config_tree(save_model(tmp_path / "base"), data, tmp_path / "out"))
+    other, without = (shutil.copytree(out, tmp_path / name) for name in ("other", "without"))
+    report = other / "loraga_report.json"
+    report.write_text(report.read_text().replace(".q_proj", ".p_proj"))
+    (without / "loraga_report.json").unlink()
+    for seen in (other, without):
+        told = run_on_ranks(verified_apart, 2, [out, seen])
+        assert told[0] == told[1]
+        assert "loraga_report.json: ranks [1] see another one than rank 0" in told[0]
+    told = run_on_ranks(verified_apart, 2, [without, out])
+    assert told[0] == told[1] and "is this the directory of a finished run" in told[0][0]

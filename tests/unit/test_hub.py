@@ -10,8 +10,9 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from builders import config_tree, read_report, save_data, save_model
+from builders import config_tree, save_data, save_model
 from hub_server import REPO, TOKEN, Hub, served
+from outputs import read_report
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

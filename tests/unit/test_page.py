@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
-from builders import config_tree, read_report, save_data, save_model
+from builders import config_tree, save_data, save_model
+from outputs import read_report
 
 from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import main

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from builders import config_tree, read_report, save_data, save_model
+from builders import config_tree, save_data, save_model
+from outputs import read_report
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import read_report
 from handmade import edit, save_llama, write_output, write_report
+from outputs import read_report
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.artifacts.verify import VerifyResult, verify
