@@ -16,7 +16,7 @@ from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import digest_base, subtract_offset
-from loraga_dist.artifacts.tensors import described, entries_of, read_chunks, read_row_chunks
+from loraga_dist.artifacts.tensors import entries_of, read_chunks, read_row_chunks
 from loraga_dist.files.checksums import OnBytes, TensorDigest, fingerprint, no_progress
 from loraga_dist.files.parallel import over_cores, shares
 from loraga_dist.files.safetensors_io import TensorSlot, as_bytes, dtype_name, scan_checkpoint
@@ -140,14 +140,18 @@ def _check_tensors(output: OpenedOutput, residual: Mapping[str, TensorSlot]) -> 
     if differing:
         key = differing[0]
         problems.append(
-            f"{RESIDUAL_BASE}: {key} is {described(found.get(key))}, and by the base {output.base_dir} and the report "
-            f"it is {described(expected.get(key))}; {len(differing)} such tensors"
+            f"{RESIDUAL_BASE}: {key} is {_described(found.get(key))}, and by the base {output.base_dir} and the report "
+            f"it is {_described(expected.get(key))}; {len(differing)} such tensors"
         )
     for target in output.targets:
         key = target.weight_key
         if key not in base or base[key].shape != target.stored_shape or not base[key].dtype.is_floating_point:
             problems.append(f"base: {key} is not the {target.M} x {target.N} matrix of {target.name}")
     return problems
+
+
+def _described(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "missing" if entry is None else f"{dtype_name(entry[0])} {entry[1]}"
 
 
 def _copied_pieces(base: TensorSlot, residual: TensorSlot) -> Iterator[tuple[Tensor, Tensor, float]]:

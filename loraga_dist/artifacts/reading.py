@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, rank_and_scaling, saved_key
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, REPORT
 from loraga_dist.artifacts.report import Report
-from loraga_dist.artifacts.tensors import described, entries_of
 from loraga_dist.errors import RunError
-from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
 from loraga_dist.model.base import read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.targets import Target
 
@@ -41,13 +40,17 @@ def load_adapter(directory: Path, report: Report, *, use_dora: bool | None = Non
             )
     # copies for modules_to_save are held against the base, where there is one
     expected = adapter_entries(targets, use_dora=use_dora, saved={})
-    found = dict(entries_of(adapter.slots))
+    found = {key: slot.shape for key, slot in adapter.slots.items()}
     for name in report.saved_parameters:
         if found.pop(saved_key(name), None) is None:
             raise RunError(f"{saved_key(name)} is missing, which PEFT wants for modules_to_save")
-    if found != expected:
-        key = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-        raise RunError(f"{key} is {described(found.get(key))} and should be {described(expected.get(key))}")
+    shapes = {key: shape for key, (_, shape) in expected.items()}
+    if found != shapes:
+        key = min(key for key in found.keys() | shapes.keys() if found.get(key) != shapes.get(key))
+        raise RunError(f"{key} has shape {found.get(key)} and should have {shapes.get(key)}")
+    for key, (dtype, _) in expected.items():
+        if adapter.slots[key].dtype != dtype:
+            raise RunError(f"{key} is stored as {dtype_name(adapter.slots[key].dtype)}, not {dtype_name(dtype)}")
     return adapter, targets
 
 

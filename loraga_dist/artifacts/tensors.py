@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from loraga_dist.files.safetensors_io import Entries, TensorSlot, dtype_name, read_range, read_rows
+from loraga_dist.files.safetensors_io import Entries, TensorSlot, read_range, read_rows
 from loraga_dist.model.targets import Target
 
 CHUNK_ELEMENTS = 2**20
@@ -23,11 +23,6 @@ def entries_of(slots: Mapping[str, TensorSlot]) -> Entries:
 def num_bytes_of(entries: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> int:
     """Of the elements of all tensors of these dtypes and shapes."""
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in entries)
-
-
-def described(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
-    """A tensor's dtype and shape in words."""
-    return "missing" if entry is None else f"{dtype_name(entry[0])} {entry[1]}"
 
 
 def read_chunks(slot: TensorSlot) -> Iterator[Tensor]:
