@@ -102,8 +102,11 @@ def test_the_offset_is_plain_and_gives_the_residual(runs: Callable[..., Path]) -
         torch.testing.assert_close(tensor, residual[key], rtol=1e-6, atol=1e-6)
 
 
-def test_an_unchanged_base_starts_where_the_scheme_does(runs: Callable[..., Path], tmp_path: Path) -> None:
-    out = runs(scheme="lora_one")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_unchanged_base_starts_where_the_scheme_does(
+    runs: Callable[..., Path], world_size: int, tmp_path: Path
+) -> None:
+    out = runs(scheme="lora_one", world_size=world_size)
     assert verify(out).problems == []
     assert main(["rebuild", str(out), "--to", str(tmp_path / "plain"), "--lora.use_dora", "false"]) == 0
     expected, base = logits_of(started(tmp_path / "plain")), logits_of(original(out))
