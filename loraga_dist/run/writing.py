@@ -78,7 +78,6 @@ def write_weights(
     magnitudes = None
     if layout.config.lora.use_dora:
         magnitudes = shared_magnitudes(layout, job.base.index, factors, world)
-    adapter_digest = ""
     with world.together():
         if world.is_main:
             write_adapters(
@@ -89,13 +88,11 @@ def write_weights(
                 job.base.index,
                 None if magnitudes is None else lambda target, A_RN, B_MR: magnitudes[target.name],
             )
-            adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
-    work = {**keeper.work, "adapter": world.all_texts(adapter_digest)[0]}
     if start.calibration is not None:
         owned = {name: found.svd for name, found in start.calibration.owned.items()}
         write_factors(directory / FACTORS, owned, world)
     if RESIDUAL_BASE in layout.directories:
-        return _write_residual(directory, job, layout, FinishedFiles(finished_files, work), keeper, world)
+        return _write_residual(directory, job, layout, finished_files, keeper, world)
     index = job.base.index
     share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
     digests: dict[str, list[TensorDigest]] = {}
@@ -107,11 +104,15 @@ def write_weights(
 
 
 def _write_residual(
-    directory: Path, job: Job, layout: Layout, finished: FinishedFiles, keeper: RunKeeper, world: World
+    directory: Path, job: Job, layout: Layout, finished_files: Path, keeper: RunKeeper, world: World
 ) -> Fingerprints:
     """Write this rank's share of the residual base, or take what an earlier run of the same work has finished."""
     files, into = layout.residual_files, directory / RESIDUAL_BASE
-    kept: list[str] = []
+    adapter_digest, kept = "", []
+    with world.together():
+        if world.is_main:
+            adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
+    finished = FinishedFiles(finished_files, {**keeper.work, "adapter": world.all_texts(adapter_digest)[0]})
     with world.together():
         if world.is_main:
             kept = finished.prune(files)
