@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os.path
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -59,6 +60,16 @@ Checkpointing = Literal["none", "non_reentrant"]
 StateDevice = Literal["auto", "device", "host"]
 Tracker = Literal["tensorboard", "wandb"]
 
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")  # as PEFT puts it into its own
+    except re.error as error:
+        raise ValueError(f"is no regular expression ({error}); write a target's name or the end of one") from error
+    return pattern
+
+
+NamePattern = Annotated[str, AfterValidator(_expression)]
 PathOrId = Annotated[str, AfterValidator(os.path.expanduser)]
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
@@ -90,8 +101,8 @@ class LoraSection(Section):
     use_rslora: bool = False
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, int | float] = {}
+    rank_pattern: dict[NamePattern, int] = {}
+    alpha_pattern: dict[NamePattern, int | float] = {}
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Written into the adapter's config for training; calibration never uses it."""
     modules_to_save: list[str] | None = None

@@ -138,3 +138,62 @@ def config_tree(
     for name, changes in sections.items():
         tree[name] = tree.get(name, {}) | changes
     return tree
+
+
+def report_tree(**changes: Any) -> dict[str, Any]:
+    """The JSON of a whole report on one target `t`, made by hand; changes are merged in, mappings key by key."""
+    tree: dict[str, Any] = {
+        "schema_version": 1,
+        "config": {"model": {"name_or_path": "company/base"}, "output": {"dir": "out"}},
+        "base_fingerprint": "sha256:1",
+        "residual_fingerprint": "sha256:2",
+        "versions": {"python": "3.11"},
+        "world_size": 1,
+        "data_fingerprint": "sha256:3",
+        "engine": "exact",
+        "refine_passes": 0,
+        "num_sequences": 24,
+        "num_supervised_tokens": 500,
+        "stopped_by": "data",
+        "split_half_cosine": 0.5,
+        "mean_loss": 5.5,
+        "seconds": {"load": 1.0, "total": 2.0},
+        "peak_bytes_per_rank": [2**20],
+        "planned_peak_bytes_per_rank": [2**21],
+        "state_bytes_per_rank": 0,
+        "targets": {"t": target_tree()},
+        "rank_budget": None,
+        "saved_parameters": {},
+        "identity_check": {"max_abs_logit_diff": 1e-6, "max_abs_logit": 3.0, "dtype": "float32"},
+        "warnings": [],
+    }
+    return _merged(tree, changes)
+
+
+def target_tree(**changes: Any) -> dict[str, Any]:
+    """The JSON of one target's part of a report, of which there is nothing to warn."""
+    return {
+        "shape": [20, 10],
+        "r": 2,
+        "lora_alpha": 4,
+        "scaling": 2.0,
+        "transposed": False,
+        "weight_key": "t.weight",
+        "singular_values": [4.0, 3.0, 2.0, 1.0],
+        "num_converged": 4,
+        "numerical_rank": 4,
+        "captured_energy": 0.9,
+        "split_half_cosine": 0.5,
+        "window_capture": 0.7,
+        "engine": "exact",
+        "offset_ratio": 1.0,
+        "owner_rank": 0,
+    } | changes
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(tree[key], value) if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+        for key, value in changes.items()
+    }
+    return tree | both

@@ -1,4 +1,4 @@
-"""Start real ranks and real launchers, with a time limit, and leave none of their processes behind."""
+"""Commands as processes, with a time limit; none of them, nor what they started, is left behind."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from ranks import Rank
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 INIT = str(ROOT / "launch" / "init.py")
@@ -24,6 +23,8 @@ class Finished:
     code: int
     stdout: str
     stderr: str
+    value: Any = None
+    """What a function that a rank called has returned."""
 
 
 def free_port() -> int:
@@ -34,7 +35,7 @@ def free_port() -> int:
 
 def run(command: Sequence[str], *, timeout_seconds: float = 120, env: Mapping[str, str] | None = None) -> Finished:
     """Run one command, a launcher with all its ranks for instance, as a process group of its own."""
-    return collect([_start(command, env or {})], timeout_seconds)[0]
+    return run_together([command], [env or {}], timeout_seconds=timeout_seconds)[0]
 
 
 def run_together(
@@ -46,97 +47,52 @@ def run_together(
 
 def start_together(commands: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]]) -> list[subprocess.Popen[str]]:
     """The processes of `run_together`, for a test that does something to them; `collect` in any case."""
-    return [_start(command, env) for command, env in zip(commands, envs, strict=True)]
-
-
-def run_ranks(
-    arguments: Sequence[str], world_size: int, *, timeout_seconds: float = 120, env: Mapping[str, str] | None = None
-) -> list[Finished]:
-    """Run `python arguments` once per rank, with the variables a launcher would set; results in rank order.
-
-    No launcher stands between, so every rank's own exit code and output can be seen.
-    """
-    return collect_ranks(start_ranks(arguments, world_size, env=env), timeout_seconds)
-
-
-def start_ranks(arguments: Sequence[str], world_size: int, *, env: Mapping[str, str] | None = None) -> list[Rank]:
-    """The processes of `run_ranks`, for a test that does something to them; `collect_ranks` in any case."""
-    words = Path(tempfile.mkdtemp(prefix="ranks-"))
-    launched = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
     return [
-        Rank(
-            arguments,
-            {**_environment(), "RANK": str(rank), "LOCAL_RANK": str(rank), **launched, **(env or {})},
-            words / f"{rank}.out",
+        subprocess.Popen(
+            list(command),
+            env=environment() | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-        for rank in range(world_size)
+        for command, env in zip(commands, envs, strict=True)
     ]
 
 
-def collect_ranks(ranks: Sequence[Rank], timeout_seconds: float) -> list[Finished]:
-    """Wait for the ranks, each so long at most; whatever happens, none of their groups is left."""
-    results = []
-    try:
-        for rank in ranks:
-            code = rank.wait(timeout_seconds)
-            _kill_group(rank.pid)
-            stdout, stderr = rank.said()
-            if code is None:
-                code = -signal.SIGKILL
-                stderr += f"\n[killed by the test after {timeout_seconds} s]"
-            results.append(Finished(code, stdout, stderr))
-    finally:
-        for rank in ranks:
-            _kill_group(rank.pid)
-    return results
-
-
-def succeed(results: Finished | Sequence[Finished]) -> None:
-    """Fail the test with the processes' own words unless all ended well."""
-    for rank, result in enumerate([results] if isinstance(results, Finished) else results):
-        assert result.code == 0, f"process {rank} ended with {result.code}\n{result.stdout}\n{result.stderr}"
-
-
 def collect(processes: list[subprocess.Popen[str]], timeout_seconds: float) -> list[Finished]:
-    """Wait for the processes, each so long at most; whatever happens, none of their groups is left."""
-    results = []
+    """Wait for the processes, so long at most for all; whatever happens, none of their groups is left."""
+    deadline, results = time.monotonic() + timeout_seconds, []
     try:
         for process in processes:
             try:
-                stdout, stderr = process.communicate(timeout=timeout_seconds)
+                stdout, stderr = process.communicate(timeout=max(0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                _kill_group(process.pid)
+                kill_group(process.pid)
                 stdout, stderr = process.communicate()
                 stderr += f"\n[killed by the test after {timeout_seconds} s]"
             results.append(Finished(process.returncode, stdout, stderr))
     finally:
         for process in processes:
-            _kill_group(process.pid)
+            kill_group(process.pid)
     return results
 
 
-def _environment() -> dict[str, str]:
+def succeed(results: Finished | Sequence[Finished]) -> None:
+    """Fail the test with all processes' own words unless every one ended well."""
+    results = [results] if isinstance(results, Finished) else results
+    if any(result.code for result in results):
+        words = [f"process {i} ended with {it.code}\n{it.stdout}\n{it.stderr}" for i, it in enumerate(results)]
+        raise AssertionError("\n".join(words))
+
+
+def environment() -> dict[str, str]:
+    """This process's variables, with the project and the tests' helpers to be imported."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path}
 
 
-def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        list(command),
-        env={**_environment(), **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def _kill_group(leader: int) -> None:
+def kill_group(leader: int) -> None:
     try:
         os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:

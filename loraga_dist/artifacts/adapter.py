@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from loraga_dist.artifacts.tensors import entries_of, read_chunks
 from loraga_dist.errors import RunError
-from loraga_dist.files.safetensors_io import SafetensorsWriter, TensorSlot, read_header, read_range, read_rows
+from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, read_header, read_rows
 from loraga_dist.model.targets import Target
 from loraga_dist.schemes import lora_scaling
 
@@ -35,6 +36,22 @@ def saved_key(parameter_name: str) -> str:
     return f"base_model.model.{parameter_name}"
 
 
+def adapter_entries(targets: Iterable[Target], *, use_dora: bool, saved: Entries) -> Entries:
+    """The tensors of an adapter file in their order: A, B and DoRA's magnitudes of every target, fp32, and copies.
+
+    saved: dtypes and shapes of the parameters that `modules_to_save` copies, by parameter name.
+    """
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for target in targets:
+        a_key, b_key = adapter_keys(target.name)
+        entries[a_key] = (torch.float32, (target.r, target.N))
+        entries[b_key] = (torch.float32, (target.M, target.r))
+        if use_dora:
+            entries[magnitude_key(target.name)] = (torch.float32, (target.M,))
+    widest_first = sorted(saved.items(), key=lambda item: -item[1][0].itemsize)
+    return entries | {saved_key(name): entry for name, entry in widest_first}
+
+
 def write_adapter(
     directory: Path,
     peft_config: LoraConfig,
@@ -53,15 +70,8 @@ def write_adapter(
     The config is the given one with the target modules spelled out, `inference_mode` and `init_lora_weights` true,
     so that loading takes the stored factors and nothing else. Raises RunError when the files cannot be written.
     """
-    entries = {}
-    for target in targets:
-        a_key, b_key = adapter_keys(target.name)
-        entries[a_key] = (torch.float32, (target.r, target.N))
-        entries[b_key] = (torch.float32, (target.M, target.r))
-        if magnitudes is not None:
-            entries[magnitude_key(target.name)] = (torch.float32, (target.M,))
-    copies = sorted((saved or {}).items(), key=lambda item: -item[1].dtype.itemsize)
-    entries |= {saved_key(name): (slot.dtype, slot.shape) for name, slot in copies}
+    copies = {saved_key(name): slot for name, slot in (saved or {}).items()}
+    entries = adapter_entries(targets, use_dora=magnitudes is not None, saved=entries_of(saved or {}))
     with SafetensorsWriter(directory / ADAPTER_WEIGHTS, entries) as writer:
         for target in targets:
             A_RN, B_MR = (factor.detach().to("cpu", torch.float32) for factor in factors(target.name))
@@ -70,8 +80,10 @@ def write_adapter(
                 writer.append(key, factor)
             if magnitudes is not None:
                 writer.append(magnitude_key(target.name), magnitudes(target, A_RN, B_MR).float())
-        for name, slot in copies:
-            writer.append(saved_key(name), read_range(slot, 0, slot.numel))
+        for key in entries:
+            if key in copies:
+                for chunk in read_chunks(copies[key]):
+                    writer.append(key, chunk)
 
     config = copy.copy(peft_config)
     config.use_dora = magnitudes is not None

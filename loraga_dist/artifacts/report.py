@@ -1,18 +1,41 @@
-"""What a run says of itself: loraga_report.json."""
+"""What a run says of itself: loraga_report.json, one typed value that is written, read, shown, tracked and pushed."""
 
 from __future__ import annotations
 
+import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    PositiveInt,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 
+from loraga_dist.artifacts.names import REPORT
+from loraga_dist.config import InitConfig, SchemeConfig
+from loraga_dist.errors import RunError
+from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target
+from loraga_dist.schemes import SCHEMES, Scheme
 
 SCHEMA_VERSION = 1
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+Number = Annotated[float | None, AfterValidator(_finite)]
+"""None where there is none, and for NaN and infinities, which JSON cannot say."""
 
 
 class ReportPart(BaseModel):
@@ -36,11 +59,11 @@ class TargetReport(ReportPart):
     num_converged: int | None = None
     """Leading ones that were asked of the engine; `factors/` holds more."""
     numerical_rank: int | None = None
-    captured_energy: float | None = None
-    split_half_cosine: float | None = None
-    window_capture: float | None = None
+    captured_energy: Number = None
+    split_half_cosine: Number = None
+    window_capture: Number = None
     engine: str | None = None
-    offset_ratio: float | None = None
+    offset_ratio: Number = None
     """||s B0 A0||_F / ||W||_F."""
     owner_rank: int | None = None
 
@@ -61,15 +84,153 @@ class TargetReport(ReportPart):
 class IdentityCheck(ReportPart):
     """How far the start is from the original model: on calibration tokens, or seeded ones where there is no data."""
 
-    max_abs_logit_diff: float | None
-    max_abs_logit: float | None
+    max_abs_logit_diff: Number
+    max_abs_logit: Number
     dtype: str
+
+
+class SpentBudget(ReportPart):
+    """What became of `init.rank_budget`, in adapter parameters."""
+
+    parameters: int
+    spent: int
+
+    @classmethod
+    def of(cls, init: SchemeConfig, targets: Sequence[Target]) -> SpentBudget | None:
+        """None where there is no budget. targets: with the ranks that it bought."""
+        return None if init.rank_budget is None else cls(parameters=init.rank_budget, spent=num_parameters(targets))
+
+
+class Rebuilt(ReportPart):
+    """Where `loraga-dist rebuild` took the factors from."""
+
+    source: str
+    seconds: float
+
+
+class Report(ReportPart):
+    """The content of loraga_report.json.
+
+    None or empty is what was not measured: what gradients tell where the scheme takes none, and what only a run of the
+    command line knows where a start was saved from memory.
+    """
+
+    schema_version: int
+    config: InitConfig
+    base_fingerprint: str
+    residual_fingerprint: str | None
+    versions: dict[str, str] = {}
+    world_size: int | None = None
+    data_fingerprint: str | None = None
+    engine: str | None = None
+    refine_passes: int | None = None
+    num_sequences: int | None = None
+    num_supervised_tokens: int | None = None
+    stopped_by: str | None = None
+    split_half_cosine: Number = None
+    """Of the median target."""
+    mean_loss: Number = None
+    seconds: dict[str, float] = {}
+    """By phase, and `total`."""
+    peak_bytes_per_rank: list[int] = []
+    planned_peak_bytes_per_rank: list[int] = []
+    state_bytes_per_rank: int | None = None
+    targets: dict[str, TargetReport]
+    rank_budget: SpentBudget | None = None
+    saved_parameters: dict[str, str] = {}
+    """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
+    identity_check: IdentityCheck | None = None
+    warnings: list[str] = []
+    rebuilt: Rebuilt | None = None
+    """Written only where the output was rebuilt."""
+
+    @field_validator("schema_version")
+    @classmethod
+    def _known_version(cls, value: int) -> int:
+        if value != SCHEMA_VERSION:
+            raise ValueError(f"is {value}, this version reads {SCHEMA_VERSION}")
+        return value
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, config: Any) -> Any:
+        # what YAML calls .inf is null in JSON, and no key has null for a value and another default
+        return _without_nulls(config)
+
+    @field_serializer("config")
+    def _what_is_known(self, config: InitConfig) -> dict[str, Any]:
+        # a start that was saved from memory knows a few keys of a run's configuration, and claims no others
+        return config.model_dump(mode="json", exclude_unset=self.world_size is None)
+
+    @property
+    def scheme(self) -> Scheme:
+        return SCHEMES[self.config.init.scheme]
+
+    @property
+    def is_dora(self) -> bool:
+        return self.config.lora.use_dora
+
+    @property
+    def lora_targets(self) -> list[Target]:
+        """The targets as they started."""
+        return [
+            Target(
+                name=name,
+                weight_key=target.weight_key,
+                M=target.shape[0],
+                N=target.shape[1],
+                r=target.r,
+                lora_alpha=target.lora_alpha,
+                scaling=target.scaling,
+                transposed=target.transposed,
+            )
+            for name, target in self.targets.items()
+        ]
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file; raises RunError when that fails."""
+        text = self.model_dump_json(exclude={"rebuilt"} if self.rebuilt is None else None)
+        try:
+            path.write_text(json.dumps(json.loads(text), indent=2) + "\n")
+        except OSError as error:
+            raise RunError(f"write: {path} cannot be written ({error.strerror})") from error
+
+    @classmethod
+    def read(cls, directory: Path) -> Report:
+        """The report of an output directory; raises RunError for one that this version does not read."""
+        return cls.parse(read_report_text(directory))
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Report:
+        """The report in this file content; raises RunError for one that this version does not read."""
+        try:
+            return cls.model_validate_json(text, extra="ignore")
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise RunError(f"{REPORT}: {where}: {first['msg']}") from error
+
+
+def _without_nulls(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without_nulls(value) for key, value in tree.items() if value is not None}
+
+
+def read_report_text(directory: Path) -> str:
+    """The content of an output directory's report; raises RunError where there is none to read."""
+    try:
+        return (directory / REPORT).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.reason
+        raise RunError(f"{REPORT}: cannot be read ({reason}); is this the directory of a finished run?") from error
 
 
 _PACKAGES = ("loraga_dist", "torch", "transformers", "peft", "deepspeed", "safetensors")
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide the result, by name."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -77,14 +238,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def finite(value: Any) -> Any:
-    """The same structure with NaN and infinities as None, which JSON can say."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value

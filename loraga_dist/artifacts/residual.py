@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +18,13 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import FactorSource
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
-from loraga_dist.config import InitConfig
+from loraga_dist.artifacts.tensors import entries_of, num_bytes_of, read_chunks, read_row_chunks
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
 from loraga_dist.files.parallel import over_cores
-from loraga_dist.files.safetensors_io import SafetensorsWriter, TensorSlot, as_bytes, dtype_name, read_range, read_rows
+from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, as_bytes, dtype_name
 from loraga_dist.model.base import MODEL_FILE_PATTERNS, residual_dtype_of
 from loraga_dist.model.targets import Target
-from loraga_dist.schemes import SCHEMES
-
-CHUNK_ELEMENTS = 2**20
-"""Elements handled at once. 8 MiB of float64 stay in the cache; larger chunks were up to twice as slow."""
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -41,39 +36,31 @@ class PlannedFile:
     """One weight file to write: its tensors in order."""
 
     name: str
-    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    entries: Entries
 
     @property
     def num_bytes(self) -> int:
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.entries.values())
+        return num_bytes_of(self.entries.values())
 
 
-def writes_residual(config: InitConfig) -> bool:
-    """Whether the output gets a `residual_base/`: asked for, and the scheme changes the base."""
-    return config.output.residual_base == "full" and SCHEMES[config.init.scheme].changes_base
+def residual_entries(base: Entries, residual_dtype: str) -> Entries:
+    """Dtypes and shapes of a `residual_base/`, by checkpoint key. residual_dtype: as `output.residual_dtype`."""
+    return {key: (residual_dtype_of(dtype, residual_dtype), shape) for key, (dtype, shape) in base.items()}
 
 
-def num_residual_bytes(index: Mapping[str, TensorSlot], residual_dtype: str) -> int:
-    """Of the tensors of a `residual_base/`."""
-    return sum(slot.numel * residual_dtype_of(slot.dtype, residual_dtype).itemsize for slot in index.values())
-
-
-def plan_residual_files(
-    index: Mapping[str, TensorSlot], residual_dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> list[PlannedFile]:
-    """Split the checkpoint's tensors over files as transformers would. residual_dtype: as `output.residual_dtype`."""
+def plan_model_files(entries: Entries, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[PlannedFile]:
+    """Split a model's tensors over files as transformers would."""
     split = split_state_dict_into_shards_factory(
-        dict(index),
-        get_storage_size=lambda slot: slot.numel * residual_dtype_of(slot.dtype, residual_dtype).itemsize,
+        dict(entries),
+        get_storage_size=lambda entry: num_bytes_of([entry]),
         filename_pattern=MODEL_STEM + "{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    files = []
-    for name, keys in split.filename_to_tensors.items():
-        entries = {key: (residual_dtype_of(index[key].dtype, residual_dtype), index[key].shape) for key in keys}
-        # widest first keeps every tensor aligned to its own size, as the format's own writer does
-        files.append(PlannedFile(name, dict(sorted(entries.items(), key=lambda item: -item[1][0].itemsize))))
-    return files
+    # widest first keeps every tensor aligned to its own size, as the format's own writer does
+    return [
+        PlannedFile(name, {key: entries[key] for key in sorted(keys, key=lambda key: -entries[key][0].itemsize)})
+        for name, keys in split.filename_to_tensors.items()
+    ]
 
 
 def write_residual_files(
@@ -124,7 +111,7 @@ def write_model(
 
     replaced: tensors that take the place of the checkpoint's under their keys, in the checkpoint's dtypes.
     """
-    files = plan_residual_files(index, residual_dtype)
+    files = plan_model_files(residual_entries(entries_of(index), residual_dtype))
     sources = {**index, **replaced}
     digests = {}
     for part in over_cores(
@@ -143,10 +130,9 @@ def digest_base(
 
     def digest_of(key: str) -> tuple[str, TensorDigest]:
         slot, digest = index[key], hashlib.sha256()
-        for start, end in chunks(slot.numel, CHUNK_ELEMENTS):
-            chunk = as_bytes(read_range(slot, start, end))
-            digest.update(chunk)
-            on_progress(len(chunk))
+        for elements in read_chunks(slot):
+            digest.update(as_bytes(elements))
+            on_progress(elements.nbytes)
         return key, TensorDigest(dtype_name(slot.dtype), slot.shape, digest.hexdigest())
 
     return dict(over_cores(digest_of, keys))
@@ -184,8 +170,7 @@ def output_norms(slot: TensorSlot, target: Target, factors: tuple[Tensor, Tensor
     """||.|| over the inputs of every output, (M,) in float64: of W - s B A, or of W where no A_RN, B_MR are given."""
     squares_M = torch.zeros(target.M, dtype=torch.float64)
     A_RN, B_MR = (None, None) if factors is None else (factor.double() for factor in factors)
-    for row0, row1 in chunks(slot.shape[0], rows_per_chunk(target)):
-        rows = read_rows(slot, row0, row1)
+    for row0, (rows,) in read_row_chunks(target, slot):
         if A_RN is None or B_MR is None:
             squares = rows.to(torch.float64, copy=True).square_()
         else:
@@ -193,7 +178,7 @@ def output_norms(slot: TensorSlot, target: Target, factors: tuple[Tensor, Tensor
         if target.transposed:
             squares_M += squares.sum(dim=0)
         else:
-            squares_M[row0:row1] = squares.sum(dim=1)
+            squares_M[row0 : row0 + len(rows)] = squares.sum(dim=1)
     return squares_M.sqrt_()
 
 
@@ -213,17 +198,6 @@ def start_magnitudes(slot: TensorSlot, target: Target, A_RN: Tensor, B_MR: Tenso
     return norms_M
 
 
-def chunks(length: int, step: int) -> Iterator[tuple[int, int]]:
-    """[0, length) in pieces of at most `step`."""
-    for start in range(0, length, step):
-        yield start, min(start + step, length)
-
-
-def rows_per_chunk(target: Target) -> int:
-    """Rows of a target's stored weight that make one chunk."""
-    return max(1, CHUNK_ELEMENTS // target.stored_shape[1])
-
-
 def _residual_chunks(
     slot: TensorSlot,
     dtype: torch.dtype,
@@ -232,8 +206,7 @@ def _residual_chunks(
     magnitudes: Callable[[str], Tensor] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if target is None:
-        for start, end in chunks(slot.numel, CHUNK_ELEMENTS):
-            base = read_range(slot, start, end)
+        for base in read_chunks(slot):
             yield base, _cast(base, dtype, slot.name)
         return
     assert slot.shape == target.stored_shape, (slot, target)
@@ -241,11 +214,10 @@ def _residual_chunks(
     times_M = None
     if magnitudes is not None:
         times_M = magnitudes(target.name).double() / output_norms(slot, target, (A_RN, B_MR))
-    for row0, row1 in chunks(slot.shape[0], rows_per_chunk(target)):
-        base = read_rows(slot, row0, row1)
+    for row0, (base,) in read_row_chunks(target, slot):
         changed = subtract_offset(target, base, A_RN, B_MR, row0)
         if times_M is not None:
-            changed *= times_M if target.transposed else times_M[row0:row1, None]
+            changed *= times_M if target.transposed else times_M[row0 : row0 + len(base), None]
         yield base, _cast(changed, dtype, slot.name)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from loraga_dist.artifacts.report import TargetReport
 from loraga_dist.config import SchemeConfig
 from loraga_dist.schemes import SCHEMES
 
@@ -34,7 +34,7 @@ _MOST_NAMED = 3
 
 def find_warnings(
     init: SchemeConfig,
-    targets: Mapping[str, Mapping[str, Any]],
+    targets: Mapping[str, TargetReport],
     *,
     stopped_by: str | None,
     refine_passes: int | None,
@@ -44,15 +44,16 @@ def find_warnings(
     stopped_by, refine_passes: None where no gradient was taken.
     """
     scheme = SCHEMES[init.scheme]
-    values = {
-        field: {name: target[field] for name, target in targets.items() if target[field] is not None}
-        for field in ("offset_ratio", "split_half_cosine", "window_capture", "numerical_rank")
-    }
-    large = {name: ratio for name, ratio in values["offset_ratio"].items() if ratio > LARGE_OFFSET_RATIO}
-    noisy = {name: cosine for name, cosine in values["split_half_cosine"].items() if cosine < LOW_SPLIT_HALF_COSINE}
-    drifted = {name: capture for name, capture in values["window_capture"].items() if capture < LOW_WINDOW_CAPTURE}
+
+    def known(field: str) -> dict[str, float]:
+        values = {name: getattr(target, field) for name, target in targets.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    large = {name: ratio for name, ratio in known("offset_ratio").items() if ratio > LARGE_OFFSET_RATIO}
+    noisy = {name: cosine for name, cosine in known("split_half_cosine").items() if cosine < LOW_SPLIT_HALF_COSINE}
+    drifted = {name: capture for name, capture in known("window_capture").items() if capture < LOW_WINDOW_CAPTURE}
     deficient = {
-        name: rank for name, rank in values["numerical_rank"].items() if rank < len(targets[name]["singular_values"])
+        name: rank for name, rank in known("numerical_rank").items() if rank < len(targets[name].singular_values or ())
     }
     lines = []
     if large:
@@ -64,8 +65,8 @@ def find_warnings(
     if stopped_by is None:
         return lines
     if init.rank_budget is not None:
-        left = init.rank_budget - sum(target["r"] * sum(target["shape"]) for target in targets.values())
-        if left >= min(sum(target["shape"]) for target in targets.values()):
+        left = init.rank_budget - sum(target.r * sum(target.shape) for target in targets.values())
+        if left >= min(sum(target.shape) for target in targets.values()):
             lines.append(
                 f"init.rank_budget {init.rank_budget}: {left} parameters were not spent, every target has the largest "
                 "rank or all directions its gradient has; raise lora.r (and lora.lora_alpha with it) to allow larger "
@@ -90,7 +91,7 @@ def find_warnings(
     return lines
 
 
-def _worst(found: Mapping[str, float], targets: Mapping[str, Any], *, highest: bool = False) -> str:
+def _worst(found: Mapping[str, float], targets: Mapping[str, TargetReport], *, highest: bool = False) -> str:
     """How many of the targets, and the first few from the worst on with their figures."""
     names = sorted(found, key=found.__getitem__, reverse=highest)
     shown = ", ".join(f"{name} {found[name]:.3g}" for name in names[:_MOST_NAMED])

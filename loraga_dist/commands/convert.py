@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
+from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, write_adapter
 from loraga_dist.artifacts.names import CONVERSION, MODEL_CONFIG
 from loraga_dist.artifacts.reading import open_base
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, write_model
+from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
 from loraga_dist.commands.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import fingerprint
@@ -106,7 +107,8 @@ def convert(
     )
     if to is not None:
         r = rank or update.full_rank
-        num_bytes = sum(4 * r * (target.M + target.N) for target in update.targets.values())
+        targets = [_with_rank(target, r) for target in update.targets.values()]
+        num_bytes = num_bytes_of(adapter_entries(targets, use_dora=False, saved=entries_of(update.saved)).values())
         with whole_directory(to, "--to", num_bytes, overwrite=overwrite) as directory:
             found = _write_adapter(directory, update, found, r, show_progress)
             _write_record(directory, found)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loraga_dist.artifacts.compare import OpenedOutput, check_residual
+from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_INIT, MODEL_CONFIG, RESIDUAL_BASE
-from loraga_dist.artifacts.reading import load_adapter, open_base, read_report
-from loraga_dist.artifacts.residual import num_residual_bytes, write_model
-from loraga_dist.artifacts.verify import check_residual
+from loraga_dist.artifacts.reading import load_adapter, open_base
+from loraga_dist.artifacts.report import Report
+from loraga_dist.artifacts.residual import write_model
+from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.model.targets import require_targets
@@ -24,7 +27,7 @@ def materialize_base(
     Raises UserError for a directory or base that does not fit, RunError when writing or the check fails.
     """
     try:
-        report = read_report(directory)
+        report = Report.read(directory)
         adapter, targets = load_adapter(directory / LORAGA_INIT, report)
     except RunError as error:
         raise UserError("directory", str(directory), f"{error}; write the directory of a finished run") from error
@@ -39,12 +42,13 @@ def materialize_base(
     base_dir, index = open_base(report, base)
     require_targets(index, targets)
     dtype = report.config.output.residual_dtype
-    num_bytes = num_residual_bytes(index, dtype)
+    num_bytes = num_bytes_of(Layout.of_report(report, entries_of(index)).residual.values())
+    output = OpenedOutput(report=report, adapter=adapter, targets=targets, base_dir=base_dir, base=index)
     with whole_directory(destination, "--to", num_bytes, overwrite=False) as path:
         with phase("write", num_bytes, "B", shown=show_progress) as progress:
             write_model(base_dir, index, targets, adapter, path, dtype, on_progress=progress.advance)
         with phase("verify", sum(slot.num_bytes for slot in index.values()), "B", shown=show_progress) as progress:
-            problems = check_residual(report, base_dir, index, path, adapter, targets, progress.advance)
+            problems = check_residual(output, path, progress.advance)
         if problems:
             raise RunError(f"verify: {'; '.join(problems[:5])}")
     return destination

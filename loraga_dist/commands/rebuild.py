@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile
+from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import FACTORS, FACTORS_STEM, LORAGA_INIT, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
-from loraga_dist.artifacts.reading import Report, open_base, read_report, targets_under
-from loraga_dist.artifacts.report import finite, versions
-from loraga_dist.artifacts.residual import CHUNK_ELEMENTS, chunks, num_residual_bytes, write_model, writes_residual
+from loraga_dist.artifacts.report import Rebuilt, Report, SpentBudget, TargetReport, versions
+from loraga_dist.artifacts.residual import start_magnitudes, write_model
+from loraga_dist.artifacts.tensors import read_chunks
 from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import InitConfig, OutputConfig, load_config
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import fingerprint
-from loraga_dist.files.safetensors_io import TensorSlot, read_range, read_rows, scan_checkpoint
+from loraga_dist.files.safetensors_io import TensorSlot, read_rows, scan_checkpoint
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
 from loraga_dist.model.base import DTYPES, factor_dtype
-from loraga_dist.model.rank_budget import planned_targets, spend, spent_budget
-from loraga_dist.model.targets import Target, check_patterns, peft_lora_config, require_targets
+from loraga_dist.model.rank_budget import spend
+from loraga_dist.model.targets import Target
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
+from loraga_dist.request.request import understand
 from loraga_dist.run.writing import finish_directory, write_adapters
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.start.factors import make_factors, needs_weight, product_norm
@@ -44,22 +44,23 @@ _OF_INIT_ALONE = {"report_to": "none", "push_to_hub": "null", "push_residual_bas
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rebuild:
+class _NewStart:
     """A new start from old factors: makes A0, B0 of one target at a time and notes what the report says of it."""
 
     config: InitConfig
-    old: Mapping[str, Any]
-    """The report of the output that the factors come from."""
+    old: Report
+    """Of the output that the factors come from."""
     targets: dict[str, Target]
     slots: dict[str, TensorSlot]
     """Of `factors/`."""
     index: dict[str, TensorSlot]
     """Of the base's checkpoint."""
-    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reports: dict[str, TargetReport] = field(default_factory=dict)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return DTYPES[self.old["identity_check"]["dtype"]]
+        assert self.old.identity_check is not None, "a run compares logits"
+        return DTYPES[self.old.identity_check.dtype]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         target, scheme = self.targets[name], SCHEMES[self.config.init.scheme]
@@ -73,23 +74,51 @@ class _Rebuild:
             W = read_rows(weight, 0, weight.shape[0]).to(self.compute_dtype)
         dtype = factor_dtype(self.compute_dtype, weight.dtype, self.config.output.residual_dtype)
         made = make_factors(target, self.config.init, dtype, svd=svd, weight=W)
-        before = self.old["targets"][name]
+        before = self.old.targets[name]
+        assert before.singular_values is not None and before.captured_energy is not None, "of a gradient"
         singular_values = svd.S_K[: scheme.num_triplets(target.r)].tolist()
-        more_energy = _energy(singular_values) / _energy(before["singular_values"])
-        self.reports[name] = before | {
+        more_energy = _energy(singular_values) / _energy(before.singular_values)
+        found = {
             "r": target.r,
             "lora_alpha": target.lora_alpha,
             "scaling": target.scaling,
             "singular_values": singular_values,
-            "num_converged": _num_converged(before),
             "numerical_rank": numerical_rank(svd.S_K, target.M, target.N),
-            "captured_energy": min(1.0, before["captured_energy"] * more_energy),
+            "captured_energy": min(1.0, before.captured_energy * more_energy),
             "offset_ratio": target.scaling * product_norm(made) / max(_norm(weight), 1e-30),
         }
+        self.reports[name] = TargetReport(**before.model_dump() | found)
         return made.A_RN, made.B_MR
 
+    def magnitudes(self, target: Target, A_RN: Tensor, B_MR: Tensor) -> Tensor:
+        changes_base = SCHEMES[self.config.init.scheme].changes_base
+        return start_magnitudes(self.index[target.weight_key], target, A_RN, B_MR, changes_base=changes_base)
 
-def refactor(
+    def report(self, source: Path, residual_fingerprint: str | None, seconds: float) -> Report:
+        """The old report with what is new, once all factors have been made. seconds: that it all took."""
+        old, targets = self.old, list(self.targets.values())
+        assert old.identity_check is not None, "a run compares logits"
+        warnings = find_warnings(
+            self.config.init, self.reports, stopped_by=old.stopped_by, refine_passes=old.refine_passes
+        )
+        return old.model_copy(
+            update={
+                "config": self.config,
+                "residual_fingerprint": residual_fingerprint,
+                "versions": versions(),
+                "targets": self.reports,
+                "rank_budget": SpentBudget.of(self.config.init, targets),
+                # no model was loaded to compare logits
+                "identity_check": old.identity_check.model_copy(
+                    update={"max_abs_logit_diff": None, "max_abs_logit": None}
+                ),
+                "warnings": warnings + _beyond_convergence(self.reports),
+                "rebuilt": Rebuilt(source=str(source.resolve()), seconds=seconds),
+            }
+        )
+
+
+def rebuild(
     source: Path,
     to: Path,
     overrides: Sequence[str] = (),
@@ -97,7 +126,7 @@ def refactor(
     base: Path | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Report, str]:
     """Write the output directory `to` from `factors/` of the output directory `source`, under other settings.
 
     overrides: `--section.key value` over the source's configuration; keys that the gradients depend on are refused.
@@ -107,39 +136,41 @@ def refactor(
     """
     started = time.monotonic()
     try:
-        report = read_report(source)
-        _require_gradient(report, source)
+        old = Report.read(source)
+        _require_gradient(old, source)
         slots = scan_checkpoint(source / FACTORS, FACTORS_STEM)
-        old = json.loads((source / REPORT).read_bytes())
     except RunError as error:
         raise UserError("directory", str(source), f"{error}; write the directory of a finished run") from error
     config = _new_config(source, to, overrides, base)
     if SCHEMES[config.init.scheme].source != "gradient":
         problem = f"does not start from the gradients that {source} holds; run loraga-dist init with it"
         raise UserError("init.scheme", config.init.scheme, problem)
-    base_dir, index = open_base(report, base)
+    request = understand(config, World.alone(), reads_data=False)
+    base_dir, index = request.base.directory, request.base.index
     destination = free_place(to, "--to", marker=REPORT, overwrite=overwrite, inputs=[source, base_dir])
-    targets = planned_targets(targets_under(peft_lora_config(config.lora), report), config.lora, config.init)
-    check_patterns(config.lora, targets)
-    require_targets(index, targets)
+    if request.plan.owners.keys() != old.targets.keys():
+        raise UserError("directory", str(source), "holds gradients of other targets than this transformers finds")
+    config, targets = request.config, request.targets
     lora = config.lora
     if config.init.rank_budget is not None:
         singular_values = {target.name: _singular_values(slots, target.name) for target in targets}
         targets, lora = spend(targets, singular_values, lora, config.init)
     _require_triplets(config, targets, slots)
 
-    rebuild = _Rebuild(
+    new_start = _NewStart(
         config=config, old=old, targets={target.name: target for target in targets}, slots=slots, index=index
     )
-    num_bytes = _num_bytes(config, targets, slots, index)
-    with whole_directory(destination, "--to", num_bytes, overwrite=overwrite) as directory:
-        saved = {name: index[key] for name, key in report.saved_parameters.items()}
-        write_adapters(directory, config, lora, targets, rebuild.factors, saved, index)
+    held = {target.name: slots[f"{target.name}.S"].shape[0] for target in targets}
+    layout = replace(Layout.of(request, targets), num_triplets=held)
+    num_bytes = layout.num_bytes
+    with whole_directory(destination, "--to", sum(num_bytes.values()), overwrite=overwrite) as directory:
+        write_adapters(
+            directory, layout, lora, new_start.factors, index, new_start.magnitudes if lora.use_dora else None
+        )
         shutil.copytree(source / FACTORS, directory / FACTORS)
         residual_fingerprint = None
-        if writes_residual(config):
-            num_bytes = num_residual_bytes(index, config.output.residual_dtype)
-            with phase("write", num_bytes, "B", shown=show_progress) as progress:
+        if RESIDUAL_BASE in layout.directories:
+            with phase("write", num_bytes[RESIDUAL_BASE], "B", shown=show_progress) as progress:
                 digests = write_model(
                     base_dir,
                     index,
@@ -150,27 +181,8 @@ def refactor(
                     on_progress=progress.advance,
                 )
             residual_fingerprint = fingerprint({key: found for key, (_, found) in digests.items()})
-        new = finite(
-            {
-                **old,
-                "config": config.model_dump(),
-                "residual_fingerprint": residual_fingerprint,
-                "versions": versions(),
-                "targets": rebuild.reports,
-                "rank_budget": spent_budget(config.init.rank_budget, targets),
-                # no model was loaded to compare logits
-                "identity_check": old["identity_check"] | {"max_abs_logit_diff": None, "max_abs_logit": None},
-                "warnings": find_warnings(
-                    config.init,
-                    rebuild.reports,
-                    stopped_by=old["stopped_by"],
-                    refine_passes=old["refine_passes"],
-                )
-                + _beyond_convergence(rebuild.reports),
-                "refactored": {"from": str(source.resolve()), "seconds": time.monotonic() - started},
-            }
-        )
-        verified = finish_directory(directory, config, new, World.alone())
+        new = new_start.report(source, residual_fingerprint, time.monotonic() - started)
+        verified = finish_directory(directory, new, World.alone())
     return new, verified
 
 
@@ -229,13 +241,9 @@ def _require_triplets(config: InitConfig, targets: Sequence[Target], slots: Mapp
             )
 
 
-def _num_converged(report: Mapping[str, Any]) -> int:
-    """Leading triplets that calibration was asked for; the rest of `factors/` is a by-product."""
-    return report.get("num_converged", len(report["singular_values"]))
-
-
-def _beyond_convergence(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    beyond = [name for name, report in reports.items() if len(report["singular_values"]) > _num_converged(report)]
+def _beyond_convergence(reports: Mapping[str, TargetReport]) -> list[str]:
+    """A warning where more triplets are used than calibration was asked for; the rest of `factors/` is a by-product."""
+    beyond = [name for name, found in reports.items() if len(found.singular_values or ()) > (found.num_converged or 0)]
     if not beyond:
         return []
     return [
@@ -249,18 +257,5 @@ def _energy(singular_values: Sequence[float]) -> float:
 
 
 def _norm(slot: TensorSlot) -> float:
-    """||W||_F, in chunks."""
-    squares = (read_range(slot, *ends).double().square().sum().item() for ends in chunks(slot.numel, CHUNK_ELEMENTS))
-    return math.fsum(squares) ** 0.5
-
-
-def _num_bytes(
-    config: InitConfig,
-    targets: Sequence[Target],
-    slots: Mapping[str, TensorSlot],
-    index: Mapping[str, TensorSlot],
-) -> int:
-    each = sum(4 * target.r * (target.M + target.N) for target in targets)
-    adapters = 2 * each if SCHEMES[config.init.scheme].changes_base else each
-    residual = num_residual_bytes(index, config.output.residual_dtype) if writes_residual(config) else 0
-    return adapters + sum(slot.num_bytes for slot in slots.values()) + residual
+    """||W||_F."""
+    return math.fsum(chunk.double().square().sum().item() for chunk in read_chunks(slot)) ** 0.5

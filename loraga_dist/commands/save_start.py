@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loraga_dist.artifacts.adapter import write_adapter
+from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
-from loraga_dist.artifacts.report import SCHEMA_VERSION, versions
+from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, versions
 from loraga_dist.artifacts.residual import digest_base
-from loraga_dist.errors import RunError, UserError
+from loraga_dist.artifacts.tensors import entries_of
+from loraga_dist.config import InitConfig, ModelConfig, OutputConfig, SchemeConfig
+from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot, read_range
@@ -26,16 +28,15 @@ from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.sharding.open import sharding_of
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
-from loraga_dist.start.factors import product_norm
 from loraga_dist.start.in_place import Start
 
 
 def save_start(start: Start, directory: str | Path, *, base: str | Path | None = None) -> Path:
     """Write `loraga_init` and a report of a start that `initialize` made: what `convert` and `materialize-base` need.
 
-    Call it on every rank after `initialize` and before training. Adapter parameters are gathered one at a time; rank 0
-    keeps a copy of them until they are written. The model's weights are not gathered: each rank holds its own slices
-    against the checkpoint, and its share of the checkpoint's digest.
+    Call it on every rank after `initialize` and before training. Adapter parameters are gathered one at a time, to be
+    held against what was put there. The model's weights are not gathered: each rank holds its own slices against the
+    checkpoint, and takes its share of the checkpoint's digest.
 
     base: directory or hub id of the original model; by default the one the model was loaded from.
     Returns the directory, which appears whole or not at all. Raises UserError where it exists, where the model does not
@@ -61,16 +62,11 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         require_targets(index, targets)
         saved = {name: keys(name) for name in _saved_parameters(model)}
 
-    factors: dict[str, LoraFactors] = {}
     for target in targets:
         made = _gather_factors(model, target, sharding)
         offset = made if scheme.changes_base else None
         _require_start(model, target, offset, index[target.weight_key], name, sharding)
-        _require_untrained(
-            target, made, start.reports[target.name].offset_ratio or 0.0, index[target.weight_key], sharding
-        )
-        if world.is_main:
-            factors[target.name] = made
+        _require_untrained(target, made, start, world)
     share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
     with world.together():
         digests = digest_base(index, share)
@@ -84,34 +80,39 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         config.base_model_name_or_path, config.revision = f"{destination}/{RESIDUAL_BASE}", None
     else:
         config.base_model_name_or_path, config.revision = name, revision
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        config=_known_config(start, name, base_dir, destination),
+        base_fingerprint=fingerprint(base_digests),
+        residual_fingerprint=None,
+        versions=versions(),
+        targets={
+            target.name: start.reports[target.name].model_copy(update={"weight_key": target.weight_key})
+            for target in targets
+        },
+        saved_parameters=saved,
+        identity_check=start.identity_check,
+    )
     staged = StagedDirectory(destination, world, "directory")
-    staged.create(sum(4 * target.r * (target.M + target.N) for target in targets))
+    staged.create(Layout.of_report(report, entries_of(index)).num_bytes[LORAGA_INIT])
     try:
         with world.together():
             if world.is_main:
-                report = _report(start, name, base_dir, targets, saved, fingerprint(base_digests))
                 (staged.path / LORAGA_INIT).mkdir()
                 write_adapter(
                     staged.path / LORAGA_INIT,
                     copy.copy(config),
                     targets,
-                    lambda name: (factors[name].A_RN, factors[name].B_MR),
+                    lambda name: (start.factors[name].A_RN, start.factors[name].B_MR),
                     saved={parameter: index[key] for parameter, key in saved.items()},
                 )
-                try:
-                    (staged.path / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-                except OSError as error:
-                    raise RunError(f"{staged.path / REPORT} cannot be written ({error.strerror})") from error
+                report.write(staged.path / REPORT)
                 staged.commit()
     except BaseException:
         if world.is_main:
             staged.discard()
         raise
     return destination
-
-
-_NORM_TOLERANCE = 1e-4
-"""Of ||s B A||: rounding W to 16 bits moves its norm by 1e-6, the first step at a small learning rate by more."""
 
 
 def _saved_parameters(model: Any) -> list[str]:
@@ -168,57 +169,28 @@ def _require_start(
         raise error
 
 
-def _require_untrained(
-    target: Target, made: LoraFactors, offset_ratio: float, slot: TensorSlot, sharding: Sharding
-) -> None:
-    """Raise UserError on all ranks if ||s B A|| is not what it was: 16 bits of W would not tell a short training."""
-    norm = sharding.world.sum_(_share_of_square_norm(slot, sharding)).sqrt().item()
-    was, now = offset_ratio * norm, target.scaling * product_norm(made)
-    if abs(now - was) > _NORM_TOLERANCE * max(was, norm * torch.finfo(torch.float32).eps):
-        error = UserError("start", target.name, "has been trained already; call save_start before training")
-        error.on_all_ranks = True
-        raise error
-
-
-def _share_of_square_norm(slot: TensorSlot, sharding: Sharding) -> torch.Tensor:
-    world = sharding.world
-    ends = [slot.numel * rank // world.size for rank in (world.rank, world.rank + 1)]
+def _require_untrained(target: Target, made: LoraFactors, start: Start, world: World) -> None:
+    """Raise UserError on all ranks if the model holds other factors than the start put there."""
     with world.together():
-        share = square_norm(read_range(slot, *ends).float())
-    return share.to(world.device)
+        if world.is_main:
+            put = start.factors[target.name]
+            if not (torch.equal(made.A_RN, put.A_RN) and torch.equal(made.B_MR, put.B_MR)):
+                raise UserError("start", target.name, "has been trained already; call save_start before training")
 
 
-def _report(
-    start: Start, name: str, base_dir: Path, targets: list[Target], saved: dict[str, str], base_fingerprint: str
-) -> dict[str, Any]:
-    """The part of loraga_report.json that can be known without a run of the command line."""
+def _known_config(start: Start, name: str, base_dir: Path, destination: Path) -> InitConfig:
+    """What a start in memory knows of the configuration that would have made its output."""
     is_local = Path(name).expanduser().is_dir()
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "config": {
-            "model": {
-                "name_or_path": str(base_dir.resolve()) if is_local else name,
-                "revision": None if is_local else base_dir.name,
-            },
-            "lora": {"use_dora": False},
-            "init": {"scheme": start.scheme},
-            "output": {"residual_base": "none", "residual_dtype": _dtype(start.model)},
-        },
-        "base_fingerprint": base_fingerprint,
-        "residual_fingerprint": None,
-        "versions": versions(),
-        "targets": {
-            target.name: {
-                "shape": [target.M, target.N],
-                "r": target.r,
-                "weight_key": target.weight_key,
-                "transposed": target.transposed,
-            }
-            for target in targets
-        },
-        "saved_parameters": saved,
-    }
+    return InitConfig(
+        model=ModelConfig(
+            name_or_path=str(base_dir.resolve()) if is_local else name, revision=None if is_local else base_dir.name
+        ),
+        lora=start.lora,
+        init=SchemeConfig(scheme=start.scheme),
+        output=OutputConfig(dir=str(destination), residual_base="none", residual_dtype=_dtype(start.model)),
+    )
 
 
-def _dtype(model: Any) -> str:
+def _dtype(model: Any) -> Any:
+    """As `output.residual_dtype` says it."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")

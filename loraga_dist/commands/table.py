@@ -1,4 +1,4 @@
-"""The commands that work on files alone: convert, materialize-base, refactor."""
+"""The commands that work on files alone: convert, materialize-base, rebuild."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _materialize_base(options: argparse.Namespace, overrides: Sequence[str]) -> 
     print(f"{path}: the base that loraga_init is trained on, verified")
 
 
-def _add_refactor(parser: argparse.ArgumentParser) -> None:
+def _add_rebuild(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="an output directory with its factors/")
     parser.add_argument("--to", type=Path, required=True, help="the new output directory")
     parser.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
@@ -99,10 +99,10 @@ def _add_refactor(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Keys of lora, init and output can be given as --section.key value."
 
 
-def _refactor(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from loraga_dist.commands.rebuild import refactor
+def _rebuild(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from loraga_dist.commands.rebuild import rebuild
 
-    report, verified = refactor(
+    report, verified = rebuild(
         options.directory,
         options.to,
         overrides,
@@ -110,7 +110,7 @@ def _refactor(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         overwrite=options.overwrite,
         show_progress=sys.stderr.isatty(),
     )
-    for warning in report["warnings"]:
+    for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{options.to}: from the factors of {options.directory}; verified: {verified}")
 
@@ -126,10 +126,10 @@ OFFLINE_COMMANDS = {
         add_arguments=_add_materialize_base,
         run=_materialize_base,
     ),
-    "refactor": Command(
+    "rebuild": Command(
         help="another rank, split or scale from the factors of an output",
-        add_arguments=_add_refactor,
-        run=_refactor,
+        add_arguments=_add_rebuild,
+        run=_rebuild,
         takes_overrides=True,
     ),
 }

@@ -10,16 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, adapter_keys, magnitude_key
+from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, adapter_keys, magnitude_key
 from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT, RESIDUAL_BASE
-from loraga_dist.artifacts.reading import (
-    Report,
-    expected_shapes,
-    load_adapter,
-    read_lora_config,
-    read_report,
-    targets_under,
-)
+from loraga_dist.artifacts.reading import load_adapter, read_lora_config, targets_under
+from loraga_dist.artifacts.report import Report
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.safetensors_io import BrokenFileError, TensorSlot, dtype_name
 from loraga_dist.model.targets import Target
@@ -93,7 +87,7 @@ def open_update(init: Path, trained: Path) -> Update:
         raise UserError("--trained", str(trained), f"has bias {config.bias!r}; train with bias 'none'")
     _check_tensors(trained, init, adapter, targets, report)
     _check_values(trained, adapter, init_adapter, targets, report.is_dora)
-    lora_keys = expected_shapes(targets, report.is_dora)
+    lora_keys = adapter_entries(targets, use_dora=report.is_dora, saved={})
     return Update(
         report=report,
         targets={target.name: target for target in targets},
@@ -133,7 +127,7 @@ def _open_init(init: Path) -> tuple[Report, AdapterFile, list[Target]]:
         instead = init / LORAGA_INIT if (init / REPORT).is_file() else f"the {LORAGA_INIT} of an output directory"
         raise UserError("--init", str(init), f"has no {REPORT} beside it; write {instead}")
     try:
-        report = read_report(output)
+        report = Report.read(output)
         return report, *load_adapter(init, report)
     except RunError as error:
         raise UserError("--init", str(init), f"{error}; write the {LORAGA_INIT} of a verified output") from error
@@ -153,7 +147,7 @@ def _check_tensors(trained: Path, init: Path, adapter: AdapterFile, targets: lis
     def refuse(key: str, problem: str) -> UserError:
         return UserError("--trained", str(trained), f"{key} {problem}")
 
-    expected = expected_shapes(targets, report.is_dora)
+    expected = adapter_entries(targets, use_dora=report.is_dora, saved={})
     for key, slot in adapter.slots.items():
         if not slot.numel:
             raise refuse(
@@ -169,7 +163,7 @@ def _check_tensors(trained: Path, init: Path, adapter: AdapterFile, targets: lis
     for name, target in report.targets.items():
         if ranks[name] != target.r:
             raise refuse(name, f"has rank {ranks[name]} and {init} has {target.r}; write an adapter trained from there")
-    for key, shape in expected.items():
+    for key, (_, shape) in expected.items():
         found = adapter.slots.get(key)
         if found is None or found.shape != shape:
             problem = "is missing" if found is None else f"has shape {found.shape} and {init} has {shape}"

@@ -215,17 +215,6 @@ def work(
     )
 
 
-def disk_bytes(plan: Plan, residual_bytes: int) -> dict[str, int]:
-    """What a run writes, by directory. residual_bytes: 0 where output.residual_base is none."""
-    adapter = sum(target.adapter_bytes for target in plan.targets)
-    return {
-        "loraga_init": adapter,
-        "loraga_offset": adapter if plan.scheme.changes_base else 0,
-        "factors": sum(matrix.triplet_bytes for matrix in plan.matrices.values()),
-        "residual_base": residual_bytes,
-    }
-
-
 def sink_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype) -> Callable[[str], int]:
     """By target name, what its engine takes for a moment while a tap hands over x and dy."""
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from loraga_dist.artifacts.residual import num_residual_bytes, writes_residual
+from loraga_dist.artifacts.layout import Layout
 from loraga_dist.forecast.forecaster import Forecaster, advice, verdict
-from loraga_dist.forecast.memory import disk_bytes, work
+from loraga_dist.forecast.memory import work
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.schemes import SCHEMES
@@ -105,7 +104,7 @@ def plan_report(
             "device_bytes": worst.device,
             "host_bytes": worst.host,
         },
-        "disk_bytes": disk_bytes(plan, _residual_bytes(forecaster)),
+        "disk_bytes": Layout.of(request).num_bytes,
         "traffic_bytes_per_rank": done.traffic_bytes_per_rank,
         "flops": done.flops,
         "seconds": None
@@ -235,16 +234,6 @@ def _owners(plan: Plan, world_size: int) -> dict[str, Any]:
         targets[plan.owners[name]] += 1
         cost[plan.owners[name]] += cost_of_target
     return {"targets_per_rank": targets, "busiest_to_mean": max(cost) * world_size / sum(cost)}
-
-
-def _residual_bytes(forecaster: Forecaster) -> int:
-    output, index = forecaster.config.output, forecaster.request.base.index
-    if not writes_residual(forecaster.config):
-        return 0
-    if index:
-        return num_residual_bytes(index, output.residual_dtype)
-    each = None if output.residual_dtype == "auto" else getattr(torch, output.residual_dtype).itemsize
-    return sum(forecaster.request.shape.numels) * (each or forecaster.request.shape.num_bytes_each)
 
 
 def _spread(numbers: list[int]) -> str:

@@ -13,11 +13,14 @@ from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import (
-    BrokenFileError,
-    TensorSlot,
-    scan_checkpoint,
-)
+from loraga_dist.files.safetensors_io import BrokenFileError, Entries, TensorSlot, scan_checkpoint
+
+AUTO_CLASSES: dict[TaskType, str] = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+}
+"""What transformers loads a model for a task with."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,6 +34,11 @@ class BaseModel:
     model_class: type[nn.Module]
     config: Any
     dtype: torch.dtype
+
+    @property
+    def entries(self) -> Entries:
+        """Dtypes and shapes of the checkpoint's tensors."""
+        return {key: (slot.dtype, slot.shape) for key, slot in self.index.items()}
 
     @property
     def max_positions(self) -> int | None:
@@ -112,11 +120,7 @@ def find_base_model(
 def _model_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directory: Path) -> type[nn.Module]:
     import transformers
 
-    auto = {
-        "CAUSAL_LM": transformers.AutoModelForCausalLM,
-        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    }[task_type]
+    auto = getattr(transformers, AUTO_CLASSES[task_type])
     remote = getattr(hf_config, "auto_map", None) or {}
     if config.trust_remote_code and auto.__name__ in remote:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module

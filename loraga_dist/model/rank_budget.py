@@ -107,11 +107,6 @@ def allocate(budget: int, sizes: Sequence[int], energies: Sequence[Sequence[floa
     return ranks
 
 
-def spent_budget(budget: int | None, targets: Sequence[Target]) -> dict[str, int] | None:
-    """What the report says of `init.rank_budget`."""
-    return None if budget is None else {"parameters": budget, "spent": num_parameters(targets)}
-
-
 def num_parameters(targets: Sequence[Target]) -> int:
     """Of all A and B together."""
     return sum(target.num_parameters for target in targets)

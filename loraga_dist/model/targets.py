@@ -83,8 +83,8 @@ class Selection:
 
     targets: list[Target]
     """In the model's module order."""
-    saved_parameters: dict[str, tuple[int, ...]]
-    """Shapes of `modules_to_save`'s parameters, which PEFT expects in the adapter; it adds the heads of classifiers."""
+    saved_parameters: list[str]
+    """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
 
 
 def select_targets(
@@ -118,11 +118,10 @@ def select_targets(
         raise UserError("lora.target_modules", shown, _first_sentence(str(error))) from error
 
     targets: list[Target] = []
-    saved_parameters: dict[str, tuple[int, ...]] = {}
+    saved_parameters: list[str] = []
     for name, layer in peft_model.base_model.model.named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
-            own = layer.original_module.named_parameters()
-            saved_parameters |= {f"{name}.{inner}": tuple(parameter.shape) for inner, parameter in own}
+            saved_parameters += [f"{name}.{inner}" for inner, _ in layer.original_module.named_parameters()]
         if not isinstance(layer, LoraLayer):
             continue
         base = layer.get_base_layer()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, README, REPORT, RESIDUAL_BASE
+from loraga_dist.artifacts.layout import Layout
+from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, README, REPORT, RESIDUAL_BASE
+from loraga_dist.artifacts.report import Report
 from loraga_dist.config import OutputConfig
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.publish.card import model_card
@@ -43,13 +43,13 @@ def check_hub_access(config: OutputConfig) -> None:
         raise UserError(_KEY, repo, problem)
 
 
-def push_output(directory: Path, report: Mapping[str, Any], world: World) -> None:
+def push_output(directory: Path, report: Report, world: World) -> None:
     """Upload card, adapter, offset and report, and the residual base if asked for; rank 0 says where they are.
 
     A collective: rank 0 uploads while the others wait, without a time limit. Raises RunError when that fails, with
     `directory` as complete as before. Does nothing where the configuration asks for nothing.
     """
-    if report["config"]["output"]["push_to_hub"] is None:
+    if report.config.output.push_to_hub is None:
         return
     with ThreadPoolExecutor(1) as pool:
         upload = pool.submit(_upload, directory, report) if world.is_main else None
@@ -65,11 +65,13 @@ def _is_done(upload: Future[str] | None, world: World) -> bool:
     return bool(world.max_(torch.tensor([done], device=world.device)).item())
 
 
-def _upload(directory: Path, report: Mapping[str, Any]) -> str:
-    output, api = report["config"]["output"], HfApi(library_name="loraga_dist")
-    folders = [LORAGA_INIT, LORAGA_OFFSET, *([RESIDUAL_BASE] if output["push_residual_base"] else [])]
+def _upload(directory: Path, report: Report) -> str:
+    api, repo_id = HfApi(library_name="loraga_dist"), report.config.output.push_to_hub
+    assert repo_id is not None, "asked for"
+    left_out = {FACTORS} if report.config.output.push_residual_base else {FACTORS, RESIDUAL_BASE}
+    folders = [name for name in Layout.of_report(report).directories if name not in left_out]
     try:
-        url = api.create_repo(output["push_to_hub"], exist_ok=True)
+        url = api.create_repo(repo_id, exist_ok=True)
         found = [directory / REPORT, *(path for name in folders for path in (directory / name).rglob("*"))]
         paths = {path.relative_to(directory).as_posix(): path for path in found if path.is_file()}
         # of an earlier start: its files beside this one's would load together
@@ -87,7 +89,7 @@ def _upload(directory: Path, report: Mapping[str, Any]) -> str:
         )
     except Exception as error:  # as above: whatever it was, the output is not touched
         raise RunError(
-            f"push: {output['push_to_hub']} was not uploaded ({_first_line(error)}); the output in {directory} is "
+            f"push: {repo_id} was not uploaded ({_first_line(error)}); the output in {directory} is "
             "complete and verified, and `hf upload` takes it as it is"
         ) from error
     return str(url)

@@ -1,455 +1,90 @@
-"""report.html and plots/: what loraga_report.json says, to look at rather than to read."""
+"""report.html: what loraga_report.json says, to look at rather than to read."""
 
 from __future__ import annotations
 
-import io
-import math
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from loraga_dist.artifacts.names import PLOTS, README, REPORT, REPORT_PAGE
+from loraga_dist.artifacts.names import PLOTS, REPORT_PAGE
+from loraga_dist.artifacts.report import Report, TargetReport
 from loraga_dist.errors import RunError
-from loraga_dist.schemes import SCHEMES, Scheme
+from loraga_dist.publish.plots import DASH, draw
+from loraga_dist.publish.rendering import render
+from loraga_dist.publish.text import budget_spent
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_DASH = "–"
-
-_INK = "#1f2328"
-"""Of text and axes in the PNGs; in the page it becomes the text's own colour, so that plots follow light and dark."""
-_BAR, _MARK = "#4a86c5", "#e0732e"
-_LAYER_COLORS = ("#2f7ed8", "#9b6bcc", "#e0732e")
-"""From the first layer to the last: of one lightness, so that lines show on white and on black."""
-_WIDTH_INCHES = 5.0  # 480 px: two plots side by side on a desktop, and still legible when a phone shrinks them
-_MAX_NUMBERED_COLUMNS = 8
-_STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.titlesize": 8.5,
-    "figure.titlesize": 11,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#808080",
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
-}
-
-_CSS = """
-:root { color-scheme: light dark; --ink: #1f2328; --dim: #59636e; --line: #d1d9e0; --page: #ffffff; --warn: #fff4d6;
-  --warn-line: #d4a012; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --dim: #9da7b3; --line: #3d444d; --page: #0f1318;
-  --warn: #352a0a; --warn-line: #d4a012; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1200px; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere;
-  -webkit-text-size-adjust: 100%; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-p { max-width: 75ch; }
-.dim, figcaption { color: var(--dim); }
-.warnings { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .6rem 1rem; margin: 1rem 0; }
-.warnings ul { margin: .3rem 0 0; padding-left: 1.2rem; }
-.plots { columns: 2; column-gap: 2.5rem; }
-figure { break-inside: avoid; margin: 0 0 2rem; }
-figure svg { display: block; width: 100%; height: auto; }
-figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif !important; }
-figcaption { font-size: .875rem; }
-table { border-collapse: collapse; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; }
-.facts th { font-weight: normal; color: var(--dim); white-space: nowrap; }
-.scroll { overflow-x: auto; }
-.scroll table { font-size: .875rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.scroll th { white-space: normal; overflow-wrap: normal; vertical-align: bottom; }
-.scroll th:not(:first-child), .scroll td:not(:first-child) { text-align: right; padding: .3rem 0 .3rem 1.2rem; }
-@media (max-width: 760px) { .plots { columns: 1; } }
-"""
+_COLUMNS = (
+    "target", "M × N", "r", "largest singular value", "numerical rank", "captured energy", "split-half cosine",
+    "window capture", "offset ratio", "owner rank",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Plot:
-    name: str
-    figure: Figure
-    caption: str
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The targets by kind of module and layer; experts of one layer share a place."""
-
-    kinds: Mapping[str, Mapping[int | None, Sequence[Mapping[str, Any]]]]
-
-    @property
-    def layers(self) -> list[int | None]:
-        """All layers in order, and None at the end if some target is of no layer."""
-        found = {layer for by_layer in self.kinds.values() for layer in by_layer}
-        return sorted(found, key=lambda layer: (layer is None, layer))
-
-    def mean(self, kind: str, layer: int | None, field: str) -> float | None:
-        known = [target[field] for target in self.kinds[kind].get(layer, ()) if target[field] is not None]
-        return sum(known) / len(known) if known else None
-
-
-def write_report_page(directory: Path, report: Mapping[str, Any]) -> None:
+def write_report_page(directory: Path, report: Report) -> None:
     """Write report.html, whole in one file, and plots/*.png; without matplotlib only the page, which then says so.
 
-    report: the content of loraga_report.json. Raises RunError when a file cannot be written.
+    Raises RunError when a file cannot be written.
     """
     try:
-        drawings = _draw(report, directory / PLOTS)
-        (directory / REPORT_PAGE).write_text(_page(report, drawings), encoding="utf-8")
+        page = render(
+            "report.html.j2",
+            report=report,
+            base=report.config.model.name_or_path,
+            facts=_facts(report),
+            drawings=draw(report, directory / PLOTS),
+            columns=_COLUMNS,
+            rows=list(_rows(report.targets)),
+            versions=", ".join(f"{package} {version}" for package, version in report.versions.items()),
+        )
+        (directory / REPORT_PAGE).write_text(page, encoding="utf-8")
     except OSError as error:
         raise RunError(f"write: {error.filename or directory} cannot be written ({error.strerror})") from error
 
 
-def _by_kind_and_layer(targets: Mapping[str, Mapping[str, Any]]) -> _Grid:
-    patterns = {name: re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in targets}
-    label = _short_names(dict.fromkeys(patterns.values()))
-    kinds: dict[str, dict[int | None, list[Mapping[str, Any]]]] = {}
-    for name, target in targets.items():
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        kinds.setdefault(label[patterns[name]], {}).setdefault(layer, []).append(target)
-    return _Grid(kinds)
-
-
-def _short_names(patterns: Iterable[str]) -> dict[str, str]:
-    """The last part of each name, with only those before it that tell it from others with the same last part."""
-    groups: dict[str, list[str]] = {}
-    for pattern in patterns:
-        groups.setdefault(pattern.rpartition(".")[2], []).append(pattern)
-    names = {}
-    for last, group in groups.items():
-        shared = set.intersection(*(set(pattern.split(".")) for pattern in group)) | {"*"}
-        short = [".".join([p for p in pattern.split(".")[:-1] if p not in shared] + [last]) for pattern in group]
-        names |= dict(zip(group, short if len(set(short)) == len(group) else group, strict=True))
-    return names
-
-
-def _draw(report: Mapping[str, Any], directory: Path) -> list[tuple[str, str]] | None:
-    """Write the PNGs; returns (<svg> element, caption) of each, or None where matplotlib is not installed."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook sets its own for all it starts, and importing fails where that is not
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    directory.mkdir()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # not the user's own style
-        matplotlib.rcParams.update(_STYLE)
-        return [(_save(plot, directory), plot.caption) for plot in _plots(report)]
-
-
-def _plots(report: Mapping[str, Any]) -> Iterator[_Plot]:
-    """All plots, in the order of the page."""
-    grid = _by_kind_and_layer(report["targets"])
-    scheme = _scheme_of(report)
-    if scheme.source == "gradient":
-        yield _Plot(
-            "singular_values",
-            _spectra(grid),
-            "The singular values of each target's gradient, divided by its largest: one line a layer. The steeper, the "
-            "less a low rank leaves out.",
-        )
-    for field, title, cmap, caption in (
-        (
-            "captured_energy",
-            "Captured energy",
-            "viridis",
-            "The share of the squared gradient in the leading directions that the start uses; darker is less.",
-        ),
-        (
-            "split_half_cosine",
-            "Split-half cosine",
-            "viridis",
-            "How far two halves of the calibration data agree on the gradient; dark asks for more samples.",
-        ),
-        (
-            "offset_ratio",
-            "Offset ratio",
-            "viridis_r",
-            "‖s B0 A0‖ / ‖W‖, how much of each weight moves into the adapter; dark asks for a smaller scale."
-            if scheme.changes_base
-            else "‖s B0 A0‖ / ‖W‖, how far each weight starts from the original; dark asks for a smaller scale.",
-        ),
-    ):
-        if any(target[field] is not None for target in report["targets"].values()):
-            yield _Plot(field, _heatmap(grid, field, title, cmap), caption)
-    yield _Plot(
-        "memory",
-        _memory(report["peak_bytes_per_rank"], report["planned_peak_bytes_per_rank"]),
-        "The plan is made from shapes before anything is loaded: weights, the largest block gathered at a time, the "
-        "engine's state and activations.",
-    )
-    yield _Plot("seconds", _seconds(report["seconds"]), f"{report['seconds']['total']:.1f} s in all.")
-
-
-def _scheme_of(report: Mapping[str, Any]) -> Scheme:
-    return SCHEMES[report["config"]["init"]["scheme"]]
-
-
-def _save(plot: _Plot, directory: Path) -> str:
-    """Write the PNG, and return the same figure as an <svg> element for the page."""
-    import matplotlib
-
-    text = io.StringIO()
-    plot.figure.savefig(directory / f"{plot.name}.png", dpi=150, facecolor="white")
-    plot.figure.set_layout_engine("none")  # it is laid out now, which is half of the work
-    # ids made from the plot's name: no other plot of the page has them, and the same report gives the same bytes
-    with matplotlib.rc_context({"svg.hashsalt": plot.name}):
-        plot.figure.savefig(text, format="svg", dpi=150, transparent=True, metadata={"Date": None})
-    _, start, svg = text.getvalue().partition("<svg")  # without XML's head, which HTML does not know
-    svg = re.sub(r"<metadata>.*?</metadata>", "", start + svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every figure names its groups alike
-    title = escape(plot.figure.get_suptitle())
-    return svg.replace(_INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-
-
-def _new_figure(title: str, height_inches: float) -> Figure:
-    # without pyplot there is no backend to choose, no window and nothing to close
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
-    figure.suptitle(title)
-    return figure
-
-
-def _spectra(grid: _Grid) -> Figure:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    num_columns = 2 if len(grid.kinds) <= 8 else 3
-    num_rows = math.ceil(len(grid.kinds) / num_columns)
-    figure = _new_figure("Singular values of the gradient", 0.9 + 1.35 * num_rows)
-    axes = list(figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flat)
-    numbers = [layer for layer in grid.layers if layer is not None]
-    span = Normalize(min(numbers, default=0), max(numbers, default=1))
-    color_of = LinearSegmentedColormap.from_list("layers", _LAYER_COLORS)
-    smallest = 1.0
-    for axis, (kind, by_layer) in zip(axes, grid.kinds.items(), strict=False):
-        axis.set_title(_two_lines(kind, 20), loc="left")
-        axis.set_yscale("log")
-        axis.grid(True)
-        for layer, targets in by_layer.items():
-            color = _INK if layer is None else color_of(span(layer))
-            for values in (target["singular_values"] for target in targets):
-                # zeros, of a gradient with fewer directions than asked for, have no place on a log scale
-                shares = [value / values[0] if value and values[0] else math.nan for value in values]
-                smallest = min([smallest, *(share for share in shares if share > 0)])
-                axis.plot(range(1, len(values) + 1), shares, color=color, linewidth=1, alpha=0.8)
-    decades = -math.log10(smallest)
-    first = axes[0]  # the others share its scales
-    first.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1,)))
-    first.yaxis.set_minor_locator(NullLocator())
-    first.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    first.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    for index, axis in enumerate(axes):
-        below = index + num_columns
-        axis.tick_params(labelbottom=below >= len(grid.kinds))  # the lowest of each column
-        if index >= len(grid.kinds):
-            axis.remove()
-    figure.supxlabel("index", fontsize="medium")
-    figure.supylabel("relative to the largest", fontsize="medium")
-    if len(numbers) > 1:
-        bar = figure.colorbar(ScalarMappable(span, color_of), ax=list(figure.axes), label="layer", aspect=40, pad=0.02)
-        bar.locator = MaxNLocator(6, integer=True)
-    return figure
-
-
-def _heatmap(grid: _Grid, field: str, title: str, cmap: str) -> Figure:
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
-
-    layers = grid.layers
-    values = [[grid.mean(kind, layer, field) for layer in layers] for kind in grid.kinds]
-    numbers = [[math.nan if value is None else value for value in row] for row in values]
-    scale = Normalize(0, max([1.0, *(value for row in values for value in row if value is not None)]))
-    shade = colormaps[cmap]
-    figure = _new_figure(title, 1.0 + 0.34 * len(values))
-    axis = figure.add_subplot()
-    image = axis.imshow(numbers, cmap=shade, norm=scale, aspect="auto", interpolation="nearest")
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
-    axis.set_yticks(range(len(values)), [_two_lines(kind, 26) for kind in grid.kinds])
-    step = math.ceil(len(layers) / 10)
-    ticks = range(0, len(layers), step)
-    axis.set_xticks(ticks, [_DASH if layers[tick] is None else str(layers[tick]) for tick in ticks])
-    axis.set_xlabel("layer")
-    bar = figure.colorbar(image, ax=axis, pad=0.02)
-    bar.outline.set_visible(False)
-    if len(layers) <= _MAX_NUMBERED_COLUMNS:
-        for row, by_layer in enumerate(grid.kinds.values()):
-            for column, layer in enumerate(layers):
-                value = values[row][column]
-                if value is not None:
-                    red, green, blue, _ = shade(scale(value))
-                    color = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-                    axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
-                elif layer in by_layer:
-                    axis.text(column, row, _DASH, ha="center", va="center")
-    return figure
-
-
-def _memory(measured_bytes: Sequence[int], planned_bytes: Sequence[int]) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
-    unit, unit_bytes = ("GiB", 2**30) if max(measured_bytes) >= 2**30 else ("MiB", 2**20)
-    ranks = range(len(measured_bytes))
-    figure = _new_figure("Peak memory per rank", 2.6)
-    axis = figure.add_subplot()
-    bars = axis.bar(ranks, [peak / unit_bytes for peak in measured_bytes], width=0.6, color=_BAR, label="measured")
-    axis.hlines(
-        [planned / unit_bytes for planned in planned_bytes],
-        [rank - 0.4 for rank in ranks],
-        [rank + 0.4 for rank in ranks],
-        colors=_MARK,
-        linewidth=2.5,
-        label="planned",
-    )
-    if len(ranks) <= _MAX_NUMBERED_COLUMNS:
-        axis.bar_label(bars, fmt="%.3g", padding=2)
-    axis.set_xlim(-1, len(ranks))
-    axis.margins(y=0.12)
-    axis.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
-    axis.set_xticks([tick for tick in axis.get_xticks() if 0 <= tick < len(ranks)])
-    axis.set_xlabel("rank")
-    axis.set_ylabel(unit)
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-def _seconds(seconds: Mapping[str, float]) -> Figure:
-    phases = {phase: value for phase, value in seconds.items() if phase != "total"}
-    phases["other"] = max(0.0, seconds["total"] - sum(phases.values()))
-    figure = _new_figure("Seconds per phase", 0.8 + 0.3 * len(phases))
-    axis = figure.add_subplot()
-    bars = axis.barh(list(phases), list(phases.values()), height=0.6, color=_BAR)
-    axis.bar_label(bars, fmt="%.1f", padding=3)
-    axis.invert_yaxis()
-    axis.margins(x=0.12)
-    axis.set_xlabel("seconds")
-    return figure
-
-
-def _two_lines(name: str, max_length: int) -> str:
-    """A longer dotted name is broken at the dot nearest its middle."""
-    dots = [match.end() for match in re.finditer(r"\.", name)]
-    if len(name) <= max_length or not dots:
-        return name
-    dot = min(dots, key=lambda end: abs(end - len(name) / 2))
-    return f"{name[:dot]}\n{name[dot:]}"
-
-
-def _page(report: Mapping[str, Any], drawings: Sequence[tuple[str, str]] | None) -> str:
-    base, title = escape(report["config"]["model"]["name_or_path"]), _scheme_of(report).title
-    if drawings is None:
-        plots = (
-            '<p class="dim">There are no plots: matplotlib is not installed where this was made. '
-            "<code>pip install matplotlib</code> before the next run.</p>"
-        )
-    else:
-        figures = [f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for svg, caption in drawings]
-        plots = f'<div class="plots">\n{"".join(figures)}\n</div>'
-    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} start of {base}</title>
-<style>{_CSS}</style>
-</head>
-<body>
-<h1>{title} start of {base}</h1>
-{_warnings(report["warnings"])}
-{_facts(report)}
-<p>How to train, merge and serve from here: <a href="{README}">{README}</a>.
-All numbers: <a href="{REPORT}">{REPORT}</a>.</p>
-<h2>Plots</h2>
-{plots}
-<h2>Targets</h2>
-{_target_table(report["targets"])}
-<p class="dim">{escape(versions)}</p>
-</body>
-</html>
-"""
-
-
-def _warnings(lines: Sequence[str]) -> str:
-    if not lines:
-        return '<p class="dim">No warnings.</p>'
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="warnings" role="alert"><strong>Warnings: {len(lines)}</strong><ul>{items}</ul></div>'
-
-
-def _facts(report: Mapping[str, Any]) -> str:
-    config, check = report["config"], report["identity_check"]
-    model, init, scheme = config["model"], config["init"], _scheme_of(report)
-    start = f"{init['scheme']}, {init['direction']}, {init['scale']}" if init["scheme"] == "lora_ga" else init["scheme"]
-    of_gradient = {}
-    if scheme.source == "gradient":
-        of_gradient = {
-            "engine": report["engine"],
-            "sequences": f"{report['num_sequences']:,}",
-            "supervised tokens": f"{report['num_supervised_tokens']:,}",
-            "stopped by": report["stopped_by"],
-            "split-half cosine, median": _number(report["split_half_cosine"], ".3f"),
-            "mean loss": _number(report["mean_loss"], ".4f"),
-        }
-    if budget := report.get("rank_budget"):
-        of_gradient["rank budget"] = f"{budget['spent']:,} of {budget['parameters']:,} parameters spent"
+def _facts(report: Report) -> dict[str, str]:
+    config, check, scheme = report.config, report.identity_check, report.scheme
+    model, init = config.model, config.init
+    start = f"{init.scheme}, {init.direction}, {init.scale}" if init.scheme == "lora_ga" else init.scheme
     facts = {
-        "base": model["name_or_path"] + (f" @ {model['revision']}" if model["revision"] else ""),
+        "base": model.name_or_path + (f" @ {model.revision}" if model.revision else ""),
         "start": start,
-        "targets": str(len(report["targets"])),
-        "world size": str(report["world_size"]),
-        **of_gradient,
-        "identity check": f"logits differ by {_number(check['max_abs_logit_diff'], '.2e')} at most, "
-        f"largest {_number(check['max_abs_logit'], '.3g')} ({check['dtype']})"
-        + ("" if scheme.starts_at_model else f"; {scheme.title} starts off the model"),
+        "targets": str(len(report.targets)),
+        "world size": str(report.world_size),
     }
-    rows = "".join(
-        f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>\n" for name, value in facts.items()
-    )
-    return f'<table class="facts">\n{rows}</table>'
+    if scheme.source == "gradient":
+        facts |= {
+            "engine": str(report.engine),
+            "sequences": _number(report.num_sequences, ","),
+            "supervised tokens": _number(report.num_supervised_tokens, ","),
+            "stopped by": str(report.stopped_by),
+            "split-half cosine, median": _number(report.split_half_cosine, ".3f"),
+            "mean loss": _number(report.mean_loss, ".4f"),
+        }
+    if report.rank_budget:
+        facts["rank budget"] = budget_spent(report.rank_budget, ",")
+    if check is not None:
+        facts["identity check"] = (
+            f"logits differ by {_number(check.max_abs_logit_diff, '.2e')} at most, "
+            f"largest {_number(check.max_abs_logit, '.3g')} ({check.dtype})"
+            + ("" if scheme.starts_at_model else f"; {scheme.title} starts off the model")
+        )
+    return facts
 
 
-def _target_table(targets: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = (
-        "target", "M × N", "r", "largest singular value", "numerical rank", "captured energy", "split-half cosine",
-        "window capture", "offset ratio", "owner rank",
-    )  # fmt: skip
-    head = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
-    rows = []
+def _rows(targets: Mapping[str, TargetReport]) -> Iterator[tuple[str, ...]]:
     for name, target in targets.items():
-        M, N = target["shape"]
-        cells = (
+        M, N = target.shape
+        yield (
             name,
             f"{M} × {N}",
-            str(target["r"]),
-            _number(target["singular_values"] and target["singular_values"][0], ".3g"),
-            _number(target["numerical_rank"], "d"),
-            *(
-                _number(target[field], ".3f")
-                for field in ("captured_energy", "split_half_cosine", "window_capture", "offset_ratio")
-            ),
-            str(target["owner_rank"]),
+            str(target.r),
+            _number(target.singular_values[0] if target.singular_values else None, ".3g"),
+            _number(target.numerical_rank, "d"),
+            _number(target.captured_energy, ".3f"),
+            _number(target.split_half_cosine, ".3f"),
+            _number(target.window_capture, ".3f"),
+            _number(target.offset_ratio, ".3f"),
+            str(target.owner_rank),
         )
-        rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    body = "\n".join(rows)
-    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _number(value: float | None, spec: str) -> str:
-    return _DASH if value is None else format(value, spec)
+    return DASH if value is None else format(value, spec)

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from loraga_dist.artifacts.names import TENSORBOARD
+from loraga_dist.artifacts.report import Report
 from loraga_dist.config import OutputConfig
 from loraga_dist.errors import RunError, UserError
 
@@ -38,13 +39,13 @@ def _wandb_can_log() -> bool:
         return False
 
 
-def track(directory: Path, report: Mapping[str, Any]) -> None:
+def track(directory: Path, report: Report) -> None:
     """Log a report's figures and configuration; rank 0 alone calls this, when `directory` is in place.
 
     TensorBoard's events go to `tensorboard/` in it, Weights & Biases' own files beside it. Raises RunError when a
     tracker fails.
     """
-    trackers = OutputConfig.model_validate(report["config"]["output"]).trackers
+    trackers = report.config.output.trackers
     if not trackers:
         return
     from accelerate import PartialState
@@ -60,7 +61,7 @@ def track(directory: Path, report: Mapping[str, Any]) -> None:
                 tracker = WandBTracker(project, name=directory.name, dir=str(directory.parent))
             tracker.main_process_only = False  # this is rank 0; the state above need not say so
             tracker.start()
-            tracker.store_init_configuration(dict(_dotted(report["config"])))
+            tracker.store_init_configuration(dict(_dotted(report.config.model_dump())))
             tracker.log(dict(figures(report)), step=0)
             tracker.finish()
         except Exception as error:  # each service has errors of its own
@@ -70,16 +71,17 @@ def track(directory: Path, report: Mapping[str, Any]) -> None:
             ) from error
 
 
-def figures(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def figures(report: Report) -> Iterator[tuple[str, float]]:
     """Names and values of all that is a number: totals, seconds, bytes by rank, and what is known of every target."""
-    yield from ((name, report[name]) for name in _TOTALS if report[name] is not None)
-    yield from ((f"seconds/{phase}", seconds) for phase, seconds in report["seconds"].items())
-    for key in ("peak_bytes_per_rank", "planned_peak_bytes_per_rank"):
-        yield from ((f"{key}/{rank}", number) for rank, number in enumerate(report[key]))
-    if report["identity_check"]["max_abs_logit_diff"] is not None:
-        yield "identity_check/max_abs_logit_diff", report["identity_check"]["max_abs_logit_diff"]
-    for target, found in report["targets"].items():
-        yield from ((f"{key}/{target}", found[key]) for key in _PER_TARGET if found[key] is not None)
+    numbers: dict[str, float | None] = {name: getattr(report, name) for name in _TOTALS}
+    numbers |= {f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
+    for name in ("peak_bytes_per_rank", "planned_peak_bytes_per_rank"):
+        numbers |= {f"{name}/{rank}": number for rank, number in enumerate(getattr(report, name))}
+    if report.identity_check:
+        numbers["identity_check/max_abs_logit_diff"] = report.identity_check.max_abs_logit_diff
+    for target, found in report.targets.items():
+        numbers |= {f"{name}/{target}": getattr(found, name) for name in _PER_TARGET}
+    yield from ((name, number) for name, number in numbers.items() if number is not None)
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

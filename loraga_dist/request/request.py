@@ -24,7 +24,7 @@ from loraga_dist.data.microbatches import (
 )
 from loraga_dist.data.samples import fingerprints
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.files.safetensors_io import Entries, TensorSlot
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
@@ -79,8 +79,8 @@ class CheckpointRequest(Request):
     shape: ModelShape
     saved_parameters: dict[str, str]
     """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
-    saved_entries: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    """Dtype and shape of these parameters."""
+    entries: Entries
+    """Dtypes and shapes of the model's tensors by checkpoint key; by parameter name where there is no checkpoint."""
     data: SampleSharder | None
 
     @property
@@ -109,10 +109,12 @@ def understand(
 ) -> CheckpointRequest:
     """Understand a configuration: find the model, choose targets, plan, read the data. No collectives.
 
-    needs_weights: without, a directory may hold a config.json alone, as a forecast may be made of. reads_data: without,
-    `data` is None whatever the scheme wants. Raises UserError for all that does not fit together.
+    needs_weights: without, a directory may hold a config.json alone, as a forecast may be made of.
+    reads_data: without, data and DeepSpeed's settings, which only a run needs, are not looked at.
+    Raises UserError for all that does not fit together.
     """
-    read_deepspeed_config(config.deepspeed)
+    if reads_data:
+        read_deepspeed_config(config.deepspeed)
     scheme = SCHEMES[config.init.scheme]
     base = find_base_model(config.model, config.lora.task_type, world.device, needs_weights=needs_weights)
     try:
@@ -122,14 +124,11 @@ def understand(
     slots = base.slots_of(meta_model)
     shape = ModelShape.of(meta_model, base.dtype)
     weight_key = base.weight_keys if base.index else str
+    entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     selection, targets = _choose_targets(meta_model, config, weight_key)
-    saved_parameters = {name: weight_key(name) for name in selection.saved_parameters}
-    saved_entries = {name: (base.dtype, shape) for name, shape in selection.saved_parameters.items()}
     factor_dtypes = dict.fromkeys((target.name for target in targets), base.dtype)
     if base.index:
         require_targets(base.index, targets)
-        slot_of = {name: base.index[key] for name, key in saved_parameters.items()}
-        saved_entries = {name: (slot.dtype, slot.shape) for name, slot in slot_of.items()}
         residual_dtype = config.output.residual_dtype
         factor_dtypes = {
             target.name: factor_dtype(base.dtype, base.index[target.weight_key].dtype, residual_dtype)
@@ -146,8 +145,8 @@ def understand(
         base=base,
         slots=slots,
         shape=shape,
-        saved_parameters=saved_parameters,
-        saved_entries=saved_entries,
+        saved_parameters={name: weight_key(name) for name in selection.saved_parameters},
+        entries=entries,
     )
 
 

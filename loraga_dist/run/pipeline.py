@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import nn
 
+from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import REPORT, RESIDUAL_BASE
-from loraga_dist.artifacts.residual import writes_residual
+from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
@@ -33,11 +34,12 @@ from loraga_dist.request.request import CheckpointRequest, understand, understan
 from loraga_dist.run.checkpointer import RunCheckpointer, StopRequest, base_identity
 from loraga_dist.run.finished import num_bytes_kept
 from loraga_dist.run.writing import finish_directory, make_report, write_weights
+from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.open import open_sharding, sharding_of
 from loraga_dist.start.in_place import Start, start_in_place
 
 
-def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, Any], str]:
+def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, str]:
     """Make a start of a checkpoint and data, and write it to a verified output directory. Every rank calls this.
 
     1. Understand the request; refuse what cannot fit.
@@ -62,7 +64,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
         config, destination = request.config, Path(request.config.output.dir)
         staged = StagedDirectory(destination, world, overwrite=config.output.overwrite)
         finished_files = staged.checkpoint_path / RESIDUAL_BASE
-        staged.create(max(0, 0 - num_bytes_kept(finished_files)))
+        staged.create(max(0, sum(Layout.of(request).num_bytes.values()) - num_bytes_kept(finished_files)))
         try:
             checkpointer = _checkpointer(request, staged.checkpoint_path, stop, world)
             sharding = open_sharding(world, config.deepspeed)
@@ -79,7 +81,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[dict[str, 
             seconds["write"] = time.monotonic() - write_started
             seconds["total"] = time.monotonic() - started
             report = make_report(request, start, fingerprints, seconds, memory.peak_bytes, planned.peak_bytes, world)
-            verified = finish_directory(staged.path, config, report, world)
+            verified = finish_directory(staged.path, report, world)
             with world.together():
                 if world.is_main:
                     staged.commit()
@@ -154,7 +156,7 @@ def _prepare(config: InitConfig, world: World) -> CheckpointRequest:
             overwrite=config.output.overwrite,
             inputs=_local_inputs(config),
         )
-        if config.output.push_residual_base and not writes_residual(config):
+        if config.output.push_residual_base and not SCHEMES[config.init.scheme].changes_base:
             problem = f"{config.init.scheme} has no residual_base; write false"
             raise UserError("output.push_residual_base", True, problem)
         if world.is_main:

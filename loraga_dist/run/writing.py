@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
 from loraga_dist.artifacts.factors import write_factors
+from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import (
     ADAPTER_WEIGHTS,
     FACTORS,
@@ -24,24 +25,16 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
-from loraga_dist.artifacts.report import SCHEMA_VERSION, finite, versions
-from loraga_dist.artifacts.residual import (
-    digest_base,
-    finish_residual_base,
-    plan_residual_files,
-    start_magnitudes,
-    write_residual_files,
-    writes_residual,
-)
+from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, SpentBudget, TargetReport, versions
+from loraga_dist.artifacts.residual import digest_base, finish_residual_base, start_magnitudes, write_residual_files
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.artifacts.warnings import find_warnings
-from loraga_dist.config import InitConfig, LoraSection
+from loraga_dist.config import LoraSection
 from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of, write_checksums
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.gradients import DataUsed
-from loraga_dist.model.rank_budget import spent_budget
 from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.publish.page import write_report_page
 from loraga_dist.publish.text import readme
@@ -50,19 +43,8 @@ from loraga_dist.ranks.world import World
 from loraga_dist.request.request import CheckpointRequest
 from loraga_dist.run.checkpointer import RunCheckpointer
 from loraga_dist.run.finished import FinishedFiles
-from loraga_dist.schemes import SCHEMES
+from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start.in_place import Start
-
-_OF_CALIBRATION = (
-    "data_fingerprint",
-    "engine",
-    "refine_passes",
-    "num_sequences",
-    "num_supervised_tokens",
-    "stopped_by",
-    "split_half_cosine",
-    "mean_loss",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,77 +63,93 @@ def write_weights(
     checkpointer: RunCheckpointer,
     world: World,
 ) -> Fingerprints:
-    """Adapters by rank 0, factors by their owners, the residual base's files shared out; a collective. No factors where
-    there was no gradient, no offset and residual base where the scheme leaves the base as it is.
+    """Write adapters by rank 0, `factors/` by their owners, the residual base's files shared out; a collective.
 
     finished_files: where residual files are kept for another
     run of the same work, should this one be interrupted. Raises Preempted, on all ranks, when one was asked to stop.
     """
-    adapter_digest, config, factors = "", request.config, start.factors
-    gradients, has_residual = start.gradients, writes_residual(config)
-    residual_files = plan_residual_files(request.base.index, config.output.residual_dtype)
+    layout, factors = Layout.of(request, start.targets), start.factors
     with world.together():
         if world.is_main:
-            if gradients is not None:
-                (directory / FACTORS).mkdir()
-            if has_residual:
-                (directory / RESIDUAL_BASE).mkdir()
-            saved = {name: request.base.index[key] for name, key in request.saved_parameters.items()}
+            for name in layout.directories:
+                (directory / name).mkdir()
+    magnitudes = None
+    if layout.config.lora.use_dora:
+        magnitudes = shared_magnitudes(layout, request.base.index, factors, world)
+    with world.together():
+        if world.is_main:
             write_adapters(
                 directory,
-                config,
+                layout,
                 start.lora,
-                start.targets,
                 lambda name: (factors[name].A_RN, factors[name].B_MR),
-                saved,
                 request.base.index,
+                None if magnitudes is None else lambda target, A_RN, B_MR: magnitudes[target.name],
             )
-            adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
-    work = {**checkpointer.work, "adapter": world.all_texts(adapter_digest)[0]}
-    if gradients is not None:
-        write_factors(directory / FACTORS, gradients.owned, world)
+    if start.gradients is not None:
+        write_factors(directory / FACTORS, start.gradients.owned, world)
+    if RESIDUAL_BASE in layout.directories:
+        return _write_residual(directory, request, layout, finished_files, checkpointer, world)
+    index = request.base.index
+    share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
+    digests: dict[str, list[TensorDigest]] = {}
+    num_bytes = sum(index[key].num_bytes for key in share)
+    with world.together(), phase("write", num_bytes, "B", shown=world.is_main) as progress:
+        digests = {key: [digest] for key, digest in digest_base(index, share, progress.advance).items()}
+    (base,) = _fingerprints(digests, world)
+    return Fingerprints(base=base, residual=None)
 
-    finished, kept = FinishedFiles(finished_files, work), []
+
+def _write_residual(
+    directory: Path,
+    request: CheckpointRequest,
+    layout: Layout,
+    finished_files: Path,
+    checkpointer: RunCheckpointer,
+    world: World,
+) -> Fingerprints:
+    """Write this rank's share of the residual base, or take what an earlier run of the same work has finished."""
+    files, into = layout.residual_files, directory / RESIDUAL_BASE
+    adapter_digest, kept = "", []
     with world.together():
         if world.is_main:
-            kept = finished.prune(residual_files if has_residual else [])
-    kept = set(world.all_json(kept)[0])
-    share = shares(residual_files, lambda file: 0 if file.name in kept else file.num_bytes, world.size)[world.rank]
+            adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
+    finished = FinishedFiles(finished_files, {**checkpointer.work, "adapter": world.all_texts(adapter_digest)[0]})
+    with world.together():
+        if world.is_main:
+            kept = finished.prune(files)
+    kept = world.all_json(kept)[0]
+    share = shares(files, lambda file: 0 if file.name in kept else file.num_bytes, world.size)[world.rank]
     digests: dict[str, list[TensorDigest]] = {}
     with world.together():
-        num_bytes = sum(file.num_bytes for file in share)
-        with phase("write", num_bytes, "B", shown=world.is_main) as progress:
-            if has_residual:
-                into, adapter = directory / RESIDUAL_BASE, AdapterFile(directory / LORAGA_INIT)
-                for file in share:
-                    checkpointer.leave_here_if_asked()
-                    written = finished.take(file, into)
-                    if written is None:
-                        written = write_residual_files(
-                            [file], request.base.index, start.targets, adapter, into, progress.advance
-                        )
-                        finished.keep(file, into, written)
-                    else:
-                        progress.advance(file.num_bytes)
-                    digests |= {key: list(pair) for key, pair in written.items()}
-            else:
-                keys = [key for file in share for key in file.entries]
-                digests = {
-                    key: [digest] for key, digest in digest_base(request.base.index, keys, progress.advance).items()
-                }
-    everyone: dict[str, list[TensorDigest]] = {}
-    for share_of_rank in world.all_json(digests):
-        for key, found in share_of_rank.items():
-            everyone[key] = [TensorDigest.of_json(parts) for parts in found]
+        adapter = AdapterFile(directory / LORAGA_INIT)
+        with phase("write", sum(file.num_bytes for file in share), "B", shown=world.is_main) as progress:
+            for file in share:
+                checkpointer.leave_here_if_asked()
+                written = finished.take(file, into)
+                if written is None:
+                    written = write_residual_files(
+                        [file], request.base.index, layout.targets, adapter, into, progress.advance
+                    )
+                    finished.keep(file, into, written)
+                else:
+                    progress.advance(file.num_bytes)
+                digests |= {key: list(pair) for key, pair in written.items()}
+    base, residual = _fingerprints(digests, world)
     with world.together():
-        if world.is_main and has_residual:
-            finish_residual_base(
-                request.base.directory, directory / RESIDUAL_BASE, residual_files, config.output.residual_dtype
-            )
-    return Fingerprints(
-        base=fingerprint({key: found[0] for key, found in everyone.items()}),
-        residual=fingerprint({key: found[1] for key, found in everyone.items()}) if has_residual else None,
-    )
+        if world.is_main:
+            finish_residual_base(request.base.directory, into, files, layout.config.output.residual_dtype)
+    return Fingerprints(base=base, residual=residual)
+
+
+def _fingerprints(digests: Mapping[str, Sequence[TensorDigest]], world: World) -> list[str]:
+    """Of all ranks' tensors, one for each digest that a tensor has; a collective."""
+    everyone = {
+        key: [TensorDigest.of_json(parts) for parts in found]
+        for share in world.all_json(digests)
+        for key, found in share.items()
+    }
+    return [fingerprint(dict(zip(everyone, digests, strict=True))) for digests in zip(*everyone.values(), strict=True)]
 
 
 def make_report(
@@ -162,59 +160,51 @@ def make_report(
     peak_bytes: int,
     planned_peak_bytes: int,
     world: World,
-) -> dict[str, Any]:
-    """The content of loraga_report.json; a collective."""
+) -> Report:
+    """What there is to say of a run; a collective."""
     per_rank = world.all_json([peak_bytes, planned_peak_bytes])
-    config = request.config
-    targets = {name: report.model_dump() for name, report in start.reports.items()}
-    return finite(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "config": config.model_dump(),
-            "base_fingerprint": fingerprints.base,
-            "residual_fingerprint": fingerprints.residual,
-            "versions": versions(),
-            "world_size": world.size,
-            **(about := _about_calibration(request, start)),
-            "seconds": dict(seconds),
-            "peak_bytes_per_rank": [peak for peak, _ in per_rank],
-            "planned_peak_bytes_per_rank": [planned for _, planned in per_rank],
-            "state_bytes_per_rank": request.plan.state_bytes_per_rank,
-            "targets": targets,
-            "rank_budget": spent_budget(config.init.rank_budget, start.targets),
-            "saved_parameters": request.saved_parameters,
-            "identity_check": start.identity_check.model_dump(),
-            "warnings": find_warnings(
-                config.init,
-                targets,
-                stopped_by=about["stopped_by"],
-                refine_passes=about["refine_passes"],
-            ),
+    config, targets = request.config, start.reports
+    of_data: dict[str, Any] = {}
+    if start.gradients is not None:
+        found = start.gradients.data
+        of_data = {
+            "data_fingerprint": request.data_fingerprints[found.num_samples - 1],
+            "engine": config.gradient.engine,
+            "refine_passes": found.refine_passes,
+            "num_sequences": found.num_samples,
+            "num_supervised_tokens": found.num_supervised_tokens,
+            "stopped_by": _stopped_by(request, found),
+            "split_half_cosine": _median_cosine(targets),
+            "mean_loss": found.mean_loss,
         }
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        config=config,
+        base_fingerprint=fingerprints.base,
+        residual_fingerprint=fingerprints.residual,
+        versions=versions(),
+        world_size=world.size,
+        seconds=dict(seconds),
+        peak_bytes_per_rank=[peak for peak, _ in per_rank],
+        planned_peak_bytes_per_rank=[planned for _, planned in per_rank],
+        state_bytes_per_rank=request.plan.state_bytes_per_rank,
+        targets=targets,
+        rank_budget=SpentBudget.of(config.init, start.targets),
+        saved_parameters=request.saved_parameters,
+        identity_check=start.identity_check,
+        warnings=find_warnings(
+            config.init,
+            targets,
+            stopped_by=of_data.get("stopped_by"),
+            refine_passes=of_data.get("refine_passes"),
+        ),
+        **of_data,
     )
 
 
-def _about_calibration(request: CheckpointRequest, start: Start) -> dict[str, Any]:
-    """What the report says of data and gradients as a whole; null where none were taken."""
-    if start.gradients is None:
-        return dict.fromkeys(_OF_CALIBRATION)
-    found = start.gradients.data
-    values = (
-        request.data_fingerprints[found.num_samples - 1],
-        request.config.gradient.engine,
-        found.refine_passes,
-        found.num_samples,
-        found.num_supervised_tokens,
-        _stopped_by(request, found),
-        _median_cosine(start),
-        found.mean_loss,
-    )
-    return dict(zip(_OF_CALIBRATION, values, strict=True))
-
-
-def _stopped_by(request: CheckpointRequest, calibration: DataUsed) -> str:
+def _stopped_by(request: CheckpointRequest, used: DataUsed) -> str:
     """What ended the calibration data: `target_cosine`, `sample_limit` or `max_samples`, or that there was no more."""
-    if calibration.reached_target:
+    if used.reached_target:
         return "target_cosine"
     wanted = request.config.calibration
     if len(request.data_fingerprints) < wanted.most_samples:
@@ -222,14 +212,13 @@ def _stopped_by(request: CheckpointRequest, calibration: DataUsed) -> str:
     return "sample_limit" if wanted.max_samples == "auto" else "max_samples"
 
 
-def _median_cosine(start: Start) -> float | None:
+def _median_cosine(targets: Mapping[str, TargetReport]) -> float | None:
     """Split-half cosine of the median target; None where there was a single microbatch."""
-    cosines = [report.split_half_cosine for report in start.reports.values()]
-    known = [cosine for cosine in cosines if cosine is not None]
+    known = [target.split_half_cosine for target in targets.values() if target.split_half_cosine is not None]
     return statistics.median(known) if known else None
 
 
-def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, Any], world: World) -> str:
+def finish_directory(directory: Path, report: Report, world: World) -> str:
     """The text files, the page, the checksums, and the verification of it all; returns what was verified.
 
     A collective: ranks share the reading. Raises RunError when a file cannot be written, VerificationError when the
@@ -237,7 +226,7 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
     """
     with world.together():
         if world.is_main:
-            _write_texts(directory, config, report)
+            _write_texts(directory, report)
             write_report_page(directory, report)
     write_checksums(directory, world)
     with phase("verify", bytes_to_verify(directory) // world.size, "B", shown=world.is_main) as progress:
@@ -250,52 +239,83 @@ def finish_directory(directory: Path, config: InitConfig, report: Mapping[str, A
     return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
 
 
-def _write_texts(directory: Path, config: InitConfig, report: Mapping[str, Any]) -> None:
-    texts = {
-        REPORT: json.dumps(report, indent=2, allow_nan=False) + "\n",
-        RESOLVED_CONFIG: yaml.safe_dump(config.model_dump(), sort_keys=False),
-        README: readme(report),
-    }
+def _write_texts(directory: Path, report: Report) -> None:
+    report.write(directory / REPORT)
+    texts = {RESOLVED_CONFIG: yaml.safe_dump(report.config.model_dump(), sort_keys=False), README: readme(report)}
     for name, text in texts.items():
         try:
-            (directory / name).write_text(text)
+            (directory / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise RunError(f"write: {directory / name} cannot be written ({error.strerror})") from error
 
 
+def shared_magnitudes(
+    layout: Layout, base: Mapping[str, TensorSlot], factors: Mapping[str, LoraFactors], world: World
+) -> dict[str, Tensor]:
+    """DoRA's magnitudes (M,) of every target on rank 0, each rank having read its share of the weights; a collective.
+
+    factors: of every target, on rank 0. Raises UserError, on all ranks, for a weight that DoRA cannot divide by.
+    """
+    changes_base = SCHEMES[layout.config.init.scheme].changes_base
+    dealt = shares(layout.targets, lambda target: base[target.weight_key].num_bytes, world.size)
+    owners = {target.name: rank for rank, share in enumerate(dealt) for target in share}
+    mine: dict[str, tuple[Tensor, Tensor]] = {}
+    for target in layout.targets:
+        A_RN = torch.zeros(target.r, target.N, device=world.device)
+        B_MR = torch.zeros(target.M, target.r, device=world.device)
+        if not changes_base:  # on another base the norms are W's alone
+            if world.is_main:
+                A_RN.copy_(factors[target.name].A_RN)
+                B_MR.copy_(factors[target.name].B_MR)
+            world.broadcast_(A_RN, 0)
+            world.broadcast_(B_MR, 0)
+        if owners[target.name] == world.rank:
+            mine[target.name] = A_RN.cpu(), B_MR.cpu()
+    computed: dict[str, Tensor] = {}
+    with world.together():
+        for target in dealt[world.rank]:
+            norms_M = start_magnitudes(base[target.weight_key], target, *mine[target.name], changes_base=changes_base)
+            computed[target.name] = norms_M.float()
+    found: dict[str, Tensor] = {}
+    for target in layout.targets:
+        magnitudes_M = torch.empty(target.M, device=world.device)
+        if target.name in computed:
+            magnitudes_M.copy_(computed[target.name])
+        world.broadcast_(magnitudes_M, owners[target.name])
+        if world.is_main:
+            found[target.name] = magnitudes_M.cpu()
+    return found
+
+
 def write_adapters(
     directory: Path,
-    config: InitConfig,
+    layout: Layout,
     lora: LoraSection,
-    targets: Sequence[Target],
     factors: Callable[[str], tuple[Tensor, Tensor]],
-    saved: Mapping[str, TensorSlot],
     base: Mapping[str, TensorSlot],
+    magnitudes: Callable[[Target, Tensor, Tensor], Tensor] | None,
 ) -> None:
-    """`loraga_init` with the given A0, B0, asked for once per target, and, if it belongs on another base than the
+    """Write `loraga_init` with the given A0, B0, asked for once per target, and, if it belongs on another base than the
     original, `loraga_offset` with the stored A0, -B0.
 
-    lora: the config's, with the ranks and alphas of `targets`. base: the checkpoint, whose norms DoRA's magnitudes are;
-    the offset is a plain LoRA always, because merging it is what changes W.
+    lora: the config's, with the ranks and alphas of the targets. base: the checkpoint, for `modules_to_save`.
+    magnitudes: DoRA's, as `write_adapter` takes them; None where the adapter is none.
     """
+    config, saved = layout.config, {name: base[key] for name, key in layout.saved_parameters.items()}
     of_residual, of_original = peft_lora_config(lora), peft_lora_config(lora)
     of_residual.base_model_name_or_path = f"{config.output.dir}/{RESIDUAL_BASE}"
     of_original.base_model_name_or_path, of_original.revision = config.model.name_or_path, config.model.revision
-    changes_base = SCHEMES[config.init.scheme].changes_base
-    of_init = of_residual if changes_base else of_original
-
-    def magnitudes(target: Target, A_RN: Tensor, B_MR: Tensor) -> Tensor:
-        return start_magnitudes(base[target.weight_key], target, A_RN, B_MR, changes_base=changes_base)
-
+    has_offset = LORAGA_OFFSET in layout.directories
     write_adapter(
         directory / LORAGA_INIT,
-        of_init,
-        targets,
+        of_residual if has_offset else of_original,
+        layout.targets,
         factors,
-        magnitudes=magnitudes if config.lora.use_dora else None,
+        magnitudes=magnitudes,
         saved=saved,
     )
-    if not changes_base:
-        return
-    stored = AdapterFile(directory / LORAGA_INIT)
-    write_adapter(directory / LORAGA_OFFSET, of_original, targets, stored.factors, negate_b=True, saved=saved)
+    if has_offset:
+        stored = AdapterFile(directory / LORAGA_INIT)
+        write_adapter(
+            directory / LORAGA_OFFSET, of_original, layout.targets, stored.factors, negate_b=True, saved=saved
+        )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from builders import config_tree, save_data, save_model
-from launching import INIT, run_ranks, succeed
-from safetensors.torch import load_file
-
-from loraga_dist.cli import init_main
+from outputs import make_output, read_adapter, read_report
 
 GLOBAL_BATCH, ROWS, TARGET = 4, 70, 0.4
 USED = ("num_sequences", "num_supervised_tokens", "data_fingerprint", "refine_passes")
@@ -43,21 +38,7 @@ def start(
         calibration={"per_device_batch_size": GLOBAL_BATCH // world_size, "target_cosine": TARGET} | calibration,
         output={"residual_base": "none"},
     )
-    config = out.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(tree))
-    if world_size == 1:
-        assert init_main(["--config", str(config)]) == 0
-    else:
-        succeed(run_ranks([INIT, "--config", str(config)], world_size, timeout_seconds=200))
-    return out
-
-
-def report(out: Path) -> dict[str, Any]:
-    return json.loads((out / "loraga_report.json").read_text())
-
-
-def adapter(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "loraga_init" / "adapter_model.safetensors")
+    return make_output(tree, world_size)
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketch"])
@@ -66,7 +47,7 @@ def test_it_is_a_run_with_the_number_of_samples_it_found(
 ) -> None:
     auto = start(inputs, tmp_path / "auto", engine=engine, max_samples="auto")
     summary = capsys.readouterr().out
-    found = report(auto)
+    found = read_report(auto)
     assert found["stopped_by"] == "target_cosine"
     assert GLOBAL_BATCH * 4 < found["num_sequences"] < ROWS, "not at the first check, nor at the end"
     first_sweep = sorted(target["split_half_cosine"] for target in list(found["targets"].values())[:12])
@@ -76,20 +57,22 @@ def test_it_is_a_run_with_the_number_of_samples_it_found(
     )
 
     asked = start(inputs, tmp_path / "asked", engine=engine, max_samples=found["num_sequences"])
-    assert report(asked)["stopped_by"] == "max_samples"
-    assert {field: report(asked)[field] for field in USED} == {field: found[field] for field in USED}
-    assert report(asked)["split_half_cosine"] == found["split_half_cosine"]
-    for name, tensor in adapter(asked).items():
-        assert torch.equal(tensor, adapter(auto)[name]), name
+    assert read_report(asked)["stopped_by"] == "max_samples"
+    assert {field: read_report(asked)[field] for field in USED} == {field: found[field] for field in USED}
+    assert read_report(asked)["split_half_cosine"] == found["split_half_cosine"]
+    for name, tensor in read_adapter(asked).items():
+        assert torch.equal(tensor, read_adapter(auto)[name]), name
 
 
 def test_ranks_decide_alike(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     alone = start(inputs, tmp_path / "alone", max_samples="auto")
     sharded = start(inputs, tmp_path / "sharded", 2, max_samples="auto")
-    assert report(sharded)["stopped_by"] == "target_cosine"
-    assert {field: report(sharded)[field] for field in USED} == {field: report(alone)[field] for field in USED}
+    assert read_report(sharded)["stopped_by"] == "target_cosine"
+    assert {field: read_report(sharded)[field] for field in USED} == {
+        field: read_report(alone)[field] for field in USED
+    }
     # The sketches of other shares see the rows in other unions.
-    assert report(sharded)["split_half_cosine"] == pytest.approx(report(alone)["split_half_cosine"], abs=1e-3)
+    assert read_report(sharded)["split_half_cosine"] == pytest.approx(read_report(alone)["split_half_cosine"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -105,13 +88,13 @@ def test_ranks_decide_alike(inputs: tuple[Path, Path], tmp_path: Path) -> None:
 def test_the_report_says_what_ended_the_data(
     inputs: tuple[Path, Path], tmp_path: Path, calibration: dict[str, Any], stopped_by: str, num_sequences: int
 ) -> None:
-    found = report(start(inputs, tmp_path / "out", engine="exact", **calibration))
+    found = read_report(start(inputs, tmp_path / "out", engine="exact", **calibration))
     assert (found["stopped_by"], found["num_sequences"]) == (stopped_by, num_sequences)
 
 
 def test_a_run_warns_of_what_it_found(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    (noisy,) = report(start(inputs, tmp_path / "noisy", engine="exact", max_samples=8))["warnings"]
+    (noisy,) = read_report(start(inputs, tmp_path / "noisy", engine="exact", max_samples=8))["warnings"]
     assert noisy.startswith("split_half_cosine below 0.5") and "raise calibration.max_samples" in noisy
-    large, noisy = report(start(inputs, tmp_path / "large", engine="exact", alpha=64))["warnings"]
+    large, noisy = read_report(start(inputs, tmp_path / "large", engine="exact", alpha=64))["warnings"]
     assert large.startswith("offset_ratio above 1") and "in 21 of 21 targets" in large
     assert "all of the data was used; add more" in noisy

@@ -7,24 +7,29 @@ users make them, in processes of their own.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import pytest
 import torch
 import yaml
 from builders import VOCABULARY, config_tree, save_data, save_model
-from launching import INIT, Finished, free_port, run, run_ranks, succeed
+from launching import INIT, Finished, free_port, run, succeed
+from outputs import read_report
+from ranks import finish_on_ranks, run_script
 
-from loraga_dist.cli import main
+from loraga_dist.cli import init_main, main
 
 pytestmark = pytest.mark.distributed
 
-WORKER = str(Path(__file__).with_name("bad_input_worker.py"))
 MAX_SECONDS = 60
 """For one refusal on busy cores; the first also imports the libraries."""
 
@@ -244,41 +249,63 @@ def prepare(tmp_path_factory: pytest.TempPathFactory) -> Prepare:
 class Ended:
     """One run: each rank's end, and the files before and after."""
 
-    ranks: list[Finished]
+    ranks: Sequence[Finished]
     before: dict[str, bytes | None]
     after: dict[str, bytes | None]
 
 
+@contextmanager
+def redirected(stream: IO[str]) -> Iterator[IO[bytes]]:
+    """Send all that reaches a standard stream's file descriptor, libraries' output included, to a file."""
+    stream.flush()
+    saved = os.dup(stream.fileno())
+    with TemporaryFile() as file:
+        os.dup2(file.fileno(), stream.fileno())
+        try:
+            yield file
+        finally:
+            stream.flush()
+            os.dup2(saved, stream.fileno())
+            os.close(saved)
+
+
+def runs_of_rank(attempts: dict[str, tuple[int, list[str]]]) -> dict[str, tuple[Finished, float]]:
+    """On every rank: runs of `launch/init.py` one after the other, each in a group of its own, and their seconds."""
+    results = {}
+    for name, (port, arguments) in attempts.items():
+        print(name, flush=True)  # the last one is that in which a rank ended or hung
+        os.environ["MASTER_PORT"] = str(port)
+        started = time.monotonic()
+        with redirected(sys.stdout) as out, redirected(sys.stderr) as err:
+            code = init_main(arguments)
+            seconds = time.monotonic() - started
+            sys.stdout.flush()
+            sys.stderr.flush()
+            said = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in (out, err)]
+        results[name] = Finished(code, *said), seconds
+    return results
+
+
 @dataclass(frozen=True)
 class Table:
-    """The runs that returned on both ranks, their seconds, and the processes that made them."""
+    """The runs, the seconds each took at most, and the two processes that made them."""
 
     runs: dict[str, Ended]
     seconds: dict[str, float]
     processes: list[Finished]
 
 
-def reported(process: Finished) -> dict[str, dict[str, Any]]:
-    """The worker's results by case; whatever else it printed, `test_between_the_refusals_nothing_is_said` finds."""
-    results = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
-    return {result.pop("name"): result for result in results}
-
-
 @pytest.fixture(scope="module")
-def table(prepare: Prepare, tmp_path_factory: pytest.TempPathFactory) -> Table:
+def table(prepare: Prepare) -> Table:
     attempts = {name: prepare(change) for name, (change, *_) in CASES.items()}
     before = {name: contents(attempt.directory) for name, attempt in attempts.items()}
-    cases = [{"name": name, "port": free_port(), "arguments": attempt.arguments} for name, attempt in attempts.items()]
-    path = tmp_path_factory.mktemp("table") / "cases.json"
-    path.write_text(json.dumps(cases))
-    processes = run_ranks([WORKER, str(path)], 2, timeout_seconds=240)
-
-    first, second = map(reported, processes)
+    commands = {name: (free_port(), attempt.arguments) for name, attempt in attempts.items()}
+    processes = finish_on_ranks(runs_of_rank, 2, commands, timeout_seconds=240)
+    succeed(processes)
     runs, seconds = {}, {}
-    for name in first.keys() & second.keys():
-        seconds[name] = max(result.pop("seconds") for result in (first[name], second[name]))
-        ranks = [Finished(**first[name]), Finished(**second[name])]
-        runs[name] = Ended(ranks, before[name], contents(attempts[name].directory))
+    for name, attempt in attempts.items():
+        ranks, of_ranks = zip(*(process.value[name] for process in processes), strict=True)
+        runs[name], seconds[name] = Ended(ranks, before[name], contents(attempt.directory)), max(of_ranks)
     return Table(runs, seconds, processes)
 
 
@@ -296,14 +323,12 @@ def check_refusal(name: str, run: Ended) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_refused_on_both_ranks(name: str, table: Table) -> None:
-    assert name in table.runs, f"a rank ended or hung in this run or one before it: {table.processes}"
     check_refusal(name, table.runs[name])
     assert table.seconds[name] < MAX_SECONDS
 
 
 def test_between_the_refusals_nothing_is_said(table: Table) -> None:
-    succeed(table.processes)
-    assert [len(process.stdout.splitlines()) for process in table.processes] == [len(CASES)] * 2
+    assert [process.stdout.splitlines() for process in table.processes] == [list(CASES)] * 2
     assert [process.stderr for process in table.processes] == ["", ""]
 
 
@@ -311,7 +336,7 @@ def test_between_the_refusals_nothing_is_said(table: Table) -> None:
 def test_both_processes_end_with_the_code(name: str, prepare: Prepare) -> None:
     attempt = prepare(CASES[name][0])
     before = contents(attempt.directory)
-    ranks = run_ranks([INIT, *attempt.arguments], 2)
+    ranks = run_script([INIT, *attempt.arguments], 2)
     check_refusal(name, Ended(ranks, before, contents(attempt.directory)))
 
 
@@ -341,12 +366,11 @@ def test_verify_refuses_a_directory_that_is_not_there(tmp_path: Path) -> None:
 def test_overwrite_replaces_an_earlier_output(prepare: Prepare) -> None:
     attempt = prepare(setting("lora", target_modules=["q_proj"]))
     init = [INIT, *attempt.arguments]
-    succeed(run_ranks(init, 1))
+    succeed(run_script(init, 1))
     (attempt.out / "note.txt").write_text("of the first run")
-    succeed(run_ranks([*init, "--overwrite", "--lora.r", "2"], 1))
+    succeed(run_script([*init, "--overwrite", "--lora.r", "2"], 1))
 
-    report = json.loads((attempt.out / "loraga_report.json").read_text())
-    assert {target["r"] for target in report["targets"].values()} == {2}
+    assert {target["r"] for target in read_report(attempt.out)["targets"].values()} == {2}
     assert not (attempt.out / "note.txt").exists()
     assert sorted(path.name for path in attempt.directory.iterdir()) == ["config.yaml", "out"]
     assert main(["verify", str(attempt.out)]) == 0

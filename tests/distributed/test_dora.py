@@ -10,12 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from builders import config_tree, save_data, save_model
-from launching import INIT, run_ranks, succeed
+from outputs import (
+    base_of,
+    causal_lm,
+    disturb,
+    line_of,
+    logits_of,
+    make_output,
+    read_adapter,
+    read_report,
+    started,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import loraga_dist
 from loraga_dist.artifacts.verify import verify
@@ -37,39 +45,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if not base.exists():
             save_model(base, kind, dtype=dtype or torch.float32)
         if not out.exists():
-            config = out.with_suffix(".yaml")
             tree = config_tree(base, data, out, kind=kind, lora={"use_dora": True}, init={"scheme": scheme})
-            config.write_text(yaml.safe_dump(tree))
-            if world_size == 1:
-                assert init_main(["--config", str(config)]) == 0
-            else:
-                succeed(run_ranks([INIT, "--config", str(config)], world_size))
+            make_output(tree, world_size)
         return out
 
     return get
 
 
-def report(out: Path) -> dict[str, Any]:
-    return json.loads((out / "loraga_report.json").read_text())
-
-
 def original(out: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(report(out)["config"]["model"]["name_or_path"])
-
-
-def started(out: Path, **changes: Any) -> Any:
-    base = out / "residual_base" if (out / "residual_base").exists() else original(out).name_or_path
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "loraga_init", **changes)
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.arange(3, 43).view(2, 20)).logits.float()
-
-
-def line_of(capsys: pytest.CaptureFixture[str]) -> str:
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraga-dist: ")]
-    return line
+    return causal_lm(base_of(out))
 
 
 CASES = [("llama", 1, None), ("llama", 2, None), ("gpt2", 1, None), ("llama", 1, torch.bfloat16)]
@@ -82,11 +66,11 @@ def test_stock_dora_starts_at_the_original(
     out = runs(kind, world_size, dtype=dtype)
     assert verify(out).problems == [] and verify(out).residual_checked
     base, model = original(out), started(out)
-    expected, bar = logits(base), 1e-5 if dtype is None else 3e-2
-    assert (logits(model) - expected).abs().max() < bar * expected.abs().max()
+    expected, bar = logits_of(base), 1e-5 if dtype is None else 3e-2
+    assert (logits_of(model) - expected).abs().max() < bar * expected.abs().max()
 
-    stored = load_file(out / "loraga_init" / WEIGHTS)
-    for name, target in report(out)["targets"].items():
+    stored = read_adapter(out)
+    for name, target in read_report(out)["targets"].items():
         W = base.get_submodule(name).weight.double()
         norms_M = torch.linalg.vector_norm(W.t() if target["transposed"] else W, dim=1)
         found_M = stored[f"base_model.model.{name}.lora_magnitude_vector"]
@@ -98,11 +82,11 @@ def test_stock_dora_starts_at_the_original(
             W_res = layer.get_base_layer().weight
             norms = torch.linalg.vector_norm(W_res.t() if target["transposed"] else W_res, dim=1)
             layer.lora_magnitude_vector["default"].weight.copy_(norms)
-    assert (logits(model) - expected).abs().max() > 10 * bar * expected.abs().max()
+    assert (logits_of(model) - expected).abs().max() > 10 * bar * expected.abs().max()
 
 
 def test_ranks_do_not_matter(runs: Callable[..., Path]) -> None:
-    found, expected = (load_file(runs("llama", size) / "loraga_init" / WEIGHTS) for size in (2, 1))
+    found, expected = (read_adapter(runs("llama", size)) for size in (2, 1))
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert (found[key] - tensor).norm() <= (0 if "magnitude" in key else 1e-4) * tensor.norm(), key
@@ -111,27 +95,30 @@ def test_ranks_do_not_matter(runs: Callable[..., Path]) -> None:
 def test_the_offset_is_plain_and_gives_the_residual(runs: Callable[..., Path]) -> None:
     out = runs()
     assert not json.loads((out / "loraga_offset/adapter_config.json").read_text())["use_dora"]
-    assert not any("magnitude" in key for key in load_file(out / "loraga_offset" / WEIGHTS))
+    assert not any("magnitude" in key for key in read_adapter(out, "loraga_offset"))
     merged: Any = PeftModel.from_pretrained(original(out), out / "loraga_offset")
-    residual = AutoModelForCausalLM.from_pretrained(out / "residual_base").state_dict()
+    residual = causal_lm(out / "residual_base").state_dict()
     for key, tensor in merged.merge_and_unload().state_dict().items():
         torch.testing.assert_close(tensor, residual[key], rtol=1e-6, atol=1e-6)
 
 
-def test_an_unchanged_base_starts_where_the_scheme_does(runs: Callable[..., Path], tmp_path: Path) -> None:
-    out = runs(scheme="lora_one")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_unchanged_base_starts_where_the_scheme_does(
+    runs: Callable[..., Path], world_size: int, tmp_path: Path
+) -> None:
+    out = runs(scheme="lora_one", world_size=world_size)
     assert verify(out).problems == []
-    assert main(["refactor", str(out), "--to", str(tmp_path / "plain"), "--lora.use_dora", "false"]) == 0
-    expected, base = logits(started(tmp_path / "plain")), logits(original(out))
-    assert (logits(started(out)) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert main(["rebuild", str(out), "--to", str(tmp_path / "plain"), "--lora.use_dora", "false"]) == 0
+    expected, base = logits_of(started(tmp_path / "plain")), logits_of(original(out))
+    assert (logits_of(started(out)) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (expected - base).abs().max() > 1e-3 * base.abs().max()
 
 
-def test_refactoring_makes_dora_of_plain_and_back(runs: Callable[..., Path], tmp_path: Path) -> None:
+def test_rebuilding_makes_dora_of_plain_and_back(runs: Callable[..., Path], tmp_path: Path) -> None:
     out, plain, dora = runs(), tmp_path / "plain", tmp_path / "dora"
-    assert main(["refactor", str(out), "--to", str(plain), "--lora.use_dora", "false"]) == 0
-    assert not any("magnitude" in key for key in load_file(plain / "loraga_init" / WEIGHTS))
-    assert main(["refactor", str(plain), "--to", str(dora), "--lora.use_dora", "true"]) == 0
+    assert main(["rebuild", str(out), "--to", str(plain), "--lora.use_dora", "false"]) == 0
+    assert not any("magnitude" in key for key in read_adapter(plain))
+    assert main(["rebuild", str(plain), "--to", str(dora), "--lora.use_dora", "true"]) == 0
     assert (dora / "loraga_init" / WEIGHTS).read_bytes() == (out / "loraga_init" / WEIGHTS).read_bytes()
     assert verify(plain).ok and verify(dora).ok
 
@@ -143,26 +130,22 @@ def test_a_trained_dora_merges(
 ) -> None:
     out, trained = runs(kind, scheme=scheme), tmp_path / "trained"
     model = started(out, is_trainable=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-                parameter += (0.2 if "magnitude" in name else 0.02) * noise
+    disturb(model)
     model.save_pretrained(trained)
     words = ["convert", "--init", str(out / "loraga_init"), "--trained", str(trained)]
     assert main([*words, "--to", str(tmp_path / "to")]) == 2
     assert "cannot hold a trained DoRA" in (line := line_of(capsys)) and "write --merge DIR instead" in line
     assert main([*words, "--merge", str(tmp_path / "merged")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "trained"]
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    expected = logits(model)
-    assert (logits(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (expected - logits(original(out))).abs().max() > 1e-2 * expected.abs().max()
+    merged = causal_lm(tmp_path / "merged")
+    expected = logits_of(model)
+    assert (logits_of(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (expected - logits_of(original(out))).abs().max() > 1e-2 * expected.abs().max()
     by_peft, base = model.merge_and_unload().state_dict(), original(out).state_dict()
     for key, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, by_peft[key], rtol=1e-5, atol=1e-6)
     changed = {key for key, tensor in merged.state_dict().items() if not torch.equal(tensor, base[key])}
-    assert changed == {f"{name}.weight" for name in report(out)["targets"]}
+    assert changed == {f"{name}.weight" for name in read_report(out)["targets"]}
 
 
 def test_a_plain_state_dict_merges_and_broken_magnitudes_do_not(
@@ -176,7 +159,7 @@ def test_a_plain_state_dict_merges_and_broken_magnitudes_do_not(
     words = ["convert", "--init", str(out / "loraga_init"), "--trained", str(trained), "--merge"]
     save_file({k.replace("vector", "vector.default.weight"): t for k, t in tensors.items()}, trained / WEIGHTS)
     assert main([*words, str(tmp_path / "merged")]) == 0
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    found = causal_lm(tmp_path / "merged").state_dict()
     base = original(out).state_dict()
     name = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(found[name], 1.5 * base[name], rtol=1e-5, atol=1e-6)
@@ -231,9 +214,9 @@ def test_an_output_without_weights_is_refused(
 
 @pytest.mark.parametrize("scheme", ["lora_ga", "kaiming", "lora_one"])
 def test_a_model_in_memory_starts_with_them(scheme: str, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "base"))
+    model = causal_lm(save_model(tmp_path / "base"))
     norms = {name: module.weight.norm(dim=1) for name, module in model.named_modules() if "proj" in name}
-    before = logits(model)
+    before = logits_of(model)
     ids = torch.arange(60).view(2, 30)
     lora = {"r": 4, "lora_alpha": 8, "use_dora": True}
     start = loraga_dist.initialize(
@@ -242,7 +225,7 @@ def test_a_model_in_memory_starts_with_them(scheme: str, tmp_path: Path) -> None
     with pytest.raises(loraga_dist.LoragaError, match="lora.use_dora: True: its magnitudes are not saved"):
         loraga_dist.save_start(start, tmp_path / "saved")
     check = start.identity_check
-    differs = (logits(start.model) - before).abs().max()
+    differs = (logits_of(start.model) - before).abs().max()
     if scheme != "lora_one":
         assert differs < 1e-5 * before.abs().max()
         assert check.max_abs_logit_diff < 1e-5 * check.max_abs_logit

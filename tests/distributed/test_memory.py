@@ -1,21 +1,20 @@
-"""No rank holds more than its partition, the largest block and the engine state, but for a constant."""
+"""A rank holds what the plan says: its partition, the largest block, the engine state and not much more."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-import yaml
 from builders import byte_tokenizer, config_tree, llama_config, save_data
-from launching import INIT, run_ranks, succeed
+from outputs import make_output, read_report
 from transformers import LlamaForCausalLM
 
-LIMIT_BYTES = 150 * 2**20
-"""250 MiB are allowed at any size, but within those a second copy of this model's largest block would go unseen."""
+ABOVE_BYTES = 110 * 2**20
+"""What DeepSpeed, gloo and allocators may take beside the plan (docs/BENCHMARKS.md: 45 to 103 MiB). A second copy of
+this model's largest block, 125 MiB, would be seen in the peak as well as in the plan."""
 
 
-def test_two_ranks_stay_near_the_plan(tmp_path: Path) -> None:
+def test_two_ranks_take_what_the_plan_says(tmp_path: Path) -> None:
     config = llama_config(
         vocab_size=64000,
         hidden_size=1024,
@@ -38,12 +37,9 @@ def test_two_ranks_stay_near_the_plan(tmp_path: Path) -> None:
         gradient={"max_targets_in_flight": 1},
         calibration={"max_length": 16, "per_device_batch_size": 1},
     )
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    succeed(run_ranks([INIT, "--config", str(tmp_path / "config.yaml")], 2, timeout_seconds=240))
-
-    report = json.loads((tmp_path / "out" / "loraga_report.json").read_text())
-    assert len(report["peak_bytes_per_rank"]) == 2
-    for peak, planned in zip(report["peak_bytes_per_rank"], report["planned_peak_bytes_per_rank"], strict=True):
+    report = read_report(make_output(tree, 2))
+    peaks, plans = report["peak_bytes_per_rank"], report["planned_peak_bytes_per_rank"]
+    assert len(peaks) == len(plans) == 2
+    for peak, planned in zip(peaks, plans, strict=True):
         assert model_bytes / 2 < planned, "the plan must at least hold the partition"
-        assert peak > model_bytes / 2, "the peak was not measured"
-        assert peak - planned <= LIMIT_BYTES, (peak / 2**20, planned / 2**20)
+        assert planned <= peak <= planned + ABOVE_BYTES, (peak / 2**20, planned / 2**20)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from builders import VOCABULARY, byte_tokenizer, config_tree, make_model, save_data
-from launching import INIT, Finished, run_ranks
+from launching import INIT, Finished
+from outputs import write_config
+from ranks import run_script
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -22,10 +23,9 @@ def start(model: nn.Module, directory: Path, world_size: int, *flags: str) -> li
     model.save_pretrained(directory / "model")
     byte_tokenizer().save_pretrained(directory / "model")
     data = save_data(directory / "data.jsonl", rows=8)
-    config = directory / "config.yaml"
-    config.write_text(yaml.safe_dump(config_tree(directory / "model", data, directory / "runs" / "out")))
-    arguments = [INIT, "--config", str(config), *flags]
-    return run_ranks(arguments, world_size)
+    config = write_config(config_tree(directory / "model", data, directory / "out"))
+    options = ["--output.dir", str(directory / "runs" / "out"), *flags]
+    return run_script([INIT, "--config", str(config), *options], world_size)
 
 
 def failure(results: list[Finished], code: int = 3) -> str:

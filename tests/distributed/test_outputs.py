@@ -10,18 +10,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import yaml
 from builders import TASKS, byte_tokenizer, config_tree, make_model, save_data, save_model
-from gradient_worker import reference_gradients
-from launching import INIT, ROOT, run_ranks, succeed
+from launching import ROOT
+from outputs import IDS, make_output, read_adapter, read_products, read_report, relative
 from peft import PeftModel
+from pieces import autograd_gradients, microbatches_of
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.artifacts.verify import verify
-from loraga_dist.cli import init_main, main
-from loraga_dist.config import CalibrationConfig
-from loraga_dist.data.microbatches import assign_microbatches
-from loraga_dist.data.samples import load_samples
+from loraga_dist.cli import main
 
 R, ALPHA, GAMMA = 4, 8, 16
 AUTO = {
@@ -83,14 +80,7 @@ class Run:
 
     @property
     def report(self) -> dict[str, Any]:
-        return json.loads((self.out / "loraga_report.json").read_text())
-
-    def adapter(self, name: str = "loraga_init") -> dict[str, torch.Tensor]:
-        return load_file(self.out / name / "adapter_model.safetensors")
-
-    def product(self, target: str) -> torch.Tensor:
-        adapter, key = self.adapter(), f"base_model.model.{target}"
-        return adapter[f"{key}.lora_B.weight"].double() @ adapter[f"{key}.lora_A.weight"].double()
+        return read_report(self.out)
 
 
 def rename_norms(base: Path) -> None:
@@ -114,7 +104,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if name not in made:
             case = CASES[name]
             base = root / f"{case.kind}-{case.dtype}-{case.shards}-{case.keys}".replace("torch.", "")
-            data, out, config = root / f"{case.kind}.jsonl", root / name, root / f"{name}.yaml"
+            data, out = root / f"{case.kind}.jsonl", root / name
             if not base.exists():
                 if case.keys == "bare":
                     make_model(case.kind).transformer.save_pretrained(base)
@@ -124,24 +114,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 if case.keys == "legacy":
                     rename_norms(base)
             save_data(data, TASKS[case.kind], rows=21)
-            config.write_text(yaml.safe_dump(config_tree(base, data, out, kind=case.kind, r=R)))
-            arguments = ["--config", str(config), *case.overrides]
-            if case.world_size == 1 and "--deepspeed" not in case.overrides:
-                assert init_main(arguments) == 0
-            else:
-                succeed(run_ranks([INIT, *arguments], case.world_size, timeout_seconds=200))
+            tree = config_tree(base, data, out, kind=case.kind, r=R)
+            make_output(tree, case.world_size, *case.overrides, forked="--deepspeed" in case.overrides)
             made[name] = Run(case, base, data, out)
         return made[name]
 
     return get
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+def require_same_start(run: Run, reference: Run, bar: float) -> None:
+    found, expected = read_products(run.out), read_products(reference.out)
+    assert found.keys() == expected.keys()
+    for target, product in expected.items():
+        assert relative(found[target], product) < bar, target
 
 
 def example(kind: str) -> dict[str, torch.Tensor]:
-    ids = torch.arange(3, 43).view(2, 20) % 250
+    ids = IDS.clone()
     if kind == "bart":
         ids[:, -1] = 257
     return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if kind == "t5" else {"input_ids": ids}
@@ -203,20 +192,13 @@ def test_directory_verifies_and_keeps_the_contract(runs: Any, name: str) -> None
 
 def test_factors_are_those_of_the_reference_gradient(runs: Any) -> None:
     run = runs("llama-1")
-    samples = load_samples(
-        CalibrationConfig(data_files=str(run.data), max_length=64, per_device_batch_size=2),
-        byte_tokenizer(),
-        task_type="CAUSAL_LM",
-        max_positions=None,
-    )
-    microbatches = assign_microbatches(samples, rank=0, world_size=1, per_device_batch_size=2, pad_token_id=256)
-    gradients = reference_gradients(str(run.base), microbatches)
+    gradients, products = autograd_gradients(run.base, microbatches_of(run.base, run.data)), read_products(run.out)
     for name, target in run.report["targets"].items():
-        G_MN = gradients[f"{name}.weight"]
+        G_MN = gradients[name]
         U, S, Vh = torch.linalg.svd(G_MN.double(), full_matrices=False)
         expected = U[:, R : 2 * R] @ Vh[:R] * (G_MN.shape[0] ** 0.5 / GAMMA)
         # products of vectors from different triplets: each keeps an unknown sign pair, so compare term by term
-        found = run.product(name)
+        found = products[name]
         projected = (U[:, R : 2 * R].T @ found @ Vh[:R].T).diagonal().sign()
         assert relative(found, (U[:, R : 2 * R] * projected) @ Vh[:R] * (G_MN.shape[0] ** 0.5 / GAMMA)) < 1e-4, name
         assert abs(expected.norm() - found.norm()) < 1e-4 * expected.norm()
@@ -228,16 +210,15 @@ def test_factors_are_those_of_the_reference_gradient(runs: Any) -> None:
 @pytest.mark.parametrize("name", ["llama-1-seed", "llama-1-single-file", "llama-2", "llama-2-one-at-a-time", "llama-4"])
 def test_seeds_ranks_and_layouts_agree(runs: Any, name: str) -> None:
     reference, run = runs("llama-1"), runs(name)
-    for target in reference.report["targets"]:
-        assert relative(run.product(target), reference.product(target)) < 1e-4, target
+    require_same_start(run, reference, 1e-4)
     for field in ("base_fingerprint", "data_fingerprint", "num_supervised_tokens"):
         assert run.report[field] == reference.report[field]
 
 
 @pytest.mark.parametrize("name", ["llama-2-sketch", "llama-2-bf16", "bert-2"])
-def test_refactoring_under_the_same_settings_changes_nothing(runs: Any, name: str, tmp_path: Path) -> None:
+def test_rebuilding_under_the_same_settings_changes_nothing(runs: Any, name: str, tmp_path: Path) -> None:
     run = runs(name)
-    assert main(["refactor", str(run.out), "--to", str(tmp_path / "again")]) == 0
+    assert main(["rebuild", str(run.out), "--to", str(tmp_path / "again")]) == 0
     for adapter in ("loraga_init", "loraga_offset"):
         file = f"{adapter}/adapter_model.safetensors"
         assert (tmp_path / "again" / file).read_bytes() == (run.out / file).read_bytes()
@@ -245,20 +226,16 @@ def test_refactoring_under_the_same_settings_changes_nothing(runs: Any, name: st
 
 @pytest.mark.parametrize("kind", ["tied", "gpt2", "t5", "bert", "bart"])
 def test_families_agree_between_one_and_two_ranks(runs: Any, kind: str) -> None:
-    alone, sharded = runs(f"{kind}-1"), runs(f"{kind}-2")
-    for target in alone.report["targets"]:
-        assert relative(sharded.product(target), alone.product(target)) < 1e-3, target
+    require_same_start(runs(f"{kind}-2"), runs(f"{kind}-1"), 1e-3)
 
 
 def test_checkpoint_keys_without_prefix_load_the_same(runs: Any) -> None:
-    plain, bare = runs("gpt2-2"), runs("gpt2-2-bare")
-    for target in plain.report["targets"]:
-        assert relative(bare.product(target), plain.product(target)) < 1e-3, target
+    require_same_start(runs("gpt2-2-bare"), runs("gpt2-2"), 1e-3)
 
 
 def test_conv1d_scales_by_its_output_dimension(runs: Any) -> None:
     run = runs("gpt2-1")
     target = run.report["targets"]["transformer.h.0.attn.c_attn"]
     assert target["shape"] == [144, 48] and target["transposed"]
-    A_RN = run.adapter()["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"]
+    A_RN = read_adapter(run.out)["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"]
     torch.testing.assert_close(A_RN.norm(dim=1), torch.full((R,), 144**0.25 / GAMMA**0.5), rtol=1e-5, atol=0)

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from builders import byte_tokenizer, config_tree, llama_config, save_data, save_model
-from launching import INIT, ROOT, Finished, run_ranks, succeed
+from launching import INIT, ROOT, Finished, succeed
+from outputs import write_config
+from pieces import load
+from ranks import run_on_ranks, run_script
 from transformers import LlamaForCausalLM
 
 from loraga_dist.cli import main
 from loraga_dist.files.safetensors_io import dtype_name
+from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy
-
-WORKER = str(Path(__file__).with_name("partition_worker.py"))
+from loraga_dist.ranks.world import World
 
 
 def plan(*arguments: str) -> Finished:
@@ -32,11 +34,9 @@ def plan(*arguments: str) -> Finished:
     return Finished(code, out.getvalue(), err.getvalue())
 
 
-def write_config(directory: Path, **sections: dict[str, Any]) -> Path:
-    model = save_model(directory / "model")
-    tree = config_tree(model, save_data(directory / "data.jsonl"), directory / "out", **sections)
-    (directory / "config.yaml").write_text(yaml.safe_dump(tree))
-    return directory / "config.yaml"
+def small_config(directory: Path, **sections: dict[str, Any]) -> Path:
+    data = save_data(directory / "data.jsonl")
+    return write_config(config_tree(save_model(directory / "model"), data, directory / "out", **sections))
 
 
 def sparse_model(directory: Path) -> Path:
@@ -58,7 +58,7 @@ def sparse_model(directory: Path) -> Path:
 
 
 def test_json_of_a_small_plan(tmp_path: Path) -> None:
-    config = write_config(tmp_path, gradient={"engine": "sketch"})
+    config = small_config(tmp_path, gradient={"engine": "sketch"})
     result = plan("--config", str(config), "--ranks", "3", "--device_tflops", "100", "--gib_per_rank", "1", "--json")
     succeed(result)
     report = json.loads(result.stdout)
@@ -79,7 +79,7 @@ def test_json_of_a_small_plan(tmp_path: Path) -> None:
 
 
 def test_schemes_without_gradients_plan_no_sweep(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+    config = small_config(tmp_path)
     for scheme, workspace, files in (
         ("pissa", True, {"loraga_init", "loraga_offset", "residual_base"}),
         ("kaiming", False, {"loraga_init"}),
@@ -99,13 +99,13 @@ def test_schemes_without_gradients_plan_no_sweep(tmp_path: Path) -> None:
         result = plan(*command)
         succeed(result)
         assert "0 over the data; no engine state" in result.stdout
-    results = run_ranks([INIT, "--config", str(config), "--init.scheme", "olora", "--dry_run"], 2)
+    results = run_script([INIT, "--config", str(config), "--init.scheme", "olora", "--dry_run"], 2)
     succeed(results)
     assert "OLoRA plan of" in results[0].stdout and not (tmp_path / "out").exists()
 
 
 def test_table_says_what_to_change(tmp_path: Path) -> None:
-    config = write_config(tmp_path, gradient={"checkpointing": "none", "engine": "sketch"})
+    config = small_config(tmp_path, gradient={"checkpointing": "none", "engine": "sketch"})
     result = plan("--config", str(config), "--ranks", "2", "--gib_per_rank", "0.001")
     succeed(result)
     assert "too large" in result.stdout
@@ -130,7 +130,7 @@ def test_405b_from_its_config_alone_in_seconds() -> None:
 
 
 def test_mistakes_end_with_code_2(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+    config = small_config(tmp_path)
     for arguments in (["--lora.r", "60"], ["--model.name_or_path", str(tmp_path / "nowhere")], ["--lora.rr", "8"]):
         result = plan("--config", str(config), *arguments)
         assert result.code == 2
@@ -139,9 +139,9 @@ def test_mistakes_end_with_code_2(tmp_path: Path) -> None:
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+    config = small_config(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    results = run_ranks([INIT, "--config", str(config), "--dry_run"], 2)
+    results = run_script([INIT, "--config", str(config), "--dry_run"], 2)
     succeed(results)
     said = " ".join(results[0].stdout.split())  # a long path wraps
     assert "24 sequences" in said
@@ -152,10 +152,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_init_refuses_what_cannot_fit(tmp_path: Path) -> None:
     model = sparse_model(tmp_path / "model")
-    tree = config_tree(model, save_data(tmp_path / "data.jsonl", rows=4), tmp_path / "out")
-    tree["gradient"] = {"engine": "sketch"}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    results = run_ranks([INIT, "--config", str(tmp_path / "config.yaml")], 2)
+    data = save_data(tmp_path / "data.jsonl", rows=4)
+    config = write_config(config_tree(model, data, tmp_path / "out", gradient={"engine": "sketch"}))
+    results = run_script([INIT, "--config", str(config)], 2)
     assert [result.code for result in results] == [2, 2], results[0].stderr
     (line,) = (line for line in results[0].stderr.splitlines() if line.startswith("loraga-dist:"))
     assert "GiB free" in line
@@ -163,5 +162,18 @@ def test_init_refuses_what_cannot_fit(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def partition_of_rank(model_dir: Path) -> tuple[int, int, int, int]:
+    """Bytes of this rank's shards and elements of the largest module, each as planned and as ZeRO-3 made them."""
+    world = World.start()
+    loaded = load(model_dir, world)
+    model: Any = loaded.model
+    shape = ModelShape.of(loaded.meta_model, torch.float32)
+    shards = [parameter.ds_tensor for parameter in model.parameters()]
+    gathered = [sum(p.ds_numel for p in module.parameters(recurse=False)) for module in model.modules()]
+    num_bytes = sum(shard.numel() * shard.element_size() for shard in shards)
+    return shape.partition_bytes(world.size), num_bytes, shape.largest_module_numel, max(gathered)
+
+
 def test_shards_are_as_planned(tmp_path: Path) -> None:
-    succeed(run_ranks([WORKER, str(save_model(tmp_path / "model"))], 3))
+    for planned_bytes, num_bytes, planned_numel, numel in run_on_ranks(partition_of_rank, 3, save_model(tmp_path)):
+        assert (planned_bytes, planned_numel) == (num_bytes, numel)

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import yaml
 from builders import config_tree, save_data, save_model
 from hub_server import REPO, TOKEN, served
-from launching import run_ranks
+from outputs import write_config
+from ranks import finish_on_ranks
 
-WORKER = str(Path(__file__).with_name("push_worker.py"))
+from loraga_dist.cli import init_main, leave_process
+
+
+def init_with_hub(url: str, arguments: Sequence[str]) -> None:
+    """On every rank: `init` against another hub than the one this interpreter was started for."""
+    import huggingface_hub
+
+    huggingface_hub.constants.ENDPOINT = url
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    leave_process(init_main(arguments))
 
 
 @pytest.mark.parametrize(("says", "code"), [("yes", 0), ("no storage", 3), ("read only", 2)])
 def test_rank_0_pushes_and_all_end_alike(says: str, code: int, tmp_path: Path) -> None:
-    out = {"dir": str(tmp_path / "out"), "push_to_hub": REPO}
-    tree = config_tree(save_model(tmp_path / "base"), save_data(tmp_path / "data.jsonl"), tmp_path / "out", output=out)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    base, data = save_model(tmp_path / "base"), save_data(tmp_path / "data.jsonl")
+    config = write_config(config_tree(base, data, tmp_path / "out", output={"push_to_hub": REPO}))
     with served() as hub:
         hub.refuses_commits = says == "no storage"
         hub.user["auth"]["accessToken"]["role"] = "read" if says == "read only" else "write"
-        arguments = [WORKER, hub.url, "--config", str(tmp_path / "config.yaml")]
-        done = run_ranks(arguments, 2, env={"HF_TOKEN": TOKEN})
+        done = finish_on_ranks(init_with_hub, 2, hub.url, ["--config", str(config)], env={"HF_TOKEN": TOKEN})
     assert [rank.code for rank in done] == [code, code], done
     assert len(hub.created) == (says != "read only")
     assert ("loraga_init/adapter_model.safetensors" in hub.files) == (says == "yes")

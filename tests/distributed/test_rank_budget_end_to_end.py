@@ -7,16 +7,23 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from builders import byte_tokenizer, config_tree, save_data, save_model
-from launching import INIT, run_ranks, succeed
+from outputs import (
+    base_of,
+    causal_lm,
+    disturb,
+    line_of,
+    logits_of,
+    make_output,
+    read_adapter,
+    read_factors,
+    read_report,
+    started,
+)
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import loraga_dist
 from loraga_dist.artifacts.verify import verify
@@ -38,40 +45,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         out = root / f"{world_size}-{budget}"
         if not out.exists():
             tree = config_tree(base, data, out, r=R, lora=LORA, init={"rank_budget": budget})
-            config = out.with_suffix(".yaml")
-            config.write_text(yaml.safe_dump(tree))
-            if world_size == 1:
-                assert init_main(["--config", str(config)]) == 0
-            else:
-                succeed(run_ranks([INIT, "--config", str(config)], world_size))
+            make_output(tree, world_size)
         return out
 
     return get
 
 
-def report(out: Path) -> dict[str, Any]:
-    return json.loads((out / "loraga_report.json").read_text())
-
-
-def adapter(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "loraga_init" / "adapter_model.safetensors")
-
-
 def ranks(out: Path) -> dict[str, int]:
-    return {name: target["r"] for name, target in report(out)["targets"].items()}
-
-
-def line_of(capsys: pytest.CaptureFixture[str]) -> str:
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraga-dist: ")]
-    return line
+    return {name: target["r"] for name, target in read_report(out)["targets"].items()}
 
 
 def expected_ranks(out: Path, budget: int) -> dict[str, int]:
     """Gains of all ranks of all targets in one list, from the largest per parameter on."""
-    triplets = {}
-    for path in (out / "factors").glob("*.safetensors"):
-        triplets |= {key[:-2]: S.double() for key, S in load_file(path).items() if key.endswith(".S")}
-    shapes = {name: sum(target["shape"]) for name, target in report(out)["targets"].items()}
+    triplets = {key[:-2]: S.double() for key, S in read_factors(out).items() if key.endswith(".S")}
+    shapes = {name: sum(target["shape"]) for name, target in read_report(out)["targets"].items()}
     found, left = dict.fromkeys(shapes, 1), budget - sum(shapes.values())
     gains = [
         (-S_K[2 * r : 2 * r + 2].square().sum().item() / shapes[name], name)
@@ -92,16 +79,18 @@ def test_ranks_go_where_they_capture_most(runs: Callable[..., Path]) -> None:
     out = runs(1)
     assert ranks(out) == expected_ranks(out, BUDGET)
     assert len(set(ranks(out).values())) > 3 and max(ranks(out).values()) == 2 * R, "else nothing was to be chosen"
-    said = report(out)["rank_budget"]
+    said = read_report(out)["rank_budget"]
     assert said["parameters"] == BUDGET >= said["spent"] > BUDGET - (64 + 112)
-    assert sum(tensor.numel() for tensor in adapter(out).values()) == said["spent"]
+    assert sum(tensor.numel() for tensor in read_adapter(out).values()) == said["spent"]
 
     def energy(path: Path) -> float:
-        return sum(math.fsum(s**2 for s in target["singular_values"]) for target in report(path)["targets"].values())
+        return sum(
+            math.fsum(s**2 for s in target["singular_values"]) for target in read_report(path)["targets"].values()
+        )
 
     assert energy(out) > 1.01 * energy(runs(1, None)), "more than the same rank everywhere captures"
-    for name, target in report(out)["targets"].items():
-        same = report(runs(1, None))["targets"][name]
+    for name, target in read_report(out)["targets"].items():
+        same = read_report(runs(1, None))["targets"][name]
         assert target["scaling"] == pytest.approx(same["scaling"], rel=1e-11), name
         squares = [math.fsum(s**2 for s in it["singular_values"]) for it in (target, same)]
         share = same["captured_energy"] * squares[0] / squares[1]
@@ -115,7 +104,7 @@ def test_any_number_of_ranks_spends_alike(runs: Callable[..., Path], world_size:
     assert ranks(sharded) == ranks(alone)
     configs = [json.loads((out / "loraga_init/adapter_config.json").read_text()) for out in (alone, sharded)]
     assert configs[0]["rank_pattern"] == configs[1]["rank_pattern"] != {}
-    found, expected = adapter(sharded), adapter(alone)
+    found, expected = read_adapter(sharded), read_adapter(alone)
     for key, tensor in expected.items():
         assert (found[key] - tensor).norm() < 1e-4 * tensor.norm(), key
 
@@ -124,74 +113,62 @@ def test_any_number_of_ranks_spends_alike(runs: Callable[..., Path], world_size:
 def test_stock_peft_starts_at_the_original(runs: Callable[..., Path], world_size: int) -> None:
     out = runs(world_size)
     assert verify(out).problems == [] and verify(out).residual_checked
-    ids = torch.arange(3, 43).view(2, 20)
-    base = AutoModelForCausalLM.from_pretrained(report(out)["config"]["model"]["name_or_path"]).eval()
-    start = AutoModelForCausalLM.from_pretrained(out / "residual_base")
-    model: Any = PeftModel.from_pretrained(start, out / "loraga_init").eval()
-    with torch.no_grad():
-        original, found = base(ids).logits, model(ids).logits
-        with model.disable_adapter():
-            assert (model(ids).logits - original).abs().max() > 1e-3 * original.abs().max()
-    assert (found - original).abs().max() < 1e-5 * original.abs().max()
-    for name, target in report(out)["targets"].items():
+    original, model = logits_of(causal_lm(base_of(out))), started(out)
+    with model.disable_adapter():
+        assert (logits_of(model) - original).abs().max() > 1e-3 * original.abs().max()
+    assert (logits_of(model) - original).abs().max() < 1e-5 * original.abs().max()
+    for name, target in read_report(out)["targets"].items():
         layer = model.base_model.model.get_submodule(name)
         assert (layer.r["default"], layer.scaling["default"]) == (target["r"], target["scaling"]), name
-    words = (out / "README.md").read_text()
-    assert (
-        f"{report(out)['rank_budget']['spent']:,} of {BUDGET:,} parameters spent" in (out / "report.html").read_text()
-    )
-    assert f"{report(out)['rank_budget']['spent']} of {BUDGET} parameters spent" in words
+    spent = read_report(out)["rank_budget"]["spent"]
+    assert f"{spent:,} of {BUDGET:,} parameters spent" in (out / "report.html").read_text()
+    assert f"{spent} of {BUDGET} parameters spent" in (out / "README.md").read_text()
 
 
 def test_factors_are_spent_again(runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, plain = runs(1), runs(1, None)
-    assert main(["refactor", str(source), "--to", str(tmp_path / "again")]) == 0
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "again")]) == 0
     for name in ("loraga_init", "loraga_offset"):
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             again = (tmp_path / "again" / name / file).read_text("latin-1")
             assert again.replace(str(tmp_path / "again"), str(source)) == (source / name / file).read_text("latin-1")
-    assert report(tmp_path / "again")["rank_budget"] == report(source)["rank_budget"]
+    assert read_report(tmp_path / "again")["rank_budget"] == read_report(source)["rank_budget"]
 
     # the same from an output that knew of no budget, and another budget
-    assert main(["refactor", str(plain), "--to", str(tmp_path / "new"), "--init.rank_budget", str(BUDGET)]) == 0
+    assert main(["rebuild", str(plain), "--to", str(tmp_path / "new"), "--init.rank_budget", str(BUDGET)]) == 0
     assert ranks(tmp_path / "new") == ranks(source)
     less = BUDGET // 2
-    assert main(["refactor", str(source), "--to", str(tmp_path / "less"), "--init.rank_budget", str(less)]) == 0
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "less"), "--init.rank_budget", str(less)]) == 0
     assert ranks(tmp_path / "less") == expected_ranks(source, less)
     assert all(verify(tmp_path / name).ok for name in ("again", "new", "less"))
-    assert main(["refactor", str(source), "--to", str(tmp_path / "none"), "--init.rank_budget", "null"]) == 0
-    assert adapter(tmp_path / "none").keys() == adapter(plain).keys() and set(ranks(tmp_path / "none").values()) == {R}
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "none"), "--init.rank_budget", "null"]) == 0
+    assert read_adapter(tmp_path / "none").keys() == read_adapter(plain).keys() and set(
+        ranks(tmp_path / "none").values()
+    ) == {R}
 
     capsys.readouterr()
-    assert main(["refactor", str(source), "--to", str(tmp_path / "x"), "--init.rank_budget", "10"]) == 2
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "x"), "--init.rank_budget", "10"]) == 2
     assert "init.rank_budget: 10: is less than rank 1 of the 21 targets takes" in line_of(capsys)
-    assert main(["refactor", str(source), "--to", str(tmp_path / "x"), "--lora.rank_pattern", "{q_proj: 2}"]) == 2
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "x"), "--lora.rank_pattern", "{q_proj: 2}"]) == 2
     assert "decides ranks and alphas itself; remove lora.rank_pattern" in line_of(capsys)
     assert not (tmp_path / "x").exists()
 
 
 def test_a_trained_adapter_converts(runs: Callable[..., Path], tmp_path: Path) -> None:
     out = runs(1)
-    base = AutoModelForCausalLM.from_pretrained(out / "residual_base")
-    model: Any = PeftModel.from_pretrained(base, out / "loraga_init", is_trainable=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model = started(out, is_trainable=True)
+    disturb(model)
     model.save_pretrained(tmp_path / "trained")
     words = ["--init", out / "loraga_init", "--trained", tmp_path / "trained", "--to", tmp_path / "to"]
     assert main(["convert", *map(str, words)]) == 0
-    original = AutoModelForCausalLM.from_pretrained(report(out)["config"]["model"]["name_or_path"])
-    converted: Any = PeftModel.from_pretrained(original, tmp_path / "to")
-    ids = torch.arange(3, 43).view(2, 20)
-    with torch.no_grad():
-        expected, found = model.eval()(ids).logits, converted.eval()(ids).logits
+    converted = PeftModel.from_pretrained(causal_lm(base_of(out)), tmp_path / "to")
+    expected, found = logits_of(model), logits_of(converted)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_verify_counts_what_was_spent(runs: Callable[..., Path], tmp_path: Path) -> None:
     out = shutil.copytree(runs(1), tmp_path / "out")
-    content = report(out)
+    content = read_report(out)
     content["rank_budget"]["spent"] -= 1
     (out / "loraga_report.json").write_text(json.dumps(content))
     assert any("ranks take" in problem for problem in verify(out).problems)
@@ -199,8 +176,8 @@ def test_verify_counts_what_was_spent(runs: Callable[..., Path], tmp_path: Path)
 
 def test_a_training_script_gets_the_same_ranks(runs: Callable[..., Path]) -> None:
     out = runs(1)
-    config = report(out)["config"]
-    model = AutoModelForCausalLM.from_pretrained(config["model"]["name_or_path"])
+    config = read_report(out)["config"]
+    model = causal_lm(base_of(out))
     rows = Path(config["calibration"]["data_files"]).read_text().splitlines()
     tokenizer = byte_tokenizer()
     batches = []

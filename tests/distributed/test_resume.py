@@ -4,63 +4,85 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
-import resume_worker
-import torch
-import yaml
 from builders import config_tree, save_data, save_model
-from launching import Finished, run_ranks, succeed
-from safetensors.torch import load_file
+from launching import Finished, succeed
+from outputs import flip_bit, read_factors, read_products, read_report, relative, write_config
+from ranks import finish_on_ranks
 
-from loraga_dist import job
-from loraga_dist.artifacts.residual import plan_residual_files
+from loraga_dist.artifacts import layout
+from loraga_dist.artifacts.residual import plan_model_files
 from loraga_dist.artifacts.verify import verify
+from loraga_dist.cli import leave_process
+from loraga_dist.config import load_config
+from loraga_dist.errors import LoragaError
+from loraga_dist.ranks.world import World
+from loraga_dist.run.checkpointer import StopRequest
+from loraga_dist.run.pipeline import run
 
-WORKER = resume_worker.__file__
 SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
 IN_GROUPS = ("--gradient.max_targets_in_flight", "9")
 ONE_PASS = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "0")
 
 
+class StopAfter(StopRequest):
+    """Asked for by nobody: the request appears when it has been looked at often enough, or never (0)."""
+
+    def __init__(self, num_looks: int) -> None:
+        self._before = {}
+        self._num_looks = num_looks
+        self._looks = 0
+
+    @property
+    def signal_name(self) -> str | None:
+        self._looks += 1
+        return "SIGUSR1" if self._looks == self._num_looks else None
+
+
+def init_until(num_looks: int, config_path: Path, overrides: Sequence[str]) -> int:
+    """On every rank: `loraga-dist init`, asked to stop after so many looks, as by a scheduler; its exit code."""
+    world = World.start()
+    try:
+        with world.together():
+            config = load_config(config_path, overrides)
+        run(config, world, StopAfter(num_looks))
+    except LoragaError as error:
+        if world.is_main:
+            print(error, file=sys.stderr)
+        world.barrier()
+        return error.exit_code
+    world.barrier()
+    return 0
+
+
+def leave_by_init(num_looks: int, config_path: Path, overrides: Sequence[str]) -> None:
+    leave_process(init_until(num_looks, config_path, overrides))
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("resume")
-    tree = config_tree(
-        save_model(root / "base"), save_data(root / "data.jsonl", rows=21), root / "out", kind="llama", r=4
-    )
-    (root / "config.yaml").write_text(yaml.safe_dump(tree))
-    return root / "config.yaml"
+    return write_config(config_tree(save_model(root / "base"), save_data(root / "data.jsonl", rows=21), root / "out"))
 
 
 def start(config: Path, out: Path, world_size: int, *, stop: int = 0, overrides: Sequence[str] = ()) -> list[Finished]:
     overrides = ["--output.dir", str(out), *overrides]
     if world_size > 1:
-        return run_ranks([WORKER, str(stop), str(config), *overrides], world_size)
+        return finish_on_ranks(leave_by_init, world_size, stop, config, overrides)
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        code = resume_worker.start(stop, str(config), overrides)
+        code = init_until(stop, config, overrides)
     return [Finished(code, "", stderr.getvalue())]
-
-
-def products(out: Path) -> dict[str, torch.Tensor]:
-    adapter = load_file(out / "loraga_init" / "adapter_model.safetensors")
-    names = [key.removesuffix(".lora_A.weight") for key in adapter if key.endswith("lora_A.weight")]
-    return {
-        name: adapter[f"{name}.lora_B.weight"].double() @ adapter[f"{name}.lora_A.weight"].double() for name in names
-    }
 
 
 def efficiencies(out: Path, exact: Path) -> dict[str, float]:
     """Share of the best 2r directions' energy that the run's own 2r directions hold, by the exact run's gradient."""
-    found, best = (
-        {k: v for path in (run / "factors").glob("*.safetensors") for k, v in load_file(path).items()}
-        for run in (out, exact)
-    )
+    found, best = read_factors(out), read_factors(exact)
     shares = {}
     for name in (key.removesuffix(".S") for key in best if key.endswith(".S")):
         G_MN = best[f"{name}.U"] * best[f"{name}.S"] @ best[f"{name}.Vh"]
@@ -70,8 +92,8 @@ def efficiencies(out: Path, exact: Path) -> dict[str, float]:
 
 
 def worst(found: Path, expected: Path) -> float:
-    pairs = [(products(found)[name], value) for name, value in products(expected).items()]
-    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    products = read_products(found)
+    return max(relative(products[name], product) for name, product in read_products(expected).items())
 
 
 # looks at the request: one after each microbatch, and one between phases
@@ -112,10 +134,10 @@ def test_the_end_is_the_same(
         assert max(abs(with_stops[name] - without[name]) for name in without) < tolerance
         assert min(without.values()) > 0.95
         shutil.rmtree(tmp_path / "exact")
-    reports = [json.loads((path / "loraga_report.json").read_text()) for path in (out, uninterrupted)]
+    report, expected = read_report(out), read_report(uninterrupted)
     for key in ("num_sequences", "num_supervised_tokens", "data_fingerprint", "refine_passes"):
-        assert reports[0][key] == reports[1][key]
-    assert reports[0]["mean_loss"] == pytest.approx(reports[1]["mean_loss"], rel=1e-5)
+        assert report[key] == expected[key]
+    assert report["mean_loss"] == pytest.approx(expected["mean_loss"], rel=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "uninterrupted"]
 
 
@@ -161,9 +183,7 @@ def test_a_flipped_bit_leaves_the_generation_before(config: Path, tmp_path: Path
     assert [rank.code for rank in start(config, out, 1, stop=14, overrides=IN_GROUPS)] == [143]
     older, newer = sorted((tmp_path / ".out.checkpoint").iterdir())
     path = next(newer.glob(file))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip_bit(path, position=path.stat().st_size // 2)
     (result,) = start(config, out, 1, overrides=IN_GROUPS)
     succeed(result)
     assert f"{newer} is damaged" in result.stderr and f"going on from {older}" in result.stderr
@@ -172,10 +192,7 @@ def test_a_flipped_bit_leaves_the_generation_before(config: Path, tmp_path: Path
 
 def test_a_damaged_checkpoint_is_said_and_left(config: Path, stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "again")
-    path = next((tmp_path / "again" / ".out.checkpoint").glob("*/state.json"))
-    content = bytearray(path.read_bytes())
-    content[10] ^= 1
-    path.write_bytes(content)
+    flip_bit(next((tmp_path / "again" / ".out.checkpoint").glob("*/state.json")), position=10)
     (result,) = start(config, tmp_path / "again" / "out", 1)
     succeed(result)
     assert "is damaged (state.json: does not match SHA256SUMS)" in result.stderr and "going on" not in result.stderr
@@ -183,7 +200,7 @@ def test_a_damaged_checkpoint_is_said_and_left(config: Path, stopped: Path, tmp_
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "plan_residual_files", partial(plan_residual_files, max_shard_bytes=40_000))
+    monkeypatch.setattr(layout, "plan_model_files", partial(plan_model_files, max_shard_bytes=40_000))
 
 
 @pytest.mark.usefixtures("small_files")
@@ -203,10 +220,7 @@ def test_finished_files_are_not_written_again(config: Path, tmp_path: Path) -> N
 def test_a_finished_file_that_was_damaged_is_written_again(config: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "out", tmp_path / ".out.checkpoint" / "residual_base"
     start(config, out, 1, stop=11 + 1 + 3)
-    damaged = next(iter(kept.glob("*.safetensors")))
-    content = bytearray(damaged.read_bytes())
-    content[-5] ^= 1
-    damaged.write_bytes(content)
+    flip_bit(next(kept.glob("*.safetensors")), position=-5)
     (refused,) = start(config, out, 1)
     assert refused.code == 3 and "verify: " in refused.stderr and not out.exists()
     succeed(start(config, out, 1))

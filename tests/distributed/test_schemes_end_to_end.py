@@ -10,21 +10,32 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from builders import byte_tokenizer, config_tree, save_data, save_model
-from gradient_worker import PROJECTIONS
-from launching import INIT, run_ranks, succeed
+from launching import INIT
+from outputs import (
+    base_of,
+    causal_lm,
+    disturb,
+    line_of,
+    logits_of,
+    make_output,
+    read_adapter,
+    read_report,
+    started,
+    write_config,
+)
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora import preprocess_loraga
+from pieces import PROJECTIONS
+from ranks import run_script
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import init_main, main
 from loraga_dist.config import InitConfig, parse_config
 from loraga_dist.errors import Preempted
 from loraga_dist.ranks.world import World
-from loraga_dist.run.keeper import StopRequest
+from loraga_dist.run.checkpointer import StopRequest
 from loraga_dist.run.pipeline import run
 from loraga_dist.schemes import SCHEMES
 
@@ -41,55 +52,36 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return root, save_model(root / "model"), data
 
 
-def arguments(paths: tuple[Path, Path, Path], name: str, **changes: object) -> tuple[list[str], Path]:
-    root, model, data = paths
-    tree = config_tree(model, data, root / name)
-    for key, value in changes.items():
-        section, _, leaf = key.partition("__")
-        tree.setdefault(section, {})[leaf] = value
-    (root / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    return ["--config", str(root / f"{name}.yaml")], root / name
-
-
-def adapter(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "loraga_init" / "adapter_model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("direction", "scale"),
     [("ArB2r", "unit"), ("A2rBr", "stable"), ("ArBr", "gd"), ("random", "stable"), ("ArB2r", "weight_svd")],
 )
 def test_two_ranks_give_the_single_process_factors(paths: tuple, direction: str, scale: str) -> None:
-    changes = {
-        "init__direction": direction,
-        "init__scale": scale,
-        "lora__use_rslora": True,
-        "lora__rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6},
-        "lora__alpha_pattern": {"v_proj": 3},
-        "lora__target_modules": ["q_proj", "v_proj", "down_proj"],
-    }
-    alone, alone_out = arguments(paths, f"{direction}-{scale}-1", **changes)
-    sharded, sharded_out = arguments(paths, f"{direction}-{scale}-2", **changes)
-    assert init_main(alone) == 0
-    succeed(run_ranks([INIT, *sharded], 2))
-    assert verify(alone_out).ok and verify(sharded_out).ok
-    found, expected = adapter(sharded_out), adapter(alone_out)
+    root, model, data = paths
+    patterns = {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6}, "alpha_pattern": {"v_proj": 3}}
+    lora = {"use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]} | patterns
+    init = {"direction": direction, "scale": scale}
+    alone, sharded = (
+        make_output(config_tree(model, data, root / f"{direction}-{scale}-{size}", lora=lora, init=init), size)
+        for size in (1, 2)
+    )
+    assert verify(alone).ok and verify(sharded).ok
+    found, expected = read_adapter(sharded), read_adapter(alone)
     assert found["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape[0] == 6
     assert found["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape[0] == 2
     for key, tensor in expected.items():
+        # factors of gradients that were summed in another order
         assert (found[key] - tensor).norm() < 1e-4 * tensor.norm(), key
 
 
 def test_scale_peft_is_what_stock_peft_computes(paths: tuple) -> None:
-    _, model_dir, data = paths
+    root, model_dir, data = paths
     # r = 16 makes PEFT sketch with the full width of 64, so that its own randomized SVD is exact
-    command, out = arguments(paths, "peft", init__scale="peft", lora__r=16)
-    assert init_main(command) == 0
-    ours = adapter(out)
+    ours = read_adapter(make_output(config_tree(model_dir, data, root / "peft", r=16, init={"scale": "peft"})))
 
     tokenizer = byte_tokenizer()
     rows = [tokenizer(json.loads(line)["text"] + "</s>")["input_ids"] for line in data.read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = causal_lm(model_dir)
     base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def train_step() -> None:
@@ -98,7 +90,7 @@ def test_scale_peft_is_what_stock_peft_computes(paths: tuple) -> None:
             model(input_ids=ids, labels=ids).loss.backward()
 
     config = LoraConfig(
-        r=16, lora_alpha=8, target_modules=PROJECTIONS[:-1], init_lora_weights="lora_ga",
+        r=16, lora_alpha=8, target_modules=PROJECTIONS, init_lora_weights="lora_ga",
         lora_ga_config=LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=16),
     )  # fmt: skip
     torch.manual_seed(0)
@@ -152,37 +144,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             tree["lora"] |= PATTERNS | used | {"target_modules": list(FAMILIES[kind])}
             if SCHEMES[scheme].source != "gradient" and kind == "llama":
                 del tree["calibration"]  # the logits are compared on seeded token ids then
-            config = out.with_suffix(".yaml")
-            config.write_text(yaml.safe_dump(tree))
-            command = ["--config", str(config)]
-            if world_size == 1:
-                assert init_main(command) == 0
-            else:
-                succeed(run_ranks([INIT, *command], world_size))
-            made[key] = out
+            made[key] = make_output(tree, world_size)
         return made[key]
 
     return get
-
-
-def report(out: Path) -> dict[str, Any]:
-    return json.loads((out / "loraga_report.json").read_text())
-
-
-def base_of(out: Path) -> Path:
-    return Path(report(out)["config"]["model"]["name_or_path"])
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.arange(3, 43).view(2, 20)).logits
-
-
-def started(out: Path) -> Any:
-    """The start as stock PEFT loads it, on the base that its README names."""
-    base = out / "residual_base" if SCHEMES[report(out)["config"]["init"]["scheme"]].changes_base else base_of(out)
-    assert f'from_pretrained("{base}"' in (out / "README.md").read_text()
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "loraga_init")
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -200,9 +165,9 @@ def test_stock_peft_loads_a_verified_start(runs: Callable[..., Path], scheme: st
     }
     assert verify(out).residual_checked == changes_base
 
-    original = logits(AutoModelForCausalLM.from_pretrained(base_of(out)))
-    diff, largest = (logits(started(out)) - original).abs().max(), original.abs().max()
-    check = report(out)["identity_check"]
+    original = logits_of(causal_lm(base_of(out)))
+    diff, largest = (logits_of(started(out)) - original).abs().max(), original.abs().max()
+    check = read_report(out)["identity_check"]
     if scheme == "lora_one":
         # off the model by what the report and the README say, on other tokens
         assert 1e-3 * largest < diff < 3 * check["max_abs_logit_diff"]
@@ -211,10 +176,10 @@ def test_stock_peft_loads_a_verified_start(runs: Callable[..., Path], scheme: st
     else:
         assert diff < 1e-5 * largest
         assert check["max_abs_logit_diff"] < 1e-5 * check["max_abs_logit"]
-    for target in report(out)["targets"].values():
+    for target in read_report(out)["targets"].values():
         assert (target["singular_values"] is not None) == (target["engine"] is not None) == (scheme == "lora_one")
         assert (target["offset_ratio"] > 0) == (scheme != "kaiming")
-    assert {target["owner_rank"] for target in report(out)["targets"].values()} == set(range(world_size))
+    assert {target["owner_rank"] for target in read_report(out)["targets"].values()} == set(range(world_size))
 
 
 @pytest.mark.parametrize("kind", ["tied", "t5", "bert", "bart"])
@@ -225,7 +190,7 @@ def test_every_family_starts_without_data(kind: str, tmp_path: Path) -> None:
         tree["lora"]["modules_to_save"] = ["classification_head"]
     del tree["calibration"]
     run(parse_config(InitConfig, tree), World.alone(), StopRequest())
-    check = report(tmp_path / "out")["identity_check"]
+    check = read_report(tmp_path / "out")["identity_check"]
     assert check["max_abs_logit_diff"] < 1e-5 * check["max_abs_logit"]
     assert verify(tmp_path / "out").residual_checked
 
@@ -233,7 +198,7 @@ def test_every_family_starts_without_data(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("scheme", OTHERS)
 def test_ranks_do_not_matter(runs: Callable[..., Path], scheme: str, kind: str) -> None:
-    found, expected = adapter(runs(scheme, 2, kind)), adapter(runs(scheme, 1, kind))
+    found, expected = read_adapter(runs(scheme, 2, kind)), read_adapter(runs(scheme, 1, kind))
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert (found[key] - tensor).norm() <= 1e-4 * tensor.norm(), key
@@ -241,7 +206,7 @@ def test_ranks_do_not_matter(runs: Callable[..., Path], scheme: str, kind: str) 
 
 def test_lora_one_starts_down_the_loss(runs: Callable[..., Path]) -> None:
     out = runs("lora_one")
-    rows = Path(report(out)["config"]["calibration"]["data_files"]).read_text().splitlines()
+    rows = Path(read_report(out)["config"]["calibration"]["data_files"]).read_text().splitlines()
     ids = torch.tensor([byte_tokenizer()(json.loads(row)["text"])["input_ids"][:10] for row in rows])
 
     def loss(model: Any) -> float:
@@ -258,10 +223,10 @@ def test_lora_one_starts_down_the_loss(runs: Callable[..., Path]) -> None:
 def test_weights_are_split_as_stock_peft_does(runs: Callable[..., Path], scheme: str, kind: str) -> None:
     # stock OLoRA does not transpose what GPT-2 stores transposed
     out = runs(scheme, 2, kind)
-    section = report(out)["config"]["lora"]
+    section = read_report(out)["config"]["lora"]
     keys = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern")
     config = LoraConfig(**{key: section[key] for key in keys}, init_lora_weights=scheme, fan_in_fan_out=kind == "gpt2")
-    stock = get_peft_model(AutoModelForCausalLM.from_pretrained(base_of(out)), config)
+    stock = get_peft_model(causal_lm(base_of(out)), config)
     ours, expected = started(out).state_dict(), stock.state_dict()
     assert ours.keys() == expected.keys()
     for key, B_MR in expected.items():
@@ -279,10 +244,7 @@ def test_weights_are_split_as_stock_peft_does(runs: Callable[..., Path], scheme:
 def test_a_trained_adapter_converts_and_merges(runs: Callable[..., Path], scheme: str, tmp_path: Path) -> None:
     out, trained = runs(scheme), tmp_path / "trained"
     model = started(out)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    disturb(model)
     model.save_pretrained(trained)
     words = [
         "--init",
@@ -295,41 +257,36 @@ def test_a_trained_adapter_converts_and_merges(runs: Callable[..., Path], scheme
         tmp_path / "merged",
     ]
     assert main(["convert", *map(str, words)]) == 0
-    expected = logits(model)
-    base = AutoModelForCausalLM.from_pretrained(base_of(out))
+    expected = logits_of(model)
+    base = causal_lm(base_of(out))
     converted = PeftModel.from_pretrained(base, tmp_path / "to")
     assert converted.peft_config["default"].r == (12 if SCHEMES[scheme].changes_base else 6), (
         "2r, or nothing subtracted"
     )
-    for found in (logits(converted), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))):
+    for found in (logits_of(converted), logits_of(causal_lm(tmp_path / "merged"))):
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def line_of(capsys: pytest.CaptureFixture[str]) -> str:
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraga-dist: ")]
-    return line
-
-
-def test_refactoring_goes_between_the_schemes_of_the_gradient(
+def test_rebuilding_goes_between_the_schemes_of_the_gradient(
     runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, new, back = runs("lora_ga"), tmp_path / "new", tmp_path / "back"
-    assert main(["refactor", str(source), "--to", str(new), "--init.scheme", "lora_one"]) == 0
+    assert main(["rebuild", str(source), "--to", str(new), "--init.scheme", "lora_one"]) == 0
     assert verify(new).ok and not (new / "residual_base").exists() and not (new / "loraga_offset").exists()
-    found, expected = adapter(new), adapter(runs("lora_one"))
+    found, expected = read_adapter(new), read_adapter(runs("lora_one"))
     for key, tensor in expected.items():
         assert (found[key] - tensor).norm() < 1e-4 * tensor.norm(), key
-    logits(started(new))
-    assert main(["refactor", str(new), "--to", str(back), "--init.scheme", "lora_ga"]) == 0
-    for key, tensor in adapter(source).items():
-        assert torch.equal(adapter(back)[key], tensor), key
+    logits_of(started(new))
+    assert main(["rebuild", str(new), "--to", str(back), "--init.scheme", "lora_ga"]) == 0
+    for key, tensor in read_adapter(source).items():
+        assert torch.equal(read_adapter(back)[key], tensor), key
     assert verify(back).residual_checked
     capsys.readouterr()
 
     for scheme in ("pissa", "olora", "kaiming"):
-        assert main(["refactor", str(source), "--to", str(tmp_path / "x"), "--init.scheme", scheme]) == 2
+        assert main(["rebuild", str(source), "--to", str(tmp_path / "x"), "--init.scheme", scheme]) == 2
         assert f"init.scheme: '{scheme}': does not start from the gradients" in line_of(capsys)
-        assert main(["refactor", str(runs(scheme)), "--to", str(tmp_path / "x")]) == 2
+        assert main(["rebuild", str(runs(scheme)), "--to", str(tmp_path / "x")]) == 2
         assert f"was made by {scheme} and holds no gradients" in line_of(capsys)
     for scheme in ("lora_one", "kaiming"):
         assert main(["materialize-base", str(runs(scheme))]) == 2
@@ -355,8 +312,7 @@ def test_gradients_need_data_and_weights_must_be_finite(
     base = shutil.copytree(base_of(runs("kaiming")), tmp_path / "base")
     tree = config_tree(base, tmp_path / "none", tmp_path / "out")
     del tree["calibration"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    command = ["--config", str(tmp_path / "config.yaml")]
+    command = ["--config", str(write_config(tree))]
     assert init_main([*command, "--init.scheme", "lora_one"]) == 2
     assert "no data is named" in line_of(capsys)
     for path in base.glob("*.safetensors"):
@@ -365,7 +321,7 @@ def test_gradients_need_data_and_weights_must_be_finite(
             if key.endswith("2.mlp.up_proj.weight"):
                 stored[key][3, 5] = float("inf")
         save_file(stored, path, {"format": "pt"})
-    results = run_ranks([INIT, *command, "--init.scheme", "pissa"], 2)
+    results = run_script([INIT, *command, "--init.scheme", "pissa"], 2)
     assert [result.code for result in results] == [3, 3]
     said = "".join(result.stderr for result in results)
     assert "factorize: the weight of model.layers.2.mlp.up_proj holds a NaN or an infinity" in said

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from builders import config_tree, save_data, save_model
-from launching import run_ranks, succeed
+from outputs import flip_bit, make_output
+from ranks import run_on_ranks
 
 from loraga_dist.artifacts.verify import verify
-from loraga_dist.cli import init_main
+from loraga_dist.ranks.world import World
 
 FLIPPED = (
     "residual_base/model.safetensors",
@@ -21,29 +21,49 @@ FLIPPED = (
 )
 
 
-def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
-    base, data, out = tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "out"
-    save_model(base, "llama")
-    save_data(data, "CAUSAL_LM", rows=4)
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(config_tree(base, data, out, kind="llama", r=4)))
-    assert init_main(["--config", str(config)]) == 0
-    directories = [out]
-    for i, pattern in enumerate(FLIPPED):
-        directories.append(tmp_path / f"flipped{i}")
-        shutil.copytree(out, directories[-1])
-        path = sorted(directories[-1].glob(pattern))[0]
-        content = bytearray(path.read_bytes())
-        content[-2] ^= 16
-        path.write_bytes(content)
-    script = Path(__file__).with_name("verify_worker.py")
-    succeed(run_ranks([str(script), str(tmp_path), *map(str, directories)], 2))
+def verified_by_rank(directories: Sequence[Path]) -> tuple[list[list[str]], int]:
+    """The problems of each directory that this rank was told of, and how many bytes it has read."""
+    return verified(directories, World.start())
 
+
+def verified(directories: Sequence[Path], world: World) -> tuple[list[list[str]], int]:
     num_bytes: list[int] = []
-    alone = [verify(directory, on_progress=num_bytes.append).problems for directory in directories]
+    problems = [sorted(verify(path, world=world, on_progress=num_bytes.append).problems) for path in directories]
+    return problems, sum(num_bytes)
+
+
+def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data.jsonl", rows=4)
+    directories = [make_output(config_tree(save_model(tmp_path / "base"), data, tmp_path / "out"))]
+    for i, pattern in enumerate(FLIPPED):
+        directories.append(shutil.copytree(directories[0], tmp_path / f"flipped{i}"))
+        flip_bit(sorted(directories[-1].glob(pattern))[0], position=-2, bit=16)
+
+    alone, num_bytes = verified(directories, World.alone())
     assert alone[0] == [] and all(alone[1:])
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    for found, _ in ranks:
-        assert [sorted(problems) for problems in found] == [sorted(problems) for problems in alone]
-    assert sum(read for _, read in ranks) == sum(num_bytes)
-    assert max(read for _, read in ranks) < 0.8 * sum(num_bytes)
+    ranks = run_on_ranks(verified_by_rank, 2, directories)
+    for problems, _ in ranks:
+        assert problems == alone
+    assert sum(read for _, read in ranks) == num_bytes
+    assert max(read for _, read in ranks) < 0.8 * num_bytes
+
+
+def verified_apart(directories: Sequence[Path]) -> list[str]:
+    """What every rank is told where each sees a directory of its own, as behind a network file system that lags."""
+    world = World.start()
+    return verify(directories[world.rank], world=world).problems
+
+
+def test_ranks_that_see_different_reports_say_so(tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data.jsonl", rows=4)
+    out = make_output(config_tree(save_model(tmp_path / "base"), data, tmp_path / "out"))
+    other, without = (shutil.copytree(out, tmp_path / name) for name in ("other", "without"))
+    report = other / "loraga_report.json"
+    report.write_text(report.read_text().replace(".q_proj", ".p_proj"))
+    (without / "loraga_report.json").unlink()
+    for seen in (other, without):
+        told = run_on_ranks(verified_apart, 2, [out, seen])
+        assert told[0] == told[1]
+        assert "loraga_report.json: ranks [1] see another one than rank 0" in told[0]
+    told = run_on_ranks(verified_apart, 2, [without, out])
+    assert told[0] == told[1] and "is this the directory of a finished run" in told[0][0]

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from pathlib import Path
+import time
 
 import pytest
-from launching import collect_ranks, run_ranks, start_ranks, succeed
+import torch
+from ranks import finish, finish_on_ranks, started_on_ranks
 
-WORKER = str(Path(__file__).with_name("watch_worker.py"))
+from loraga_dist.ranks.watch import Watch
+from loraga_dist.ranks.world import World
+
+
+def watch_the_others(how: str, who: int) -> None:
+    """On every rank: rank `who` ends or freezes as `how` says while the rest wait for it."""
+    world = World.start()
+    watch = Watch(world, silent_beats=6)
+    world.sum_(torch.ones(1))
+    try:
+        if world.rank == who:
+            time.sleep(1.5)
+            if how == "raise":
+                raise ValueError("the first error")
+            if how in ("SIGKILL", "SIGSTOP"):
+                os.kill(os.getpid(), getattr(signal, how))
+        world.broadcast_(torch.ones(1), who)  # a dead source fails all others at once
+    except Exception as error:
+        watch.fail(f"failed: {type(error).__name__}: {error}", 3, perhaps_of_another=isinstance(error, RuntimeError))
+    watch.stop()
 
 
 @pytest.mark.parametrize("who", [0, 2])
 @pytest.mark.parametrize("how", ["raise", "SIGKILL", "SIGSTOP"])
 def test_the_others_end_and_name_it(how: str, who: int) -> None:
-    ranks = start_ranks([WORKER, how, str(who)], 3)
-    try:
+    with started_on_ranks(watch_the_others, 3, how, who) as ranks:
         codes = [rank.wait(40) for number, rank in enumerate(ranks) if number != who]
-    finally:
-        results = collect_ranks(ranks, 20 if how == "raise" else 0)  # a frozen one ends only when it is killed
+        results = finish(ranks, 20 if how == "raise" else 0)  # a frozen one ends only when it is killed
     assert codes == [3, 3], results
     said = "".join(result.stderr for result in results)
     assert f"loraga-dist: rank {who} " in said
@@ -26,11 +45,10 @@ def test_the_others_end_and_name_it(how: str, who: int) -> None:
     assert named == {str(who)}, said
     if how == "raise":
         assert "the first error" in said and results[who].code == 3
-    if how == "SIGKILL":
+    else:
         assert results[who].code == -signal.SIGKILL
 
 
 def test_ranks_that_end_well_say_nothing() -> None:
-    results = run_ranks([WORKER, "well", "0"], 3)
-    succeed(results)
-    assert not any("loraga-dist" in result.stderr for result in results)
+    results = finish_on_ranks(watch_the_others, 3, "well", 0)
+    assert [(result.code, result.stdout, result.stderr) for result in results] == [(0, "", "")] * 3

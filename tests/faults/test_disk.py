@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from builders import config_tree, save_data, save_model
-from launching import INIT, Finished, free_port, run_ranks, run_together, succeed
+from launching import INIT, Finished, free_port, run_together, succeed
+from outputs import write_config
+from ranks import run_script
 
 from loraga_dist.artifacts.verify import verify
 
@@ -30,13 +31,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    tree = config_tree(save_model(tmp_path / "base"), save_data(tmp_path / "data.jsonl"), tmp_path / "out")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    return tmp_path / "config.yaml"
+    base, data = save_model(tmp_path / "base"), save_data(tmp_path / "data.jsonl")
+    return write_config(config_tree(base, data, tmp_path / "out"))
 
 
 def start(config: Path, out: Path, *options: str) -> list[Finished]:
-    return run_ranks([INIT, "--config", str(config), "--output.dir", str(out), *options], 2)
+    return run_script([INIT, "--config", str(config), "--output.dir", str(out), *options], 2)
 
 
 def failure(ranks: list[Finished]) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders import byte_tokenizer, llama_config, make_model
-from launching import ROOT, run_ranks, succeed
+from launching import ROOT, succeed
+from ranks import run_script
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import LlamaForCausalLM
@@ -112,7 +113,7 @@ def test_quick_run_and_going_on(tmp_path: Path) -> None:
     path, document = tmp_path / "runs.jsonl", tmp_path / "page.md"
     arguments = [str(ROOT / "benchmarks" / "convergence.py"), "--quick", "--model", str(model), "--json", str(path)]
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    succeed(run_ranks([*arguments, "--markdown", str(document)], 1, timeout_seconds=250))
+    succeed(run_script([*arguments, "--markdown", str(document)], 1, timeout_seconds=250))
 
     lines = path.read_text().splitlines()
     results = Results([json.loads(line) for line in lines])
@@ -137,16 +138,16 @@ def test_quick_run_and_going_on(tmp_path: Path) -> None:
     # a kill in the middle of a line: the same command runs what is missing, with the same results
     runs = [number for number, line in enumerate(lines) if json.loads(line)["kind"] == "run"]
     path.write_text("\n".join(lines[: runs[-2]]) + "\n" + lines[runs[-2]][:30])
-    succeed(run_ranks(arguments, 1, timeout_seconds=250))
+    succeed(run_script(arguments, 1, timeout_seconds=250))
     again = Results([json.loads(line) for line in path.read_text().splitlines()])
     assert {key: run["curve"] for key, run in again.runs.items()} == {
         key: run["curve"] for key, run in results.runs.items()
     }
 
-    (refused,) = run_ranks([argument for argument in arguments if argument != "--quick"], 1)
+    (refused,) = run_script([argument for argument in arguments if argument != "--quick"], 1)
     assert refused.code == 2 and "other settings" in refused.stderr
     document.write_text("no markers")
-    (refused,) = run_ranks([*arguments, "--markdown", str(document)], 1)
+    (refused,) = run_script([*arguments, "--markdown", str(document)], 1)
     assert refused.code == 2 and "has no lines" in refused.stderr
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, run_ranks, succeed
+from launching import ROOT, succeed
+from ranks import run_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from cost_runs import step_energy
@@ -27,7 +28,7 @@ def test_step_energy_is_that_of_the_step() -> None:
 def test_init_cost(tmp_path: Path) -> None:
     path = tmp_path / "init_cost.json"
     arguments = [str(ROOT / "benchmarks" / "init_cost.py"), "--quick", "--repeats", "1", "--json", str(path)]
-    succeed(run_ranks(arguments, 1, timeout_seconds=200))
+    succeed(run_script(arguments, 1, timeout_seconds=200))
     runs = json.loads(path.read_text())["runs"]
     assert set(runs) == {"floor", "sketch", "peft", "exact"}
     assert runs["exact"]["share_of_exact"] == 1
@@ -39,8 +40,8 @@ def test_init_cost(tmp_path: Path) -> None:
 def test_gpu_benchmark_without_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     benchmark = str(ROOT / "benchmarks" / "gpu_init_cost.py")
-    succeed(run_ranks([benchmark, "--small", "--repeats", "1", "--json", str(path)], 1))
+    succeed(run_script([benchmark, "--small", "--repeats", "1", "--json", str(path)], 1))
     rows = json.loads(path.read_text())["runs"]
     assert {(row["way"], row["r"]) for row in rows} >= {("floor", 4), ("sketch", 8), ("peft", 4)}
-    (refused,) = run_ranks([benchmark], 1)
+    (refused,) = run_script([benchmark], 1)
     assert refused.code == 2 and "no CUDA device" in refused.stderr

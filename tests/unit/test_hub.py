@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import torch
 import yaml
 from builders import config_tree, save_data, save_model
 from hub_server import REPO, TOKEN, Hub, served
+from outputs import read_report
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loraga_dist.cli import init_main, main
-from loraga_dist.publish.card import model_card
 
 WANDB_KEY = "wandb" * 8
 
@@ -64,7 +63,7 @@ def test_a_repository_is_enough_to_train_from(
     assert yaml.safe_load(metadata)["library_name"] == "peft"
     assert "lora-ga" in yaml.safe_load(metadata)["tags"]
     assert "base_model" not in yaml.safe_load(metadata), "a directory of this machine means nothing on the hub"
-    assert json.loads((out / "loraga_report.json").read_text())["base_fingerprint"] in text
+    assert read_report(out)["base_fingerprint"] in text
     assert "model is wrong" in text
 
     # the card's program, on a copy of the repository
@@ -90,24 +89,6 @@ def test_a_repository_is_enough_to_train_from(
     for secret in (TOKEN, WANDB_KEY):
         assert secret not in said
         assert not any(secret.encode() in content for content in [*written, *hub.files.values()])
-
-
-def test_the_card_names_a_base_of_the_hub_and_its_commit() -> None:
-    report = {
-        "config": {
-            "model": {"name_or_path": "company/base", "revision": "abc123"},
-            "lora": {"task_type": "SEQ_CLS", "use_dora": False},
-            "init": {"scheme": "lora_ga"},
-            "output": {"push_residual_base": False},
-        },
-        "targets": {"t": {}},
-        "num_supervised_tokens": 5,
-        "base_fingerprint": "sha256:1",
-    }
-    _, metadata, text = model_card(report, REPO).split("---\n", 2)
-    assert yaml.safe_load(metadata)["base_model"] == "company/base"
-    assert 'AutoModelForSequenceClassification.from_pretrained("company/base", revision="abc123"' in text
-    assert f'PeftModel.from_pretrained(base, "{REPO}", subfolder="loraga_offset").merge_and_unload()' in text
 
 
 def test_a_failed_push_leaves_the_output_complete(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from launching import ROOT, run_ranks, succeed
+from launching import ROOT, succeed
+from ranks import run_script
 
 
 def test_plans_are_up_to_date() -> None:
-    (result,) = run_ranks([str(ROOT / "benchmarks" / "plans.py")], 1, timeout_seconds=300)
+    (result,) = run_script([str(ROOT / "benchmarks" / "plans.py")], 1, timeout_seconds=300)
     succeed(result)
     assert result.stdout == (ROOT / "docs" / "PLANS.md").read_text(), "run python benchmarks/plans.py > docs/PLANS.md"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from builders import config_tree, save_data, save_model
+from outputs import read_report
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -70,10 +69,6 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def adapter(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "loraga_init" / "adapter_model.safetensors")
-
-
-def report(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "loraga_report.json").read_text())
 
 
 def line_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -140,41 +135,42 @@ def test_the_same_settings_give_the_same_files(
     outputs: Callable[..., Path], kind: str, dtype: torch.dtype, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     source = outputs(*overrides, kind=kind, dtype=dtype)
-    assert main(["refactor", str(source), "--to", str(tmp_path / "again")]) == 0
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "again")]) == 0
     before, after = contents(source), contents(tmp_path / "again")
     assert before.keys() == after.keys()
     for name in before:
         if name.endswith(".safetensors") or name.startswith("residual_base/"):
             assert after[name] == before[name], name
-    old, new = report(source), report(tmp_path / "again")
+    old, new = read_report(source), read_report(tmp_path / "again")
     for name, target in old["targets"].items():
         assert new["targets"][name]["offset_ratio"] == pytest.approx(target["offset_ratio"], rel=1e-5)
         target["offset_ratio"] = new["targets"][name]["offset_ratio"]
         assert new["targets"][name] == target
     assert new["warnings"] == old["warnings"]
+    assert new["rebuilt"]["source"] == str(source.resolve()) and "rebuilt" not in old
 
 
 def test_other_settings_are_those_of_a_fresh_run(outputs: Callable[..., Path], tmp_path: Path) -> None:
     settings = ("--lora.r", "3", "--lora.use_rslora", "true", "--init.scale", "unit", "--init.direction", "A2rBr")
     fresh = outputs(*settings)
-    assert main(["refactor", str(outputs()), "--to", str(tmp_path / "new"), *settings]) == 0
+    assert main(["rebuild", str(outputs()), "--to", str(tmp_path / "new"), *settings]) == 0
     assert verify(tmp_path / "new").ok
     found, expected = adapter(tmp_path / "new"), adapter(fresh)
     assert found.keys() == expected.keys()
     for key in found:
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-4)
-    for name, target in report(fresh)["targets"].items():
-        assert report(tmp_path / "new")["targets"][name]["captured_energy"] == pytest.approx(
+    for name, target in read_report(fresh)["targets"].items():
+        assert read_report(tmp_path / "new")["targets"][name]["captured_energy"] == pytest.approx(
             target["captured_energy"], abs=1e-5
         )
-    assert report(tmp_path / "new")["warnings"] == report(fresh)["warnings"]
+    assert read_report(tmp_path / "new")["warnings"] == read_report(fresh)["warnings"]
 
 
 def test_stock_peft_starts_at_the_original_from_a_larger_rank(outputs: Callable[..., Path], tmp_path: Path) -> None:
     source, new = outputs(), tmp_path / "new"
-    assert main(["refactor", str(source), "--to", str(new), "--lora.r", "6", "--lora.lora_alpha", "12"]) == 0
-    assert "less accurate" in "".join(report(new)["warnings"])
-    base = report(source)["config"]["model"]["name_or_path"]
+    assert main(["rebuild", str(source), "--to", str(new), "--lora.r", "6", "--lora.lora_alpha", "12"]) == 0
+    assert "less accurate" in "".join(read_report(new)["warnings"])
+    base = read_report(source)["config"]["model"]["name_or_path"]
     tokens = torch.arange(40).view(2, 20)
     residual = AutoModelForCausalLM.from_pretrained(new / "residual_base")
     model = PeftModel.from_pretrained(residual, new / "loraga_init").eval()
@@ -193,6 +189,8 @@ def test_what_the_factors_do_not_hold_is_refused(
         (("--lora.r", held), f"write {held // 2} or less"),
         (("--lora.rank_pattern", "{q_proj: 40}"), "lora.rank_pattern: 40"),
         (("--lora.rank_pattern", "{nothing: 2}"), "matches no target"),
+        (("--lora.rank_pattern", "{'q_proj(': 2}"), "lora.rank_pattern: 'q_proj(': is no regular expression"),
+        (("--lora.alpha_pattern", "{'*': 2}"), "lora.alpha_pattern: '*': is no regular expression"),
         (("--lora.target_modules", "[q_proj]"), "lora.target_modules: ['q_proj']: is settled by the gradients"),
         (("--calibration.max_samples", 7), "calibration.max_samples: 7: is settled by the gradients"),
         (("--output.push_to_hub", "me/it"), "output.push_to_hub: 'me/it': is for loraga-dist init alone"),
@@ -200,9 +198,9 @@ def test_what_the_factors_do_not_hold_is_refused(
         (("--init.scale", "none"), "init.scale"),
     ):
         words = [str(word) for word in arguments]
-        assert main(["refactor", str(source), "--to", str(tmp_path / "new"), *words]) == 2, arguments
+        assert main(["rebuild", str(source), "--to", str(tmp_path / "new"), *words]) == 2, arguments
         assert said in line_of(capsys)
-    assert main(["refactor", str(source), "--to", str(source), "--overwrite"]) == 2
+    assert main(["rebuild", str(source), "--to", str(source), "--overwrite"]) == 2
     assert "which is read" in line_of(capsys)
     assert verify(source).ok and not list(tmp_path.iterdir())
 

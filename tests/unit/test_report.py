@@ -1,114 +1,97 @@
-"""What a report warns of, and when it does not."""
+"""The one typed report: what it writes is what it reads, and what it refuses."""
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from builders import report_tree, target_tree
 
-from loraga_dist.artifacts.warnings import find_warnings
-from loraga_dist.config import SchemeConfig
-from loraga_dist.schemes import SCALES, ScaleInputs
-
-FINE: dict[str, Any] = {
-    "offset_ratio": 1.0,
-    "split_half_cosine": 0.5,
-    "window_capture": 0.7,
-    "numerical_rank": 4,
-    "singular_values": [4.0, 3.0, 2.0, 1.0],
-    "shape": [20, 10],
-    "r": 2,
-}
-ADVICE = {
-    "max_samples": "raise calibration.max_samples, or write auto",
-    "sample_limit": "raise calibration.sample_limit",
-    "target_cosine": "raise calibration.target_cosine",
-    "data": "add more",
-}
+from loraga_dist.artifacts.report import IdentityCheck, Rebuilt, Report, TargetReport
+from loraga_dist.config import InitConfig, ModelConfig, OutputConfig
+from loraga_dist.errors import RunError
 
 
-def warnings_of(
-    *changes: dict[str, Any],
-    stopped_by: str | None = "max_samples",
-    refine_passes: int = 0,
-    **init: Any,
-) -> list[str]:
-    """For targets t0, t1, ... that are fine but for the changes."""
-    targets = {f"t{number}": FINE | change for number, change in enumerate(changes)}
-    return find_warnings(SchemeConfig(**init), targets, stopped_by=stopped_by, refine_passes=refine_passes)
+def written(report: Report, directory: Path) -> dict[str, Any]:
+    report.write(directory / "loraga_report.json")
+    return json.loads((directory / "loraga_report.json").read_text())
 
 
-def test_nothing_to_say_at_the_bounds_or_of_what_is_unknown() -> None:
-    assert warnings_of({}, {"split_half_cosine": None, "window_capture": None}, {"offset_ratio": float("nan")}) == []
+def test_what_is_read_is_written_again_in_the_same_order(tmp_path: Path) -> None:
+    tree = report_tree(
+        targets={"u": target_tree(lora_alpha=3.5, transposed=True)}, rank_budget={"parameters": 9, "spent": 8}
+    )
+    report = Report.parse(json.dumps(tree))
+    again = written(report, tmp_path)
+    assert again.pop("config") == report.config.model_dump() and tree.pop("config")
+    assert json.dumps(again) == json.dumps(tree)
+    assert Report.read(tmp_path) == report
+    assert "rebuilt" not in again
+
+
+def test_keys_of_other_versions_are_passed_over(tmp_path: Path) -> None:
+    config = {"news": {}, "lora": {"news": 1}, "calibration": {"news": None}}
+    tree = report_tree(config=config, news=1, targets={"t": {"news": 1}}, identity_check={"news": 1})
+    assert Report.parse(json.dumps(tree)) == Report.parse(json.dumps(report_tree()))
+
+
+def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:
+    nan = math.nan
+    target = TargetReport(**target_tree(offset_ratio=math.inf, split_half_cosine=nan))
+    assert target.offset_ratio is None and target.split_half_cosine is None
+    config = report_tree()["config"] | {"gradient": {"state_budget_gib": math.inf}}
+    check = IdentityCheck(max_abs_logit_diff=nan, max_abs_logit=1.0, dtype="float32")
+    report = Report(
+        **report_tree(mean_loss=nan) | {"config": InitConfig.model_validate(config), "identity_check": check}
+    )
+    tree = written(report, tmp_path)
+    assert tree["mean_loss"] is None and tree["identity_check"]["max_abs_logit_diff"] is None
+    assert tree["config"]["gradient"]["state_budget_gib"] is None
+    assert Report.read(tmp_path).targets == report.targets
+
+
+def test_a_start_from_memory_claims_no_more_than_it_knows(tmp_path: Path) -> None:
+    config = InitConfig(model=ModelConfig(name_or_path="base"), output=OutputConfig(dir="out"))
+    report = Report(schema_version=1, config=config, base_fingerprint="sha256:1", residual_fingerprint=None, targets={})
+    tree = written(report, tmp_path)
+    assert tree["config"] == {"model": {"name_or_path": "base"}, "output": {"dir": "out"}}
+    assert tree["seconds"] == {} and tree["mean_loss"] is None and tree["identity_check"] is None
+    assert Report.read(tmp_path).config == config
+
+
+def test_a_rebuilt_output_says_from_what(tmp_path: Path) -> None:
+    report = Report.parse(json.dumps(report_tree()))
+    tree = written(report.model_copy(update={"rebuilt": Rebuilt(source="/old", seconds=1.5)}), tmp_path)
+    assert tree["rebuilt"] == {"source": "/old", "seconds": 1.5} and list(tree)[-1] == "rebuilt"
 
 
 @pytest.mark.parametrize(
-    ("change", "says", "advises"),
+    ("content", "said"),
     [
-        ({"offset_ratio": 1.25}, "offset_ratio above 1", ["lower lora.lora_alpha", "raise init.stable_gamma"]),
-        ({"split_half_cosine": 0.32}, "split_half_cosine below 0.5", ["raise calibration.max_samples"]),
-        ({"window_capture": 0.41}, "window_capture below 0.7", ["gradient.refine_passes 1", "per_device_batch_size"]),
+        (json.dumps({"schema_version": 2}), "loraga_report.json: schema_version: .*is 2, this version reads 1"),
         (
-            {"numerical_rank": 3},
-            "fewer directions than LoRA-GA takes",
-            ["lower lora.r", "raise calibration.max_samples"],
+            json.dumps(report_tree(config={"init": {"scheme": "pizza"}})),
+            "config.init.scheme: Input should be 'lora_ga'",
         ),
+        (json.dumps(report_tree(targets={"t": {"r": 0}})), "targets.t.r: Input should be greater than 0"),
+        ("[]", "loraga_report.json: the file: "),
+        ("{", "loraga_report.json: the file: Invalid JSON"),
     ],
 )
-def test_one_line_with_target_figure_and_advice(change: dict[str, Any], says: str, advises: list[str]) -> None:
-    (line,) = warnings_of({}, change)
-    ((figure,),) = [change.values()]
-    assert says in line and f"1 of 2 targets (t1 {figure})" in line
-    assert all(advice in line for advice in advises)
+def test_what_is_no_report_is_named(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "loraga_report.json").write_text(content)
+    with pytest.raises(RunError, match=said):
+        Report.read(tmp_path)
 
 
-def test_a_budget_that_buys_no_more_is_said() -> None:
-    assert warnings_of({}, {"shape": [6, 4]}, rank_budget=89) == []
-    (line,) = warnings_of({}, {"shape": [6, 4]}, rank_budget=90)
-    assert "init.rank_budget 90: 10 parameters were not spent" in line and "raise lora.r" in line
-
-
-def test_the_worst_targets_come_first_and_the_rest_are_counted() -> None:
-    noisy = [{"split_half_cosine": cosine} for cosine in (0.4, 0.1, 0.3, 0.2, 0.9)]
-    (line,) = warnings_of(*noisy)
-    assert "in 4 of 5 targets (t1 0.1, t3 0.2, t2 0.3, ...)" in line
-    (line,) = warnings_of({"offset_ratio": 2.0}, {"offset_ratio": 3.0})
-    assert "in 2 of 2 targets (t1 3, t0 2)" in line
-
-
-@pytest.mark.parametrize("stopped_by", ADVICE)
-def test_more_data_comes_from_what_ended_it(stopped_by: str) -> None:
-    for change in ({"split_half_cosine": 0.1}, {"numerical_rank": 1}):
-        (line,) = warnings_of(change, stopped_by=stopped_by)
-        assert ADVICE[stopped_by] in line
-
-
-def test_a_refine_pass_mends_what_a_window_missed() -> None:
-    assert warnings_of({"window_capture": 0.1}, refine_passes=1) == []
-
-
-def test_other_schemes_are_told_what_helps_them() -> None:
-    (line,) = warnings_of({"numerical_rank": 3}, scheme="lora_one")
-    assert "fewer directions than LoRA-One takes in" in line and "rows of A and columns of B start near zero" in line
-    without_gradient = dict.fromkeys(("split_half_cosine", "window_capture", "numerical_rank", "singular_values"))
-    assert warnings_of(without_gradient, scheme="pissa", stopped_by=None) == []
-    (line,) = warnings_of(without_gradient | {"offset_ratio": 2.0}, scheme="olora", stopped_by=None)
-    assert "lower lora.lora_alpha; output.residual_dtype float32" in line
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_the_advice_makes_the_offset_smaller(scale: str) -> None:
-    (line,) = warnings_of({"offset_ratio": 2.0}, scale=scale)
-
-    def size(scaling: float = 2.0, stable_gamma: float = 16.0) -> float:
-        S_R = torch.tensor([2.0, 1.0])
-        A, B = SCALES[scale].multipliers(
-            ScaleInputs(r=2, scaling=scaling, out_features=64, stable_gamma=stable_gamma, S_B_R=S_R, weight_S_K=S_R)
-        )
-        return scaling * torch.as_tensor(A * B).norm().item()
-
-    assert ("lower lora.lora_alpha" in line) == (size(scaling=1.0) < 0.9 * size())
-    assert ("raise lora.lora_alpha" in line) == (size(scaling=4.0) < 0.9 * size())
-    assert ("raise init.stable_gamma" in line) == (size(stable_gamma=64.0) < 0.9 * size())
-    assert ("write init.scale" in line) == (size(scaling=1.0) == pytest.approx(size()))
+def test_a_report_that_cannot_be_read_or_written_is_a_failed_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is this the directory of a finished run"):
+        Report.read(tmp_path)
+    (tmp_path / "loraga_report.json").write_bytes(b"\xff")
+    with pytest.raises(RunError, match="cannot be read"):
+        Report.read(tmp_path)
+    with pytest.raises(RunError, match="cannot be written"):
+        Report.parse(json.dumps(report_tree())).write(tmp_path / "missing" / "report.json")

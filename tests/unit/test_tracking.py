@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from builders import config_tree, save_data, save_model
+from outputs import read_report
 
+from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import init_main, main
 from loraga_dist.publish.tracking import figures
 
@@ -28,7 +29,7 @@ def test_figures_are_those_of_the_report(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert run(tmp_path, "--output.report_to", "[tensorboard]") == 0
-    report = json.loads((tmp_path / "out" / "loraga_report.json").read_text())
+    report = read_report(tmp_path / "out")
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
     events.Reload()
     found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
@@ -49,10 +50,10 @@ def test_figures_are_those_of_the_report(tmp_path: Path) -> None:
 @needs_tensorboard
 def test_what_a_start_without_gradients_does_not_know_is_left_out(tmp_path: Path) -> None:
     assert run(tmp_path, "--output.report_to", "tensorboard", "--init.scheme", "pissa") == 0
-    report = json.loads((tmp_path / "out" / "loraga_report.json").read_text())
+    report = Report.read(tmp_path / "out")
     logged = dict(figures(report))
     assert "mean_loss" not in logged and not any("captured_energy" in name for name in logged)
-    assert all(f"offset_ratio/{target}" in logged for target in report["targets"])
+    assert all(f"offset_ratio/{target}" in logged for target in report.targets)
 
 
 def test_nothing_is_logged_by_default(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import yaml
 from builders import config_tree, save_data, save_model
+from outputs import read_report
 
+from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import main
 from loraga_dist.errors import RunError
 from loraga_dist.files.checksums import check_checksums
@@ -84,7 +86,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def report(run: Path) -> dict[str, Any]:
-    return json.loads((run / "loraga_report.json").read_text())
+    return read_report(run)
+
+
+def write_page(directory: Path, report: dict[str, Any]) -> None:
+    write_report_page(directory, Report.parse(json.dumps(report)))
 
 
 def with_targets(report: dict[str, Any], names: list[str], **changes: Any) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def test_text_is_escaped(report: dict[str, Any], tmp_path: Path) -> None:
     report["config"]["model"]["name_or_path"] = evil
     report["versions"] = {evil: evil}
     report["engine"] = report["identity_check"]["dtype"] = evil
-    write_report_page(tmp_path, report)
+    write_page(tmp_path, report)
     _, page = read(tmp_path)
     assert "script" not in page.tags
     assert evil in page.texts
@@ -160,7 +166,7 @@ def test_values_that_are_missing_are_dashes(report: dict[str, Any], tmp_path: Pa
     report = with_targets(report, names, split_half_cosine=None, offset_ratio=None)
     report["targets"][names[0]] |= {"offset_ratio": 1.5, "singular_values": [0.5, 0.1, 0.0, 0.0]}
     report["mean_loss"] = None
-    write_report_page(tmp_path, report)
+    write_page(tmp_path, report)
     _, page = read(tmp_path)
     assert ["mean loss", "–"] in page.rows
     assert [row[6:9] for row in page.rows[-2:]] == [["–", "–", "1.500"], ["–", "–", "–"]]
@@ -186,7 +192,7 @@ def test_values_that_are_missing_are_dashes(report: dict[str, Any], tmp_path: Pa
 def test_kinds_have_the_shortest_names_that_tell_them_apart(
     report: dict[str, Any], tmp_path: Path, names: list[str], kinds: set[str]
 ) -> None:
-    write_report_page(tmp_path, with_targets(report, names))
+    write_page(tmp_path, with_targets(report, names))
     _, page = read(tmp_path)
     assert kinds <= set(page.texts)
     assert [row[0] for row in page.rows[-len(names) :]] == names
@@ -196,7 +202,7 @@ def test_without_matplotlib_the_page_says_how_to_get_plots(
     report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # import then raises ImportError
-    write_report_page(tmp_path, report)
+    write_page(tmp_path, report)
     text, page = read(tmp_path)
     assert "pip install matplotlib" in text and "<svg" not in text
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
@@ -205,10 +211,11 @@ def test_without_matplotlib_the_page_says_how_to_get_plots(
 
 def test_the_same_report_gives_the_same_page_whatever_backend_a_notebook_set(run: Path, tmp_path: Path) -> None:
     program = (
-        "import json, sys; from pathlib import Path; from loraga_dist.publish.page import write_report_page\n"
-        "write_report_page(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))"
+        "import sys; from pathlib import Path; from loraga_dist.artifacts.report import Report\n"
+        "from loraga_dist.publish.page import write_report_page\n"
+        "write_report_page(Path(sys.argv[1]), Report.read(Path(sys.argv[2])))"
     )
-    command = [sys.executable, "-c", program, str(tmp_path), str(run / "loraga_report.json")]
+    command = [sys.executable, "-c", program, str(tmp_path), str(run)]
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run(command, check=True, env=environment, timeout=60, cwd=Path(__file__).parents[2])
     assert (tmp_path / "report.html").read_bytes() == (run / "report.html").read_bytes()
@@ -216,7 +223,7 @@ def test_the_same_report_gives_the_same_page_whatever_backend_a_notebook_set(run
 
 def test_a_place_that_cannot_be_written_fails_the_run(report: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be written"):
-        write_report_page(tmp_path / "missing", report)
+        write_page(tmp_path / "missing", report)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to render the page with")
@@ -226,7 +233,7 @@ def test_the_page_fits_its_window(report: dict[str, Any], tmp_path: Path, width:
     report = with_targets(report, names)
     report["warnings"] = ["a" * 300]
     report["config"]["model"]["name_or_path"] = "/scratch/" + "directory" * 20
-    write_report_page(tmp_path, report)
+    write_page(tmp_path, report)
     text, _ = read(tmp_path)
     (tmp_path / "measured.html").write_text(text.replace("</body>", f"{MEASURE}</body>"), encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME % width)

@@ -1,0 +1,144 @@
+"""What an output directory holds: its parts, their files, keys and bytes. Nothing else says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from loraga_dist.artifacts.adapter import adapter_entries
+from loraga_dist.artifacts.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHECKSUMS,
+    FACTORS,
+    FACTORS_INDEX,
+    LORAGA_INIT,
+    LORAGA_OFFSET,
+    MODEL_CONFIG,
+    README,
+    RESIDUAL_BASE,
+    RESOLVED_CONFIG,
+)
+from loraga_dist.artifacts.report import Report
+from loraga_dist.artifacts.residual import PlannedFile, plan_model_files, residual_entries
+from loraga_dist.artifacts.tensors import num_bytes_of
+from loraga_dist.config import InitConfig
+from loraga_dist.files.safetensors_io import Entries
+from loraga_dist.model.rank_budget import num_parameters
+from loraga_dist.model.targets import Target
+from loraga_dist.request.request import CheckpointRequest
+from loraga_dist.schemes import SCHEMES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The parts of one output directory, before it is written or as its report says."""
+
+    config: InitConfig
+    targets: Sequence[Target]
+    """With a rank budget that has not been spent yet, at their largest ranks."""
+    saved_parameters: Mapping[str, str]
+    """Checkpoint keys of the parameters that `modules_to_save` copies into the adapters."""
+    base: Entries = field(default_factory=dict)
+    """Dtypes and shapes of the original model, by checkpoint key; without them copies and residual have no bytes."""
+    num_triplets: Mapping[str, int] = field(default_factory=dict)
+    """Singular triplets in `factors/`, by target; a report does not tell."""
+
+    @classmethod
+    def of(cls, request: CheckpointRequest, targets: Sequence[Target] | None = None) -> Layout:
+        """What a run will write. targets: with the ranks they have got, once a budget has been spent."""
+        return cls(
+            config=request.config,
+            targets=request.targets if targets is None else targets,
+            saved_parameters=request.saved_parameters,
+            base=request.entries,
+            num_triplets={name: matrix.width for name, matrix in request.plan.matrices.items()},
+        )
+
+    @classmethod
+    def of_report(cls, report: Report, base: Entries | None = None) -> Layout:
+        """What a finished output holds. base: the original model's tensors, where they have been looked up."""
+        return cls(
+            config=report.config,
+            targets=report.lora_targets,
+            saved_parameters=report.saved_parameters,
+            base=base or {},
+        )
+
+    @property
+    def directories(self) -> list[str]:
+        """Those that are written. `materialize-base` may add `residual_base` to one that has `loraga_offset`."""
+        scheme = SCHEMES[self.config.init.scheme]
+        found = [LORAGA_INIT]
+        if scheme.changes_base:
+            found.append(LORAGA_OFFSET)
+        if scheme.source == "gradient":
+            found.append(FACTORS)
+        if scheme.changes_base and self.config.output.residual_base == "full":
+            found.append(RESIDUAL_BASE)
+        return found
+
+    @property
+    def files(self) -> list[str]:
+        """Those without which the output is not whole, beside the report; of weights in several files their index."""
+        of_directory = {
+            LORAGA_INIT: [ADAPTER_CONFIG, ADAPTER_WEIGHTS],
+            LORAGA_OFFSET: [ADAPTER_CONFIG, ADAPTER_WEIGHTS],
+            FACTORS: [FACTORS_INDEX],
+            RESIDUAL_BASE: [MODEL_CONFIG],
+        }
+        below = [f"{directory}/{name}" for directory in self.directories for name in of_directory[directory]]
+        return [RESOLVED_CONFIG, README, CHECKSUMS, *below]
+
+    def missing_files(self, directory: Path) -> list[str]:
+        """Which of `files` are not in that directory."""
+        return [name for name in self.files if not (directory / name).is_file()]
+
+    @property
+    def adapters(self) -> dict[str, Entries]:
+        """The tensors of every adapter by its directory. The offset is a plain LoRA always: merging it changes W."""
+        saved = {name: self.base[key] for name, key in self.saved_parameters.items() if key in self.base}
+        return {
+            directory: adapter_entries(
+                self.targets, use_dora=self.config.lora.use_dora and directory == LORAGA_INIT, saved=saved
+            )
+            for directory in (LORAGA_INIT, LORAGA_OFFSET)
+            if directory in self.directories
+        }
+
+    @property
+    def factors(self) -> Entries:
+        """The tensors of `factors/`: U, S and Vh of every target, of which `num_triplets` tells the triplets."""
+        entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for target in self.targets if FACTORS in self.directories else ():
+            K = self.num_triplets.get(target.name, 0)
+            shapes = {"U": (target.M, K), "S": (K,), "Vh": (K, target.N)}
+            entries |= {f"{target.name}.{part}": (torch.float32, shape) for part, shape in shapes.items()}
+        return entries
+
+    @property
+    def residual(self) -> Entries:
+        """The tensors of `residual_base/`, whether the run writes it or `materialize-base` will."""
+        return residual_entries(self.base, self.config.output.residual_dtype)
+
+    @property
+    def residual_files(self) -> list[PlannedFile]:
+        """The weight files that a run writes to `residual_base/`."""
+        return plan_model_files(self.residual) if RESIDUAL_BASE in self.directories else []
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """What the tensors of each directory take, 0 for those that are not written; with a rank budget, at most."""
+        budget = self.config.init.rank_budget
+        unspendable = 0 if budget is None else 4 * max(0, num_parameters(self.targets) - budget)
+        adapters = self.adapters
+        found = {name: num_bytes_of(entries.values()) - unspendable for name, entries in adapters.items()}
+        return {
+            LORAGA_INIT: found[LORAGA_INIT],
+            LORAGA_OFFSET: found.get(LORAGA_OFFSET, 0),
+            FACTORS: num_bytes_of(self.factors.values()),
+            RESIDUAL_BASE: num_bytes_of(self.residual.values()) if RESIDUAL_BASE in self.directories else 0,
+        }

@@ -1,0 +1,109 @@
+"""Output directories: made by init on any number of ranks, and read as a user's script reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from launching import INIT, succeed
+from peft import PeftModel
+from ranks import run_script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loraga_dist.cli import init_main
+
+IDS = torch.arange(3, 43).view(2, 20) % 250
+"""Token ids of which logits are compared."""
+
+
+def write_config(tree: dict[str, Any]) -> Path:
+    """The tree as a YAML file beside the output directory that it names."""
+    path = Path(tree["output"]["dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def make_output(tree: dict[str, Any], world_size: int = 1, *options: str, forked: bool = False) -> Path:
+    """Run init of the tree as so many ranks; the output directory.
+
+    forked: also a single rank is a process of its own, which DeepSpeed needs.
+    """
+    arguments = ["--config", str(write_config(tree)), *options]
+    if world_size == 1 and not forked:
+        assert init_main(arguments) == 0
+    else:
+        succeed(run_script([INIT, *arguments], world_size, timeout_seconds=200))
+    return Path(tree["output"]["dir"])
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    return json.loads((out / "loraga_report.json").read_text())
+
+
+def read_adapter(out: Path, name: str = "loraga_init") -> dict[str, torch.Tensor]:
+    return load_file(out / name / "adapter_model.safetensors")
+
+
+def read_products(out: Path) -> dict[str, torch.Tensor]:
+    """B0 A0 of every target by its module's name, which no sign or split of the factors can hide a difference in."""
+    adapter, start = read_adapter(out), "base_model.model."
+    names = [key.removesuffix(".lora_A.weight") for key in adapter if key.endswith(".lora_A.weight")]
+    return {
+        name.removeprefix(start): adapter[f"{name}.lora_B.weight"].double() @ adapter[f"{name}.lora_A.weight"].double()
+        for name in names
+    }
+
+
+def read_factors(out: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for path in (out / "factors").glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+def base_of(out: Path) -> Path:
+    return Path(read_report(out)["config"]["model"]["name_or_path"])
+
+
+def causal_lm(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def started(out: Path, **options: Any) -> Any:
+    """The start as stock PEFT loads it: on the residual base, or the original one, as its README says."""
+    base = out / "residual_base" if (out / "residual_base").exists() else base_of(out)
+    assert f'from_pretrained("{base}"' in (out / "README.md").read_text()
+    return PeftModel.from_pretrained(causal_lm(base), out / "loraga_init", **options)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def disturb(model: torch.nn.Module, size: float = 0.02) -> None:
+    """Move every LoRA parameter a little, as training would; magnitudes ten times as much."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                parameter += (10 * size if "magnitude" in name else size) * noise
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of what was expected."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def flip_bit(path: Path, position: int, bit: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= bit
+    path.write_bytes(content)
+
+
+def line_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command refused."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraga-dist: ")]
+    return line

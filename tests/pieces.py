@@ -1,0 +1,99 @@
+"""Parts of a run put together by hand, on a rank or alone: the one place that knows how the package's own parts fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loraga_dist.config import CalibrationConfig, Checkpointing, GradientConfig, LoraSection, ModelConfig
+from loraga_dist.data.losses import causal_lm
+from loraga_dist.data.samples import Microbatch, assign_microbatches, load_samples
+from loraga_dist.engines import ExactEngine, StateHome
+from loraga_dist.gradients.one_pass import LossTotals, forward, run_pass
+from loraga_dist.model.base import BaseModel, find_base_model
+from loraga_dist.model.plan import make_plan
+from loraga_dist.model.targets import Target, meta_copy, select_targets
+from loraga_dist.ranks.progress import Progress
+from loraga_dist.ranks.world import World
+from loraga_dist.schemes import SCHEMES
+from loraga_dist.sharding import Sharding, SingleProcess, Zero3
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""All of a llama's layers that a start has by default."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pretrained causal language model as one rank holds it."""
+
+    base: BaseModel
+    sharding: Sharding
+    model: nn.Module
+    meta_model: nn.Module = field(repr=False)
+
+    def targets(self, target_modules: list[str]) -> list[Target]:
+        return select_targets(self.meta_model, LoraSection(r=2, target_modules=target_modules), lambda r: 2 * r).targets
+
+
+def load(model_dir: Path, world: World) -> Loaded:
+    """Partitioned by ZeRO-3 if there are several ranks."""
+    base = find_base_model(ModelConfig(name_or_path=str(model_dir)), "CAUSAL_LM", world.device)
+    sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
+    meta_model = meta_copy(base.model_class, base.config)
+    model = sharding.load(base.directory, base.model_class, base.config, base.dtype, base.slots_of(meta_model))
+    return Loaded(base, sharding, model, meta_model)
+
+
+def microbatches_of(model_dir: Path, data: Path, rank: int = 0, world_size: int = 1) -> list[Microbatch]:
+    samples = load_samples(
+        CalibrationConfig(data_files=str(data), max_length=64, per_device_batch_size=2),
+        AutoTokenizer.from_pretrained(model_dir),
+        task_type="CAUSAL_LM",
+        max_positions=None,
+    )
+    return assign_microbatches(samples, rank=rank, world_size=world_size, per_device_batch_size=2, pad_token_id=256)
+
+
+def exact_gradients(
+    loaded: Loaded,
+    targets: list[Target],
+    microbatches: list[Microbatch],
+    *,
+    checkpointing: Checkpointing,
+    in_flight: int | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Mean gradients of the targets that this rank owns, by the exact engine. A collective."""
+    world = loaded.sharding.world
+    plan = make_plan(targets, GradientConfig(max_targets_in_flight=in_flight), SCHEMES["lora_ga"], world.size)
+    module = loaded.sharding.attach(loaded.model)
+    for matrices in plan.groups:
+        engine = ExactEngine(matrices, home=StateHome(world.device), seed=0, dtype=torch.float32)
+        totals = LossTotals()
+        run_pass(
+            module,
+            [matrix.name for matrix in matrices],
+            microbatches,
+            engine,
+            sharding=loaded.sharding,
+            loss_sum=causal_lm,
+            checkpointing=checkpointing,
+            progress=Progress("", len(microbatches), "batch", shown=False),
+            totals=totals,
+        )
+        yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(world, totals.num_tokens))
+    loaded.sharding.detach()
+
+
+def autograd_gradients(model_dir: Path, microbatches: list[Microbatch]) -> dict[str, Tensor]:
+    """d(mean loss over all supervised tokens)/dW by autograd, on one unsharded float32 model, by its modules' names."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    num_tokens = sum(microbatch.num_supervised_tokens for microbatch in microbatches)
+    for microbatch in microbatches:
+        loss = causal_lm(forward(model, microbatch, torch.device("cpu")), microbatch.inputs["labels"])
+        (loss / num_tokens).backward()
+    return {name.removesuffix(".weight"): p.grad for name, p in model.named_parameters() if p.grad is not None}
