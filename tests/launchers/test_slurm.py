@@ -14,9 +14,7 @@ from starts import SLOWLY, TinyRun
 pytestmark = pytest.mark.timeout(240)
 
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10"]
-PLACEMENT = (
-    "import os; from loraga_dist.ranks.launcher import find_placement as f; p = f(os.environ); print(p.rank, p.size)"
-)
+PLACEMENT = "import os; from loraga_dist.ranks.launcher import find_launched_rank as f; p = f(os.environ); print(p.rank, p.size)"
 
 
 def submit(cluster: Cluster, script: Path | str, *arguments: str, log: Path) -> Finished:
