@@ -203,7 +203,10 @@ def _free_port() -> int:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of SLURM's short form: `rack[1-2]n[01-02],login` -> `rack1n01`. Raises UserError when it is none."""
+    """The first host of SLURM's short form: `rack[1-2]n[01-02],login` -> `rack1n01`.
+
+    Raises UserError when it is none.
+    """
     match = re.match(r"(?:[^,\[\]]|\[\d+[^\[\]]*\])+(?=,|$)", nodelist)
     if not match:
         raise UserError("SLURM_JOB_NODELIST", nodelist, "is no list of nodes; set MASTER_ADDR to the first node")

@@ -189,8 +189,9 @@ def _connect(launched: LaunchedRank, backend: str) -> None:
     except RuntimeError as error:
         variable = f"{backend.upper()}_SOCKET_IFNAME"
         raise RunError(
-            f"rank {launched.rank}: all ranks met at {launched.master_addr}:{launched.master_port}, but {backend} does not "
-            f"connect them; set {variable} to the network interface between the nodes ({str(error).splitlines()[0]})"
+            f"rank {launched.rank}: all ranks met at {launched.master_addr}:{launched.master_port}, but {backend} does "
+            f"not connect them; set {variable} to the network interface between the nodes "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

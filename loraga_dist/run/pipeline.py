@@ -33,10 +33,11 @@ from loraga_dist.model.targets import Target, meta_copy, select_targets
 from loraga_dist.publish.hub import push_output
 from loraga_dist.publish.tracking import track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
+from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import Job, agree_on_inputs, prepare
 from loraga_dist.run.finished import num_bytes_kept
-from loraga_dist.run.keeper import RunKeeper, StopRequest, base_identity
+from loraga_dist.run.keeper import RunKeeper, base_identity
 from loraga_dist.run.writing import finish_directory, make_report, write_weights
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding import Sharding, SingleProcess, Zero3

@@ -18,7 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
-from loraga_dist.cli import init_main, leave_process
+from loraga_dist.cli import init_main
+from loraga_dist.ranks.session import leave_process
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, ModelConfig
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.samples import assign_microbatches, load_samples
@@ -23,6 +22,7 @@ from loraga_dist.model.base import find_base_model
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.progress import Progress
+from loraga_dist.ranks.session import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding import SingleProcess, Zero3

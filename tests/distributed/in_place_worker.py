@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import loraga_dist
-from loraga_dist.cli import leave_process
+from loraga_dist.ranks.session import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding import Zero3
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from loraga_dist.cli import leave_process
 from loraga_dist.config import ModelConfig
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy
+from loraga_dist.ranks.session import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding import Zero3
 

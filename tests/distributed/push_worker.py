@@ -9,7 +9,8 @@ import sys
 
 import huggingface_hub
 
-from loraga_dist.cli import init_main, leave_process
+from loraga_dist.cli import init_main
+from loraga_dist.ranks.session import leave_process
 
 if __name__ == "__main__":
     huggingface_hub.constants.ENDPOINT = sys.argv[1]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import loraga_dist
-from loraga_dist.cli import leave_process
+from loraga_dist.ranks.session import leave_process
 from loraga_dist.ranks.world import World
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from loraga_dist.cli import leave_process
 from loraga_dist.config import load_config
 from loraga_dist.errors import LoragaError
+from loraga_dist.ranks.session import StopRequest, leave_process
 from loraga_dist.ranks.world import World
-from loraga_dist.run.keeper import StopRequest
 from loraga_dist.run.pipeline import run
 
 

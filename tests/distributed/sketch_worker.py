@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraga_dist.cli import leave_process
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
+from loraga_dist.ranks.session import leave_process
 from loraga_dist.ranks.world import World
 
 M, N, R = 384, 320, 4

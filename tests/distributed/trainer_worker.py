@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from loraga_dist.cli import leave_process
+from loraga_dist.ranks.session import leave_process
 
 IDS = torch.arange(3, 43).view(2, 20) % 250
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from loraga_dist.artifacts.verify import verify
-from loraga_dist.cli import leave_process
+from loraga_dist.ranks.session import leave_process
 from loraga_dist.ranks.world import World
 
 if __name__ == "__main__":

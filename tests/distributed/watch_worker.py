@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from loraga_dist.cli import leave_process
+from loraga_dist.ranks.session import leave_process
 from loraga_dist.ranks.watch import Watch
 from loraga_dist.ranks.world import World
 

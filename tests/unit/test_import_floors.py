@@ -31,7 +31,7 @@ FLOORS = [
 INSIDE = {
     "linalg": ["randomized_svd", "product", "subspace", "union"],
     "engines": ["home", "base", "exact", "sketch", "footprint", "__init__", "group"],
-    "ranks": ["progress", "memory", "launcher", "rendezvous", "world", "watch"],
+    "ranks": ["progress", "memory", "launcher", "rendezvous", "world", "watch", "session"],
     "files": ["parallel", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
     "data": ["losses", "formats", "samples"],
     "model": ["base", "shape", "targets", "rank_budget", "plan"],
