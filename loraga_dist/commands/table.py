@@ -258,7 +258,7 @@ COMMANDS = {
         add_arguments=_add_materialize_base,
         run=_alone(_materialize_base),
     ),
-    "refactor": Command(
+    "rebuild": Command(
         help="another rank, split or scale from the factors of an output",
         add_arguments=_add_rebuild,
         run=_alone(_rebuild),

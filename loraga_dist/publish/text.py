@@ -34,7 +34,7 @@ _OTHER_SETTINGS = """## Other settings
 Another rank, scale, split or scheme from `factors/`, without the gradients:
 
 ```
-loraga-dist refactor {directory} --to DIR --lora.r R
+loraga-dist rebuild {directory} --to DIR --lora.r R
 ```
 
 """

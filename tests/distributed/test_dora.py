@@ -121,7 +121,7 @@ def test_the_offset_is_plain_and_gives_the_residual(runs: Callable[..., Path]) -
 def test_an_unchanged_base_starts_where_the_scheme_does(runs: Callable[..., Path], tmp_path: Path) -> None:
     out = runs(scheme="lora_one")
     assert verify(out).problems == []
-    assert main(["refactor", str(out), "--to", str(tmp_path / "plain"), "--lora.use_dora", "false"]) == 0
+    assert main(["rebuild", str(out), "--to", str(tmp_path / "plain"), "--lora.use_dora", "false"]) == 0
     expected, base = logits(started(tmp_path / "plain")), logits(original(out))
     assert (logits(started(out)) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (expected - base).abs().max() > 1e-3 * base.abs().max()
@@ -129,9 +129,9 @@ def test_an_unchanged_base_starts_where_the_scheme_does(runs: Callable[..., Path
 
 def test_refactoring_makes_dora_of_plain_and_back(runs: Callable[..., Path], tmp_path: Path) -> None:
     out, plain, dora = runs(), tmp_path / "plain", tmp_path / "dora"
-    assert main(["refactor", str(out), "--to", str(plain), "--lora.use_dora", "false"]) == 0
+    assert main(["rebuild", str(out), "--to", str(plain), "--lora.use_dora", "false"]) == 0
     assert not any("magnitude" in key for key in load_file(plain / "loraga_init" / WEIGHTS))
-    assert main(["refactor", str(plain), "--to", str(dora), "--lora.use_dora", "true"]) == 0
+    assert main(["rebuild", str(plain), "--to", str(dora), "--lora.use_dora", "true"]) == 0
     assert (dora / "loraga_init" / WEIGHTS).read_bytes() == (out / "loraga_init" / WEIGHTS).read_bytes()
     assert verify(plain).ok and verify(dora).ok
 

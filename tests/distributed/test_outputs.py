@@ -236,7 +236,7 @@ def test_seeds_ranks_and_layouts_agree(runs: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["llama-2-sketch", "llama-2-bf16", "bert-2"])
 def test_refactoring_under_the_same_settings_changes_nothing(runs: Any, name: str, tmp_path: Path) -> None:
     run = runs(name)
-    assert main(["refactor", str(run.out), "--to", str(tmp_path / "again")]) == 0
+    assert main(["rebuild", str(run.out), "--to", str(tmp_path / "again")]) == 0
     for adapter in ("loraga_init", "loraga_offset"):
         file = f"{adapter}/adapter_model.safetensors"
         assert (tmp_path / "again" / file).read_bytes() == (run.out / file).read_bytes()

@@ -145,7 +145,7 @@ def test_stock_peft_starts_at_the_original(runs: Callable[..., Path], world_size
 
 def test_factors_are_spent_again(runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, plain = runs(1), runs(1, None)
-    assert main(["refactor", str(source), "--to", str(tmp_path / "again")]) == 0
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "again")]) == 0
     for name in ("loraga_init", "loraga_offset"):
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             again = (tmp_path / "again" / name / file).read_text("latin-1")
@@ -153,19 +153,19 @@ def test_factors_are_spent_again(runs: Callable[..., Path], tmp_path: Path, caps
     assert report(tmp_path / "again")["rank_budget"] == report(source)["rank_budget"]
 
     # the same from an output that knew of no budget, and another budget
-    assert main(["refactor", str(plain), "--to", str(tmp_path / "new"), "--init.rank_budget", str(BUDGET)]) == 0
+    assert main(["rebuild", str(plain), "--to", str(tmp_path / "new"), "--init.rank_budget", str(BUDGET)]) == 0
     assert ranks(tmp_path / "new") == ranks(source)
     less = BUDGET // 2
-    assert main(["refactor", str(source), "--to", str(tmp_path / "less"), "--init.rank_budget", str(less)]) == 0
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "less"), "--init.rank_budget", str(less)]) == 0
     assert ranks(tmp_path / "less") == expected_ranks(source, less)
     assert all(verify(tmp_path / name).ok for name in ("again", "new", "less"))
-    assert main(["refactor", str(source), "--to", str(tmp_path / "none"), "--init.rank_budget", "null"]) == 0
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "none"), "--init.rank_budget", "null"]) == 0
     assert adapter(tmp_path / "none").keys() == adapter(plain).keys() and set(ranks(tmp_path / "none").values()) == {R}
 
     capsys.readouterr()
-    assert main(["refactor", str(source), "--to", str(tmp_path / "x"), "--init.rank_budget", "10"]) == 2
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "x"), "--init.rank_budget", "10"]) == 2
     assert "init.rank_budget: 10: is less than rank 1 of the 21 targets takes" in line_of(capsys)
-    assert main(["refactor", str(source), "--to", str(tmp_path / "x"), "--lora.rank_pattern", "{q_proj: 2}"]) == 2
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "x"), "--lora.rank_pattern", "{q_proj: 2}"]) == 2
     assert "decides ranks and alphas itself; remove lora.rank_pattern" in line_of(capsys)
     assert not (tmp_path / "x").exists()
 

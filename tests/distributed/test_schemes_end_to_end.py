@@ -314,22 +314,22 @@ def test_refactoring_goes_between_the_schemes_of_the_gradient(
     runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, new, back = runs("lora_ga"), tmp_path / "new", tmp_path / "back"
-    assert main(["refactor", str(source), "--to", str(new), "--init.scheme", "lora_one"]) == 0
+    assert main(["rebuild", str(source), "--to", str(new), "--init.scheme", "lora_one"]) == 0
     assert verify(new).ok and not (new / "residual_base").exists() and not (new / "loraga_offset").exists()
     found, expected = adapter(new), adapter(runs("lora_one"))
     for key, tensor in expected.items():
         assert (found[key] - tensor).norm() < 1e-4 * tensor.norm(), key
     logits(started(new))
-    assert main(["refactor", str(new), "--to", str(back), "--init.scheme", "lora_ga"]) == 0
+    assert main(["rebuild", str(new), "--to", str(back), "--init.scheme", "lora_ga"]) == 0
     for key, tensor in adapter(source).items():
         assert torch.equal(adapter(back)[key], tensor), key
     assert verify(back).residual_checked
     capsys.readouterr()
 
     for scheme in ("pissa", "olora", "kaiming"):
-        assert main(["refactor", str(source), "--to", str(tmp_path / "x"), "--init.scheme", scheme]) == 2
+        assert main(["rebuild", str(source), "--to", str(tmp_path / "x"), "--init.scheme", scheme]) == 2
         assert f"init.scheme: '{scheme}': does not start from the gradients" in line_of(capsys)
-        assert main(["refactor", str(runs(scheme)), "--to", str(tmp_path / "x")]) == 2
+        assert main(["rebuild", str(runs(scheme)), "--to", str(tmp_path / "x")]) == 2
         assert f"was made by {scheme} and holds no gradients" in line_of(capsys)
     for scheme in ("lora_one", "kaiming"):
         assert main(["materialize-base", str(runs(scheme))]) == 2

@@ -140,7 +140,7 @@ def test_the_same_settings_give_the_same_files(
     outputs: Callable[..., Path], kind: str, dtype: torch.dtype, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     source = outputs(*overrides, kind=kind, dtype=dtype)
-    assert main(["refactor", str(source), "--to", str(tmp_path / "again")]) == 0
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "again")]) == 0
     before, after = contents(source), contents(tmp_path / "again")
     assert before.keys() == after.keys()
     for name in before:
@@ -157,7 +157,7 @@ def test_the_same_settings_give_the_same_files(
 def test_other_settings_are_those_of_a_fresh_run(outputs: Callable[..., Path], tmp_path: Path) -> None:
     settings = ("--lora.r", "3", "--lora.use_rslora", "true", "--init.scale", "unit", "--init.direction", "A2rBr")
     fresh = outputs(*settings)
-    assert main(["refactor", str(outputs()), "--to", str(tmp_path / "new"), *settings]) == 0
+    assert main(["rebuild", str(outputs()), "--to", str(tmp_path / "new"), *settings]) == 0
     assert verify(tmp_path / "new").ok
     found, expected = adapter(tmp_path / "new"), adapter(fresh)
     assert found.keys() == expected.keys()
@@ -172,7 +172,7 @@ def test_other_settings_are_those_of_a_fresh_run(outputs: Callable[..., Path], t
 
 def test_stock_peft_starts_at_the_original_from_a_larger_rank(outputs: Callable[..., Path], tmp_path: Path) -> None:
     source, new = outputs(), tmp_path / "new"
-    assert main(["refactor", str(source), "--to", str(new), "--lora.r", "6", "--lora.lora_alpha", "12"]) == 0
+    assert main(["rebuild", str(source), "--to", str(new), "--lora.r", "6", "--lora.lora_alpha", "12"]) == 0
     assert "less accurate" in "".join(report(new)["warnings"])
     base = report(source)["config"]["model"]["name_or_path"]
     tokens = torch.arange(40).view(2, 20)
@@ -200,9 +200,9 @@ def test_what_the_factors_do_not_hold_is_refused(
         (("--init.scale", "none"), "init.scale"),
     ):
         words = [str(word) for word in arguments]
-        assert main(["refactor", str(source), "--to", str(tmp_path / "new"), *words]) == 2, arguments
+        assert main(["rebuild", str(source), "--to", str(tmp_path / "new"), *words]) == 2, arguments
         assert said in line_of(capsys)
-    assert main(["refactor", str(source), "--to", str(source), "--overwrite"]) == 2
+    assert main(["rebuild", str(source), "--to", str(source), "--overwrite"]) == 2
     assert "which is read" in line_of(capsys)
     assert verify(source).ok and not list(tmp_path.iterdir())
 
