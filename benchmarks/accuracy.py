@@ -32,22 +32,18 @@ from transformers.utils import logging
 from loraga_dist.artifacts.report import versions
 from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
 from loraga_dist.data.losses import causal_lm
-from loraga_dist.data.samples import (
-    Microbatch,
-    assign_microbatches,
-    count_supervised_tokens,
-    load_samples,
-)
+from loraga_dist.data.microbatches import Microbatch, assign_microbatches, count_supervised_tokens
+from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.engines.sketch import width
-from loraga_dist.gradients.one_pass import LossTotals, run_pass
+from loraga_dist.gradients.one_pass import LossTotals, one_pass
 from loraga_dist.linalg import efficiency
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.targets import meta_copy, select_targets
-from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.session import leave_process, run_as_rank
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding import SingleProcess, Zero3
+from loraga_dist.sharding.single import SingleProcess
+from loraga_dist.sharding.zero3 import Zero3
 
 RANKS = (4, 8, 16, 32)
 REFINES = (0, 1)
@@ -117,19 +113,15 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
     module = sharding.attach(model)
 
     def observe(engines: Sequence[Any], microbatches: list[Microbatch]) -> int:
-        totals = LossTotals()
-        run_pass(
+        with one_pass(
             module,
             [target.name for target in targets],
-            microbatches,
             Together(engines),  # type: ignore[arg-type]
             sharding=sharding,
             loss_sum=causal_lm,
             checkpointing="none",
-            progress=Progress("", 1, "", shown=False),
-            totals=totals,
-        )
-        return totals.num_tokens
+        ) as take:
+            return sum(map(take, microbatches), LossTotals()).num_tokens
 
     def matrices(r: int) -> list[Matrix]:
         return [
@@ -153,16 +145,16 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
     }
     for name, microbatches in data.items():
         exact = ExactEngine(matrices(1), home=home, seed=0, dtype=base.dtype)
-        one_pass = [SketchEngine(matrices(r), home=home, seed=0, dtype=base.dtype) for r in RANKS]
-        num_tokens = observe([exact, *one_pass], microbatches)
-        refined = copy.deepcopy(one_pass)
+        single = [SketchEngine(matrices(r), home=home, seed=0, dtype=base.dtype) for r in RANKS]
+        num_tokens = observe([exact, *single], microbatches)
+        refined = copy.deepcopy(single)
         for engine in refined:
             engine.begin_refinement(world)
         observe(refined, microbatches)
         gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(world, num_tokens)}
         energies = {target: torch.linalg.svdvals(G_MN.double()).square() for target, G_MN in gradients.items()}
         few = num_tokens / len(microbatches) < width(8, 256, 256, None)
-        for refine_passes, engines in enumerate((one_pass, refined)):
+        for refine_passes, engines in enumerate((single, refined)):
             for r, engine in zip(RANKS, engines, strict=True):
                 found = dict(engine.factorize(world, num_tokens))
                 scores, misses = [], []

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraga_dist.config import GradientConfig, LoraSection, SchemeConfig, StateDevice
+from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, StateDevice
 from loraga_dist.data.losses import causal_lm
-from loraga_dist.data.samples import BatchDeal, Microbatch
+from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import ExactEngine, SketchEngine
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.one_pass import forward
@@ -24,9 +24,12 @@ from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.world import World
+from loraga_dist.request.request import Request
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.sharding import Sharding, SingleProcess
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.single import SingleProcess
 from loraga_dist.start.place import add_adapter, place_factors
+from loraga_dist.start.rounds import make_owned_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,25 +186,36 @@ class Bench:
             engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device
         )
         plan, sharding = self.plan(gradient), self.sharding
+        request = Request(
+            config=MethodConfig(lora=self.lora, gradient=gradient),
+            plan=plan,
+            data=BatchSharder(self.microbatches),
+            factor_dtypes={target.name: torch.bfloat16 for target in plan.targets},
+        )
         with self._measured() as outcome:
-            found = calibrate(
-                self.model, plan, BatchDeal(self.microbatches), gradient, sharding=sharding, loss_sum=causal_lm, seed=0
-            )
+            found = calibrate(self.model, request, sharding=sharding)
         r = self.shape.r
-        for name, result in found.owned.items():
-            outcome.directions[name] = (result.svd.U_MK[:, r : 2 * r], result.svd.Vh_KN[:r].T)
+        for name, svd in found.owned.items():
+            outcome.directions[name] = (svd.U_MK[:, r : 2 * r], svd.Vh_KN[:r].T)
         outcome.details |= {
             "seconds_factorize": found.seconds_factorize,
             "state_bytes": plan.state_bytes_per_rank,
-            "reported_captured_energy": {name: result.captured_energy for name, result in found.owned.items()},
+            "reported_captured_energy": {name: facts.captured_energy for name, facts in found.facts.items()},
         }
         if place:
             model = copy.deepcopy(self.model)
             started = time.perf_counter()
             peft_model = add_adapter(model, self.lora, sharding)
-            place_factors(
-                peft_model, plan, found.owned, SchemeConfig(), sharding=sharding, rounding=lambda _: torch.bfloat16
+            owned = make_owned_factors(
+                model,
+                plan,
+                found.owned,
+                request.config.init,
+                sharding=sharding,
+                dtypes=request.factor_dtypes,
+                after_round=lambda: None,
             )
+            place_factors(peft_model, plan, owned, sharding=sharding)
             self._wait()
             outcome.details["seconds_place"] = time.perf_counter() - started
         return outcome

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from loraga_dist.config import load_config
-from loraga_dist.forecast.report import forecaster_for, plan_report
+from loraga_dist.forecast.forecaster import Forecaster
+from loraga_dist.forecast.report import plan_report
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -38,7 +39,9 @@ def make_plans() -> list[dict[str, Any]]:
         config = load_config(
             ROOT / "configs" / f"{recipe}.yaml", ["--model.name_or_path", str(shapes), "--lora.r", str(r)]
         )
-        report = plan_report(forecaster_for(config, torch.device("cuda")), ranks, gib_per_rank=gib_per_rank)
+        report = plan_report(
+            Forecaster.of_config(config, ranks, torch.device("cuda")), ranks, gib_per_rank=gib_per_rank
+        )
         report["model"]["name_or_path"] = f"benchmarks/shapes/{recipe}"
         reports.append({"recipe": recipe, "r": r} | report)
     return reports
@@ -51,7 +54,7 @@ def document(plans: list[dict[str, Any]]) -> str:
         "What the recipes in `configs/` take, from the models' public shapes: no weights were read, none of these ran.",
         "Written by `python benchmarks/plans.py`. For one of them, with its tables:",
         "",
-        "```",
+        "```bash",
         "loraga-dist plan --config configs/llama-3-70b.yaml --model.name_or_path benchmarks/shapes/llama-3-70b \\",
         "    --ranks 8 --gib_per_rank 80",
         "```",

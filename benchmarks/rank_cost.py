@@ -24,7 +24,7 @@ from transformers.utils import logging
 from loraga_dist.ranks.memory import return_freed_memory_at_once
 from loraga_dist.ranks.session import leave_process, run_as_rank
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding import Zero3
+from loraga_dist.sharding.zero3 import Zero3
 
 SHAPE = Shape(hidden=1024, intermediate=2752, layers=2, heads=8, key_value_heads=8, microbatches=16, tokens=256)
 

@@ -1,6 +1,7 @@
 """What a user may say: one pydantic tree, read from YAML and dotted command-line overrides.
 
-Every default of the project lives here. Unknown keys are errors that name the nearest known key.
+Every default of the project lives here. Unknown keys are errors that name the nearest known key. The strings below keys
+are what docs/CONFIG.md says of them.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 class Section(BaseModel):
     """Base of all sections: typed strictly, closed, immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
     """The base model, as transformers' `from_pretrained` names its arguments."""
 
     name_or_path: PathOrId
+    """A directory, or a hub id, with a checkpoint in safetensors files."""
     revision: str | None = None
     dtype: Dtype = "auto"
     """Compute dtype of calibration; `auto` is the checkpoint's own."""
@@ -153,6 +155,7 @@ class GradientConfig(Section):
     """More passes of `sketch` over the same data: one makes it practically exact. `auto` takes one where a microbatch
     of all ranks has fewer supervised tokens than the sketch has columns."""
     checkpointing: Checkpointing = "non_reentrant"
+    """Whether every block is computed again in backward instead of kept: less memory, for a second forward pass."""
 
 
 class CalibrationConfig(Section):
@@ -198,8 +201,11 @@ class OutputConfig(Section):
     """Where the files go."""
 
     dir: PathOrId
+    """The output directory; it appears when everything in it has been verified."""
     overwrite: bool = False
+    """Replace an earlier output."""
     residual_base: Literal["full", "none"] = "full"
+    """`none` leaves the copy of the model out; `loraga-dist materialize-base` makes it later."""
     residual_dtype: Dtype = "auto"
     """dtype of the targets in the residual base; `auto` is each tensor's own in the checkpoint."""
     report_to: Tracker | Literal["none"] | list[Tracker] = "none"

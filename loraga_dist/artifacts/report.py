@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from loraga_dist.model.targets import Target
+
 SCHEMA_VERSION = 1
 
 
@@ -41,6 +43,19 @@ class TargetReport(ReportPart):
     offset_ratio: float | None = None
     """||s B0 A0||_F / ||W||_F."""
     owner_rank: int | None = None
+
+    @classmethod
+    def of(cls, target: Target, **facts: Any) -> TargetReport:
+        """facts: what is known of it, by these names."""
+        return cls(
+            shape=(target.M, target.N),
+            r=target.r,
+            lora_alpha=target.lora_alpha,
+            scaling=target.scaling,
+            transposed=target.transposed,
+            weight_key=target.weight_key,
+            **facts,
+        )
 
 
 class IdentityCheck(ReportPart):

@@ -24,7 +24,7 @@ from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
 from loraga_dist.files.parallel import over_cores
 from loraga_dist.files.safetensors_io import SafetensorsWriter, TensorSlot, as_bytes, dtype_name, read_range, read_rows
-from loraga_dist.model.base import MODEL_FILE_PATTERNS
+from loraga_dist.model.base import MODEL_FILE_PATTERNS, residual_dtype_of
 from loraga_dist.model.targets import Target
 from loraga_dist.schemes import SCHEMES
 
@@ -33,7 +33,6 @@ CHUNK_ELEMENTS = 2**20
 
 MAX_SHARD_BYTES = 5 * 10**9
 
-_WIDE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
 
 
@@ -54,35 +53,9 @@ def writes_residual(config: InitConfig) -> bool:
     return config.output.residual_base == "full" and SCHEMES[config.init.scheme].changes_base
 
 
-def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) -> None:
-    """Raise UserError unless the checkpoint holds every target as a plain floating matrix of the expected shape."""
-    for target in targets:
-        slot = index.get(target.weight_key)
-        if slot is None:
-            problem = f"is not in the checkpoint, but {target.name} is a target"
-        elif slot.dtype not in _WIDE_FLOATS:
-            problem = f"is stored as {dtype_name(slot.dtype)}; write the path of an unquantized checkpoint"
-        elif slot.shape != target.stored_shape:
-            problem = f"has shape {slot.shape} in the checkpoint and {target.stored_shape} in the model"
-        else:
-            continue
-        raise UserError("model.name_or_path", target.weight_key, problem)
-
-
-def residual_dtype_of(dtype: torch.dtype, residual_dtype: str) -> torch.dtype:
-    """What a checkpoint tensor's dtype becomes. All floating tensors follow `residual_dtype`, so that the model has one
-    dtype; quantized and integer tensors stay as they are."""
-    return dtype if residual_dtype == "auto" or dtype not in _WIDE_FLOATS else getattr(torch, residual_dtype)
-
-
 def num_residual_bytes(index: Mapping[str, TensorSlot], residual_dtype: str) -> int:
     """Of the tensors of a `residual_base/`."""
     return sum(slot.numel * residual_dtype_of(slot.dtype, residual_dtype).itemsize for slot in index.values())
-
-
-def factor_dtype(compute: torch.dtype, weight: torch.dtype, residual_dtype: str) -> torch.dtype:
-    """What a target's A0 and B0 are rounded to: the coarser of the compute dtype and its residual's."""
-    return max(compute, residual_dtype_of(weight, residual_dtype), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def plan_residual_files(

@@ -33,8 +33,6 @@ from loraga_dist.artifacts.residual import (
     CHUNK_ELEMENTS,
     chunks,
     digest_base,
-    require_targets,
-    residual_dtype_of,
     rows_per_chunk,
     start_magnitudes,
     subtract_offset,
@@ -50,7 +48,8 @@ from loraga_dist.files.safetensors_io import (
     read_rows,
     scan_checkpoint,
 )
-from loraga_dist.model.targets import Target
+from loraga_dist.model.base import residual_dtype_of
+from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.world import World
 
 _MAX_ORTHONORMALITY_ERROR = 1e-4

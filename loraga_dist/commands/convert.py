@@ -14,14 +14,14 @@ from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
 from loraga_dist.artifacts.names import CONVERSION, MODEL_CONFIG
 from loraga_dist.artifacts.reading import open_base
 from loraga_dist.artifacts.report import versions
-from loraga_dist.artifacts.residual import digest_base, require_targets, write_model
+from loraga_dist.artifacts.residual import digest_base, write_model
 from loraga_dist.commands.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import product_svd
-from loraga_dist.model.targets import Target
+from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.progress import phase
 
 _MAX_RELATIVE_ERROR = 1e-6

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from loraga_dist.artifacts.names import LORAGA_INIT, MODEL_CONFIG, RESIDUAL_BASE
 from loraga_dist.artifacts.reading import load_adapter, open_base, read_report
-from loraga_dist.artifacts.residual import num_residual_bytes, require_targets, write_model
+from loraga_dist.artifacts.residual import num_residual_bytes, write_model
 from loraga_dist.artifacts.verify import check_residual
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.staging import free_place, whole_directory
+from loraga_dist.model.targets import require_targets
 from loraga_dist.ranks.progress import phase
 
 

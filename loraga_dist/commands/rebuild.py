@@ -18,15 +18,7 @@ from loraga_dist.artifacts.adapter import AdapterFile
 from loraga_dist.artifacts.names import FACTORS, FACTORS_STEM, LORAGA_INIT, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
 from loraga_dist.artifacts.reading import Report, open_base, read_report, targets_under
 from loraga_dist.artifacts.report import finite, versions
-from loraga_dist.artifacts.residual import (
-    CHUNK_ELEMENTS,
-    chunks,
-    factor_dtype,
-    num_residual_bytes,
-    require_targets,
-    write_model,
-    writes_residual,
-)
+from loraga_dist.artifacts.residual import CHUNK_ELEMENTS, chunks, num_residual_bytes, write_model, writes_residual
 from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import InitConfig, OutputConfig, load_config
 from loraga_dist.errors import RunError, UserError
@@ -34,14 +26,14 @@ from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.safetensors_io import TensorSlot, read_range, read_rows, scan_checkpoint
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
-from loraga_dist.model.base import DTYPES
+from loraga_dist.model.base import DTYPES, factor_dtype
 from loraga_dist.model.rank_budget import planned_targets, spend, spent_budget
-from loraga_dist.model.targets import Target, check_patterns, peft_lora_config
+from loraga_dist.model.targets import Target, check_patterns, peft_lora_config, require_targets
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.run.writing import finish_directory, write_adapters
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.start.factors import make_factors, product_norm, weight_singular_values
+from loraga_dist.start.factors import make_factors, needs_weight, product_norm
 
 _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_dropout"}
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""
@@ -76,12 +68,11 @@ class _Rebuild:
         svd = TruncatedSVD(
             U_MK=read_rows(U, 0, U.shape[0]), S_K=read_rows(S, 0, S.shape[0]), Vh_KN=read_rows(Vh, 0, Vh.shape[0])
         )
-        weight_S_R = None
-        if self.config.init.scale == "weight_svd":
+        W = None
+        if needs_weight(self.config.init):
             W = read_rows(weight, 0, weight.shape[0]).to(self.compute_dtype)
-            weight_S_R = weight_singular_values(W, target, self.config.init)
         dtype = factor_dtype(self.compute_dtype, weight.dtype, self.config.output.residual_dtype)
-        made = make_factors(target, svd, self.config.init, dtype, weight_S_R)
+        made = make_factors(target, self.config.init, dtype, svd=svd, weight=W)
         before = self.old["targets"][name]
         singular_values = svd.S_K[: scheme.num_triplets(target.r)].tolist()
         more_energy = _energy(singular_values) / _energy(before["singular_values"])

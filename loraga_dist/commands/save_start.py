@@ -13,19 +13,19 @@ import torch
 from loraga_dist.artifacts.adapter import write_adapter
 from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.report import SCHEMA_VERSION, versions
-from loraga_dist.artifacts.residual import digest_base, require_targets
+from loraga_dist.artifacts.residual import digest_base
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot, read_range
 from loraga_dist.files.staging import StagedDirectory
 from loraga_dist.model.base import WeightKeys, read_checkpoint_index, resolve_model_dir
-from loraga_dist.model.targets import Target
+from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES, LoraFactors
-from loraga_dist.sharding import Sharding, SingleProcess, Zero3
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.open import sharding_of
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
-from loraga_dist.sharding.zero3 import is_partitioned, refuse_unsupported_shards
 from loraga_dist.start.factors import product_norm
 from loraga_dist.start.in_place import Start
 
@@ -51,24 +51,24 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
             raise UserError("directory", str(directory), "exists; write another directory")
         if model.peft_config["default"].use_dora:
             raise UserError("lora.use_dora", True, "its magnitudes are not saved; make the start with loraga-dist init")
-        sharding = _sharding_of(model, world)
+        sharding = sharding_of(model, world, None, "loraga_dist.save_start")
         name = str(base) if base is not None else model.config.name_or_path
         revision = None if base is not None else getattr(model.config, "_commit_hash", None)
         base_dir = resolve_model_dir(name, revision)
         index = read_checkpoint_index(base_dir)
         keys = WeightKeys(index, model.get_base_model().base_model_prefix)
-        targets = [
-            dataclasses.replace(found.target, weight_key=keys(found.target.parameter_name)) for found in start.targets
-        ]
+        targets = [dataclasses.replace(target, weight_key=keys(target.parameter_name)) for target in start.targets]
         require_targets(index, targets)
         saved = {name: keys(name) for name in _saved_parameters(model)}
 
     factors: dict[str, LoraFactors] = {}
-    for target, found in zip(targets, start.targets, strict=True):
+    for target in targets:
         made = _gather_factors(model, target, sharding)
         offset = made if scheme.changes_base else None
         _require_start(model, target, offset, index[target.weight_key], name, sharding)
-        _require_untrained(target, made, found.offset_ratio, index[target.weight_key], sharding)
+        _require_untrained(
+            target, made, start.reports[target.name].offset_ratio or 0.0, index[target.weight_key], sharding
+        )
         if world.is_main:
             factors[target.name] = made
     share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
@@ -112,13 +112,6 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
 
 _NORM_TOLERANCE = 1e-4
 """Of ||s B A||: rounding W to 16 bits moves its norm by 1e-6, the first step at a small learning rate by more."""
-
-
-def _sharding_of(model: Any, world: World) -> Sharding:
-    if is_partitioned(model):
-        refuse_unsupported_shards(model, "loraga_dist.save_start")
-        return Zero3(world, None)
-    return SingleProcess(world)
 
 
 def _saved_parameters(model: Any) -> list[str]:

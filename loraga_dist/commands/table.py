@@ -91,9 +91,11 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     import torch
 
     from loraga_dist.config import load_config
-    from loraga_dist.forecast.report import forecaster_for, plan_report, print_plan
+    from loraga_dist.forecast.forecaster import Forecaster
+    from loraga_dist.forecast.report import plan_report, print_plan
 
-    forecaster = forecaster_for(load_config(options.config, overrides), torch.device(options.device))
+    config = load_config(options.config, overrides)
+    forecaster = Forecaster.of_config(config, options.ranks, torch.device(options.device))
     report = plan_report(
         forecaster, options.ranks, gib_per_rank=options.gib_per_rank, device_tflops=options.device_tflops
     )

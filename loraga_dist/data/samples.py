@@ -1,4 +1,4 @@
-"""Calibration data to token batches: what TRL's SFTTrainer would train on, with its labels, dealt out to the ranks.
+"""Calibration data to tokenized samples: what TRL's SFTTrainer would train on, with its labels.
 
 Every rank loads and tokenizes the same few hundred samples, so ranks agree on the data without talking to each other.
 """
@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from loraga_dist.config import CalibrationConfig, TaskType
-from loraga_dist.data.formats import BadRowError, Inputs, data_error, encoder
-from loraga_dist.data.losses import IGNORED
+from loraga_dist.data.formats import BadRowError, data_error, encoder
+from loraga_dist.data.microbatches import Sample, count_supervised_tokens
 from loraga_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,29 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-_PADDING = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One tokenized row: model inputs without padding, `labels` with -100 where there is no loss."""
-
-    inputs: Inputs
-    num_supervised_tokens: int
-    row: int
-    """Number of the row in the data set, before the shuffle."""
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """What one rank puts through one forward and backward: int64 CPU tensors, padded on the right."""
-
-    inputs: dict[str, Tensor]
-    num_supervised_tokens: int
-    index: int
-    """Number of the global microbatch."""
-    sample_ids: tuple[int, ...]
-    """Rows of the data set, to name a bad batch; empty where they are not known."""
 
 
 def load_samples(
@@ -102,169 +74,12 @@ def load_samples(
     return samples
 
 
-def count_supervised_tokens(labels: Tensor, task_type: TaskType) -> int:
-    """How many terms the loss sums over: for CAUSAL_LM no token predicts the first position, for SEQ_CLS one a sample.
-
-    `labels`: (..., T) integers, for SEQ_CLS (...), -100 where there is no loss.
-    """
-    if task_type == "CAUSAL_LM":
-        labels = labels[..., 1:]
-    return int((labels != IGNORED).sum())
-
-
 def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with. The attention mask hides it, so without a padding token EOS will do, and without that 0."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token_id, int):
             return token_id
     return 0
-
-
-class Deal(Protocol):
-    """This rank's microbatches out of all ranks' data; the same number on every rank."""
-
-    @property
-    def samples_per_step(self) -> int:
-        """In one global microbatch."""
-        ...
-
-    @property
-    def num_samples(self) -> int: ...
-
-    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
-        """Of samples [start, stop); the first global microbatch gets this number."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleDeal:
-    """Samples that every rank knows, split evenly."""
-
-    samples: list[Sample]
-    rank: int
-    world_size: int
-    per_device_batch_size: int
-    pad_token_id: int
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.world_size * self.per_device_batch_size
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.samples)
-
-    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
-        return assign_microbatches(
-            self.samples[start:stop],
-            rank=self.rank,
-            world_size=self.world_size,
-            per_device_batch_size=self.per_device_batch_size,
-            pad_token_id=self.pad_token_id,
-            first_index=first_index,
-        )
-
-
-@dataclass(frozen=True)
-class BatchDeal:
-    """Each rank's own batches, which are one sample each to this end."""
-
-    batches: list[Microbatch]
-
-    samples_per_step = 1
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.batches)
-
-    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
-        assert start == first_index, "batches of a dataloader are not dealt out anew"
-        return self.batches[start:stop]
-
-
-def assign_microbatches(
-    samples: list[Sample],
-    *,
-    rank: int,
-    world_size: int,
-    per_device_batch_size: int,
-    pad_token_id: int,
-    first_index: int = 0,
-) -> list[Microbatch]:
-    """This rank's microbatches; every rank gets the same number, because each forward is a collective.
-
-    Each global microbatch, the first numbered `first_index`, holds `world_size * per_device_batch_size` consecutive
-    samples, split among the ranks in order.
-    A rank that the last one leaves empty-handed gets a copy of sample 0 without any supervised token.
-    """
-    assert samples and 0 <= rank < world_size
-    global_size = world_size * per_device_batch_size
-    microbatches = []
-    for step in range(math.ceil(len(samples) / global_size)):
-        index = first_index + step
-        start = step * global_size + rank * per_device_batch_size
-        mine = samples[start : start + per_device_batch_size]
-        if not mine:
-            filler = Microbatch(_collate(samples[:1], pad_token_id), 0, index, ())
-            microbatches.append(without_supervision(filler, index))
-            continue
-        microbatches.append(
-            Microbatch(
-                inputs=_collate(mine, pad_token_id),
-                num_supervised_tokens=sum(sample.num_supervised_tokens for sample in mine),
-                index=index,
-                sample_ids=tuple(sample.row for sample in mine),
-            )
-        )
-    return microbatches
-
-
-def without_supervision(microbatch: Microbatch, index: int) -> Microbatch:
-    """A copy with every label masked, for a rank that must take part in a step for which it has no data."""
-    labels = torch.full_like(microbatch.inputs["labels"], IGNORED)
-    return Microbatch(microbatch.inputs | {"labels": labels}, 0, index, ())
-
-
-def microbatches_from_batches(
-    batches: Iterable[Mapping[str, Any]], task_type: TaskType, limit: int | None = None
-) -> list[Microbatch]:
-    """The first `limit` batches of a training script's own dataloader as microbatches, on the CPU.
-
-    Entries that are no tensors are left out. Raises UserError when a batch has no `input_ids` or `labels`.
-    """
-    microbatches = []
-    for index, batch in enumerate(islice(batches, limit)):
-        if not isinstance(batch, Mapping):
-            raise UserError("dataloader", type(batch).__name__, "yields batches that are no dict of tensors")
-        inputs = {name: value.detach().cpu() for name, value in batch.items() if isinstance(value, Tensor)}
-        missing = [name for name in ("input_ids", "labels") if name not in inputs]
-        if missing:
-            raise UserError(
-                "dataloader", sorted(batch), f"batch {index} has no tensor named {' or '.join(missing)}; yield both"
-            )
-        microbatches.append(
-            Microbatch(
-                inputs=inputs,
-                num_supervised_tokens=count_supervised_tokens(inputs["labels"], task_type),
-                index=index,
-                sample_ids=(),
-            )
-        )
-    return microbatches
-
-
-def seeded_microbatch(model_config: Any, task_type: TaskType, most_tokens: int) -> Microbatch:
-    """One sequence of random token ids, the same on every rank, where only two forward passes are to be compared."""
-    text = model_config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    length = min(most_tokens, positions) if isinstance(positions, int) and positions > 0 else most_tokens
-    ids = torch.randint(text.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    eos = getattr(model_config, "eos_token_id", None)
-    if isinstance(eos, int):  # where BART's classifier reads
-        ids[:, -1] = eos
-    labels = torch.zeros(1, dtype=torch.long) if task_type == "SEQ_CLS" else ids
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return Microbatch(inputs, count_supervised_tokens(labels, task_type), index=0, sample_ids=())
 
 
 def fingerprints(samples: Iterable[Sample]) -> list[str]:
@@ -274,17 +89,6 @@ def fingerprints(samples: Iterable[Sample]) -> list[str]:
         digest.update(json.dumps([sample.inputs["input_ids"], sample.inputs["labels"]]).encode())
         found.append(f"sha256:{digest.hexdigest()}")
     return found
-
-
-def _collate(samples: list[Sample], pad_token_id: int) -> dict[str, Tensor]:
-    inputs = {}
-    for name in samples[0].inputs:
-        values = [torch.tensor(sample.inputs[name]) for sample in samples]
-        if values[0].dim() == 0:
-            inputs[name] = torch.stack(values)
-        else:
-            inputs[name] = pad_sequence(values, batch_first=True, padding_value=_PADDING.get(name, pad_token_id))
-    return inputs
 
 
 def _load_dataset(config: CalibrationConfig) -> Dataset:

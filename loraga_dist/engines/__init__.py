@@ -19,11 +19,12 @@ class EngineKind:
     engine: type[ExactEngine] | type[SketchEngine]
     width: Callable[[int, int, int, int | None], int]
     state_bytes: Callable[[int, int, int], int]
+    refines: bool
 
 
 ENGINES = {
-    "exact": EngineKind(engine=ExactEngine, width=exact.width, state_bytes=exact.state_bytes),
-    "sketch": EngineKind(engine=SketchEngine, width=sketch.width, state_bytes=sketch.state_bytes),
+    "exact": EngineKind(engine=ExactEngine, width=exact.width, state_bytes=exact.state_bytes, refines=False),
+    "sketch": EngineKind(engine=SketchEngine, width=sketch.width, state_bytes=sketch.state_bytes, refines=True),
 }
 
 __all__ = [

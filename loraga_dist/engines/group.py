@@ -11,6 +11,7 @@ import torch
 from loraga_dist.engines import ENGINES
 from loraga_dist.engines.base import Collectives, EngineState, GradientEngine, GradientSVD, Matrix, Tensors
 from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.sketch import SketchEngine
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,22 @@ class EngineGroup:
             engines.append(ENGINES[kind].engine(members, home=home, seed=seed, dtype=dtype))
             engine_of |= {matrix.name: engines[-1] for matrix in members}
         return cls(engines, engine_of)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.engine_of)
+
+    @property
+    def refining(self) -> EngineGroup | None:
+        """Those that gain from further passes over the same data, if there are any."""
+        engines = [engine for engine in self.engines if isinstance(engine, SketchEngine)]
+        engine_of = {name: engine for name, engine in self.engine_of.items() if engine in engines}
+        return EngineGroup(list(engines), engine_of) if engines else None
+
+    def begin_refinement(self, world: Collectives) -> None:
+        for engine in self.engines:
+            assert isinstance(engine, SketchEngine)
+            engine.begin_refinement(world)
 
     def begin_microbatch(self, index: int) -> None:
         for engine in self.engines:

@@ -1,11 +1,12 @@
-"""What an interrupted run goes on from: a JSON and tensors, in generations that are there whole or not at all."""
+"""What an interrupted run goes on from: JSON and tensors, in directories that are there whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from loraga_dist.ranks.world import World
 GENERATIONS = 2
 """Kept at a time: the newest, and the one before in case the newest is damaged."""
 
+_GENERATION, _FINISHED = r"\d{6,}", r"finished-\d{6,}"
+_AFTER = "num_finished"
+"""In a generation's content: the finished parts that it goes on from."""
 _CONTENT = "state.json"
 _STEM = "state"
 _UNFINISHED = "unfinished"
@@ -43,19 +47,31 @@ class SavedTensors:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A generation, read and whole."""
+    """A finished part or a generation, read and whole."""
 
     path: Path
     content: dict[str, Any]
     tensors: SavedTensors
 
 
+@dataclass(frozen=True)
+class Found:
+    """What an earlier run left: its finished parts in order, the state after the last of them, and what is damaged."""
+
+    finished: list[Checkpoint]
+    newest: Checkpoint | None
+    problems: list[str]
+    """One line each."""
+
+
 class CheckpointStore:
-    """Generations of one run's state, beside its output; every rank calls every method."""
+    """One run's state, beside its output: finished parts, each written once, and generations of the state since the
+    last of them. Every rank calls every method."""
 
     def __init__(self, directory: Path, world: World) -> None:
         self.directory = directory
         self._world = world
+        self._num_finished = 0
         self._damaged: set[str] = set()
 
     def save(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -63,7 +79,53 @@ class CheckpointStore:
 
         Raises RunError, with the earlier generations untouched, when the file system refuses.
         """
-        unfinished = self.directory / _UNFINISHED
+        generations = self._named(_GENERATION)
+        newest = int(generations[-1].name) if generations else 0
+        self._write(f"{newest + 1:06d}", {**content, _AFTER: self._num_finished}, tensors)
+        whole = [path for path in generations if path.name not in self._damaged]
+        self._remove(path for path in generations if path not in whole[1 - GENERATIONS :])
+
+    def finish(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write a part that stays as it is; generations of the state before it are dropped."""
+        self._write(f"finished-{self._num_finished:06d}", content, tensors)
+        self._num_finished += 1
+        self._remove(self._named(_GENERATION))
+
+    def read(self) -> Found:
+        """All finished parts up to the first damaged one, and the newest whole generation of the state after them."""
+        problems: list[str] = []
+        finished: list[Checkpoint] = []
+        for name in self._names_seen_by_main(_FINISHED):
+            part = self._open(name, problems) if name == f"finished-{len(finished):06d}" else None
+            if part is None:
+                break
+            finished.append(part)
+        self._num_finished = len(finished)
+        for name in reversed(self._names_seen_by_main(_GENERATION)):
+            state = self._open(name, problems)
+            if state is None:
+                self._damaged.add(name)
+            elif state.content[_AFTER] == len(finished):
+                return Found(finished, state, problems)
+        return Found(finished, None, problems)
+
+    def clear(self) -> None:
+        """Remove everything, on rank 0, when the run it belongs to is done or wanted no more."""
+        if self._world.is_main:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _open(self, name: str, problems: list[str]) -> Checkpoint | None:
+        path = self.directory / name
+        if found := check_checksums(path, self._world):
+            problems.append(f"{path} is damaged ({found[0]})")
+            return None
+        with self._world.together():
+            content = json.loads((path / _CONTENT).read_bytes())
+            return Checkpoint(path, content, SavedTensors(scan_checkpoint(path, _STEM)))
+
+    def _write(self, name: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """A directory of this name, which appears when all of it is on the disk."""
+        unfinished, path = self.directory / _UNFINISHED, self.directory / name
         with self._world.together():
             if self._world.is_main:
                 with _named_errors(unfinished):
@@ -75,41 +137,26 @@ class CheckpointStore:
         with self._world.together():
             if self._world.is_main:
                 with _named_errors(self.directory):
-                    generations = self._generations()
-                    newest = int(generations[-1].name) if generations else 0
-                    for path in (*unfinished.iterdir(), unfinished):
-                        _sync(path)
-                    unfinished.rename(self.directory / f"{newest + 1:06d}")
+                    for written in (*unfinished.iterdir(), unfinished):
+                        _sync(written)
+                    shutil.rmtree(path, ignore_errors=True)  # a damaged one
+                    unfinished.rename(path)
                     _sync(self.directory)
-                    whole = [path for path in generations if path.name not in self._damaged]
-                    for old in generations:
-                        if old not in whole[1 - GENERATIONS :]:
-                            shutil.rmtree(old)
 
-    def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest generation whose checksums hold, and what is wrong with those after it, one line each."""
-        names = self._world.all_json([path.name for path in self._generations()] if self._world.is_main else [])[0]
-        damaged: list[str] = []
-        for name in reversed(names):
-            path = self.directory / name
-            problems = check_checksums(path, self._world)
-            if not problems:
-                with self._world.together():
-                    content = json.loads((path / _CONTENT).read_bytes())
-                    return Checkpoint(path, content, SavedTensors(scan_checkpoint(path, _STEM))), damaged
-            damaged.append(f"{path} is damaged ({problems[0]})")
-            self._damaged.add(name)
-        return None, damaged
+    def _remove(self, paths: Iterable[Path]) -> None:
+        with self._world.together():
+            if self._world.is_main:
+                with _named_errors(self.directory):
+                    for path in paths:
+                        shutil.rmtree(path)
 
-    def clear(self) -> None:
-        """Remove all generations, on rank 0, when the run they belong to is done or wanted no more."""
-        if self._world.is_main:
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _generations(self) -> list[Path]:
-        if not self.directory.is_dir():
+    def _named(self, pattern: str) -> list[Path]:
+        if not (self._world.is_main and self.directory.is_dir()):
             return []
-        return sorted(path for path in self.directory.iterdir() if path.name.isdecimal())
+        return sorted(path for path in self.directory.iterdir() if re.fullmatch(pattern, path.name))
+
+    def _names_seen_by_main(self, pattern: str) -> list[str]:
+        return self._world.all_json([path.name for path in self._named(pattern)])[0]
 
 
 @contextmanager

@@ -12,15 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from loraga_dist.artifacts.names import REPORT
-from loraga_dist.config import OutputConfig
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.ranks.world import World
-
-
-def check_destination(config: OutputConfig, inputs: Iterable[Path]) -> Path:
-    """The output directory to make; raises UserError when something is there that must not be replaced."""
-    return free_place(Path(config.dir), "output.dir", marker=REPORT, overwrite=config.overwrite, inputs=inputs)
 
 
 def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: Iterable[Path] = ()) -> Path:

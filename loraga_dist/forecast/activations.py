@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import LossSum
-from loraga_dist.data.samples import Microbatch
+from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.gradients.one_pass import forward
 from loraga_dist.gradients.taps import tapped
 
@@ -37,7 +37,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal:
+class Activations:
     """Peak bytes above the parameters' own, of one microbatch on one rank."""
 
     backward_bytes: int
@@ -46,7 +46,7 @@ class Rehearsal:
     """A forward without gradients: what comparing logits takes."""
 
 
-def rehearse(
+def forecast_activations(
     model_class: type[nn.Module],
     config: Any,
     dtype: torch.dtype,
@@ -57,9 +57,10 @@ def rehearse(
     checkpointing: Checkpointing,
     gathers: bool,
     sink_bytes: Callable[[str], int],
-) -> Rehearsal | None:
-    """Rehearse one microbatch with taps on `names`, or a forward alone if there are none; None where the model's code
-    depends on its tensors' values.
+) -> Activations | None:
+    """Run one microbatch without memory, with taps on `names`, or a forward alone if there are none.
+
+    None where the model's code depends on its tensors' values.
 
     gathers: parameters are sharded, so each module's are gathered for use.
     sink_bytes: what the engine takes while it observes a target, by name.
@@ -89,12 +90,12 @@ def rehearse(
                 forward(model, microbatch, device)
             forward_bytes = ledger.peak_bytes
             if not names:
-                return Rehearsal(backward_bytes=0, forward_bytes=forward_bytes)
+                return Activations(backward_bytes=0, forward_bytes=forward_bytes)
 
             taps = tapped(model, stack.names, sink, checkpointing=checkpointing)
             with _Ledger(gathered, unsharded) as ledger, stack.watched(ledger), taps:
                 loss_sum(forward(model, microbatch, device), microbatch.inputs["labels"]).backward()
-            return Rehearsal(backward_bytes=ledger.peak_with(stack.num_left_out), forward_bytes=forward_bytes)
+            return Activations(backward_bytes=ledger.peak_with(stack.num_left_out), forward_bytes=forward_bytes)
     except (RuntimeError, TypeError, ValueError):  # data-dependent shapes, kernels without a shape function
         return None
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loraga_dist.config import GradientConfig, InitConfig
+import torch
+
+from loraga_dist.config import InitConfig
 from loraga_dist.data.losses import LOSSES
+from loraga_dist.data.microbatches import PROBE_TOKENS
 from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
-from loraga_dist.forecast.activations import Rehearsal, Shapes, rehearse
+from loraga_dist.forecast.activations import Activations, Shapes, forecast_activations
 from loraga_dist.forecast.memory import RankMemory, Setting, rank_memory, sink_bytes
-from loraga_dist.model.base import BaseModel
 from loraga_dist.model.plan import Plan, make_plan
-from loraga_dist.model.shape import ModelShape
-from loraga_dist.model.targets import Target
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
-from loraga_dist.request.request import Job
-from loraga_dist.schemes import SCHEMES
-from loraga_dist.sharding.zero3 import read_deepspeed_config
-from loraga_dist.start.place import PROBE_TOKENS
+from loraga_dist.request.request import CheckpointRequest, understand
+from loraga_dist.sharding.settings import Holding
 
 MARGIN = 0.1
 """The plan may be off by this share: below 1 - MARGIN of the memory it fits, above 1 + MARGIN it cannot."""
@@ -34,34 +32,47 @@ MOST_RANKS = 4096
 class Forecaster:
     """What a request needs, under the request's own settings or under changed ones."""
 
-    config: InitConfig
-    base: BaseModel
-    shape: ModelShape
-    targets: Sequence[Target]
+    request: CheckpointRequest
     on_host: bool
     """The ranks compute on CPUs."""
     device_bytes: float | None = None
     """Memory of one device, where it is known: `gradient.state_device: auto` depends on it."""
-    _rehearsals: dict[Any, Rehearsal | None] = field(default_factory=dict, repr=False)
+    _activations: dict[Any, Activations | None] = field(default_factory=dict, repr=False)
 
-    def plan(self, world_size: int, gradient: GradientConfig | None = None) -> Plan:
-        scheme = SCHEMES[self.config.init.scheme]
-        return make_plan(self.targets, gradient or self.config.gradient, scheme, world_size)
+    @classmethod
+    def of(cls, request: CheckpointRequest, world: World) -> Forecaster:
+        """For the ranks and devices at hand."""
+        on_host = world.device.type == "cpu"
+        device_bytes = None if on_host else free_bytes(world.device, world.ranks_on_node)
+        return cls(request=request, on_host=on_host, device_bytes=device_bytes)
+
+    @classmethod
+    def of_config(cls, config: InitConfig, world_size: int, device: torch.device) -> Forecaster:
+        """For ranks and devices that need not be there, from config and headers alone. Raises UserError for what `init`
+        would refuse of them."""
+        elsewhere = World(0, world_size, 0, device)
+        request = understand(config, elsewhere, needs_weights=False, reads_data=False)
+        return cls(request=request, on_host=device.type == "cpu")
+
+    @property
+    def config(self) -> InitConfig:
+        return self.request.config
+
+    def plan(self, world_size: int) -> Plan:
+        return make_plan(self.request.targets, self.config.gradient, self.request.scheme, world_size)
 
     def setting(self, plan: Plan, world_size: int) -> Setting:
-        zero = read_deepspeed_config(self.config.deepspeed).get("zero_optimization", {})
-        sharded = world_size > 1 or self.config.deepspeed is not None
-        weights_on_host = sharded and (zero.get("offload_param") or {}).get("device") == "cpu"
+        base, holding = self.request.base, Holding.of(self.config.deepspeed, world_size)
+        weights_bytes = 0 if holding.offloads_weights else self.request.shape.partition_bytes(world_size)
         return Setting(
             world_size=world_size,
-            sharded=sharded,
+            sharded=holding.is_sharded,
             on_host=self.on_host,
-            weights_on_host=weights_on_host,
+            weights_on_host=holding.offloads_weights,
             weights_mapped=self.on_host
-            and not sharded
-            and all(slot.dtype == self.base.dtype for slot in self.base.index.values()),
-            state_on_host=not self.on_host
-            and self._state_on_host(plan, 0 if weights_on_host else self.shape.partition_bytes(world_size)),
+            and not holding.is_sharded
+            and all(slot.dtype == base.dtype for slot in base.index.values()),
+            state_on_host=not self.on_host and self._state_on_host(plan, weights_bytes),
         )
 
     def _state_on_host(self, plan: Plan, weights_bytes: int) -> bool:
@@ -71,61 +82,74 @@ class Forecaster:
             return choice == "host"
         return plan.state_bytes_per_rank > DEVICE_SHARE * (self.device_bytes - weights_bytes)
 
-    def rehearsal(self, plan: Plan, shapes: Shapes, gradient: GradientConfig, *, gathers: bool) -> Rehearsal | None:
-        """Of the sweep whose backward goes deepest: the first, for targets are in module order. Without sweeps there is
+    def activations(self, plan: Plan, shapes: Shapes, *, gathers: bool) -> Activations | None:
+        """Of the group whose backward goes deepest: the first, for targets are in module order. Without groups there is
         no backward."""
         names = [matrix.name for matrix in plan.groups[0]] if plan.groups else []
-        key = (tuple(shapes.items()), tuple(names), gradient.checkpointing, gathers)
-        if key not in self._rehearsals:
-            self._rehearsals[key] = rehearse(
-                self.base.model_class,
-                self.base.config,
-                self.base.dtype,
+        base, checkpointing = self.request.base, self.config.gradient.checkpointing
+        key = (tuple(shapes.items()), tuple(names), checkpointing, gathers)
+        if key not in self._activations:
+            self._activations[key] = forecast_activations(
+                base.model_class,
+                base.config,
+                base.dtype,
                 shapes,
                 names,
                 loss_sum=LOSSES[self.config.lora.task_type],
-                checkpointing=gradient.checkpointing,
+                checkpointing=checkpointing,
                 gathers=gathers,
-                sink_bytes=sink_bytes(plan, math.prod(shapes["input_ids"]), self.base.dtype),
+                sink_bytes=sink_bytes(plan, math.prod(shapes["input_ids"]), base.dtype),
             )
-        return self._rehearsals[key]
+        return self._activations[key]
 
     def memory(self, rank: int, plan: Plan, shapes: Shapes, setting: Setting) -> RankMemory:
-        rehearsal = self.rehearsal(plan, shapes, self.config.gradient, gathers=setting.sharded)
-        return rank_memory(rank, plan, self.shape, rehearsal, math.prod(shapes["input_ids"]), setting)
+        activations = self.activations(plan, shapes, gathers=setting.sharded)
+        return rank_memory(rank, plan, self.request.shape, activations, math.prod(shapes["input_ids"]), setting)
+
+    def memory_of(self, world: World) -> RankMemory:
+        """What this rank will hold, for its own largest microbatch."""
+        plan = self.plan(world.size)
+        return self.memory(world.rank, plan, self.largest_microbatch(), self.setting(plan, world.size))
 
     def activations_known(self, world_size: int, shapes: Shapes) -> bool:
         plan = self.plan(world_size)
-        gathers = self.setting(plan, world_size).sharded
-        return self.rehearsal(plan, shapes, self.config.gradient, gathers=gathers) is not None
+        return self.activations(plan, shapes, gathers=self.setting(plan, world_size).sharded) is not None
 
     def worst(self, world_size: int, shapes: Shapes) -> RankMemory:
         """Of the rank that needs most."""
         plan = self.plan(world_size)
         setting = self.setting(plan, world_size)
         work = [0] * world_size
-        widths = {matrix.name: matrix.width for matrix in plan.matrices.values()}
         for target in plan.targets:
-            work[plan.owners[target.name]] += widths.get(target.name, target.r) * (target.M + target.N)
+            width = plan.matrices[target.name].width if plan.groups else target.r
+            work[plan.owners[target.name]] += width * (target.M + target.N)
         workspace = {target.name: plan.scheme.workspace_bytes(target.M, target.N, target.r) for target in plan.targets}
         ranks = {0, work.index(max(work)), plan.owners[max(workspace, key=workspace.__getitem__)]}
         return max((self.memory(rank, plan, shapes, setting) for rank in ranks), key=lambda found: found.peak_bytes)
 
+    def largest_microbatch(self) -> Shapes:
+        """Shapes of this rank's microbatch with most tokens; where no data was read, of the largest there may be."""
+        data = self.request.data
+        if data is None:
+            return self.largest_allowed()
+        microbatches = data.microbatches(0, data.num_samples, 0)
+        largest = max(microbatches, key=lambda microbatch: microbatch.inputs["input_ids"].numel())
+        return {name: tuple(tensor.shape) for name, tensor in largest.inputs.items()}
+
+    def largest_allowed(self) -> Shapes:
+        """Of the largest microbatch the settings allow; where none is needed, of the probe that compares logits."""
+        calibration, base = self.config.calibration, self.request.base
+        length, size = calibration.max_length, min(calibration.per_device_batch_size, calibration.most_samples)
+        if self.request.scheme.source != "gradient" and not calibration.names_data:
+            length, size = PROBE_TOKENS, 1
+        length = min(length, base.max_positions or length)
+        labels = (size,) if self.config.lora.task_type == "SEQ_CLS" else (size, length)
+        return {"input_ids": (size, length), "attention_mask": (size, length), "labels": labels}
+
     def changed(self, **sections: dict[str, Any]) -> Forecaster:
         """The same request with some keys changed."""
         update = {name: getattr(self.config, name).model_copy(update=keys) for name, keys in sections.items()}
-        return replace(self, config=self.config.model_copy(update=update))
-
-
-def batch_shapes(config: InitConfig, base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """The largest microbatch the settings allow; where none is needed, the probe that compares logits."""
-    calibration = config.calibration
-    length, size = calibration.max_length, min(calibration.per_device_batch_size, calibration.most_samples)
-    if SCHEMES[config.init.scheme].source != "gradient" and not calibration.names_data:
-        length, size = PROBE_TOKENS, 1
-    length = min(length, base.max_positions or length)
-    labels = (size,) if config.lora.task_type == "SEQ_CLS" else (size, length)
-    return {"input_ids": (size, length), "attention_mask": (size, length), "labels": labels}
+        return replace(self, request=replace(self.request, config=self.config.model_copy(update=update)))
 
 
 def verdict(peak_bytes: int, limit_bytes: float) -> str:
@@ -135,34 +159,7 @@ def verdict(peak_bytes: int, limit_bytes: float) -> str:
     return "tight" if peak_bytes <= (1 + MARGIN) * limit_bytes else "too large"
 
 
-def forecaster_of(job: Job, config: InitConfig, world: World) -> Forecaster:
-    on_host = world.device.type == "cpu"
-    return Forecaster(
-        config=config,
-        base=job.base,
-        shape=job.shape,
-        targets=job.plan.targets,
-        on_host=on_host,
-        device_bytes=None if on_host else free_bytes(world.device, world.ranks_on_node),
-    )
-
-
-def planned_memory(job: Job, config: InitConfig, world: World) -> RankMemory:
-    """What this rank will hold, for its own largest microbatch."""
-    forecaster = forecaster_of(job, config, world)
-    return forecaster.memory(world.rank, job.plan, largest_microbatch(job), forecaster.setting(job.plan, world.size))
-
-
-def largest_microbatch(job: Job) -> Shapes:
-    """Shapes of this rank's microbatch with most tokens; of the probe where there is no data."""
-    if job.deal is None:
-        return batch_shapes(job.config, job.base)
-    microbatches = job.deal.microbatches(0, job.deal.num_samples, 0)
-    largest = max(microbatches, key=lambda microbatch: microbatch.inputs["input_ids"].numel())
-    return {name: tuple(tensor.shape) for name, tensor in largest.inputs.items()}
-
-
-def refuse_what_cannot_fit(planned: RankMemory, job: Job, config: InitConfig, world: World) -> None:
+def refuse_what_cannot_fit(planned: RankMemory, forecaster: Forecaster, world: World) -> None:
     """Raise UserError, with advice, where this rank's memory is too small even if the plan is too high by MARGIN."""
     kinds = [(planned.required_bytes, free_bytes(world.device, world.ranks_on_node), "its device")]
     if planned.host:
@@ -171,10 +168,10 @@ def refuse_what_cannot_fit(planned: RankMemory, job: Job, config: InitConfig, wo
         if verdict(needed, free) == "too large":
             changes = ["use more nodes, or fewer ranks on each, or lower gradient.state_budget_gib"]
             if where == "its device":
-                changes = advice(forecaster_of(job, config, world), world.size, free)
+                changes = advice(forecaster, world.size, free)
             raise UserError(
                 "model.name_or_path",
-                config.model.name_or_path,
+                forecaster.config.model.name_or_path,
                 f"needs {_gib(needed)} GiB on rank {world.rank}, {where} has {_gib(free)} GiB free; "
                 + "; ".join(changes),
             )
@@ -182,7 +179,7 @@ def refuse_what_cannot_fit(planned: RankMemory, job: Job, config: InitConfig, wo
 
 def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[str]:
     """What to change where a plan does not fit, with the peak each change leads to; where it fits, what is faster."""
-    now = forecaster.worst(world_size, batch_shapes(forecaster.config, forecaster.base)).peak_bytes
+    now = forecaster.worst(world_size, forecaster.largest_allowed()).peak_bytes
     if verdict(now, limit_bytes) == "fits":
         return _fewer_sweeps(forecaster, world_size, limit_bytes)
     lines = []
@@ -202,7 +199,7 @@ def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[
             lines.append(f"with all of these, {_ranks_that_fit(together, world_size, limit_bytes)}")
     setting = forecaster.setting(forecaster.plan(world_size), world_size)
     if not forecaster.on_host and not setting.weights_on_host and world_size > 1:
-        weights = forecaster.shape.partition_bytes(world_size)
+        weights = forecaster.request.shape.partition_bytes(world_size)
         lines.append(
             f"deepspeed: configs/deepspeed/zero3_offload_cpu.json moves {_gib(weights)} GiB of weights per rank to the "
             f"host: {_gib(now - weights)} GiB ({verdict(now - weights, limit_bytes)})"
@@ -253,7 +250,7 @@ def _ranks_that_fit(forecaster: Forecaster, world_size: int, limit_bytes: float)
 
 
 def _peak(forecaster: Forecaster, world_size: int) -> int:
-    return forecaster.worst(world_size, batch_shapes(forecaster.config, forecaster.base)).peak_bytes
+    return forecaster.worst(world_size, forecaster.largest_allowed()).peak_bytes
 
 
 def _gib(num_bytes: float) -> str:

@@ -16,7 +16,7 @@ from loraga_dist.engines.footprint import (
     observation_bytes,
     triplet_bytes,
 )
-from loraga_dist.forecast.activations import Rehearsal
+from loraga_dist.forecast.activations import Activations
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.sharding.slices import BLOCK_ELEMENTS
@@ -77,16 +77,16 @@ class RankMemory:
 
 
 def rank_memory(
-    rank: int, plan: Plan, shape: ModelShape, rehearsal: Rehearsal | None, num_tokens: int, setting: Setting
+    rank: int, plan: Plan, shape: ModelShape, activations: Activations | None, num_tokens: int, setting: Setting
 ) -> RankMemory:
-    """The peak of every phase on one rank. Without a rehearsal activations count as nothing.
+    """The peak of every phase on one rank. Without a activations activations count as nothing.
 
     num_tokens: of the largest microbatch.
     """
     W = setting.world_size
     gathered = shape.largest_module_numel * shape.num_bytes_each if setting.sharded else 0
-    backward = gathered if rehearsal is None else rehearsal.backward_bytes
-    forward = gathered if rehearsal is None else rehearsal.forward_bytes
+    backward = gathered if activations is None else activations.backward_bytes
+    forward = gathered if activations is None else activations.forward_bytes
     factors = sum(4 * target.r * (target.M + target.N) for target in plan.targets)
     adapter = factors if not setting.sharded else math.ceil(factors / 4 * shape.num_bytes_each / W)
     owned_targets = plan.owned(rank)

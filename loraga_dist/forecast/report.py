@@ -11,41 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from loraga_dist.artifacts.residual import num_residual_bytes, writes_residual
-from loraga_dist.config import InitConfig
-from loraga_dist.errors import UserError
-from loraga_dist.forecast.forecaster import Forecaster, advice, batch_shapes, verdict
+from loraga_dist.forecast.forecaster import Forecaster, advice, verdict
 from loraga_dist.forecast.memory import disk_bytes, work
-from loraga_dist.model.base import find_base_model
 from loraga_dist.model.plan import Plan
-from loraga_dist.model.rank_budget import num_parameters, planned_targets
-from loraga_dist.model.shape import ModelShape
-from loraga_dist.model.targets import meta_copy, select_targets
+from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.sharding.zero3 import read_deepspeed_config
 
 UTILISATION = (0.5, 0.2)
 """Shares of a device's peak flops between which the time range is drawn."""
 
 _GIB = 2**30
-
-
-def forecaster_for(config: InitConfig, device: torch.device) -> Forecaster:
-    """Read config and headers, choose targets. Raises UserError for what `init` would refuse of them."""
-    read_deepspeed_config(config.deepspeed)
-    base = find_base_model(config.model, config.lora.task_type, device, needs_weights=False)
-    try:
-        meta_model = meta_copy(base.model_class, base.config)
-    except (ValueError, ImportError) as error:
-        raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
-    shape = ModelShape.of(meta_model, base.dtype)
-    selection = select_targets(
-        meta_model,
-        config.lora,
-        SCHEMES[config.init.scheme].num_triplets,
-        any_rank=config.init.rank_budget is not None,
-    )
-    targets = planned_targets(selection.targets, config.lora, config.init)
-    return Forecaster(config=config, base=base, shape=shape, targets=targets, on_host=device.type == "cpu")
 
 
 def plan_report(
@@ -63,8 +38,9 @@ def plan_report(
     """
     if gib_per_rank is not None:
         forecaster = replace(forecaster, device_bytes=gib_per_rank * _GIB)
-    config, shape = forecaster.config, forecaster.shape
-    shapes_known = shapes or batch_shapes(config, forecaster.base)
+    request, config = forecaster.request, forecaster.config
+    base, shape = request.base, request.shape
+    shapes_known = shapes or forecaster.largest_allowed()
     plan = forecaster.plan(world_size)
     num_sequences = (num_sequences or config.calibration.most_samples) if plan.groups else 0
     batch, length = shapes_known["input_ids"]
@@ -91,11 +67,11 @@ def plan_report(
         "scheme": config.init.scheme,
         "model": {
             "name_or_path": config.model.name_or_path,
-            "class": forecaster.base.model_class.__name__,
+            "class": base.model_class.__name__,
             "parameters": sum(shape.numels),
-            "dtype": str(forecaster.base.dtype).removeprefix("torch."),
+            "dtype": str(base.dtype).removeprefix("torch."),
             "bytes": shape.num_bytes,
-            "from_config_alone": not forecaster.base.index,
+            "from_config_alone": not base.index,
         },
         "ranks": world_size,
         "device": "cpu" if forecaster.on_host else "cuda",
@@ -262,13 +238,13 @@ def _owners(plan: Plan, world_size: int) -> dict[str, Any]:
 
 
 def _residual_bytes(forecaster: Forecaster) -> int:
-    output, index = forecaster.config.output, forecaster.base.index
+    output, index = forecaster.config.output, forecaster.request.base.index
     if not writes_residual(forecaster.config):
         return 0
     if index:
         return num_residual_bytes(index, output.residual_dtype)
     each = None if output.residual_dtype == "auto" else getattr(torch, output.residual_dtype).itemsize
-    return sum(forecaster.shape.numels) * (each or forecaster.shape.num_bytes_each)
+    return sum(forecaster.request.shape.numels) * (each or forecaster.request.shape.num_bytes_each)
 
 
 def _spread(numbers: list[int]) -> str:

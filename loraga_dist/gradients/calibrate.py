@@ -1,9 +1,9 @@
-"""All sweeps of the plan: calibration data in, each owner's singular triplets out."""
+"""Every group of the plan, one after the other: calibration data in, each owner's singular triplets out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -11,226 +11,267 @@ import torch
 from torch import nn
 
 from loraga_dist.config import GradientConfig
-from loraga_dist.data.losses import LossSum
-from loraga_dist.data.samples import Deal, Microbatch, without_supervision
-from loraga_dist.engines import GradientEngine, GradientSVD, SketchEngine
+from loraga_dist.data.losses import LOSSES
+from loraga_dist.engines import ENGINES
 from loraga_dist.engines.base import EngineState, Tensors
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
-from loraga_dist.errors import RunError, UserError
-from loraga_dist.gradients.one_pass import LossTotals, full_float32_matmul, run_pass
-from loraga_dist.gradients.passes import Calibration, IsEnough, Position, Stream, halves_agree
+from loraga_dist.errors import RunError
+from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
+from loraga_dist.gradients.one_pass import full_float32_matmul, one_pass
+from loraga_dist.gradients.passes import Position, halves_agree
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.plan import Plan
-from loraga_dist.ranks.progress import phase
-from loraga_dist.ranks.world import World
+from loraga_dist.ranks.progress import Progress, phase
+from loraga_dist.request.request import Request
 from loraga_dist.sharding.base import Sharding
-
-_ENGINES = "engines"
-"""In saved content: the engines' part. Absent between two sweeps."""
 
 
 class Saved(Protocol):
-    """A calibration's state as it was saved: JSON and tensors."""
+    """A state as it was saved: JSON and tensors."""
 
     @property
-    def content(self) -> dict[str, Any]: ...
+    def content(self) -> Mapping[str, Any]: ...
 
     @property
     def tensors(self) -> Tensors: ...
 
 
-class Keeper(Protocol):
-    """Saves what a later run goes on from."""
+class Checkpointer(Protocol):
+    """Keeps what a later run goes on from. Every method is a collective."""
 
-    def restored(self) -> Saved | None:
-        """What an earlier run of the same work left; a collective."""
+    def restored(self) -> tuple[Sequence[Saved], Saved | None]:
+        """What an earlier run of the same work left: its finished groups, and the state within the next one."""
         ...
 
     def after_microbatch(self, state: Callable[[], EngineState]) -> None:
-        """Save if it is time, on all ranks alike; raises Preempted where the run was asked to stop. A collective."""
+        """Save the state if it is time, on all ranks alike; raises Preempted where the run was asked to stop."""
         ...
 
-    def save(self, state: EngineState) -> None: ...
+    def finish_group(self, state: EngineState) -> None:
+        """Keep a group's results for good."""
+        ...
 
     def leave_if_asked(self) -> None:
-        """Where nothing is to be saved; raises Preempted like `after_microbatch`. A collective."""
+        """Raise Preempted where the run was asked to stop; saves nothing."""
         ...
 
 
-@full_float32_matmul()
 def calibrate(
-    model: nn.Module,
-    plan: Plan,
-    deal: Deal,
-    config: GradientConfig,
-    *,
-    sharding: Sharding,
-    loss_sum: LossSum,
-    seed: int,
-    target_cosine: float | None = None,
-    keeper: Keeper | None = None,
-) -> Calibration:
-    """Accumulate, reduce and factorize the mean gradient of every target, one group of the plan after the other.
-
-    target_cosine: once the median split-half cosine of the first group reaches it, no new microbatch is looked at.
+    model: nn.Module, request: Request, *, sharding: Sharding, checkpointer: Checkpointer | None = None
+) -> Gradients:
+    """Take the mean gradient of every target, reduced to its owner and factorized there. Every rank calls this.
 
     Raises RunError for a loss or gradient that is not finite, or a target whose gradient is zero; UserError for a
     target outside the loss. On every rank alike.
     """
-    world = sharding.world
-    found, at = Calibration(num_samples=deal.num_samples), Position()
-    saved = keeper.restored() if keeper is not None else None
-    if saved is not None:
-        found, at = _restored(saved, plan, world)
-    num_steps = _steps(found, deal)
-    with phase("calibrate", (len(plan.groups) - at.sweep) * num_steps, "batch", shown=world.is_main) as progress:
+    return _Calibrator(model, request, sharding, checkpointer).run()
 
-        def one_pass(
-            at: Position, group: EngineGroup, engine: GradientEngine, names: list[str], is_enough: IsEnough
-        ) -> None:
-            def keep() -> None:
-                if keeper is not None:
-                    keeper.after_microbatch(lambda: _state(found, at, group, world))
 
-            stream = Stream(deal, found, at, is_enough, keep)
-            if stream.rest:
-                run_pass(
-                    model,
-                    names,
-                    stream,
-                    engine,
-                    sharding=sharding,
-                    loss_sum=loss_sum,
-                    checkpointing=config.checkpointing,
-                    progress=progress,
-                    totals=at.totals,
+class _Calibrator:
+    """One calibration on its way: where it stands, what it has found, and when that is saved."""
+
+    def __init__(
+        self, model: nn.Module, request: Request, sharding: Sharding, checkpointer: Checkpointer | None
+    ) -> None:
+        assert request.data is not None, "a scheme that takes gradients has data"
+        self._model = model
+        self._request = request
+        self._sharding = sharding
+        self._world = sharding.world
+        self._checkpointer = checkpointer
+        self._batches = request.data
+        self._at = Position()
+        self._used = DataUsed(num_samples=request.data.num_samples)
+        self._owned: dict[str, TruncatedSVD] = {}
+        self._facts: dict[str, GradientFacts] = {}
+        self._seconds = (0.0, 0.0)
+        self._within_group: Saved | None = None
+
+    @full_float32_matmul()
+    def run(self) -> Gradients:
+        self._restore()
+        groups = self._request.plan.groups
+        num_left = len(groups) - self._at.group
+        with phase("calibrate", num_left * self._num_steps, "batch", shown=self._world.is_main) as progress:
+            while self._at.group < len(groups):
+                self._take_group(progress)
+        return Gradients(
+            owned=self._owned,
+            facts=self._facts,
+            data=self._used,
+            seconds_calibrate=self._seconds[0],
+            seconds_factorize=self._seconds[1],
+        )
+
+    @property
+    def _num_steps(self) -> int:
+        """Global microbatches in a pass over the data that is used."""
+        return -(-self._used.num_samples // self._batches.samples_per_step)
+
+    def _take_group(self, progress: Progress) -> None:
+        """Accumulate the gradients of one group, refine them, factorize them, and keep the result."""
+        started = time.monotonic()
+        config, plan = self._request.config, self._request.plan
+        engines = EngineGroup.of(
+            plan.groups[self._at.group],
+            home=StateHome.choose(config.gradient.state_device, self._world.device, plan.state_bytes_per_rank),
+            seed=config.init.seed,
+            dtype=next(self._model.parameters()).dtype,
+        )
+        if self._within_group is not None:
+            engines.load_state(self._within_group.content["engines"], self._within_group.tensors, self._world)
+            self._within_group = None
+            progress.extend(-self._at.num_microbatches)
+        if self._at.refinement == 0:
+            self._first_pass(engines, progress)
+        refining = engines.refining
+        while refining is not None and self._at.refinement <= self._used.refine_passes:
+            progress.extend(self._num_steps)
+            if self._at.num_microbatches == 0:
+                refining.begin_refinement(self._world)
+            self._pass(engines, refining, progress)
+        taken = time.monotonic()
+        facts, owned = self._factorize(engines)
+        self._facts |= facts
+        self._owned |= owned
+        seconds = (taken - started, time.monotonic() - taken)
+        self._seconds = (self._seconds[0] + seconds[0], self._seconds[1] + seconds[1])
+        self._at = Position(group=self._at.group + 1)
+        if self._checkpointer is not None:
+            self._checkpointer.finish_group(_finished_state(facts, owned, self._used, seconds))
+
+    def _first_pass(self, engines: EngineGroup, progress: Progress) -> None:
+        """The first group's decides how much data there is for all passes to come."""
+        num_steps = self._num_steps
+        self._pass(engines, engines, progress, self._request.target_cosine if self._at.group == 0 else None)
+        progress.extend((self._num_steps - num_steps) * (len(self._request.plan.groups) - self._at.group))
+        totals, config = self._at.totals, self._request.config.gradient
+        self._used = replace(
+            self._used,
+            num_supervised_tokens=totals.num_tokens,
+            mean_loss=totals.loss_sum / totals.num_tokens,
+            refine_passes=_refine_passes(config, self._request.plan, totals.num_tokens / self._num_steps),
+        )
+
+    def _pass(
+        self,
+        engines: EngineGroup,
+        observing: EngineGroup,
+        progress: Progress,
+        target_cosine: float | None = None,
+    ) -> None:
+        """Show `observing`, one or more of the group's engines, the rest of the data of this pass.
+
+        target_cosine: once the median split-half cosine reaches it, no new microbatch is looked at.
+        """
+        at, config = self._at, self._request.config
+        left = []
+        if at.num_samples < self._used.num_samples:
+            left = self._batches.microbatches(at.num_samples, self._used.num_samples, at.num_microbatches)
+        with one_pass(
+            self._model,
+            observing.names if left else [],
+            observing,
+            sharding=self._sharding,
+            loss_sum=LOSSES[config.lora.task_type],
+            checkpointing=config.gradient.checkpointing,
+        ) as take:
+            for microbatch in left:
+                totals = take(microbatch)
+                progress.advance()
+                self._at = at = replace(
+                    at,
+                    num_microbatches=at.num_microbatches + 1,
+                    num_samples=min(at.num_samples + self._batches.samples_per_step, self._used.num_samples),
+                    totals=at.totals + totals if at.refinement == 0 else at.totals,
                 )
-            at.refinement, at.num_samples, at.num_microbatches = at.refinement + 1, 0, 0
+                is_last = microbatch is left[-1]
+                if target_cosine is not None and halves_agree(
+                    observing, target_cosine, at.num_microbatches, self._world, is_last=is_last
+                ):
+                    self._used = replace(self._used, reached_target=True, num_samples=at.num_samples)
+                if self._checkpointer is not None:
+                    self._checkpointer.after_microbatch(lambda: self._state_within(engines))
+                if at.num_samples == self._used.num_samples:
+                    break
+        self._at = replace(at, refinement=at.refinement + 1, num_samples=0, num_microbatches=0)
 
-        for matrices in plan.groups[at.sweep :]:
-            started = time.monotonic()
-            home = StateHome.choose(config.state_device, world.device, plan.state_bytes_per_rank)
-            group = EngineGroup.of(matrices, home=home, seed=seed, dtype=next(model.parameters()).dtype)
-            if saved is not None and _ENGINES in saved.content:
-                group.load_state(saved.content[_ENGINES], saved.tensors, world)
-                progress.extend(-at.num_microbatches)
-            saved = None
-            if at.refinement == 0:
-                # the first sweep decides how much data there is for all passes
-                is_enough = halves_agree(group, target_cosine if at.sweep == 0 else None, world)
-                one_pass(at, group, group, [matrix.name for matrix in matrices], is_enough)
-                progress.extend((_steps(found, deal) - num_steps) * (len(plan.groups) - at.sweep))
-                num_steps = _steps(found, deal)
-                found.num_supervised_tokens = at.totals.num_tokens
-                found.mean_loss = at.totals.loss_sum / at.totals.num_tokens
-                found.refine_passes = _refine_passes(config, plan, at.totals.num_tokens / num_steps)
-            for engine in (engine for engine in group.engines if isinstance(engine, SketchEngine)):
-                while at.refinement <= found.refine_passes:
-                    progress.extend(num_steps)
-                    if at.num_microbatches == 0:
-                        engine.begin_refinement(world)
-                    one_pass(at, group, engine, engine.names, halves_agree(engine, None, world))
-            swept = time.monotonic()
-            for name, result in group.factorize(world, found.num_supervised_tokens):
-                found.owned[name] = _on_host(result)
-            _refuse_zero_gradients(found.owned, world)
-            found.seconds_calibrate += swept - started
-            found.seconds_factorize += time.monotonic() - swept
-            at = Position(sweep=at.sweep + 1)
-            if keeper is not None:
-                keeper.save(_state(found, at, None, world))
-    return found
+    def _factorize(self, engines: EngineGroup) -> tuple[dict[str, GradientFacts], dict[str, TruncatedSVD]]:
+        """The facts of all the group's targets, and this rank's triplets, on the host: they must not crowd the device.
+
+        Raises RunError, on every rank, where a gradient is zero.
+        """
+        matrices, world = self._request.plan.matrices, self._world
+        mine, owned = {}, {}
+        for name, found in engines.factorize(world, self._used.num_supervised_tokens):
+            svd = found.svd
+            owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
+            mine[name] = asdict(GradientFacts.of(matrices[name], found))
+        facts = {name: GradientFacts(**it) for part in world.all_json(mine) for name, it in part.items()}
+        tiny = torch.finfo(torch.float32).tiny
+        zero = [name for name, of_target in facts.items() if not of_target.singular_values[0] > tiny]
+        with world.together():
+            if zero:
+                raise RunError(
+                    f"factorize: the gradient of {', '.join(zero)} is zero; leave these out with lora.exclude_modules"
+                )
+        return facts, owned
+
+    def _state_within(self, engines: EngineGroup) -> EngineState:
+        """All that a later run needs to go on from between two microbatches; a collective."""
+        state = engines.save_state(self._world)
+        content = {"position": asdict(self._at), "data": asdict(self._used), "engines": state.content}
+        return EngineState(content, state.tensors)
+
+    def _restore(self) -> None:
+        """Go on from what an earlier run of the same work left."""
+        if self._checkpointer is None:
+            return
+        finished, self._within_group = self._checkpointer.restored()
+        for saved in finished:
+            facts = {name: GradientFacts(**it) for name, it in saved.content["facts"].items()}
+            self._facts |= facts
+            for name in facts:
+                if self._request.plan.owners[name] == self._world.rank:
+                    U_MK, S_K, Vh_KN = (saved.tensors[f"{name}.{part}"] for part in ("U", "S", "Vh"))
+                    self._owned[name] = TruncatedSVD(U_MK=U_MK, S_K=S_K, Vh_KN=Vh_KN)
+            calibrate_seconds, factorize_seconds = saved.content["seconds"]
+            self._seconds = (self._seconds[0] + calibrate_seconds, self._seconds[1] + factorize_seconds)
+            self._used = DataUsed(**saved.content["data"])
+        self._at = Position(group=len(finished))
+        if self._within_group is not None:
+            self._at = Position.of_json(self._within_group.content["position"])
+            self._used = DataUsed(**self._within_group.content["data"])
 
 
-def _steps(found: Calibration, deal: Deal) -> int:
-    """Global microbatches in a pass over the data that is used."""
-    return -(-found.num_samples // deal.samples_per_step)
-
-
-def _state(found: Calibration, at: Position, group: EngineGroup | None, world: World) -> EngineState:
-    """Everything a later run needs, from between two microbatches or, without a group, after a sweep."""
-    numbers = {
-        name: [result.captured_energy, result.split_half_cosine, result.window_capture]
-        for name, result in found.owned.items()
+def _finished_state(
+    facts: Mapping[str, GradientFacts],
+    owned: Mapping[str, TruncatedSVD],
+    used: DataUsed,
+    seconds: tuple[float, float],
+) -> EngineState:
+    """A group's results, as a later run takes them."""
+    content = {
+        "facts": {name: asdict(of_target) for name, of_target in facts.items()},
+        "data": asdict(used),
+        "seconds": seconds,
     }
     tensors = {
-        f"{name}/svd.{part}": tensor
-        for name, result in found.owned.items()
-        for part, tensor in (("U", result.svd.U_MK), ("S", result.svd.S_K), ("Vh", result.svd.Vh_KN))
+        f"{name}.{part}": tensor
+        for name, svd in owned.items()
+        for part, tensor in (("U", svd.U_MK), ("S", svd.S_K), ("Vh", svd.Vh_KN))
     }
-    content: dict[str, Any] = {
-        "found": asdict(replace(found, owned={})),
-        "numbers": {name: of_target for part in world.all_json(numbers) for name, of_target in part.items()},
-        "at": asdict(at),
-    }
-    if group is not None:
-        engines = group.save_state(world)
-        content[_ENGINES] = engines.content
-        tensors |= engines.tensors
     return EngineState(content, tensors)
 
 
-def _restored(saved: Saved, plan: Plan, world: World) -> tuple[Calibration, Position]:
-    content, tensors = saved.content, saved.tensors
-    found = Calibration(**content["found"])
-    owners = plan.owners
-    for name, (captured, cosine, capture) in content["numbers"].items():
-        if owners[name] == world.rank:
-            U_MK, S_K, Vh_KN = (tensors[f"{name}/svd.{part}"] for part in ("U", "S", "Vh"))
-            found.owned[name] = GradientSVD(
-                svd=TruncatedSVD(U_MK=U_MK, S_K=S_K, Vh_KN=Vh_KN),
-                captured_energy=captured,
-                split_half_cosine=cosine,
-                window_capture=capture,
-            )
-    at = content["at"]
-    return found, Position(**(at | {"totals": LossTotals(**at["totals"])}))
-
-
 def _refine_passes(config: GradientConfig, plan: Plan, tokens_per_microbatch: float) -> int:
-    """How often `sketch` sees the data again.
+    """How often the engines that refine see the data again.
 
     `auto`: once where a global microbatch has fewer supervised tokens than a sketch has columns. The gradients of such
     microbatches share few directions, and bases from the ones seen so far miss too much of the next.
     """
     if config.refine_passes != "auto":
         return config.refine_passes
-    widths = [matrix.width for matrices in plan.groups for matrix in matrices if matrix.engine == "sketch"]
+    widths = [matrix.width for matrix in plan.matrices.values() if ENGINES[matrix.engine].refines]
     return int(tokens_per_microbatch < max(widths, default=0))
-
-
-def in_step(microbatches: Sequence[Microbatch], world: World) -> list[Microbatch]:
-    """The same number of microbatches on every rank, because each forward under ZeRO-3 is a collective.
-
-    Ranks with fewer get copies without supervised tokens. Raises UserError when a rank has none, or all have no token.
-    """
-    tokens = torch.tensor(sum(microbatch.num_supervised_tokens for microbatch in microbatches), device=world.device)
-    with world.together():
-        if not microbatches:
-            raise UserError("dataloader", world.rank, "yields no batch on this rank; give every rank at least one")
-    world.sum_(tokens)
-    with world.together():
-        if not tokens:
-            raise UserError("dataloader", 0, "has no supervised token on any rank: every label is -100")
-    most = int(world.max_(torch.tensor(len(microbatches), device=world.device)))
-    fillers = [without_supervision(microbatches[0], index) for index in range(len(microbatches), most)]
-    return [*microbatches, *fillers]
-
-
-def _on_host(result: GradientSVD) -> GradientSVD:
-    # factors of targets long done must not crowd the device
-    svd = result.svd
-    host = replace(svd, U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
-    return replace(result, svd=host)
-
-
-def _refuse_zero_gradients(owned: dict[str, GradientSVD], world: World) -> None:
-    tiny = torch.finfo(torch.float32).tiny
-    mine = [name for name, result in owned.items() if not result.svd.S_K[0] > tiny]
-    zero = [name for names in world.all_json(mine) for name in names]
-    with world.together():
-        if zero:
-            raise RunError(
-                f"factorize: the gradient of {', '.join(zero)} is zero; leave these out with lora.exclude_modules"
-            )

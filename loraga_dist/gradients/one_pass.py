@@ -1,11 +1,11 @@
-"""One sweep of the calibration data for one group of targets: forward, backward, taps, and all ranks in step."""
+"""One pass over calibration data for some targets: forward, backward, taps, and all ranks in step."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,58 +15,59 @@ from torch import nn
 
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import LossSum
-from loraga_dist.data.samples import Microbatch
+from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines import GradientEngine
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.gradients.taps import tapped
-from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossTotals:
-    """Over all ranks' microbatches of a sweep so far."""
+    """The loss and the supervised tokens of all ranks' microbatches."""
 
     loss_sum: float = 0.0
     num_tokens: int = 0
 
+    def __add__(self, other: LossTotals) -> LossTotals:
+        return LossTotals(self.loss_sum + other.loss_sum, self.num_tokens + other.num_tokens)
 
-def run_pass(
+
+@contextmanager
+def one_pass(
     model: nn.Module,
     names: Sequence[str],
-    microbatches: Iterable[Microbatch],
     engine: GradientEngine,
     *,
     sharding: Sharding,
     loss_sum: LossSum,
     checkpointing: Checkpointing,
-    progress: Progress,
-    totals: LossTotals,
-) -> None:
-    """Show the engine every (x, dy) of the named modules over this rank's microbatches.
+) -> Iterator[Callable[[Microbatch], LossTotals]]:
+    """Show the engine every (x, dy) of the named modules, for each of this rank's microbatches that is given.
 
-    microbatches: as many on every rank. The next one is asked for when the engine is done with the one before.
-    totals: gets the loss and the number of supervised tokens of all ranks. Raises RunError on every rank when a loss or
-    a gradient is not finite, naming batch and layer, and UserError when a module took no part in the loss.
+    Gives a function to call with one microbatch after the other, as many on every rank; it returns all ranks' loss and
+    tokens. It raises RunError, on every rank, when a loss or a gradient is not finite, naming batch and layer. The end
+    of the context raises UserError when a module took no part in the loss.
     """
     world = sharding.world
     monitor = _Monitor(engine, names, world.device)
+
+    def take(microbatch: Microbatch) -> LossTotals:
+        engine.begin_microbatch(microbatch.index)
+        loss = loss_sum(forward(model, microbatch, world.device), microbatch.inputs["labels"])
+        loss.backward()
+        sharding.release()
+        tokens_here = torch.tensor(microbatch.num_supervised_tokens, dtype=torch.float64, device=world.device)
+        sums = torch.stack([loss.detach().double(), monitor.failures(), tokens_here])
+        loss_value, failures, tokens = world.sum_(sums).tolist()
+        if failures or not math.isfinite(loss_value):
+            _name_the_culprit(model, microbatch, loss.item(), monitor, world, sharding)
+        engine.end_microbatch(world)
+        return LossTotals(loss_value, int(tokens))
+
     with tapped(model, names, monitor.observe, checkpointing=checkpointing), full_float32_matmul():
-        for microbatch in microbatches:
-            engine.begin_microbatch(microbatch.index)
-            loss = loss_sum(forward(model, microbatch, world.device), microbatch.inputs["labels"])
-            loss.backward()
-            sharding.release()
-            tokens_here = torch.tensor(microbatch.num_supervised_tokens, dtype=torch.float64, device=world.device)
-            sums = torch.stack([loss.detach().double(), monitor.failures(), tokens_here])
-            loss_value, failures, tokens = world.sum_(sums).tolist()
-            if failures or not math.isfinite(loss_value):
-                _name_the_culprit(model, microbatch, loss.item(), monitor, world, sharding)
-            totals.loss_sum += loss_value
-            totals.num_tokens += int(tokens)
-            engine.end_microbatch(world)
-            progress.advance()
+        yield take
     with world.together():
         if missing := monitor.missing():
             raise UserError(

@@ -13,7 +13,11 @@ from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import BrokenFileError, TensorSlot, scan_checkpoint
+from loraga_dist.files.safetensors_io import (
+    BrokenFileError,
+    TensorSlot,
+    scan_checkpoint,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -209,3 +213,17 @@ def read_checkpoint_index(model_dir: Path) -> dict[str, TensorSlot]:
         return scan_checkpoint(model_dir)
     except BrokenFileError as error:
         raise UserError(_MODEL_KEY, str(model_dir), str(error)) from error
+
+
+WIDE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def residual_dtype_of(dtype: torch.dtype, residual_dtype: str) -> torch.dtype:
+    """What a checkpoint tensor's dtype becomes. All floating tensors follow `residual_dtype`, so that the model has one
+    dtype; quantized and integer tensors stay as they are."""
+    return dtype if residual_dtype == "auto" or dtype not in WIDE_FLOATS else getattr(torch, residual_dtype)
+
+
+def factor_dtype(compute: torch.dtype, weight: torch.dtype, residual_dtype: str) -> torch.dtype:
+    """What a target's A0 and B0 are rounded to: the coarser of the compute dtype and its residual's."""
+    return max(compute, residual_dtype_of(weight, residual_dtype), key=lambda dtype: torch.finfo(dtype).eps)

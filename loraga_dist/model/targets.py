@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,8 @@ from torch import nn
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
+from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
+from loraga_dist.model.base import WIDE_FLOATS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -75,8 +74,8 @@ class Selection:
 
     targets: list[Target]
     """In the model's module order."""
-    saved_parameters: list[str]
-    """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
+    saved_parameters: dict[str, tuple[int, ...]]
+    """Shapes of `modules_to_save`'s parameters, which PEFT expects in the adapter; it adds the heads of classifiers."""
 
 
 def select_targets(
@@ -110,10 +109,11 @@ def select_targets(
         raise UserError("lora.target_modules", shown, _first_sentence(str(error))) from error
 
     targets: list[Target] = []
-    saved_parameters: list[str] = []
+    saved_parameters: dict[str, tuple[int, ...]] = {}
     for name, layer in peft_model.base_model.model.named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
-            saved_parameters += [f"{name}.{inner}" for inner, _ in layer.original_module.named_parameters()]
+            own = layer.original_module.named_parameters()
+            saved_parameters |= {f"{name}.{inner}": tuple(parameter.shape) for inner, parameter in own}
         if not isinstance(layer, LoraLayer):
             continue
         base = layer.get_base_layer()
@@ -188,3 +188,18 @@ def _tied_parameters(model: nn.Module) -> dict[str, str]:
 def _first_sentence(message: str) -> str:
     """PEFT's messages list whole models; the first lines say what is wrong."""
     return " ".join(message.split())[:300].rstrip(".") + "; write names of nn.Linear modules, or all-linear"
+
+
+def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) -> None:
+    """Raise UserError unless the checkpoint holds every target as a plain floating matrix of the expected shape."""
+    for target in targets:
+        slot = index.get(target.weight_key)
+        if slot is None:
+            problem = f"is not in the checkpoint, but {target.name} is a target"
+        elif slot.dtype not in WIDE_FLOATS:
+            problem = f"is stored as {dtype_name(slot.dtype)}; write the path of an unquantized checkpoint"
+        elif slot.shape != target.stored_shape:
+            problem = f"has shape {slot.shape} in the checkpoint and {target.stored_shape} in the model"
+        else:
+            continue
+        raise UserError("model.name_or_path", target.weight_key, problem)

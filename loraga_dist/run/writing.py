@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from loraga_dist.artifacts.report import SCHEMA_VERSION, finite, versions
 from loraga_dist.artifacts.residual import (
     digest_base,
     finish_residual_base,
+    plan_residual_files,
     start_magnitudes,
     write_residual_files,
     writes_residual,
@@ -40,21 +40,19 @@ from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of, write_checksums
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
-from loraga_dist.gradients.passes import Calibration
+from loraga_dist.gradients.gradients import DataUsed
 from loraga_dist.model.rank_budget import spent_budget
 from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.publish.page import write_report_page
 from loraga_dist.publish.text import readme
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
-from loraga_dist.request.request import Job
+from loraga_dist.request.request import CheckpointRequest
+from loraga_dist.run.checkpointer import RunCheckpointer
 from loraga_dist.run.finished import FinishedFiles
-from loraga_dist.run.keeper import RunKeeper
-from loraga_dist.schemes import SCHEMES, LoraFactors
+from loraga_dist.schemes import SCHEMES
 from loraga_dist.start.in_place import Start
-from loraga_dist.start.place import GradientReport
 
-_NO_GRADIENT = dict.fromkeys(field.name for field in dataclasses.fields(GradientReport))
 _OF_CALIBRATION = (
     "data_fingerprint",
     "engine",
@@ -77,49 +75,48 @@ class Fingerprints:
 
 def write_weights(
     directory: Path,
-    job: Job,
-    config: InitConfig,
+    request: CheckpointRequest,
     start: Start,
-    factors: Mapping[str, LoraFactors],
     finished_files: Path,
-    keeper: RunKeeper,
+    checkpointer: RunCheckpointer,
     world: World,
 ) -> Fingerprints:
     """Adapters by rank 0, factors by their owners, the residual base's files shared out; a collective. No factors where
     there was no gradient, no offset and residual base where the scheme leaves the base as it is.
 
-    factors: A0 and B0 of every target as stored, on rank 0. finished_files: where residual files are kept for another
+    finished_files: where residual files are kept for another
     run of the same work, should this one be interrupted. Raises Preempted, on all ranks, when one was asked to stop.
     """
-    adapter_digest = ""
-    calibration, has_residual = start.calibration, writes_residual(config)
+    adapter_digest, config, factors = "", request.config, start.factors
+    gradients, has_residual = start.gradients, writes_residual(config)
+    residual_files = plan_residual_files(request.base.index, config.output.residual_dtype)
     with world.together():
         if world.is_main:
-            if calibration is not None:
+            if gradients is not None:
                 (directory / FACTORS).mkdir()
             if has_residual:
                 (directory / RESIDUAL_BASE).mkdir()
-            saved = {name: job.base.index[key] for name, key in job.saved_parameters.items()}
+            saved = {name: request.base.index[key] for name, key in request.saved_parameters.items()}
             write_adapters(
                 directory,
                 config,
                 start.lora,
-                job.targets,
+                start.targets,
                 lambda name: (factors[name].A_RN, factors[name].B_MR),
                 saved,
-                job.base.index,
+                request.base.index,
             )
             adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
-    work = {**keeper.work, "adapter": world.all_texts(adapter_digest)[0]}
-    if calibration is not None:
-        write_factors(directory / FACTORS, {name: found.svd for name, found in calibration.owned.items()}, world)
+    work = {**checkpointer.work, "adapter": world.all_texts(adapter_digest)[0]}
+    if gradients is not None:
+        write_factors(directory / FACTORS, gradients.owned, world)
 
     finished, kept = FinishedFiles(finished_files, work), []
     with world.together():
         if world.is_main:
-            kept = finished.prune(job.residual_files if has_residual else [])
+            kept = finished.prune(residual_files if has_residual else [])
     kept = set(world.all_json(kept)[0])
-    share = shares(job.residual_files, lambda file: 0 if file.name in kept else file.num_bytes, world.size)[world.rank]
+    share = shares(residual_files, lambda file: 0 if file.name in kept else file.num_bytes, world.size)[world.rank]
     digests: dict[str, list[TensorDigest]] = {}
     with world.together():
         num_bytes = sum(file.num_bytes for file in share)
@@ -127,11 +124,11 @@ def write_weights(
             if has_residual:
                 into, adapter = directory / RESIDUAL_BASE, AdapterFile(directory / LORAGA_INIT)
                 for file in share:
-                    keeper.leave_here_if_asked()
+                    checkpointer.leave_here_if_asked()
                     written = finished.take(file, into)
                     if written is None:
                         written = write_residual_files(
-                            [file], job.base.index, job.targets, adapter, into, progress.advance
+                            [file], request.base.index, start.targets, adapter, into, progress.advance
                         )
                         finished.keep(file, into, written)
                     else:
@@ -139,7 +136,9 @@ def write_weights(
                     digests |= {key: list(pair) for key, pair in written.items()}
             else:
                 keys = [key for file in share for key in file.entries]
-                digests = {key: [digest] for key, digest in digest_base(job.base.index, keys, progress.advance).items()}
+                digests = {
+                    key: [digest] for key, digest in digest_base(request.base.index, keys, progress.advance).items()
+                }
     everyone: dict[str, list[TensorDigest]] = {}
     for share_of_rank in world.all_json(digests):
         for key, found in share_of_rank.items():
@@ -147,7 +146,7 @@ def write_weights(
     with world.together():
         if world.is_main and has_residual:
             finish_residual_base(
-                job.base.directory, directory / RESIDUAL_BASE, job.residual_files, config.output.residual_dtype
+                request.base.directory, directory / RESIDUAL_BASE, residual_files, config.output.residual_dtype
             )
     return Fingerprints(
         base=fingerprint({key: found[0] for key, found in everyone.items()}),
@@ -156,8 +155,7 @@ def write_weights(
 
 
 def make_report(
-    job: Job,
-    config: InitConfig,
+    request: CheckpointRequest,
     start: Start,
     fingerprints: Fingerprints,
     seconds: Mapping[str, float],
@@ -167,21 +165,8 @@ def make_report(
 ) -> dict[str, Any]:
     """The content of loraga_report.json; a collective."""
     per_rank = world.all_json([peak_bytes, planned_peak_bytes])
-    weight_keys = {target.name: target.weight_key for target in job.targets}
-    targets = {
-        found.target.name: {
-            "shape": [found.target.M, found.target.N],
-            "r": found.target.r,
-            "lora_alpha": found.target.lora_alpha,
-            "scaling": found.target.scaling,
-            "transposed": found.target.transposed,
-            "weight_key": weight_keys[found.target.name],
-            **(_NO_GRADIENT if found.gradient is None else dataclasses.asdict(found.gradient)),
-            "offset_ratio": found.offset_ratio,
-            "owner_rank": found.owner_rank,
-        }
-        for found in start.targets
-    }
+    config = request.config
+    targets = {name: report.model_dump() for name, report in start.reports.items()}
     return finite(
         {
             "schema_version": SCHEMA_VERSION,
@@ -190,15 +175,15 @@ def make_report(
             "residual_fingerprint": fingerprints.residual,
             "versions": versions(),
             "world_size": world.size,
-            **(about := _about_calibration(job, start)),
+            **(about := _about_calibration(request, start)),
             "seconds": dict(seconds),
             "peak_bytes_per_rank": [peak for peak, _ in per_rank],
             "planned_peak_bytes_per_rank": [planned for _, planned in per_rank],
-            "state_bytes_per_rank": job.plan.state_bytes_per_rank,
+            "state_bytes_per_rank": request.plan.state_bytes_per_rank,
             "targets": targets,
-            "rank_budget": spent_budget(config.init.rank_budget, job.targets),
-            "saved_parameters": job.saved_parameters,
-            "identity_check": dataclasses.asdict(start.identity_check),
+            "rank_budget": spent_budget(config.init.rank_budget, start.targets),
+            "saved_parameters": request.saved_parameters,
+            "identity_check": start.identity_check.model_dump(),
             "warnings": find_warnings(
                 config.init,
                 targets,
@@ -209,37 +194,37 @@ def make_report(
     )
 
 
-def _about_calibration(job: Job, start: Start) -> dict[str, Any]:
+def _about_calibration(request: CheckpointRequest, start: Start) -> dict[str, Any]:
     """What the report says of data and gradients as a whole; null where none were taken."""
-    found = start.calibration
-    if found is None:
+    if start.gradients is None:
         return dict.fromkeys(_OF_CALIBRATION)
+    found = start.gradients.data
     values = (
-        job.data_fingerprints[found.num_samples - 1],
-        job.config.gradient.engine,
+        request.data_fingerprints[found.num_samples - 1],
+        request.config.gradient.engine,
         found.refine_passes,
         found.num_samples,
         found.num_supervised_tokens,
-        _stopped_by(job, found),
+        _stopped_by(request, found),
         _median_cosine(start),
         found.mean_loss,
     )
     return dict(zip(_OF_CALIBRATION, values, strict=True))
 
 
-def _stopped_by(job: Job, calibration: Calibration) -> str:
+def _stopped_by(request: CheckpointRequest, calibration: DataUsed) -> str:
     """What ended the calibration data: `target_cosine`, `sample_limit` or `max_samples`, or that there was no more."""
     if calibration.reached_target:
         return "target_cosine"
-    wanted = job.config.calibration
-    if len(job.data_fingerprints) < wanted.most_samples:
+    wanted = request.config.calibration
+    if len(request.data_fingerprints) < wanted.most_samples:
         return "data"
     return "sample_limit" if wanted.max_samples == "auto" else "max_samples"
 
 
 def _median_cosine(start: Start) -> float | None:
     """Split-half cosine of the median target; None where there was a single microbatch."""
-    cosines = [found.gradient.split_half_cosine for found in start.targets if found.gradient is not None]
+    cosines = [report.split_half_cosine for report in start.reports.values()]
     known = [cosine for cosine in cosines if cosine is not None]
     return statistics.median(known) if known else None
 

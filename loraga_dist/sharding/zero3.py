@@ -6,7 +6,6 @@ direct `loss.backward()`, and an undestroyed engine breaks the next `deepspeed.i
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from loraga_dist.files.safetensors_io import TensorSlot, read_range
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding, pretrained
 from loraga_dist.sharding.gloo import all_gather_in_place
+from loraga_dist.sharding.settings import calibration_settings, read_deepspeed_config
 from loraga_dist.sharding.slices import flat_range
 
 _HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
@@ -57,65 +57,6 @@ def refuse_unsupported_shards(model: nn.Module, caller: str) -> None:
             )
         if not parameter.ds_tensor.is_floating_point():
             raise UserError("model", name, f"has quantized shards ({parameter.ds_tensor.dtype}); load it in bfloat16")
-
-
-def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
-    """The user's DeepSpeed settings as a dict; raises UserError when they are not ZeRO stage 3 or cannot be read."""
-    if isinstance(value, str):
-        try:
-            settings = json.loads(Path(value).read_text())
-        except OSError as error:
-            raise UserError(
-                "deepspeed", value, f"cannot be read ({error.strerror}); write the path of a JSON"
-            ) from error
-        except ValueError as error:
-            raise UserError("deepspeed", value, f"is not JSON: {error}") from error
-    else:
-        settings = dict(value or {})
-    if not isinstance(settings, dict):
-        raise UserError("deepspeed", value, "must hold DeepSpeed's settings as one JSON object")
-    zero = settings.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 3) != 3:
-        raise UserError("deepspeed.zero_optimization.stage", zero, "must be 3: the model is sharded by ZeRO-3")
-    offload = zero.get("offload_param") or {}
-    if not isinstance(offload, dict):
-        problem = "must be an object; write {device: cpu}"
-        raise UserError("deepspeed.zero_optimization.offload_param", offload, problem)
-    if offload.get("device") == "nvme":
-        raise UserError(
-            "deepspeed.zero_optimization.offload_param.device", "nvme", "is not supported; write cpu or none"
-        )
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        if zero.get(key, False) not in (False, "auto"):
-            problem = "would gather weights in 8 bits and take the gradients of those; write false"
-            raise UserError(f"deepspeed.zero_optimization.{key}", zero[key], problem)
-    if zero.get("zero_hpz_partition_size", 1) not in (1, "auto"):
-        raise UserError(
-            "deepspeed.zero_optimization.zero_hpz_partition_size", zero["zero_hpz_partition_size"], "write 1"
-        )
-    return settings
-
-
-def calibration_settings(user: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Stage 3, no optimizer, one module gathered at a time; of the user's settings the ZeRO section is kept.
-
-    These flags, not `zero.Init`'s dtype argument, fix the dtype: DeepSpeed ignores that one where fp16 is unsupported.
-    """
-    # ours come last: persistent or prefetched parameters would stay gathered while their shards are edited
-    zero = {key: value for key, value in user.get("zero_optimization", {}).items() if value != "auto"}
-    zero |= {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_prefetch_bucket_size": 0,
-        "stage3_max_live_parameters": 0,
-        "stage3_max_reuse_distance": 0,
-    }
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": zero,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-    }
 
 
 class Zero3(Sharding):

@@ -1,54 +1,63 @@
-"""A0 and B0 of one target, from its gradient or its weight."""
+"""A0 and B0 of one target, from its gradient, its weight, or neither."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 from loraga_dist.config import SchemeConfig
 from loraga_dist.engines.base import seeded_generator
+from loraga_dist.errors import RunError
 from loraga_dist.linalg import TruncatedSVD, truncated_svd
 from loraga_dist.model.targets import Target
 from loraga_dist.schemes import SCHEMES, LoraFactors, SchemeInputs
 
 
+def needs_weight(config: SchemeConfig) -> bool:
+    """Tell whether `make_factors` wants the target's weight."""
+    return SCHEMES[config.scheme].source == "weight" or config.scale == "weight_svd"
+
+
 def make_factors(
-    target: Target, svd: TruncatedSVD, config: SchemeConfig, dtype: torch.dtype, weight_S_R: torch.Tensor | None
+    target: Target, config: SchemeConfig, dtype: torch.dtype, *, svd: TruncatedSVD | None, weight: torch.Tensor | None
 ) -> LoraFactors:
-    """A0, B0 from one target's gradient, rounded to `dtype` and stored in float32; the same wherever and whenever they
-    are made.
+    """Make A0 and B0 of a target: rounded to `dtype`, float32 on the host, the same wherever they are made.
 
-    weight_S_R: `weight_singular_values`, for the scale that wants them.
+    svd: of its gradient, for schemes that take one. weight: as the model holds it, where `needs_weight`; on its device
+    the scheme factorizes it. Raises RunError for a weight that is not finite.
     """
-    generator = seeded_generator(config.seed, f"{target.name}/direction", torch.device("cpu"))
-    inputs = scheme_inputs(target, config, generator, svd=svd, weight_S_K=weight_S_R)
-    return _rounded(SCHEMES[config.scheme].factors(inputs), dtype)
-
-
-def scheme_inputs(target: Target, config: SchemeConfig, generator: torch.Generator, **source: Any) -> SchemeInputs:
-    """Of one target. source: what the scheme starts from, by `SchemeInputs`' names."""
-    return SchemeInputs(
-        M=target.M,
-        N=target.N,
-        r=target.r,
-        scaling=target.scaling,
-        direction=config.direction,
-        scale=config.scale,
-        stable_gamma=config.gamma,
-        generator=generator,
-        **source,
+    if weight is not None and not torch.stack(weight.aminmax()).isfinite().all():
+        raise RunError(f"factorize: the weight of {target.name} holds a NaN or an infinity")
+    scheme, W_MN, weight_S_R = SCHEMES[config.scheme], None, None
+    if scheme.source == "gradient":
+        generator = seeded_generator(config.seed, f"{target.name}/direction", torch.device("cpu"))
+        if weight is not None:
+            weight_S_R = _singular_values(weight, target, config)
+    else:
+        device = torch.device("cpu") if weight is None else weight.device
+        generator = seeded_generator(config.seed, f"{target.name}/weight", device)
+        W_MN = weight.t() if weight is not None and target.transposed else weight
+    made = scheme.factors(
+        SchemeInputs(
+            M=target.M,
+            N=target.N,
+            r=target.r,
+            scaling=target.scaling,
+            direction=config.direction,
+            scale=config.scale,
+            stable_gamma=config.gamma,
+            generator=generator,
+            svd=svd,
+            weight_S_K=weight_S_R,
+            W_MN=W_MN,
+        )
     )
+    return LoraFactors(A_RN=made.A_RN.cpu().to(dtype).float(), B_MR=made.B_MR.cpu().to(dtype).float())
 
 
-def _rounded(factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
-    return LoraFactors(A_RN=factors.A_RN.to(dtype).float(), B_MR=factors.B_MR.to(dtype).float())
-
-
-def weight_singular_values(W: torch.Tensor, target: Target, config: SchemeConfig) -> torch.Tensor:
-    """Leading r singular values of a target's weight as the model holds it, float32 on the host."""
-    generator = seeded_generator(config.seed, f"{target.name}/weight", W.device)
-    return truncated_svd(W.float(), rank=target.r, oversampling=target.r, generator=generator).S_K.cpu()
+def _singular_values(weight: torch.Tensor, target: Target, config: SchemeConfig) -> torch.Tensor:
+    """The leading r, float32 on the host."""
+    generator = seeded_generator(config.seed, f"{target.name}/weight", weight.device)
+    return truncated_svd(weight.float(), rank=target.r, oversampling=target.r, generator=generator).S_K.cpu()
 
 
 def product_norm(factors: LoraFactors) -> float:

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from loraga_dist.config import LoraSection, MethodConfig, SchemeName
-from loraga_dist.data.losses import LOSSES
-from loraga_dist.data.samples import Deal, seeded_microbatch
+from loraga_dist.artifacts.report import IdentityCheck, TargetReport
+from loraga_dist.config import LoraSection, SchemeName
+from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch, seeded_microbatch
 from loraga_dist.errors import RunError
-from loraga_dist.gradients.calibrate import Keeper, calibrate
-from loraga_dist.gradients.passes import Calibration
+from loraga_dist.gradients.calibrate import Checkpointer, calibrate
+from loraga_dist.gradients.gradients import Gradients
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
+from loraga_dist.request.request import Request
 from loraga_dist.schemes import LoraFactors
-from loraga_dist.sharding import Sharding
-from loraga_dist.start.from_weights import make_factors_of_weights
-from loraga_dist.start.place import PROBE_TOKENS, TargetReport, add_adapter, place_factors, probe_logits
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.start.place import Placed, add_adapter, place_factors, probe_logits
+from loraga_dist.start.rounds import make_owned_factors
 
 _FLOAT32_TOLERANCE = 1e-3
 """Of the largest logit; runs that are right stay below 1e-5."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdentityCheck:
-    """How far the start is from the original model: on calibration tokens, or seeded ones where there is no data."""
-
-    max_abs_logit_diff: float
-    max_abs_logit: float
-    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,101 +38,110 @@ class Start:
 
     model: Any
     """The `peft.PeftModel`: adapter "default" A0, B0 on the base W - s*B0*A0, or on W where the scheme leaves it."""
+    scheme: SchemeName
     lora: LoraSection
     """The adapter's section; where there is a rank budget, with the ranks it bought."""
-    targets: list[TargetReport]
-    calibration: Calibration | None
-    """None where the scheme takes no gradient."""
+    targets: list[Target]
+    """With these ranks, in module order."""
+    factors: dict[str, LoraFactors]
+    """A0 and B0 as stored, float32 on the host; on rank 0 alone."""
+    reports: dict[str, TargetReport]
+    gradients: Gradients | None
+    """None where the scheme takes none."""
     identity_check: IdentityCheck
     seconds_factorize: float
-    scheme: SchemeName
 
 
 def start_in_place(
-    model: nn.Module,
-    plan: Plan,
-    deal: Deal | None,
-    config: MethodConfig,
-    *,
-    sharding: Sharding,
-    rounding: Callable[[Target], torch.dtype],
-    target_cosine: float | None = None,
-    keeper: Keeper | None = None,
-    keep: Callable[[Target, LoraFactors], None] | None = None,
+    model: nn.Module, request: Request, *, sharding: Sharding, checkpointer: Checkpointer | None = None
 ) -> Start:
-    """Turn `model` into its own start, after calibrating on it where the scheme takes gradients. Every rank calls this;
-    none holds the model.
+    """Turn a frozen model into its own start. Every rank calls this; none holds the model.
 
-    deal: None only where the scheme takes no gradient.
+    1. Take gradients over the calibration data, where the scheme wants them, and the logits to compare with.
+    2. Settle the ranks, where there is a budget for them.
+    3. Make A0 and B0, every owner those of its targets.
+    4. Put them into an adapter, and what they take out of the base out of each rank's part of W.
+    5. Compare the logits.
     """
-    if deal is None:
-        probe = seeded_microbatch(model.config, config.lora.task_type, PROBE_TOKENS)
-    else:
-        probe = deal.microbatches(0, deal.samples_per_step, 0)[0]
+    probe = _probe(model, request)
     model.requires_grad_(False).eval()  # no dropout, also in the logits that are compared
-    module = sharding.attach(model)
-    calibration = None
-    try:
-        if plan.scheme.source == "gradient":
-            assert deal is not None
-            calibration = calibrate(
-                module,
-                plan,
-                deal,
-                config.gradient,
-                sharding=sharding,
-                loss_sum=LOSSES[config.lora.task_type],
-                seed=config.init.seed,
-                target_cosine=target_cosine,
-                keeper=keeper,
-            )
+    gradients = None
+    with attached(model, sharding) as module:
+        if request.scheme.source == "gradient":
+            gradients = calibrate(module, request, sharding=sharding, checkpointer=checkpointer)
         before = probe_logits(module, probe, sharding)
-    finally:
-        sharding.detach()
 
-    lora = config.lora
-    if config.init.rank_budget is not None:
-        assert calibration is not None, "checked by the configuration"
-        singular_values = _shared_singular_values(calibration, sharding.world)
-        targets, lora = spend(plan.targets, singular_values, config.lora, config.init)
-        plan = replace(plan, targets=targets)
-    if calibration is not None:
-        owned, seconds_factorize = calibration.owned, calibration.seconds_factorize
-    else:
-        started = time.monotonic()
-        leave_if_asked = _no_one_asks if keeper is None else keeper.leave_if_asked
-        owned = make_factors_of_weights(model, plan, config.init, sharding=sharding, after_round=leave_if_asked)
-        seconds_factorize = time.monotonic() - started
+    plan, lora = _settle_ranks(request, gradients)
+
+    started = time.monotonic()
+    owned = make_owned_factors(
+        model,
+        plan,
+        {} if gradients is None else gradients.owned,
+        request.config.init,
+        sharding=sharding,
+        dtypes=request.factor_dtypes,
+        after_round=_no_one_asks if checkpointer is None else checkpointer.leave_if_asked,
+    )
+    seconds_factorize = time.monotonic() - started + (0.0 if gradients is None else gradients.seconds_factorize)
+
     peft_model = add_adapter(model, lora, sharding)
-    reports = place_factors(peft_model, plan, owned, config.init, sharding=sharding, rounding=rounding, keep=keep)
+    placed = place_factors(peft_model, plan, owned, sharding=sharding)
 
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     peft_model.requires_grad_(False)
-    module = sharding.attach(peft_model)
-    try:
+    with attached(peft_model, sharding) as module:
         after = probe_logits(module.eval(), probe, sharding)
-    finally:
-        sharding.detach()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
     peft_model.train()
+    dtype = next(model.parameters()).dtype
     return Start(
         model=peft_model,
+        scheme=request.config.init.scheme,
         lora=lora,
-        targets=reports,
-        calibration=calibration,
-        identity_check=_compare_logits(
-            before, after, sharding.world, next(model.parameters()).dtype, must_agree=plan.scheme.starts_at_model
-        ),
+        targets=plan.targets,
+        factors=placed.factors,
+        reports={target.name: _report(target, plan, gradients, placed) for target in plan.targets},
+        gradients=gradients,
+        identity_check=_compare_logits(before, after, sharding.world, dtype, must_agree=plan.scheme.starts_at_model),
         seconds_factorize=seconds_factorize,
-        scheme=config.init.scheme,
     )
 
 
-def _shared_singular_values(calibration: Calibration, world: World) -> dict[str, list[float]]:
-    """Of every target's gradient, the same on every rank; a collective."""
-    owned = {name: found.svd.S_K.tolist() for name, found in calibration.owned.items()}
-    return {name: values for part in world.all_json(owned) for name, values in part.items()}
+@contextmanager
+def attached(model: nn.Module, sharding: Sharding) -> Iterator[nn.Module]:
+    """The module to call for forward and backward, for the time of the context."""
+    try:
+        yield sharding.attach(model)
+    finally:
+        sharding.detach()
+
+
+def _probe(model: nn.Module, request: Request) -> Microbatch:
+    """What logits are compared on: this rank's first microbatch, or seeded token ids where there is no data."""
+    if request.data is None:
+        return seeded_microbatch(model.config, request.config.lora.task_type, PROBE_TOKENS)
+    return request.data.microbatches(0, request.data.samples_per_step, 0)[0]
+
+
+def _settle_ranks(request: Request, gradients: Gradients | None) -> tuple[Plan, LoraSection]:
+    """The plan's targets and the adapter's section with the ranks that a budget buys; without one as they are."""
+    if request.config.init.rank_budget is None:
+        return request.plan, request.lora_in_memory
+    assert gradients is not None, "checked by the configuration"
+    singular_values = {name: facts.singular_values for name, facts in gradients.facts.items()}
+    targets, lora = spend(request.targets, singular_values, request.lora_in_memory, request.config.init)
+    return replace(request.plan, targets=targets), lora
+
+
+def _report(target: Target, plan: Plan, gradients: Gradients | None, placed: Placed) -> TargetReport:
+    facts = {}
+    if gradients is not None:
+        facts = asdict(gradients.facts[target.name].leading(plan.scheme.num_triplets(target.r)))
+    return TargetReport.of(
+        target, owner_rank=plan.owners[target.name], offset_ratio=placed.offset_ratios[target.name], **facts
+    )
 
 
 def _no_one_asks() -> None:

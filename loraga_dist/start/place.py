@@ -3,54 +3,22 @@ s*B0*A0 out of each rank's part of W."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from loraga_dist.config import LoraSection, SchemeConfig
-from loraga_dist.data.samples import Microbatch
-from loraga_dist.engines import GradientSVD, Matrix
+from loraga_dist.config import LoraSection
+from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch
 from loraga_dist.gradients.one_pass import forward, full_float32_matmul
-from loraga_dist.linalg import numerical_rank
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target, peft_lora_config
-from loraga_dist.schemes import SCHEMES, LoraFactors
+from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.start.factors import _rounded, make_factors, product_norm, weight_singular_values
-
-PROBE_TOKENS = 64
-"""Positions of the first calibration sequence whose logits are compared before and after."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientReport:
-    """What is known of one target's gradient."""
-
-    singular_values: list[float]
-    num_converged: int
-    """Leading ones that were asked of the engine; `factors/` holds more."""
-    numerical_rank: int
-    captured_energy: float
-    split_half_cosine: float | None
-    window_capture: float | None
-    engine: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetReport:
-    """What the report says of one target; the same on every rank."""
-
-    target: Target
-    owner_rank: int
-    gradient: GradientReport | None
-    """None where the scheme takes none."""
-    offset_ratio: float
-    """||s B0 A0||_F / ||W||_F."""
+from loraga_dist.start.factors import product_norm
 
 
 def add_adapter(model: nn.Module, lora: LoraSection, sharding: Sharding) -> Any:
@@ -68,60 +36,49 @@ def add_adapter(model: nn.Module, lora: LoraSection, sharding: Sharding) -> Any:
         )
 
 
-def place_factors(
-    peft_model: Any,
-    plan: Plan,
-    owned: Mapping[str, GradientSVD | LoraFactors],
-    config: SchemeConfig,
-    *,
-    sharding: Sharding,
-    rounding: Callable[[Target], torch.dtype],
-    keep: Callable[[Target, LoraFactors], None] | None = None,
-) -> list[TargetReport]:
-    """Per target: the owner makes A0, B0 and broadcasts them; every rank keeps its slices and updates its part of W.
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """The factors as they were put into the model."""
 
-    owned: what calibration found of the targets this rank owns, or `weights.make_factors_of_weights` made of them.
-    rounding: the dtype A0 and B0 are rounded to before anything uses them, so that W_res belongs to them as stored.
-    keep: called on every rank with the factors (float32, on the host).
+    factors: dict[str, LoraFactors]
+    """Of all targets, float32 on the host; on rank 0 alone."""
+    offset_ratios: dict[str, float]
+    """||s B0 A0||_F / ||W||_F of every target, on every rank."""
+
+
+@full_float32_matmul()
+def place_factors(peft_model: Any, plan: Plan, owned: Mapping[str, LoraFactors], *, sharding: Sharding) -> Placed:
+    """Put A0 and B0 of every target into the adapter, and what they take out of the base out of W. A collective.
+
+    The owner broadcasts a target's factors; every rank keeps its slices and updates its part of W.
+    owned: of the targets this rank owns, as they are stored.
     """
-    world = sharding.world
+    world, device = sharding.world, sharding.world.device
     layers = {target.name: peft_model.base_model.model.get_submodule(target.name) for target in plan.targets}
     square_norms = sharding.square_norms([layer.get_base_layer().weight for layer in layers.values()]).tolist()
-    reports = []
-    owners = plan.owners
-    matrices = plan.matrices
-    with full_float32_matmul():
-        for target, square_norm in zip(plan.targets, square_norms, strict=True):
-            layer = layers[target.name]
-            weight = layer.get_base_layer().weight
-            factors, numbers = _share_factors(
-                target,
-                matrices.get(target.name),
-                owners[target.name],
-                owned.get(target.name),
-                config,
-                weight,
-                sharding,
-                rounding(target),
-            )
-            if "default" in layer.lora_magnitude_vector:
-                _put_magnitudes(layer, target, factors, changes_base=plan.scheme.changes_base)
-            if plan.scheme.changes_base:
-                sharding.subtract_lowrank(weight, target, factors.A_RN, factors.B_MR)
-            sharding.put(layer.lora_A["default"].weight, factors.A_RN)
-            sharding.put(layer.lora_B["default"].weight, factors.B_MR)
-            if keep is not None:
-                keep(target, LoraFactors(A_RN=factors.A_RN.cpu(), B_MR=factors.B_MR.cpu()))
-            reports.append(
-                TargetReport(
-                    target=target,
-                    owner_rank=owners[target.name],
-                    gradient=_gradient_report(numbers, matrices[target.name]) if matrices else None,
-                    offset_ratio=target.scaling * product_norm(factors) / max(square_norm**0.5, 1e-30),
-                )
-            )
+    placed = Placed(factors={}, offset_ratios={})
+    for target, square_norm in zip(plan.targets, square_norms, strict=True):
+        A_RN = torch.empty(target.r, target.N, device=device)
+        B_MR = torch.empty(target.M, target.r, device=device)
+        if world.rank == plan.owners[target.name]:
+            A_RN.copy_(owned[target.name].A_RN)
+            B_MR.copy_(owned[target.name].B_MR)
+        factors = LoraFactors(
+            A_RN=world.broadcast_(A_RN, plan.owners[target.name]), B_MR=world.broadcast_(B_MR, plan.owners[target.name])
+        )
+        layer = layers[target.name]
+        if "default" in layer.lora_magnitude_vector:
+            _put_magnitudes(layer, target, factors, changes_base=plan.scheme.changes_base)
+        if plan.scheme.changes_base:
+            sharding.subtract_lowrank(layer.get_base_layer().weight, target, A_RN, B_MR)
+        sharding.put(layer.lora_A["default"].weight, A_RN)
+        sharding.put(layer.lora_B["default"].weight, B_MR)
+        offset_ratio = target.scaling * product_norm(factors) / max(square_norm**0.5, 1e-30)
+        placed.offset_ratios[target.name] = offset_ratio
+        if world.is_main:
+            placed.factors[target.name] = LoraFactors(A_RN=A_RN.cpu(), B_MR=B_MR.cpu())
     world.barrier()
-    return reports
+    return placed
 
 
 @torch.no_grad()
@@ -133,77 +90,6 @@ def _put_magnitudes(layer: Any, target: Target, factors: LoraFactors, *, changes
         V_MN = torch.addmm(V_MN, factors.B_MR, factors.A_RN, alpha=target.scaling)
     norms_M = torch.linalg.vector_norm(V_MN, dim=1, dtype=torch.float64)
     layer.lora_magnitude_vector["default"].weight.copy_(norms_M)
-
-
-def _share_factors(
-    target: Target,
-    matrix: Matrix | None,
-    owner: int,
-    found: GradientSVD | LoraFactors | None,
-    config: SchemeConfig,
-    weight: nn.Parameter,
-    sharding: Sharding,
-    dtype: torch.dtype,
-) -> tuple[LoraFactors, list[float]]:
-    """The owner's factors, and its numbers of the gradient if there is one, on every rank."""
-    world, device = sharding.world, sharding.world.device
-    weight_S_R = _weight_singular_values(target, owner, weight, sharding, config)
-    A_RN = torch.empty(target.r, target.N, device=device)
-    B_MR = torch.empty(target.M, target.r, device=device)
-    num_triplets = SCHEMES[config.scheme].num_triplets(target.r)
-    numbers = torch.zeros(4 + num_triplets, dtype=torch.float64, device=device)
-    if world.rank == owner:
-        assert found is not None, f"{target.name} was not factorized by its owner"
-        if isinstance(found, LoraFactors):
-            factors = _rounded(found, dtype)
-        else:
-            factors = make_factors(target, found.svd, config, dtype, weight_S_R)
-            known = [float("nan") if x is None else x for x in (found.split_half_cosine, found.window_capture)]
-            rank = numerical_rank(found.svd.S_K, target.M, target.N)
-            assert matrix is not None
-            captured = found.captured_energy * _energy_share(found.svd.S_K, num_triplets, matrix.num_triplets)
-            numbers.copy_(
-                torch.tensor([captured, *known, rank, *found.svd.S_K[:num_triplets].tolist()], dtype=torch.float64)
-            )
-        A_RN.copy_(factors.A_RN)
-        B_MR.copy_(factors.B_MR)
-    world.broadcast_(A_RN, owner)
-    world.broadcast_(B_MR, owner)
-    world.broadcast_(numbers, owner)
-    return LoraFactors(A_RN=A_RN, B_MR=B_MR), numbers.tolist()
-
-
-def _energy_share(S_K: torch.Tensor, few: int, many: int) -> float:
-    """Of the first `many` singular directions' energy, what the first `few` hold: a rank budget takes no more."""
-    return 1.0 if few == many else (S_K[:few].square().sum() / S_K[:many].square().sum()).item()
-
-
-def _weight_singular_values(
-    target: Target, owner: int, weight: nn.Parameter, sharding: Sharding, config: SchemeConfig
-) -> torch.Tensor | None:
-    """Leading r singular values of W on the owner, for the one scale that depends on them; gathers this one weight."""
-    if config.scale != "weight_svd":
-        return None
-    with sharding.full_weight(weight) as W:
-        return weight_singular_values(W, target, config) if sharding.world.rank == owner else None
-
-
-def _gradient_report(numbers: list[float], matrix: Matrix) -> GradientReport:
-    captured, cosine, capture, rank, *singular_values = numbers
-    return GradientReport(
-        singular_values=singular_values,
-        numerical_rank=int(rank),
-        captured_energy=captured,
-        split_half_cosine=_known(cosine),
-        window_capture=_known(capture),
-        engine=matrix.engine,
-        num_converged=matrix.num_triplets,
-    )
-
-
-def _known(value: float) -> float | None:
-    """A number that travelled as NaN where there was none."""
-    return None if math.isnan(value) else value
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, ModelConfig
 from loraga_dist.data.losses import causal_lm
-from loraga_dist.data.samples import assign_microbatches, load_samples
+from loraga_dist.data.microbatches import assign_microbatches
+from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, StateHome
 from loraga_dist.gradients.one_pass import LossTotals, forward, run_pass
 from loraga_dist.model.base import find_base_model
@@ -25,7 +26,8 @@ from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.session import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.sharding import SingleProcess, Zero3
+from loraga_dist.sharding.single import SingleProcess
+from loraga_dist.sharding.zero3 import Zero3
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 

@@ -14,7 +14,7 @@ from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy
 from loraga_dist.ranks.session import leave_process
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding import Zero3
+from loraga_dist.sharding.zero3 import Zero3
 
 
 def main(directory: Path) -> None:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import init_main, main
 from loraga_dist.config import CalibrationConfig
-from loraga_dist.data.samples import assign_microbatches, load_samples
+from loraga_dist.data.microbatches import assign_microbatches
+from loraga_dist.data.samples import load_samples
 
 R, ALPHA, GAMMA = 4, 8, 16
 AUTO = {

@@ -1,4 +1,4 @@
-"""What README.md tells a user to type works as it stands there, `make quickstart` first.
+"""What README.md and docs/ tell a user to type works as it stands there, `make quickstart` first.
 
 In one file, which is what goes to one worker: all of it needs the model that `make quickstart` pretrains.
 """
@@ -20,11 +20,21 @@ from loraga_dist.artifacts.names import ADAPTER_CONFIG, LORAGA_INIT, REPORT
 
 pytestmark = pytest.mark.timeout(2400)  # the first test that needs it pretrains the quickstart model
 
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN_TEST = {"EXTENDING.md"}
+"""Their programs are parts of one that a test of its own puts together."""
 NOT_RUN = {
     "make test": "these tests are part of it",
     "deepspeed --num_gpus 2 launch/init.py --config configs/quickstart.yaml --overwrite": "`make quickstart` runs it",
     "torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
     "launch/init.py --config my.yaml": "needs four machines",
+    "sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 "
+    "launch/slurm/srun_per_gpu.sbatch --config my.yaml": "needs four machines; test_slurm.py submits it to two nodes",
+    "launch/mpi.sh -n 16 --hostfile launch/hostfile -- --config my.yaml": "the same; test_launchers.py has two ranks",
+    "deepspeed --hostfile launch/hostfile --master_addr node0 "
+    "launch/init.py --config my.yaml": "the same; test_launchers.py has a hostfile of this machine",
+    "deepspeed --hostfile launch/hostfile --master_addr node0 --no_ssh --node_rank 1 "
+    "launch/init.py --config my.yaml": "the same; test_slurm.py has two nodes",
 }
 
 PER_TARGET = {
@@ -94,25 +104,32 @@ def test_deepspeed_settings_that_ship_with_the_project_run(quickstarted: Clone, 
     )
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, documents: list[Path]) -> list[str]:
+    fence = re.compile(rf"^```{language}\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+    return [block for document in documents for block in fence.findall(document.read_text())]
 
 
 def commands() -> list[str]:
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
-    return [" ".join(shlex.split(line, comments=True)) for line in lines if shlex.split(line, comments=True)]
+    """Each once, in the order of the documents."""
+    lines = [line for block in blocks("bash", DOCUMENTS) for line in block.replace("\\\n", "").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return list(dict.fromkeys(" ".join(words_of_line) for words_of_line in words if words_of_line))
 
 
-def test_every_exception_is_in_the_readme() -> None:
+def programs() -> list[str]:
+    return blocks("python", [document for document in DOCUMENTS if document.name not in OWN_TEST])
+
+
+def test_every_exception_is_in_a_document() -> None:
     assert set(NOT_RUN) <= set(commands())
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if command not in NOT_RUN])
 def test_command(quickstarted: Clone, command: str) -> None:
-    """In the order of the README: some use what earlier ones have made."""
+    """In the order of the documents: some use what earlier ones have made."""
     succeed(quickstarted.once(command))  # `make quickstart` is what made the clone quickstarted
 
 
-@pytest.mark.parametrize("program", blocks("python"), ids=lambda program: program.splitlines()[0])
+@pytest.mark.parametrize("program", programs(), ids=lambda program: program.splitlines()[0])
 def test_program(quickstarted: Clone, program: str) -> None:
     succeed(quickstarted.shell(f"python -c {shlex.quote(program)}"))

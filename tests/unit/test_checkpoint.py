@@ -1,4 +1,4 @@
-"""Generations of saved state: read back as written, two kept, damage found, nothing half-written taken for whole."""
+"""Saved state: read back as written, finished parts once, two generations, damage found, nothing half-written used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loraga_dist.errors import RunError
-from loraga_dist.files.checkpoint import CheckpointStore
+from loraga_dist.files.checkpoint import CheckpointStore, Found
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.ranks.world import World
 
@@ -24,28 +24,66 @@ def save(store: CheckpointStore, number: int) -> None:
     store.save({"number": number}, tensors)
 
 
+def finish(store: CheckpointStore, number: int) -> None:
+    store.finish({"number": number}, {"a": torch.full((2, 3), float(number))})
+
+
 def number(store: CheckpointStore) -> int | None:
-    found, _ = store.newest()
-    return None if found is None else found.content["number"]
+    newest = store.read().newest
+    return None if newest is None else newest.content["number"]
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.directory.iterdir())
 
 
 def test_the_newest_comes_back_as_it_was(store: CheckpointStore) -> None:
-    assert store.newest() == (None, [])
+    assert store.read() == Found([], None, [])
     for i in range(1, 5):
         save(store, i)
-    found, damaged = store.newest()
-    assert found is not None and not damaged and found.content == {"number": 4}
+    found = store.read().newest
+    assert found is not None and not store.read().problems and found.content["number"] == 4
     assert torch.equal(found.tensors["a"], torch.full((3, 5), 4.0))
     assert torch.equal(found.tensors["b"], torch.arange(4, dtype=torch.float64))
-    assert sorted(path.name for path in store.directory.iterdir()) == ["000003", "000004"]
+    assert names(store) == ["000003", "000004"]
     store.clear()
-    assert not store.directory.exists() and store.newest() == (None, [])
+    assert not store.directory.exists() and store.read() == Found([], None, [])
+
+
+def test_finished_parts_are_written_once_and_end_the_generations_before_them(store: CheckpointStore) -> None:
+    save(store, 1)
+    finish(store, 0)
+    written = (store.directory / "finished-000000" / "state.json").stat().st_mtime_ns
+    save(store, 2)
+    finish(store, 1)
+    save(store, 3)
+    assert names(store) == ["000001", "finished-000000", "finished-000001"]
+    assert (store.directory / "finished-000000" / "state.json").stat().st_mtime_ns == written
+    found = CheckpointStore(store.directory, World.alone()).read()
+    assert [part.content["number"] for part in found.finished] == [0, 1]
+    assert torch.equal(found.finished[1].tensors["a"], torch.full((2, 3), 1.0))
+    assert found.newest is not None and found.newest.content["number"] == 3
+
+
+def test_a_damaged_part_is_finished_again(store: CheckpointStore) -> None:
+    finish(store, 0)
+    finish(store, 1)
+    save(store, 2)
+    (store.directory / "finished-000001" / "state.json").write_text("{}")
+    again = CheckpointStore(store.directory, World.alone())
+    found = again.read()
+    assert [part.content["number"] for part in found.finished] == [0] and found.newest is None
+    assert len(found.problems) == 1 and "finished-000001 is damaged" in found.problems[0]
+    save(again, 7)
+    assert number(CheckpointStore(store.directory, World.alone())) == 7
+    finish(again, 5)
+    assert [part.content["number"] for part in again.read().finished] == [0, 5] and number(again) is None
 
 
 def test_a_state_without_tensors(store: CheckpointStore) -> None:
     store.save({"number": 7}, {})
-    found, _ = store.newest()
-    assert found is not None and found.content == {"number": 7} and found.tensors.slots == {}
+    found = store.read().newest
+    assert found is not None and found.content["number"] == 7 and found.tensors.slots == {}
 
 
 @pytest.mark.parametrize("name", ["state.json", "state-00001-of-00001.safetensors", "state.safetensors.index.json"])
@@ -62,9 +100,9 @@ def test_a_damaged_generation_gives_way_to_the_one_before(store: CheckpointStore
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    found, damaged = store.newest()
-    assert found is not None and found.content == {"number": 1}
-    assert len(damaged) == 1 and "000002 is damaged" in damaged[0] and name in damaged[0]
+    found = store.read()
+    assert found.newest is not None and found.newest.content["number"] == 1
+    assert len(found.problems) == 1 and "000002 is damaged" in found.problems[0] and name in found.problems[0]
     (store.directory / "000001" / "SHA256SUMS").write_text("")
     assert number(store) is None
 
@@ -76,7 +114,7 @@ def test_a_whole_generation_outlives_a_damaged_one(store: CheckpointStore) -> No
     again = CheckpointStore(store.directory, World.alone())
     assert number(again) == 1
     save(again, 3)
-    assert sorted(path.name for path in store.directory.iterdir()) == ["000001", "000003"]
+    assert names(store) == ["000001", "000003"]
 
 
 def test_an_unfinished_generation_does_not_count(store: CheckpointStore) -> None:
@@ -84,7 +122,7 @@ def test_an_unfinished_generation_does_not_count(store: CheckpointStore) -> None
     (store.directory / "000001").rename(store.directory / "unfinished")
     assert number(store) is None
     save(store, 2)
-    assert number(store) == 2 and [path.name for path in store.directory.iterdir()] == ["000001"]
+    assert number(store) == 2 and names(store) == ["000001"]
 
 
 def test_a_refusing_file_system_leaves_what_was_there(store: CheckpointStore) -> None:
@@ -103,4 +141,4 @@ def test_an_index_that_leads_outside_is_refused(store: CheckpointStore) -> None:
     index.write_text(json.dumps(content))
     write_checksums(index.parent, World.alone())
     with pytest.raises(RunError, match="outside the directory"):
-        store.newest()
+        store.read()

@@ -1,4 +1,4 @@
-"""The plan's arithmetic against hand arithmetic, and the rehearsal against a run on real tensors."""
+"""The plan's arithmetic against hand arithmetic, and the activations against a run on real tensors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM
 
 from loraga_dist.config import Checkpointing, GradientConfig, LoraSection
 from loraga_dist.data.losses import LOSSES
-from loraga_dist.data.samples import Microbatch
+from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines.footprint import factorization_bytes, triplet_bytes
-from loraga_dist.forecast.activations import rehearse
+from loraga_dist.forecast.activations import forecast_activations
 from loraga_dist.forecast.forecaster import verdict
 from loraga_dist.forecast.memory import Setting, rank_memory, work
 from loraga_dist.gradients.one_pass import forward
@@ -66,7 +66,7 @@ def test_memory_by_hand() -> None:
     gradients = 3 * sum(4 * (M * N + 32 * M + 16 * N) for M, N in block)
     assert found.device["calibrate"]["weights"] == shape.partition_bytes(2)
     assert found.device["calibrate"]["engine state"] == gradients
-    assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without a rehearsal the largest module alone"
+    assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without a activations the largest module alone"
     mine = [matrix for matrix in plan.matrices.values() if matrix.owner == 1]
     assert all(matrix.width == 16 for matrix in mine)
     assert found.host["write"]["owned triplets"] == sum(64 * (matrix.M + matrix.N + 1) for matrix in mine)
@@ -109,7 +109,7 @@ def test_a_rehearsal_takes_what_a_run_takes(kind: str, layers: int, checkpointin
     lora = LoraSection(task_type=task, exclude_modules=["score", "classifier"] if task == "SEQ_CLS" else None)  # type: ignore[arg-type]
     targets = select_targets(meta_copy(type(model), model.config), lora, SCHEME.num_triplets).targets
     names = [target.name for target in targets]
-    rehearsed = rehearse(
+    rehearsed = forecast_activations(
         type(model), model.config, torch.float32, shapes, names,
         loss_sum=LOSSES[task], checkpointing=checkpointing, gathers=False, sink_bytes=lambda name: 0,
     )  # fmt: skip

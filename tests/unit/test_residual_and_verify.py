@@ -18,20 +18,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from loraga_dist.artifacts import residual
 from loraga_dist.artifacts import verify as verification
 from loraga_dist.artifacts.adapter import AdapterFile, rank_and_scaling, write_adapter
-from loraga_dist.artifacts.residual import (
-    digest_base,
-    finish_residual_base,
-    plan_residual_files,
-    require_targets,
-    write_residual_files,
-)
+from loraga_dist.artifacts.residual import digest_base, finish_residual_base, plan_residual_files, write_residual_files
 from loraga_dist.artifacts.verify import VerifyResult, verify
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import check_checksums, fingerprint, write_checksums
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import SafetensorsWriter
 from loraga_dist.model.base import read_checkpoint_index
-from loraga_dist.model.targets import Target
+from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.world import World
 
 TOKENS = torch.arange(24).view(2, 12) % 50

@@ -14,17 +14,18 @@ import torch
 
 from loraga_dist.engines.base import EngineState
 from loraga_dist.errors import Preempted, UserError
-from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore
+from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World
 
-_FORMAT = 2
+_FORMAT = 3
 """Of saved states; one of another number is not read."""
 
 
-class RunKeeper:
-    """Saves a run's state between microbatches and sweeps, and gives it back to the next run of the same work.
+class RunCheckpointer:
+    """Saves a run's state between microbatches, keeps the groups it has finished, and gives both to the next run of the
+    same work.
 
     work: what must be the same in both, as nested JSON. Every rank calls every method.
     """
@@ -38,7 +39,7 @@ class RunKeeper:
         self._seconds = 60 * minutes
         self._world = world
         self._saved_at = time.monotonic()
-        self._found: Checkpoint | None = None
+        self._found = Found([], None, [])
 
     def start_over(self) -> None:
         """Forget what an earlier run left."""
@@ -47,13 +48,14 @@ class RunKeeper:
 
     def look(self) -> None:
         """Find what an earlier run left. Raises UserError, naming what differs, when that was other work."""
-        found, damaged = self._store.newest()
+        found = self._store.read()
         if self._world.is_main:
-            for line in damaged:
+            for line in found.problems:
                 print(f"loraga-dist: checkpoint: {line}", file=sys.stderr)
-        if found is None:
+        last = found.newest or (found.finished[-1] if found.finished else None)
+        if last is None:
             return
-        theirs, ours = dict(_leaves(found.content["work"])), dict(_leaves(self.work))
+        theirs, ours = dict(_leaves(last.content["work"])), dict(_leaves(self.work))
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         with self._world.together():
             # of rank 0's files: nodes may hold copies of their own, with other times
@@ -62,15 +64,15 @@ class RunKeeper:
                 raise UserError(
                     "resume",
                     "auto",
-                    f"{found.path} was saved with {key} {theirs.get(key)!r} and now it is {ours.get(key)!r}; write "
+                    f"{last.path} was saved with {key} {theirs.get(key)!r} and now it is {ours.get(key)!r}; write "
                     "resume: never to start over, or the old value to go on",
                 )
         if self._world.is_main:
-            print(f"loraga-dist: going on from {found.path}", file=sys.stderr)
+            print(f"loraga-dist: going on from {last.path}", file=sys.stderr)
         self._found = found
 
-    def restored(self) -> Checkpoint | None:
-        return self._found
+    def restored(self) -> tuple[list[Checkpoint], Checkpoint | None]:
+        return self._found.finished, self._found.newest
 
     def after_microbatch(self, state: Callable[[], EngineState]) -> None:
         """Save if it is time. Raises Preempted, on all ranks at the same microbatch, when one was asked to stop."""
@@ -78,12 +80,14 @@ class RunKeeper:
         wanted = torch.tensor([self._stop.signal_name is not None, due], device=self._world.device, dtype=torch.int32)
         asked, due = self._world.max_(wanted).tolist()
         if asked or due:
-            self.save(state())
+            made = state()
+            self._store.save(made.content | {"work": self.work}, made.tensors)
+            self._saved_at = time.monotonic()
         if asked:
             self.leave()
 
-    def save(self, state: EngineState) -> None:
-        self._store.save(state.content | {"work": self.work}, state.tensors)
+    def finish_group(self, state: EngineState) -> None:
+        self._store.finish(state.content | {"work": self.work}, state.tensors)
         self._saved_at = time.monotonic()
 
     def leave_here_if_asked(self) -> None:

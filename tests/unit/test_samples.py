@@ -17,15 +17,9 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from loraga_dist.config import CalibrationConfig
-from loraga_dist.data.samples import (
-    IGNORED,
-    Sample,
-    assign_microbatches,
-    fingerprints,
-    load_samples,
-    microbatches_from_batches,
-    padding_token_id,
-)
+from loraga_dist.data.losses import IGNORED
+from loraga_dist.data.microbatches import Sample, assign_microbatches, microbatches_from_batches
+from loraga_dist.data.samples import fingerprints, load_samples, padding_token_id
 from loraga_dist.errors import UserError
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]

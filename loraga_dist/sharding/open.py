@@ -1,0 +1,38 @@
+"""Who holds the model: chosen in one place, for a checkpoint to be loaded and for a model that is there already."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from loraga_dist.errors import UserError
+from loraga_dist.ranks.world import World
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.settings import Holding
+from loraga_dist.sharding.single import SingleProcess
+from loraga_dist.sharding.zero3 import Zero3, is_partitioned, refuse_unsupported_shards
+
+
+def open_sharding(world: World, deepspeed: str | dict[str, Any] | None) -> Sharding:
+    """Choose what will load and hold a checkpoint's model. Raises UserError where DeepSpeed is needed and missing."""
+    return Zero3(world, deepspeed) if Holding.of(deepspeed, world.size).is_sharded else SingleProcess(world)
+
+
+def sharding_of(model: nn.Module, world: World, deepspeed: str | dict[str, Any] | None, caller: str) -> Sharding:
+    """Choose what holds a training script's own model, by how it was loaded.
+
+    caller: the function the user called, for messages. Raises UserError for shards that cannot be edited in place, and
+    for a model that several ranks hold whole.
+    """
+    if is_partitioned(model):
+        refuse_unsupported_shards(model, caller)
+        return Zero3(world, deepspeed)
+    if world.size > 1:
+        raise UserError(
+            "model",
+            type(model).__name__,
+            f"is whole on each of {world.size} ranks; load it under ZeRO-3 (transformers' HfDeepSpeedConfig)",
+        )
+    return SingleProcess(replace(world, device=next(model.parameters()).device))

@@ -1,0 +1,66 @@
+"""Every owner makes A0 and B0 of its targets, all owners at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from loraga_dist.config import SchemeConfig
+from loraga_dist.gradients.one_pass import full_float32_matmul
+from loraga_dist.linalg import TruncatedSVD
+from loraga_dist.model.plan import Plan
+from loraga_dist.model.targets import Target
+from loraga_dist.ranks.progress import phase
+from loraga_dist.schemes import LoraFactors
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.start.factors import make_factors, needs_weight
+
+
+@full_float32_matmul()
+def make_owned_factors(
+    model: nn.Module,
+    plan: Plan,
+    triplets: Mapping[str, TruncatedSVD],
+    config: SchemeConfig,
+    *,
+    sharding: Sharding,
+    dtypes: Mapping[str, torch.dtype],
+    after_round: Callable[[], None],
+) -> dict[str, LoraFactors]:
+    """Make A0, B0 of the targets this rank owns, on the host. A collective.
+
+    In rounds: where the scheme wants weights, every rank gets one that it owns, and factorizes it while the others
+    factorize theirs. No rank holds two gathered weights.
+    triplets: of the gradients that this rank owns. dtypes: what factors are rounded to. after_round: called on every
+    rank. Raises RunError, on every rank, for a weight that is not finite.
+    """
+    world = sharding.world
+    rounds = list(zip_longest(*(plan.owned(rank) for rank in range(world.size))))
+    made: dict[str, LoraFactors] = {}
+    with phase("factorize", len(plan.targets), "target", shown=world.is_main and not plan.groups) as progress:
+        for of_ranks in rounds:
+            weight = _own_weight(model, of_ranks, sharding) if needs_weight(config) else None
+            mine = of_ranks[world.rank]
+            with world.together():
+                if mine is not None:
+                    svd = triplets[mine.name] if plan.groups else None
+                    made[mine.name] = make_factors(mine, config, dtypes[mine.name], svd=svd, weight=weight)
+            del weight  # before the next one is gathered
+            progress.advance(sum(target is not None for target in of_ranks))
+            after_round()
+    return made
+
+
+def _own_weight(model: nn.Module, of_ranks: Sequence[Target | None], sharding: Sharding) -> torch.Tensor | None:
+    """This rank's weight of a round, on its device; all take part in all gathers."""
+    own = None
+    for owner, target in enumerate(of_ranks):
+        if target is None:
+            continue
+        weight = sharding.weight_on(model.get_parameter(target.parameter_name), owner)
+        if owner == sharding.world.rank:
+            own = weight
+    return own
