@@ -1,4 +1,4 @@
-"""What is free: the machine's memory, and what cgroups leave of their limits."""
+"""What is free for a run: the machine's memory, what cgroups leave of their limits; and the peak of what it takes."""
 
 from __future__ import annotations
 
