@@ -25,12 +25,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
-from torchrun import run_as_ranks
+from torchrun import json_of_ranks
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from loraga_dist.artifacts.report import versions
-from loraga_dist.cli import leave_process
 from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import Microbatch, assign_microbatches, count_supervised_tokens
@@ -40,6 +39,7 @@ from loraga_dist.gradients.one_pass import LossTotals, one_pass
 from loraga_dist.linalg import efficiency
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.targets import meta_copy, select_targets
+from loraga_dist.ranks.session import leave_process, run_as_rank
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.single import SingleProcess
 from loraga_dist.sharding.zero3 import Zero3
@@ -57,22 +57,22 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     if "RANK" in os.environ:  # one of the ranks started below
-        world = World.start()
-        rows = real(Path(options.directory), world)
-        if world.is_main:
-            options.json.write_text(json.dumps(rows))
-        world.barrier()
-        world.stop()
-        leave_process(0)
+        leave_process(run_as_rank(lambda world, stop: write_real(options, world)))
     rows = []
     if options.only != "synthetic":
         for num_ranks in options.ranks:
-            rows += run_as_ranks(__file__, num_ranks, "--directory", options.directory)
+            rows += json_of_ranks(__file__, num_ranks, "--directory", options.directory)
     if options.only != "real":
         rows += synthetic()
     if options.json:
         hardware = {"machine": platform.machine(), "cores": os.cpu_count()}
         options.json.write_text(json.dumps({"rows": rows, "hardware": hardware, "versions": versions()}, indent=2))
+
+
+def write_real(options: argparse.Namespace, world: World) -> None:
+    rows = real(Path(options.directory), world)
+    if world.is_main:
+        options.json.write_text(json.dumps(rows))
 
 
 class Together:

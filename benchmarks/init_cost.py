@@ -30,7 +30,7 @@ from rank_cost import SHAPE as SWEEP_BASE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torchrun import run_as_ranks
+from torchrun import json_of_ranks
 
 from loraga_dist.artifacts.report import versions
 from loraga_dist.ranks.memory import return_freed_memory_at_once
@@ -197,7 +197,7 @@ def sweep(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
             _tell(point)
     for num_ranks in RANKS[:2] if quick else RANKS:
         arguments = ["--repeats", str(repeats), *(["--quick"] if quick else [])]
-        points.append(run_as_ranks(Path(__file__).with_name("rank_cost.py"), num_ranks, *arguments))
+        points.append(json_of_ranks(Path(__file__).with_name("rank_cost.py"), num_ranks, *arguments))
         _tell(points[-1])
     return points
 

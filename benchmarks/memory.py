@@ -14,12 +14,7 @@ import json
 import math
 import os
 import platform
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +24,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torchrun import ROOT, run_as_ranks
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
 # TinyLlama-1.1B's shapes; the number of layers is chosen by size
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
 SEQUENCE_TOKENS = 256
@@ -88,48 +83,9 @@ def measure(model: Path, num_ranks: int, engine: str, scratch: Path) -> dict[str
         "output": {"dir": str(output), "residual_base": "full"},
     }
     config.write_text(yaml.safe_dump(tree))
-    run_ranks([str(ROOT / "launch" / "init.py"), "--config", str(config)], num_ranks)
+    init = ROOT / "launch" / "init.py"
+    run_as_ranks(init, num_ranks, "--config", str(config), timeout_seconds=TIME_LIMIT_SECONDS)
     return json.loads((output / "loraga_report.json").read_text())
-
-
-def run_ranks(arguments: Sequence[str], num_ranks: int) -> None:
-    """Run `python arguments` once per rank, as a launcher on one machine would; raises SystemExit when a rank fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        deadline = time.monotonic() + TIME_LIMIT_SECONDS
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes) or time.monotonic() > deadline:
-                break  # the others would wait for the one that failed
-            time.sleep(0.2)
-        codes = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if any(codes) or None in codes:
-        raise SystemExit(
-            f"{num_ranks} ranks ended with {codes}; None was stopped after {TIME_LIMIT_SECONDS} s or a failure"
-        )
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from cost_runs import Bench, Outcome, Shape
 from transformers.utils import logging
 
-from loraga_dist.cli import leave_process
 from loraga_dist.ranks.memory import return_freed_memory_at_once
+from loraga_dist.ranks.session import leave_process, run_as_rank
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.zero3 import Zero3
 
@@ -37,7 +37,11 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     return_freed_memory_at_once()
-    world = World.start()
+    leave_process(run_as_rank(lambda world, stop: measure(options, world)))
+
+
+def measure(options: argparse.Namespace, world: World) -> None:
+    """Run every way in turns and write the figures. A collective."""
     # one rank is sharded, too, so that points differ in their number only
     bench = Bench(replace(SHAPE, microbatches=4) if options.quick else SHAPE, Zero3(world, None))
     bench.warm_up()
@@ -50,9 +54,6 @@ def main() -> None:
     if world.is_main:
         content = {"quantity": "ranks", "value": world.size, "shape": asdict(bench.shape)} | figures
         options.json.write_text(json.dumps(content))
-    world.barrier()
-    world.stop()
-    leave_process(0)
 
 
 def point(runs: dict[str, list[Outcome]], world: World) -> dict[str, dict[str, float]]:

@@ -12,7 +12,6 @@ from loraga_dist.artifacts.adapter import adapter_entries
 from loraga_dist.artifacts.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CHECKSUMS,
     FACTORS,
     FACTORS_INDEX,
     LORAGA_INIT,
@@ -26,6 +25,7 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import PlannedFile, plan_model_files, residual_entries
 from loraga_dist.artifacts.tensors import num_bytes_of
 from loraga_dist.config import InitConfig
+from loraga_dist.files.checksums import CHECKSUMS
 from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target

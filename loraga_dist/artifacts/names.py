@@ -13,7 +13,6 @@ PLOTS = "plots"
 TENSORBOARD = "tensorboard"
 RESOLVED_CONFIG = "resolved_config.yaml"
 README = "README.md"
-CHECKSUMS = "SHA256SUMS"
 CONVERSION = "loraga_conversion.json"
 
 ADAPTER_CONFIG = "adapter_config.json"

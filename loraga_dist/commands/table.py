@@ -1,12 +1,21 @@
-"""The commands that work on files alone: convert, materialize-base, rebuild."""
+"""Every command of `loraga-dist`: its help, its arguments, and what it does with them."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraga_dist.errors import UserError, VerificationError
+from loraga_dist.ranks.session import run_alone, run_as_rank
+
+if TYPE_CHECKING:
+    from loraga_dist.ranks.session import StopRequest
+    from loraga_dist.ranks.world import World
 
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
@@ -15,15 +24,111 @@ VLLM_SAVED_MODULES = {"classifier", "score"}
 """The only modules_to_save that vLLM reads: heads of classifiers."""
 
 
+_OVERRIDES = "Any key of the file can be given as --section.key value."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """One command: its arguments, and what it does with them and the `--section.key value` that follow."""
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace, Sequence[str]], None]
-    """Raises LoragaError."""
+    run: Callable[[argparse.Namespace, Sequence[str]], int]
+    """Returns the exit code; never raises for what a user or a machine did."""
     takes_overrides: bool = False
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
+    # the deepspeed launcher adds it; LOCAL_RANK says the same
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    parser.epilog = _OVERRIDES
+
+
+def _init(options: argparse.Namespace, overrides: Sequence[str], world: World, stop: StopRequest) -> None:
+    from loraga_dist.artifacts.report import versions
+    from loraga_dist.config import load_config
+    from loraga_dist.publish.text import print_summary
+    from loraga_dist.run.pipeline import dry_run, run
+
+    with world.together():
+        extra = ["--output.overwrite", "true"] if options.overwrite else []
+        config = load_config(options.config, [*overrides, *extra])
+    world.require_same(versions(), "install the same on every node")
+    world.require_same(config.model_dump(mode="json"), "start all ranks with the same file and options")
+    if options.dry_run:
+        dry_run(config, world)
+        return
+    report, verified = run(config, world, stop)
+    if world.is_main:
+        print_summary(report, config.output.dir, verified)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--ranks", type=_positive(int), default=1, help="processes, one per device (default 1)")
+    parser.add_argument("--gib_per_rank", type=_positive(float), help="memory of one device; says what fits")
+    parser.add_argument("--device_tflops", type=_positive(float), help="peak of one device; gives a time range")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what will compute (default cuda)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.epilog = _OVERRIDES
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = "number above 0"  # argparse names it in its message
+    return parse
+
+
+def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    import torch
+
+    from loraga_dist.config import load_config
+    from loraga_dist.forecast.forecaster import Forecaster
+    from loraga_dist.forecast.report import plan_report, print_plan
+
+    config = load_config(options.config, overrides)
+    forecaster = Forecaster.of_config(config, options.ranks, torch.device(options.device))
+    report = plan_report(
+        forecaster, options.ranks, gib_per_rank=options.gib_per_rank, device_tflops=options.device_tflops
+    )
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_plan(report)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
+
+
+def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from loraga_dist.artifacts.verify import bytes_to_verify, verify
+    from loraga_dist.ranks.progress import phase
+
+    directory, base = options.directory, options.base
+    if not directory.is_dir():
+        raise UserError("directory", str(directory), "is not there; write an output directory")
+    if base is not None and not base.is_dir():
+        raise UserError("--base", str(base), "is not there; write the original model's directory")
+    with phase("verify", bytes_to_verify(directory), "B", shown=sys.stderr.isatty()) as progress:
+        result = verify(directory, base=base, on_progress=progress.advance)
+    if not result.ok:
+        first, *others = result.problems
+        error = VerificationError(first)
+        for problem in others:
+            error.add_note(problem)
+        raise error
+    checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
+    print(f"{directory}: verified, {result.num_targets} targets{checked}")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -115,21 +220,50 @@ def _rebuild(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(f"{options.to}: from the factors of {options.directory}; verified: {verified}")
 
 
-OFFLINE_COMMANDS = {
+def _on_ranks(
+    work: Callable[[argparse.Namespace, Sequence[str], World, StopRequest], None],
+) -> Callable[[argparse.Namespace, Sequence[str]], int]:
+    return lambda options, overrides: run_as_rank(lambda world, stop: work(options, overrides, world, stop))
+
+
+def _alone(
+    work: Callable[[argparse.Namespace, Sequence[str]], None],
+) -> Callable[[argparse.Namespace, Sequence[str]], int]:
+    return lambda options, overrides: run_alone(lambda: work(options, overrides))
+
+
+COMMANDS = {
+    "init": Command(
+        help="write a LoRA-GA start for a model",
+        add_arguments=_add_init,
+        run=_on_ranks(_init),
+        takes_overrides=True,
+    ),
+    "plan": Command(
+        help="say what init would take, and whether it fits",
+        add_arguments=_add_plan,
+        run=_alone(_plan),
+        takes_overrides=True,
+    ),
+    "verify": Command(
+        help="check an output directory from its files alone",
+        add_arguments=_add_verify,
+        run=_alone(_verify),
+    ),
     "convert": Command(
         help="a trained adapter as a plain LoRA on the original base, or merged into it",
         add_arguments=_add_convert,
-        run=_convert,
+        run=_alone(_convert),
     ),
     "materialize-base": Command(
         help="write residual_base/ of an output made without it",
         add_arguments=_add_materialize_base,
-        run=_materialize_base,
+        run=_alone(_materialize_base),
     ),
     "rebuild": Command(
         help="another rank, split or scale from the factors of an output",
         add_arguments=_add_rebuild,
-        run=_rebuild,
+        run=_alone(_rebuild),
         takes_overrides=True,
     ),
 }

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loraga_dist.artifacts.names import CHECKSUMS
 from loraga_dist.errors import RunError
 from loraga_dist.files.parallel import over_cores, shares
 from loraga_dist.ranks.world import World
@@ -17,6 +16,7 @@ from loraga_dist.ranks.world import World
 OnBytes = Callable[[int], None]
 """Told how many more bytes are done, now and then."""
 
+CHECKSUMS = "SHA256SUMS"
 _CHUNK_BYTES = 8 * 2**20
 _LINE = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>.+)")
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loraga_dist.errors import UserError
@@ -21,7 +19,7 @@ _LAUNCHERS = "start through deepspeed, torchrun, srun or mpirun"
 
 
 @dataclass(frozen=True)
-class Placement:
+class LaunchedRank:
     """This process among those the launcher started, and where rank 0 waits for the others."""
 
     rank: int
@@ -54,7 +52,7 @@ class _Started:
     size_variable: str
 
 
-def find_placement(environment: Mapping[str, str]) -> Placement:
+def find_launched_rank(environment: Mapping[str, str]) -> LaunchedRank:
     """Read the launcher's variables; without any the process is alone.
 
     torchrun's variables come first (deepspeed sets the same), then SLURM's, then MPI's, which takes mpi4py.
@@ -62,10 +60,10 @@ def find_placement(environment: Mapping[str, str]) -> Placement:
     """
     started = _started_by(environment)
     if "RANK" in environment:
-        placement = _from_torch(environment)
+        launched = _from_torch(environment)
         if started and started.size > 1:
-            _require_one_run(environment, placement, started)
-        return placement
+            _require_one_run(environment, launched, started)
+        return launched
     size = environment_int(environment, "WORLD_SIZE", started.size if started else 1)
     if started is None:
         if size > 1:
@@ -76,7 +74,7 @@ def find_placement(environment: Mapping[str, str]) -> Placement:
         )
     elif size > 1:
         return (_from_slurm if started.by == "srun" else _from_mpi)(environment, started)
-    return Placement(0, 1, 0, 1, "127.0.0.1", 0, "none")
+    return LaunchedRank(0, 1, 0, 1, "127.0.0.1", 0, "none")
 
 
 def _started_by(environment: Mapping[str, str]) -> _Started | None:
@@ -97,7 +95,7 @@ def _started_by(environment: Mapping[str, str]) -> _Started | None:
     return None
 
 
-def _from_torch(environment: Mapping[str, str]) -> Placement:
+def _from_torch(environment: Mapping[str, str]) -> LaunchedRank:
     rank, size = environment_int(environment, "RANK"), environment_int(environment, "WORLD_SIZE")
     if not 0 <= rank < size:
         raise UserError("RANK", rank, f"is outside WORLD_SIZE {size}; {_LAUNCHERS}")
@@ -105,7 +103,7 @@ def _from_torch(environment: Mapping[str, str]) -> Placement:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environment:
                 raise UserError(name, None, f"is not set although RANK is {rank} of {size}; {_LAUNCHERS}")
-    return Placement(
+    return LaunchedRank(
         rank,
         size,
         environment_int(environment, "LOCAL_RANK", 0),
@@ -117,7 +115,7 @@ def _from_torch(environment: Mapping[str, str]) -> Placement:
     )
 
 
-def _require_one_run(environment: Mapping[str, str], placement: Placement, started: _Started) -> None:
+def _require_one_run(environment: Mapping[str, str], launched: LaunchedRank, started: _Started) -> None:
     """Raise UserError where every process that srun or mpirun started would be a run of its own."""
     agents = environment_int(environment, "GROUP_WORLD_SIZE", environment_int(environment, "CROSS_SIZE", 0))
     if agents:
@@ -126,30 +124,30 @@ def _require_one_run(environment: Mapping[str, str], placement: Placement, start
                 started.size_variable,
                 started.size,
                 f"{started.by} started {started.size} launchers, and this one's run has {agents}; tell "
-                f"{placement.launcher} how many nodes there are and which this is, as launch/slurm/ does, or start one",
+                f"{launched.launcher} how many nodes there are and which this is, as launch/slurm/ does, or start one",
             )
-    elif (placement.rank, placement.size) != (started.rank, started.size):
+    elif (launched.rank, launched.size) != (started.rank, started.size):
         raise UserError(
             "RANK",
-            placement.rank,
-            f"with WORLD_SIZE {placement.size} contradicts {started.by}, for which this is process {started.rank} of "
+            launched.rank,
+            f"with WORLD_SIZE {launched.size} contradicts {started.by}, for which this is process {started.rank} of "
             f"{started.size}; unset RANK and WORLD_SIZE",
         )
 
 
-def _from_slurm(environment: Mapping[str, str], started: _Started) -> Placement:
+def _from_slurm(environment: Mapping[str, str], started: _Started) -> LaunchedRank:
     address = environment.get("MASTER_ADDR")
     if not address:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
         alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
-        address = "127.0.0.1" if alone else expand_nodelist(nodes)[0]
+        address = "127.0.0.1" if alone else first_host(nodes)
     counts = expand_task_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", str(started.size)))
     node = environment_int(environment, "SLURM_NODEID", 0)
     if node >= len(counts):
         raise UserError("SLURM_NODEID", node, f"is outside SLURM_STEP_TASKS_PER_NODE, which has {len(counts)} nodes")
     job_id = environment_int(environment, "SLURM_JOB_ID", 0)
     step_id = environment_int(environment, "SLURM_STEP_ID", 0)
-    return Placement(
+    return LaunchedRank(
         started.rank,
         started.size,
         environment_int(environment, "SLURM_LOCALID"),
@@ -165,7 +163,7 @@ def port_of_job(job_id: int, step_id: int = 0) -> int:
     return FIRST_PORT + (31 * job_id + step_id) % NUM_PORTS
 
 
-def _from_mpi(environment: Mapping[str, str], started: _Started) -> Placement:
+def _from_mpi(environment: Mapping[str, str], started: _Started) -> LaunchedRank:
     """Rank, size and local rank as MPI has them; rank 0 tells the others where it waits."""
     try:
         from mpi4py import MPI
@@ -190,12 +188,12 @@ def _from_mpi(environment: Mapping[str, str], started: _Started) -> Placement:
     buffer = bytearray(found.encode().ljust(512))
     world.Bcast(buffer)
     address, port = buffer.decode().split()
-    placement = Placement(
+    launched = LaunchedRank(
         world.Get_rank(), world.Get_size(), node.Get_rank(), node.Get_size(), address, int(port), "mpi"
     )
     node.Free()
     MPI.Finalize()  # for mpirun a process that ends without it has crashed
-    return placement
+    return launched
 
 
 def _free_port() -> int:
@@ -204,46 +202,15 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def expand_nodelist(text: str) -> list[str]:
-    """Host names of SLURM's short form, `gpu[01-03,7],login`; `scontrol` is asked only for what is not understood.
+def first_host(nodelist: str) -> str:
+    """The first host of SLURM's short form: `rack[1-2]n[01-02],login` -> `rack1n01`.
 
-    Raises UserError when neither can read it.
+    Raises UserError when it is none.
     """
-    try:
-        return [host for pattern in _split_outside_brackets(text) for host in _expand_pattern(pattern)]
-    except ValueError:
-        command = ["scontrol", "show", "hostnames", text]
-    hosts: list[str] = []
-    with suppress(OSError, subprocess.SubprocessError):
-        hosts = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
-    if not hosts:
-        raise UserError("SLURM_JOB_NODELIST", text, "is no list of nodes; set MASTER_ADDR to the first node")
-    return hosts
-
-
-def _split_outside_brackets(text: str) -> list[str]:
-    patterns = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
-    if not patterns or ",".join(patterns) != text:
-        raise ValueError(text)
-    return patterns
-
-
-def _expand_pattern(pattern: str) -> Iterator[str]:
-    """`rack[1-2]n[01-02]` -> rack1n01, rack1n02, rack2n01, rack2n02."""
-    head, bracket, rest = pattern.partition("[")
-    if not bracket:
-        yield head
-        return
-    ranges, _, tail = rest.partition("]")
-    ends = list(_expand_pattern(tail))
-    for part in ranges.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise ValueError(part)
-        first, last = match[1], match[2] or match[1]
-        for number in range(int(first), int(last) + 1):
-            for end in ends:
-                yield f"{head}{number:0{len(first)}d}{end}"
+    match = re.match(r"(?:[^,\[\]]|\[\d+[^\[\]]*\])+(?=,|$)", nodelist)
+    if not match:
+        raise UserError("SLURM_JOB_NODELIST", nodelist, "is no list of nodes; set MASTER_ADDR to the first node")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def expand_task_counts(text: str) -> list[int]:

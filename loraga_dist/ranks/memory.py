@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -45,9 +45,27 @@ def free_bytes(device: torch.device, ranks_on_node: int) -> int:
 def free_host_bytes() -> int:
     """What the kernel could give to new processes of this machine or container, swap included."""
     free = sum(_kib_in(Path("/proc/meminfo"), "MemAvailable:", "SwapFree:")) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return free if text == "max" else min(free, int(text))
+    groups = (line.removeprefix("0::") for line in Path("/proc/self/cgroup").read_text().splitlines())
+    own = next((group for group in groups if group.startswith("/")), "/")
+    return min([free, *cgroup_free_bytes(Path("/sys/fs/cgroup"), own)])
+
+
+def cgroup_free_bytes(mount: Path, group: str) -> list[int]:
+    """What this group and each of those above it leave of their limits; version 2 of cgroups, those with a limit only.
+
+    mount: where the hierarchy is. group: below it, as in /proc/self/cgroup. Clean cached files do not count as in use:
+    the kernel drops them before it refuses memory.
+    """
+    free = []
+    for path in (own := PurePosixPath(group), *own.parents):
+        directory = mount / path.relative_to("/")
+        limit = directory / "memory.max"
+        if not limit.is_file() or (text := limit.read_text().strip()) == "max":
+            continue
+        cached = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())["inactive_file"]
+        in_use = int((directory / "memory.current").read_text()) - int(cached)
+        free.append(max(0, int(text) - in_use))
+    return free
 
 
 def _kib_in(path: Path, *keys: str) -> list[int]:

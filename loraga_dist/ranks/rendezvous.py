@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.ranks.launcher import Placement, environment_int
+from loraga_dist.ranks.launcher import LaunchedRank, environment_int
 
 RENDEZVOUS_SECONDS = 600
 """Overridden by the environment: it is needed before any configuration is read."""
 
 
-def meet(placement: Placement) -> Store:
+def meet(launched: LaunchedRank) -> Store:
     """The store through which process groups connect, once every rank has reached it.
 
     Raises UserError when the address is no address, the port is taken, or ranks disagree on their number; RunError when
@@ -25,25 +25,25 @@ def meet(placement: Placement) -> Store:
     """
     seconds = environment_int(os.environ, "LORAGA_RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS)
     deadline = time.monotonic() + seconds
-    where = f"{placement.master_addr}:{placement.master_port}"
+    where = f"{launched.master_addr}:{launched.master_port}"
     # torchrun's store outlives the ranks that it starts again
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"loraga_dist/{attempt}", _reach(placement, where, seconds))
-    keys = [f"arrived/{rank}" for rank in range(placement.size)]
+    store = PrefixStore(f"loraga_dist/{attempt}", _reach(launched, where, seconds))
+    keys = [f"arrived/{rank}" for rank in range(launched.size)]
     try:
-        store.set(keys[placement.rank], f"{placement.size} {socket.gethostname()}")
+        store.set(keys[launched.rank], f"{launched.size} {socket.gethostname()}")
         _wait(store, keys, deadline)
         if missing := [rank for rank, key in enumerate(keys) if not store.check([key])]:
             raise RunError(
-                f"rendezvous at {where}: {placement.size - len(missing)} of {placement.size} ranks arrived within "
+                f"rendezvous at {where}: {launched.size - len(missing)} of {launched.size} ranks arrived within "
                 f"{seconds} s, not {missing}; check that they run and that their nodes reach this address and port"
             )
         for rank, key in enumerate(keys):
             size, _, host = store.get(key).decode().partition(" ")
-            if int(size) != placement.size:
+            if int(size) != launched.size:
                 raise UserError(
                     "WORLD_SIZE",
-                    placement.size,
+                    launched.size,
                     f"is {size} for rank {rank} on {host}; start all ranks by one launcher, with the same settings",
                 )
     except dist.DistError as error:
@@ -51,20 +51,20 @@ def meet(placement: Placement) -> Store:
     return store
 
 
-def _reach(placement: Placement, where: str, seconds: int) -> Store:
-    here = f"rank {placement.rank} on {socket.gethostname()}"
+def _reach(launched: LaunchedRank, where: str, seconds: int) -> Store:
+    here = f"rank {launched.rank} on {socket.gethostname()}"
     try:
-        socket.getaddrinfo(placement.master_addr, placement.master_port)
+        socket.getaddrinfo(launched.master_addr, launched.master_port)
     except OSError as error:
         raise UserError(
-            "MASTER_ADDR", placement.master_addr, f"{here}: {error.strerror}; set it to an address of rank 0's node"
+            "MASTER_ADDR", launched.master_addr, f"{here}: {error.strerror}; set it to an address of rank 0's node"
         ) from error
     # torchrun's agent holds the store for its ranks
-    is_server = placement.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_server = launched.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            placement.master_addr,
-            placement.master_port,
+            launched.master_addr,
+            launched.master_port,
             is_master=is_server,
             timeout=timedelta(seconds=seconds),
             wait_for_workers=False,
@@ -72,7 +72,7 @@ def _reach(placement: Placement, where: str, seconds: int) -> Store:
     except dist.DistError as error:
         if is_server:
             raise UserError(
-                "MASTER_PORT", placement.master_port, f"cannot be opened by {here}; set it to a free port"
+                "MASTER_PORT", launched.master_port, f"cannot be opened by {here}; set it to a free port"
             ) from error
         raise RunError(
             f"rendezvous at {where}: {here} found nobody there within {seconds} s; check that rank 0 runs and that "

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from loraga_dist.errors import LoragaError, RunError, UserError
-from loraga_dist.ranks.launcher import Placement, environment_int, find_placement
+from loraga_dist.ranks.launcher import LaunchedRank, environment_int, find_launched_rank
 from loraga_dist.ranks.rendezvous import meet
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -47,18 +47,19 @@ class World:
         """
         if dist.is_initialized():
             return cls.current()
-        place = find_placement(os.environ)
-        device = _device(place.local_rank)
-        if place.size > 1:
-            os.environ.update(place.variables())
-            _share_cores(place)
+        launched = find_launched_rank(os.environ)
+        device = _device(launched.local_rank)
+        os.environ.setdefault("LOCAL_RANK", str(launched.local_rank))  # DeepSpeed reads it for a single process, too
+        if launched.size > 1:
+            os.environ.update(launched.variables())
+            _share_cores(launched)
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             # its functions take the group that exists at its import as default arguments, and so keep gloo's threads
             # alive past `stop`: a rank then aborts at exit now and then
             importlib.import_module("torch.distributed.nn.functional")
-            _connect(place, "nccl" if device.type == "cuda" else "gloo")
-        return cls(place.rank, place.size, place.local_rank, device)
+            _connect(launched, "nccl" if device.type == "cuda" else "gloo")
+        return cls(launched.rank, launched.size, launched.local_rank, device)
 
     @classmethod
     def current(cls) -> World:
@@ -179,18 +180,19 @@ def _dotted(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _connect(place: Placement, backend: str) -> None:
-    store = meet(place)
+def _connect(launched: LaunchedRank, backend: str) -> None:
+    store = meet(launched)
     store.set_timeout(COLLECTIVE_TIMEOUT)
     try:
         dist.init_process_group(
-            backend, store=store, rank=place.rank, world_size=place.size, timeout=COLLECTIVE_TIMEOUT
+            backend, store=store, rank=launched.rank, world_size=launched.size, timeout=COLLECTIVE_TIMEOUT
         )
     except RuntimeError as error:
         variable = f"{backend.upper()}_SOCKET_IFNAME"
         raise RunError(
-            f"rank {place.rank}: all ranks met at {place.master_addr}:{place.master_port}, but {backend} does not "
-            f"connect them; set {variable} to the network interface between the nodes ({str(error).splitlines()[0]})"
+            f"rank {launched.rank}: all ranks met at {launched.master_addr}:{launched.master_port}, but {backend} does "
+            f"not connect them; set {variable} to the network interface between the nodes "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -199,13 +201,13 @@ def _ranks_on_node() -> int:
     return environment_int(os.environ, "LOCAL_WORLD_SIZE", environment_int(os.environ, "LOCAL_SIZE", 1))
 
 
-def _share_cores(place: Placement) -> None:
+def _share_cores(launched: LaunchedRank) -> None:
     """Give each rank of a node its part of the cores: ranks that all use all of them slow each other down tenfold."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     cores = len(os.sched_getaffinity(0))
-    threads = cores // place.local_size
-    if place.launcher == "slurm":  # where SLURM binds tasks to cores, those it shows are this rank's alone
+    threads = cores // launched.local_size
+    if launched.launcher == "slurm":  # where SLURM binds tasks to cores, those it shows are this rank's alone
         threads = min(cores, environment_int(os.environ, "SLURM_CPUS_PER_TASK", threads))
     torch.set_num_threads(max(1, threads))
 

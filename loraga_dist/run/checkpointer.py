@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,36 +16,11 @@ from loraga_dist.engines.base import EngineState
 from loraga_dist.errors import Preempted, UserError
 from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send some time before they kill."""
 
 _FORMAT = 3
 """Of saved states; one of another number is not read."""
-
-
-class StopRequest:
-    """Whether a scheduler has asked this process to stop; listens while the context lasts, in the main thread."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.listen_no_more()
-
-    def listen_no_more(self) -> None:
-        """Signals do what they did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
 
 
 class RunCheckpointer:

@@ -28,10 +28,11 @@ from loraga_dist.forecast.report import plan_report, print_plan
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
+from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import require_same_data
 from loraga_dist.request.request import CheckpointRequest, understand, understand_model
-from loraga_dist.run.checkpointer import RunCheckpointer, StopRequest, base_identity
+from loraga_dist.run.checkpointer import RunCheckpointer, base_identity
 from loraga_dist.run.finished import num_bytes_kept
 from loraga_dist.run.writing import finish_directory, make_report, write_weights
 from loraga_dist.schemes import SCHEMES

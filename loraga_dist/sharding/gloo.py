@@ -1,4 +1,7 @@
-"""An all-gather for gloo without a second copy of the result, which its own makes and which takes longer to fill."""
+"""An all-gather for gloo without the second copy of the result that its own makes and fills.
+
+256 MiB over two ranks: 0.12 s and no more memory, against 0.61 s and 256 MiB (docs/LOG.md).
+"""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ from starts import SLOWLY, TinyRun
 pytestmark = pytest.mark.timeout(240)
 
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10"]
-PLACEMENT = (
-    "import os; from loraga_dist.ranks.launcher import find_placement as f; p = f(os.environ); print(p.rank, p.size)"
+RANK_AND_SIZE = (
+    "import os; from loraga_dist.ranks.launcher import find_launched_rank; "
+    "launched = find_launched_rank(os.environ); print(launched.rank, launched.size)"
 )
 
 
@@ -102,11 +103,11 @@ def test_one_torchrun_per_task_that_knows_no_other_is_refused(cluster: Cluster, 
 
 def test_who_is_alone_in_a_job(cluster: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    script.write_text(f'#!/bin/bash\npython -c "{PLACEMENT}"\nsrun -n 1 -N 1 python -c "{PLACEMENT}"\n')
+    script.write_text(f'#!/bin/bash\npython -c "{RANK_AND_SIZE}"\nsrun -n 1 -N 1 python -c "{RANK_AND_SIZE}"\n')
     done = submit(cluster, script, log=tmp_path / "log")
     succeed(done)
     assert done.stdout == "0 1\n0 1\n"
-    shell = cluster.run(["salloc", *TWO_NODES, "python", "-c", PLACEMENT])
+    shell = cluster.run(["salloc", *TWO_NODES, "python", "-c", RANK_AND_SIZE])
     assert shell.stdout == "0 1\n"
 
 

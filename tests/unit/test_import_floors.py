@@ -31,12 +31,12 @@ FLOORS = [
 INSIDE = {
     "linalg": ["randomized_svd", "product", "subspace", "union"],
     "engines": ["home", "base", "exact", "sketch_state", "sketch", "__init__", "group"],
-    "ranks": ["balance", "progress", "memory", "launcher", "rendezvous", "world", "watch"],
+    "ranks": ["balance", "progress", "memory", "launcher", "rendezvous", "world", "watch", "session"],
     "files": ["parallel", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
-    "data": ["losses", "formats", "samples"],
+    "data": ["losses", "formats", "microbatches", "samples"],
     "model": ["base", "shape", "targets", "rank_budget", "plan"],
-    "sharding": ["slices", "gloo", "base", "single", "zero3", "__init__"],
-    "request": ["request"],
+    "sharding": ["slices", "settings", "gloo", "base", "single", "zero3", "open"],
+    "request": ["data", "request"],
     "artifacts": [
         "names",
         "tensors",
@@ -50,11 +50,11 @@ INSIDE = {
         "compare",
         "verify",
     ],
-    "gradients": ["taps", "one_pass", "passes", "calibrate"],
-    "start": ["factors", "place", "from_weights", "in_place"],
+    "gradients": ["taps", "one_pass", "passes", "gradients", "calibrate"],
+    "start": ["factors", "rounds", "place", "in_place"],
     "forecast": ["activations", "memory", "forecaster", "report"],
     "publish": ["rendering", "card", "text", "plots", "page", "hub", "tracking"],
-    "run": ["finished", "keeper", "writing", "pipeline"],
+    "run": ["finished", "checkpointer", "writing", "pipeline"],
     "commands": ["trained", "convert", "materialize", "rebuild", "save_start", "table"],
 }
 MAY_IMPORT = {

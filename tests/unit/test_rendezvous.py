@@ -10,12 +10,12 @@ from launching import free_port
 from torch.distributed import TCPStore
 
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.ranks.launcher import Placement
+from loraga_dist.ranks.launcher import LaunchedRank
 from loraga_dist.ranks.rendezvous import meet
 
 
-def place(rank: int, size: int, port: int, address: str = "127.0.0.1") -> Placement:
-    return Placement(rank, size, rank, size, address, port, "test")
+def place(rank: int, size: int, port: int, address: str = "127.0.0.1") -> LaunchedRank:
+    return LaunchedRank(rank, size, rank, size, address, port, "test")
 
 
 @pytest.fixture(autouse=True)
