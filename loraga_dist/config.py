@@ -1,6 +1,6 @@
 """What a user may say: one pydantic tree, read from YAML and dotted command-line overrides.
 
-Every default of the project lives here. An unknown key is an error that names the nearest. Strings go to docs/CONFIG.md.
+Every default of the project lives here. Unknown keys are errors that name the nearest. Strings go to docs/CONFIG.md.
 """
 
 from __future__ import annotations
