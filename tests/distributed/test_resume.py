@@ -80,7 +80,7 @@ def start(config: Path, out: Path, world_size: int, *, stop: int = 0, overrides:
     return [Finished(code, "", stderr.getvalue())]
 
 
-def efficiencies(out: Path, exact: Path) -> dict[str, float]:
+def captured_shares(out: Path, exact: Path) -> dict[str, float]:
     """Share of the best 2r directions' energy that the run's own 2r directions hold, by the exact run's gradient."""
     found, best = read_factors(out), read_factors(exact)
     shares = {}
@@ -91,54 +91,87 @@ def efficiencies(out: Path, exact: Path) -> dict[str, float]:
     return shares
 
 
-def worst(found: Path, expected: Path) -> float:
-    products = read_products(found)
-    return max(relative(products[name], product) for name, product in read_products(expected).items())
+@pytest.fixture(scope="module")
+def exact(config: Path) -> Path:
+    """What the exact engine gives, to which batches, groups of targets and ranks make no difference."""
+    out = config.parent / "exact"
+    succeed(start(config, out, 1))
+    return out
 
 
 # looks at the request: one after each microbatch, and one between phases
 @pytest.mark.parametrize(
-    ("overrides", "stops", "ranks", "tolerance"),
-    [
-        (IN_GROUPS, (3, 9, 5), (1, 1, 1, 1), 1e-5),
-        (IN_GROUPS, (4, 3), (2, 1, 2), 1e-5),
-        (SKETCH, (3, 10), (2, 2, 2), 1e-4),
-        (SKETCH, (5, 7), (1, 2, 1), 1e-3),  # other windows, hence not the same estimate
-        (ONE_PASS, (2, 3), (1, 1, 1), 1e-4),
-        ((), (11,), (1, 1), 1e-5),
-    ],
-    ids=["groups", "groups-other-ranks", "sketch", "sketch-other-ranks", "one-pass", "at-the-end"],
+    ("overrides", "stops", "ranks"),
+    [(IN_GROUPS, (3, 9, 5), (1, 1, 1, 1)), (IN_GROUPS, (4, 3), (2, 1, 2)), ((), (11,), (1, 1))],
+    ids=["groups", "groups-other-ranks", "at-the-end"],
 )
 def test_the_end_is_the_same(
-    config: Path, tmp_path: Path, overrides: Sequence[str], stops: Sequence[int], ranks: Sequence[int], tolerance: float
+    config: Path, exact: Path, tmp_path: Path, overrides: Sequence[str], stops: Sequence[int], ranks: Sequence[int]
 ) -> None:
-    out, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
-    overrides = [*overrides, "--calibration.per_device_batch_size", "1" if 2 in ranks else "2"]
-    # with the exact engine the number of ranks makes no difference
-    succeed(start(config, uninterrupted, ranks[-1] if "sketch" in overrides else 1, overrides=overrides))
+    out = start_and_stop(config, tmp_path, [*overrides, *small_batches(ranks)], stops, ranks)
+    products = read_products(out)
+    for name, product in read_products(exact).items():
+        # float32 sums that were begun in one process and ended in another
+        assert relative(products[name], product) < 1e-5, name
+    require_same_data(out, exact)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stops", "ranks", "least", "tolerance"),
+    [
+        (SKETCH, (3, 10), (2, 2, 2), 0.999, 1e-5),
+        (SKETCH, (5, 7), (1, 2, 1), 0.999, 1e-3),  # other windows, hence not the same estimate
+        (ONE_PASS, (2, 3), (1, 1, 1), 0.95, 1e-5),  # 32 columns instead of the default 112
+    ],
+    ids=["refined", "other-ranks", "one-pass"],
+)
+def test_the_sketch_loses_nothing(
+    config: Path,
+    exact: Path,
+    tmp_path: Path,
+    overrides: Sequence[str],
+    stops: Sequence[int],
+    ranks: Sequence[int],
+    least: float,
+    tolerance: float,
+) -> None:
+    overrides, uninterrupted = [*overrides, *small_batches(ranks)], tmp_path / "uninterrupted"
+    succeed(start(config, uninterrupted, ranks[-1], overrides=overrides))
+    out = start_and_stop(config, tmp_path, overrides, stops, ranks)
+    # singular values that are close may trade places; the directions as a whole may not
+    with_stops, without = (captured_shares(path, exact) for path in (out, uninterrupted))
+    assert max(abs(with_stops[name] - without[name]) for name in without) < tolerance
+    assert min(without.values()) > least
+    require_same_data(out, uninterrupted)
+
+
+def small_batches(ranks: Sequence[int]) -> list[str]:
+    """As many sequences in a global microbatch, whether there are one or two ranks."""
+    return ["--calibration.per_device_batch_size", "1" if 2 in ranks else "2"]
+
+
+def start_and_stop(
+    config: Path, directory: Path, overrides: Sequence[str], stops: Sequence[int], ranks: Sequence[int]
+) -> Path:
+    """The output of a run that was stopped so often, on so many ranks each time and the last."""
+    out, before = directory / "out", set(directory.iterdir())
     for stop, world_size in zip(stops, ranks[:-1], strict=True):
         for rank in start(config, out, world_size, stop=stop, overrides=overrides):
             assert rank.code == 143, rank.stderr
-        assert not out.exists() and (tmp_path / ".out.checkpoint").is_dir()
+        assert not out.exists() and (directory / ".out.checkpoint").is_dir()
     last = start(config, out, ranks[-1], overrides=overrides)
     succeed(last)
     assert "going on from" in last[0].stderr
     assert verify(out).problems == []
-    if "sketch" not in overrides:
-        assert worst(out, uninterrupted) < tolerance
-    else:
-        # singular values that are close may trade places; the directions as a whole may not
-        exact = [word if word != "sketch" else "exact" for word in overrides]
-        succeed(start(config, tmp_path / "exact", 1, overrides=exact))
-        with_stops, without = (efficiencies(path, tmp_path / "exact") for path in (out, uninterrupted))
-        assert max(abs(with_stops[name] - without[name]) for name in without) < tolerance
-        assert min(without.values()) > 0.95
-        shutil.rmtree(tmp_path / "exact")
-    report, expected = read_report(out), read_report(uninterrupted)
+    assert set(directory.iterdir()) == before | {out}
+    return out
+
+
+def require_same_data(out: Path, reference: Path) -> None:
+    report, expected = read_report(out), read_report(reference)
     for key in ("num_sequences", "num_supervised_tokens", "data_fingerprint", "refine_passes"):
         assert report[key] == expected[key]
     assert report["mean_loss"] == pytest.approx(expected["mean_loss"], rel=1e-5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "uninterrupted"]
 
 
 @pytest.fixture(scope="module")

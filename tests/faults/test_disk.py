@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from builders import config_tree, save_data, save_model
-from launching import INIT, Finished, free_port, run_together, succeed
+from launching import INIT, Finished, succeed
 from outputs import write_config
-from ranks import run_script
+from ranks import finish_on_ranks, run_script
 
 from loraga_dist.artifacts.verify import verify
+from loraga_dist.cli import init_main, leave_process
 
 
 @pytest.fixture
@@ -37,6 +38,12 @@ def config(tmp_path: Path) -> Path:
 
 def start(config: Path, out: Path, *options: str) -> list[Finished]:
     return run_script([INIT, "--config", str(config), "--output.dir", str(out), *options], 2)
+
+
+def init_with_small_files(arguments: Sequence[str]) -> None:
+    """On every rank: `init` where no file may have more than 40 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    leave_process(init_main(arguments))
 
 
 def failure(ranks: list[Finished]) -> str:
@@ -69,10 +76,8 @@ def test_a_limit_met_while_writing(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     succeed(start(config, out))
     before = (out / "loraga_report.json").read_bytes()
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    limited = ["prlimit", "--fsize=40000", sys.executable, INIT, "--config", str(config), "--overwrite"]
-    limited += ["--gradient.max_targets_in_flight", "7"]
-    said = failure(run_together([limited] * 2, [{"RANK": str(rank), **place} for rank in range(2)]))
+    options = ["--config", str(config), "--overwrite", "--gradient.max_targets_in_flight", "7"]
+    said = failure(finish_on_ranks(init_with_small_files, 2, options))
     assert "File too large" in said and f"{tmp_path}/.out." in said and "bytes" in said
     assert verify(out).problems == [] and (out / "loraga_report.json").read_bytes() == before
 

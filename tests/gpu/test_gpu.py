@@ -33,7 +33,8 @@ pytestmark = [
 
 DEVICE = torch.device("cuda", 0)
 M, N, R, TOKENS, MICROBATCHES = 768, 640, 4, 256, 16
-FLOOR = {torch.float32: 0.9995, torch.bfloat16: 0.9995}
+LEAST, CAPTURED_OFF = 0.9999, 2 * 0.0204
+"""docs/BENCHMARKS.md, quickstart model, all tokens, r = 4: means over targets; one may be off by twice that."""
 
 
 def data(index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -76,13 +77,14 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("on_host", [False, True])
-@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sketch_finds_the_gradient(dtype: torch.dtype, on_host: bool) -> None:
     result, G_MN = factorize("sketch", dtype, on_host=on_host), truth(dtype)
-    assert efficiency(G_MN, result.svd.U_MK[:, R : 2 * R], result.svd.Vh_KN[:R].T) >= FLOOR[dtype]
+    assert efficiency(G_MN, result.svd.U_MK[:, R : 2 * R], result.svd.Vh_KN[:R].T) >= LEAST
     S = torch.linalg.svdvals(G_MN)
-    assert torch.allclose(result.svd.S_K[: 2 * R].double(), S[: 2 * R], rtol=0.02)
-    assert result.captured_energy == pytest.approx((S[: 2 * R].square().sum() / S.square().sum()).item(), abs=0.1)
+    assert torch.allclose(result.svd.S_K[: 2 * R].double(), S[: 2 * R], rtol=0.01)
+    captured = (S[: 2 * R].square().sum() / S.square().sum()).item()
+    assert result.captured_energy == pytest.approx(captured, abs=CAPTURED_OFF)
 
 
 @pytest.mark.parametrize("on_host", [False, True])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import pytest
-import yaml
 from builders import config_tree, save_data, save_model
 from clones import Clone, make_clone
 from cluster import Cluster, running
 from cluster import missing as cluster_missing
-from launching import INIT, run, succeed
+from launching import succeed
+from outputs import make_output
 from starts import TinyRun
 
 
@@ -30,16 +29,9 @@ def quickstarted(clone: Clone) -> Clone:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     root = tmp_path_factory.mktemp("tiny")
-    tree = config_tree(
-        save_model(root / "model"),
-        save_data(root / "data.jsonl"),
-        root / "reference",
-        output={"dir": str(root / "reference"), "residual_base": "none"},
-    )
-    config = root / "config.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    succeed(run([sys.executable, INIT, "--config", str(config)]))
-    return TinyRun(config, root / "reference")
+    base, data = save_model(root / "model"), save_data(root / "data.jsonl")
+    out = make_output(config_tree(base, data, root / "reference", output={"residual_base": "none"}))
+    return TinyRun(out.with_suffix(".yaml"), out)
 
 
 @pytest.fixture(scope="session")

@@ -1,31 +1,12 @@
-"""Two output directories hold the same start."""
+"""A run that launchers make again, and the start that each has to give."""
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
-from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT
-
-
-def adapter_products(directory: Path) -> dict[str, torch.Tensor]:
-    """B0 A0 of every target, which no sign or split of the factors can hide a difference in."""
-    tensors = load_file(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
-    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    return {name: tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"] for name in names}
-
-
-def largest_difference(directory: Path, reference: Path) -> float:
-    """Over all targets, relative to the reference's norm."""
-    ours, theirs = adapter_products(directory), adapter_products(reference)
-    assert ours.keys() == theirs.keys()
-    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs)
-
+from outputs import read_products, read_report, relative
 
 SLOWLY = ["--calibration.per_device_batch_size", "1", "--gradient.max_targets_in_flight", "3"]
 """The same start after many sweeps, each of them kept: time to disturb a run."""
@@ -53,5 +34,7 @@ class TinyRun:
             time.sleep(0.02)
 
     def require_same_start(self, directory: Path, world_size: int = 2) -> None:
-        assert json.loads((directory / REPORT).read_text())["world_size"] == world_size
-        assert largest_difference(directory, self.reference) < 1e-4
+        assert read_report(directory)["world_size"] == world_size
+        found, expected = read_products(directory), read_products(self.reference)
+        assert found.keys() == expected.keys()
+        assert max(relative(found[name], expected[name]) for name in expected) < 1e-4

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from clones import Clone
 from launching import ROOT, succeed
+from outputs import read_report
 
-from loraga_dist.artifacts.names import ADAPTER_CONFIG, LORAGA_INIT, REPORT
+from loraga_dist.artifacts.names import ADAPTER_CONFIG, LORAGA_INIT
 
 pytestmark = pytest.mark.timeout(2400)  # the first test that needs it pretrains the quickstart model
 
@@ -47,10 +48,6 @@ PER_TARGET = {
     "offset_ratio",
     "owner_rank",
 }
-
-
-def read_report(directory: Path) -> dict:
-    return json.loads((directory / REPORT).read_text())
 
 
 def test_model_has_learned_and_is_built_once(quickstarted: Clone) -> None:
