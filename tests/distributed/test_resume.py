@@ -19,11 +19,10 @@ from ranks import finish_on_ranks
 from loraga_dist.artifacts import layout
 from loraga_dist.artifacts.residual import plan_model_files
 from loraga_dist.artifacts.verify import verify
-from loraga_dist.cli import leave_process
 from loraga_dist.config import load_config
 from loraga_dist.errors import LoragaError
+from loraga_dist.ranks.session import StopRequest, leave_process
 from loraga_dist.ranks.world import World
-from loraga_dist.run.checkpointer import StopRequest
 from loraga_dist.run.pipeline import run
 
 SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
