@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,9 @@ from ranks import finish_on_ranks
 from loraga_dist.artifacts import layout
 from loraga_dist.artifacts.residual import plan_model_files
 from loraga_dist.artifacts.verify import verify
-from loraga_dist.cli import leave_process
 from loraga_dist.config import load_config
-from loraga_dist.errors import LoragaError
+from loraga_dist.ranks.session import StopRequest, leave_process, run_as_rank
 from loraga_dist.ranks.world import World
-from loraga_dist.run.checkpointer import StopRequest
 from loraga_dist.run.pipeline import run
 
 SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
@@ -47,18 +44,13 @@ class StopAfter(StopRequest):
 
 def init_until(num_looks: int, config_path: Path, overrides: Sequence[str]) -> int:
     """On every rank: `loraga-dist init`, asked to stop after so many looks, as by a scheduler; its exit code."""
-    world = World.start()
-    try:
+
+    def work(world: World, _: StopRequest) -> None:
         with world.together():
             config = load_config(config_path, overrides)
         run(config, world, StopAfter(num_looks))
-    except LoragaError as error:
-        if world.is_main:
-            print(error, file=sys.stderr)
-        world.barrier()
-        return error.exit_code
-    world.barrier()
-    return 0
+
+    return run_as_rank(work)
 
 
 def leave_by_init(num_looks: int, config_path: Path, overrides: Sequence[str]) -> None:
