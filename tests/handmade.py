@@ -18,7 +18,6 @@ from loraga_dist.artifacts.residual import (
     digest_base,
     finish_residual_base,
     plan_model_files,
-    require_targets,
     residual_entries,
     write_residual_files,
 )
@@ -27,7 +26,7 @@ from loraga_dist.files.checksums import fingerprint, write_checksums
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import SafetensorsWriter
 from loraga_dist.model.base import read_checkpoint_index
-from loraga_dist.model.targets import Target
+from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.world import World
 
 K = 8

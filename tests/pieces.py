@@ -12,16 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraga_dist.config import CalibrationConfig, Checkpointing, GradientConfig, LoraSection, ModelConfig
 from loraga_dist.data.losses import causal_lm
-from loraga_dist.data.samples import Microbatch, assign_microbatches, load_samples
+from loraga_dist.data.microbatches import Microbatch, assign_microbatches
+from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, StateHome
-from loraga_dist.gradients.one_pass import LossTotals, forward, run_pass
+from loraga_dist.gradients.one_pass import LossTotals, forward, one_pass
 from loraga_dist.model.base import BaseModel, find_base_model
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import Target, meta_copy, select_targets
-from loraga_dist.ranks.progress import Progress
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.sharding import Sharding, SingleProcess, Zero3
+from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.open import open_sharding
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """All of a llama's layers that a start has by default."""
@@ -43,7 +44,7 @@ class Loaded:
 def load(model_dir: Path, world: World) -> Loaded:
     """Partitioned by ZeRO-3 if there are several ranks."""
     base = find_base_model(ModelConfig(name_or_path=str(model_dir)), "CAUSAL_LM", world.device)
-    sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
+    sharding = open_sharding(world, None)
     meta_model = meta_copy(base.model_class, base.config)
     model = sharding.load(base.directory, base.model_class, base.config, base.dtype, base.slots_of(meta_model))
     return Loaded(base, sharding, model, meta_model)
@@ -73,18 +74,15 @@ def exact_gradients(
     module = loaded.sharding.attach(loaded.model)
     for matrices in plan.groups:
         engine = ExactEngine(matrices, home=StateHome(world.device), seed=0, dtype=torch.float32)
-        totals = LossTotals()
-        run_pass(
+        with one_pass(
             module,
             [matrix.name for matrix in matrices],
-            microbatches,
             engine,
             sharding=loaded.sharding,
             loss_sum=causal_lm,
             checkpointing=checkpointing,
-            progress=Progress("", len(microbatches), "batch", shown=False),
-            totals=totals,
-        )
+        ) as take:
+            totals = sum(map(take, microbatches), LossTotals())
         yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(world, totals.num_tokens))
     loaded.sharding.detach()
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import loraga_dist
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding import Zero3
+from loraga_dist.sharding.zero3 import Zero3
 
 GLOBAL_BATCH = 6
 STEPS = 10

@@ -11,7 +11,8 @@ from hub_server import REPO, TOKEN, served
 from outputs import write_config
 from ranks import finish_on_ranks
 
-from loraga_dist.cli import init_main, leave_process
+from loraga_dist.cli import init_main
+from loraga_dist.ranks.session import leave_process
 
 
 def init_with_hub(url: str, arguments: Sequence[str]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from loraga_dist.artifacts.warnings import LOW_WINDOW_CAPTURE
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
-from loraga_dist.engines.sketch import width
 from loraga_dist.linalg import efficiency
 from loraga_dist.ranks.world import World
 
@@ -107,9 +106,8 @@ class Cosines:
 
 
 def matrix_owned_by(owner: int) -> Matrix:
-    return Matrix(
-        name="target", M=M, N=N, num_triplets=2 * R, width=width(2 * R, M, N, None), owner=owner, engine="sketch"
-    )
+    K = SketchEngine.width(2 * R, M, N, None)
+    return Matrix(name="target", M=M, N=N, num_triplets=2 * R, width=K, owner=owner, engine="sketch")
 
 
 def show(engine: ExactEngine | SketchEngine, stream: Stream, index: int, world: World) -> None:

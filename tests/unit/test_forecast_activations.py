@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 
 from loraga_dist.config import Checkpointing, LoraSection
 from loraga_dist.data.losses import LOSSES
-from loraga_dist.data.samples import Microbatch
-from loraga_dist.forecast.activations import rehearse
+from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.forecast.activations import forecast_activations
 from loraga_dist.gradients.one_pass import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -31,7 +31,7 @@ def test_a_rehearsal_takes_what_a_run_takes(kind: str, layers: int, checkpointin
     lora = LoraSection(task_type=task, exclude_modules=["score", "classifier"] if task == "SEQ_CLS" else None)  # type: ignore[arg-type]
     targets = select_targets(meta_copy(type(model), model.config), lora, SCHEME.num_triplets).targets
     names = [target.name for target in targets]
-    rehearsed = rehearse(
+    rehearsed = forecast_activations(
         type(model), model.config, torch.float32, shapes, names,
         loss_sum=LOSSES[task], checkpointing=checkpointing, gathers=False, sink_bytes=lambda name: 0,
     )  # fmt: skip

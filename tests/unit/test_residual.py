@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loraga_dist.artifacts import tensors as stored_tensors
-from loraga_dist.artifacts.residual import digest_base, plan_model_files, require_targets
+from loraga_dist.artifacts.residual import digest_base, plan_model_files
 from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.parallel import shares
 from loraga_dist.model.base import read_checkpoint_index
+from loraga_dist.model.targets import require_targets
 
 TOKENS = torch.arange(24).view(2, 12) % 50
 
