@@ -20,6 +20,7 @@ from loraga_dist.artifacts.residual import plan_model_files
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.config import load_config
 from loraga_dist.ranks.session import StopRequest, leave_process, run_as_rank
+from loraga_dist.ranks.world import World
 from loraga_dist.run.pipeline import run
 
 SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
@@ -43,7 +44,13 @@ class StopAfter(StopRequest):
 
 def init_until(num_looks: int, config_path: Path, overrides: Sequence[str]) -> int:
     """On every rank: `loraga-dist init`, asked to stop after so many looks, as by a scheduler; its exit code."""
-    return run_as_rank(lambda world, stop: run(load_config(config_path, overrides), world, StopAfter(num_looks)))
+
+    def work(world: World, _: StopRequest) -> None:
+        with world.together():
+            config = load_config(config_path, overrides)
+        run(config, world, StopAfter(num_looks))
+
+    return run_as_rank(work)
 
 
 def leave_by_init(num_looks: int, config_path: Path, overrides: Sequence[str]) -> None:
