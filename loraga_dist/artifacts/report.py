@@ -208,7 +208,7 @@ class Report(ReportPart):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise RunError(f"{REPORT}: {where}: {first['msg']}") from error
+            raise RunError(f"{REPORT}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _without_nulls(tree: Any) -> Any:

@@ -21,8 +21,8 @@ from loraga_dist.artifacts.verify import verify
 
 PHASES = {
     "load": (".out.partial", 1.0),
-    "calibrate": (".out.checkpoint/0*", 1.5),
-    "factorize": (".out.checkpoint/0*", 3.0),
+    "calibrate": (".out.checkpoint/*0*", 1.5),
+    "factorize": (".out.checkpoint/*0*", 3.0),
     "write": (".out.partial/factors", 0.2),
     "verify": (".out.partial/loraga_report.json", 0.2),
 }

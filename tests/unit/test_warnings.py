@@ -96,7 +96,7 @@ def test_the_advice_makes_the_offset_smaller(scale: str) -> None:
 
     def size(scaling: float = 2.0, stable_gamma: float = 16.0) -> float:
         S_R = torch.tensor([2.0, 1.0])
-        A, B = SCALES[scale](
+        A, B = SCALES[scale].multipliers(
             ScaleInputs(r=2, scaling=scaling, out_features=64, stable_gamma=stable_gamma, S_B_R=S_R, weight_S_K=S_R)
         )
         return scaling * torch.as_tensor(A * B).norm().item()
