@@ -202,29 +202,35 @@ def test_other_data_and_another_base_are_refused(config: Path, stopped: Path, tm
     assert result.code == 2 and "was saved with" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("damaged", "file", "goes_on_from"),
-    [
-        ("000002", "state.json", "000001"),
-        ("000002", "state-*.safetensors", "000001"),
-        ("000002", "state.safetensors.index.json", "000001"),
-        ("000002", "SHA256SUMS", "000001"),
-        ("finished-000001", "state-*.safetensors", "finished-000000"),
-    ],
-)
-def test_a_flipped_bit_leaves_what_was_saved_before(
-    config: Path, tmp_path: Path, damaged: str, file: str, goes_on_from: str
-) -> None:
-    out, saved = tmp_path / "out", tmp_path / ".out.checkpoint"
-    for stop in (2 * 11 + 3, 1):  # microbatches: two groups and a part of the third, then one more
-        assert [rank.code for rank in start(config, out, 1, stop=stop, overrides=IN_GROUPS)] == [143]
-    assert {path.name for path in saved.iterdir()} == {"finished-000000", "finished-000001", "000001", "000002"}
-    path = next((saved / damaged).glob(file))
+@pytest.mark.parametrize("file", ["state.json", "state-*.safetensors", "state.safetensors.index.json", "SHA256SUMS"])
+def test_a_flipped_bit_leaves_the_generation_before(config: Path, stopped: Path, tmp_path: Path, file: str) -> None:
+    shutil.copytree(stopped, tmp_path / "again")
+    out = tmp_path / "again" / "out"
+    assert [rank.code for rank in start(config, out, 1, stop=3)] == [143]
+    older, newer = sorted((tmp_path / "again" / ".out.checkpoint").iterdir())
+    path = next(newer.glob(file))
     flip_bit(path, position=path.stat().st_size // 2)
+    (result,) = start(config, out, 1)
+    succeed(result)
+    assert f"{newer} is damaged" in result.stderr and f"going on from {older}" in result.stderr
+    assert verify(out).problems == []
+
+
+@pytest.mark.parametrize(
+    ("damaged", "goes_on_from"), [("000001", "finished-000000"), ("finished-000000", None)], ids=["state", "group"]
+)
+def test_a_damaged_group_is_taken_again(config: Path, tmp_path: Path, damaged: str, goes_on_from: str | None) -> None:
+    out, checkpoint = tmp_path / "out", tmp_path / ".out.checkpoint"
+    assert [rank.code for rank in start(config, out, 1, stop=14, overrides=IN_GROUPS)] == [143]
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["000001", "finished-000000"]
+    flip_bit(checkpoint / damaged / "state.json", position=10)
     (result,) = start(config, out, 1, overrides=IN_GROUPS)
     succeed(result)
-    assert f"{saved / damaged} is damaged" in result.stderr
-    assert f"going on from {saved / goes_on_from}\n" in result.stderr
+    assert f"{checkpoint / damaged} is damaged" in result.stderr
+    if goes_on_from is None:
+        assert "going on from" not in result.stderr
+    else:
+        assert f"going on from {checkpoint / goes_on_from}" in result.stderr
     assert verify(out).problems == []
 
 
@@ -236,8 +242,8 @@ def test_a_damaged_checkpoint_is_said_and_left(config: Path, stopped: Path, tmp_
     assert "is damaged (state.json: does not match SHA256SUMS)" in result.stderr and "going on" not in result.stderr
 
 
-BEFORE_THE_THIRD_FILE = 11 + 21 + 1 + 3
-"""Looks at the request: after each microbatch and each target's factors, between phases, before each file."""
+UP_TO_THE_THIRD_FILE = 11 + 21 + 1 + 3
+"""Looks: after every microbatch, after every target's factors, between phases, before every file."""
 
 
 @pytest.fixture
@@ -248,7 +254,7 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_files")
 def test_finished_files_are_not_written_again(config: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "out", tmp_path / ".out.checkpoint" / "residual_base"
-    (stopped,) = start(config, out, 1, stop=BEFORE_THE_THIRD_FILE)
+    (stopped,) = start(config, out, 1, stop=UP_TO_THE_THIRD_FILE)
     assert stopped.code == 143 and not (tmp_path / ".out.partial").exists()
     finished = {path.name: path.stat().st_ino for path in kept.glob("*.safetensors")}
     assert len(finished) == 2
@@ -261,7 +267,7 @@ def test_finished_files_are_not_written_again(config: Path, tmp_path: Path) -> N
 @pytest.mark.usefixtures("small_files")
 def test_a_finished_file_that_was_damaged_is_written_again(config: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "out", tmp_path / ".out.checkpoint" / "residual_base"
-    start(config, out, 1, stop=BEFORE_THE_THIRD_FILE)
+    start(config, out, 1, stop=UP_TO_THE_THIRD_FILE)
     flip_bit(next(kept.glob("*.safetensors")), position=-5)
     (refused,) = start(config, out, 1)
     assert refused.code == 3 and "verify: " in refused.stderr and not out.exists()
@@ -272,7 +278,7 @@ def test_a_finished_file_that_was_damaged_is_written_again(config: Path, tmp_pat
 @pytest.mark.usefixtures("small_files")
 def test_finished_files_of_other_factors_are_written_again(config: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "out", tmp_path / ".out.checkpoint" / "residual_base"
-    start(config, out, 1, stop=BEFORE_THE_THIRD_FILE)
+    start(config, out, 1, stop=UP_TO_THE_THIRD_FILE)
     (note, *_) = kept.glob("*.json")
     note.write_text(note.read_text().replace('"adapter": "', '"adapter": "0'))
     written_at = note.with_suffix("").stat().st_mtime_ns
