@@ -32,7 +32,7 @@ from transformers.utils import logging
 from loraga_dist.artifacts.report import versions
 from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
 from loraga_dist.data.losses import causal_lm
-from loraga_dist.data.microbatches import Microbatch, assign_microbatches, count_supervised_tokens
+from loraga_dist.data.microbatches import Microbatch, SampleSharder, count_supervised_tokens
 from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.gradients.one_pass import LossTotals, one_pass
@@ -102,9 +102,13 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         task_type="CAUSAL_LM",
         max_positions=base.max_positions,
     )
-    everything = assign_microbatches(
-        samples, rank=world.rank, world_size=world.size, per_device_batch_size=4 // world.size or 1, pad_token_id=0
-    )
+    everything = SampleSharder(
+        samples=samples,
+        rank=world.rank,
+        world_size=world.size,
+        per_device_batch_size=4 // world.size or 1,
+        pad_token_id=0,
+    ).microbatches(0, len(samples), 0)
     sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
     slots = base.slots_of(meta_copy(base.model_class, base.config))
     model = sharding.load(base.directory, base.model_class, base.config, base.dtype, slots)

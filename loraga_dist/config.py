@@ -350,51 +350,32 @@ def _user_error(kind: type[BaseModel], error: ValidationError) -> UserError:
         return UserError(".".join(path), first["input"], _unknown_key_hint(kind, path))
     if first["type"] == "missing":
         return UserError(".".join(path), None, "is missing; it has no default")
-    # a union reports every member: keep the field's own path and say what all members wanted
-    field_path = _field_path(kind, path)
+    # a union reports every member, under the field's own path: say what all of them wanted
+    depth = 2 if path[0] in _sections(kind) else 1
     wanted = dict.fromkeys(
         detail["msg"].removeprefix("Value error, ").replace("Input should", "input should")
         for detail in details
-        if _field_path(kind, [str(part) for part in detail["loc"]]) == field_path
+        if [str(part) for part in detail["loc"][:depth]] == path[:depth]
     )
-    return UserError(".".join(field_path), first["input"], " or ".join(wanted))
+    return UserError(".".join(path[:depth]), first["input"], " or ".join(wanted))
 
 
-def _field_path(kind: type[BaseModel], path: list[str]) -> list[str]:
-    """The leading part of a pydantic location that names sections and fields."""
-    known: list[str] = []
-    model: Any = kind
-    for part in path:
-        if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):
-            break
-        known.append(part)
-        model = model.model_fields[part].annotation
-    return known or path
+def _sections(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    kinds = {name: field.annotation for name, field in kind.model_fields.items()}
+    return {name: found for name, found in kinds.items() if isinstance(found, type) and issubclass(found, BaseModel)}
 
 
 def _unknown_key_hint(kind: type[BaseModel], path: list[str]) -> str:
     *parents, leaf = path
-    if parents == ["lora"] and _is_key_of_peft(leaf):
-        return "is a key of PEFT's that is not supported here; remove it"
-    section: Any = kind
-    for parent in parents:
-        section = section.model_fields[parent].annotation
-    near = difflib.get_close_matches(leaf, section.model_fields, n=1)
-    if near:
-        return f"unknown key; did you mean {'.'.join([*parents, near[0]])}?"
-    elsewhere = [
-        f"{name}.{leaf}"
-        for name, field in kind.model_fields.items()
-        if isinstance(field.annotation, type)
-        and issubclass(field.annotation, BaseModel)
-        and leaf in field.annotation.model_fields
-    ]
-    if elsewhere:
-        return f"unknown key; did you mean {elsewhere[0]}?"
-    return f"unknown key; known here: {', '.join(section.model_fields)}"
+    sections = _sections(kind)
+    known = (sections[parents[0]] if parents else kind).model_fields
+    if parents == ["lora"]:
+        from peft import LoraConfig  # seconds, which only this mistake is worth
 
-
-def _is_key_of_peft(key: str) -> bool:
-    from peft import LoraConfig  # seconds, which only this mistake is worth
-
-    return key in {field.name for field in dataclasses.fields(LoraConfig)}
+        if leaf in {field.name for field in dataclasses.fields(LoraConfig)}:
+            return "is a key of PEFT's that is not supported here; remove it"
+    near = [".".join([*parents, name]) for name in difflib.get_close_matches(leaf, known, n=1)]
+    elsewhere = [f"{name}.{leaf}" for name, section in sections.items() if leaf in section.model_fields]
+    if near or elsewhere:
+        return f"unknown key; did you mean {(near or elsewhere)[0]}?"
+    return f"unknown key; known here: {', '.join(known)}"

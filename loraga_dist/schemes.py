@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from loraga_dist.errors import UserError
 from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd, truncated_svd_bytes
-
-Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +119,13 @@ def lora_ga(inputs: SchemeInputs) -> LoraFactors:
     Where G has fewer than 2r singular values above rounding, the columns of B that would be noise are zero, so that
     these components start as in plain LoRA. Rows of A stay orthogonal and of one norm.
 
-    Raises UserError if r needs more triplets than `svd` holds, and for an unknown direction or scale.
     Source: arXiv 2407.05000, section 3, and the official code github.com/Outsider565/LoRA-GA.
     """
-    r, svd = inputs.r, _triplets(inputs, 2 * inputs.r)
-    choose = _lookup(DIRECTIONS, "init.direction", inputs.direction)
-    multipliers = _lookup(SCALES, "init.scale", inputs.scale).multipliers
-
-    index_A_R, index_B_R = (index.to(svd.S_K.device) for index in choose(r, inputs.generator))
-    times_A, times_B = multipliers(
+    r, svd = inputs.r, inputs.svd
+    assert svd is not None and 2 * r <= svd.width, "LoRA-GA needs 2r triplets of the gradient"
+    chosen = DIRECTIONS[inputs.direction](r, inputs.generator)
+    index_A_R, index_B_R = (index.to(svd.S_K.device) for index in chosen)
+    times_A, times_B = SCALES[inputs.scale].multipliers(
         ScaleInputs(
             out_features=inputs.M,
             r=r,
@@ -153,10 +148,10 @@ def lora_one(inputs: SchemeInputs) -> LoraFactors:
     With -G ~ U S V^T: B = U_r sqrt(S_r / S_1) / sqrt(gamma), A = sqrt(S_r / S_1) V_r^T / sqrt(gamma). B A is not zero,
     so the start is not the pretrained model but some way down its loss.
 
-    Raises UserError if `svd` holds fewer than r triplets.
     Source: the official code github.com/YuanheZ/LoRA-One, run_exp.py (arXiv 2502.01235).
     """
-    r, svd = inputs.r, _triplets(inputs, inputs.r)
+    r, svd = inputs.r, inputs.svd
+    assert svd is not None and r <= svd.width, "LoRA-One needs r triplets of the gradient"
     tiny = torch.finfo(torch.float32).tiny
     root_R = (svd.S_K[:r] / svd.S_K[0].clamp_min(tiny)).sqrt() / math.sqrt(inputs.stable_gamma)
     return LoraFactors(
@@ -200,19 +195,6 @@ def kaiming(inputs: SchemeInputs) -> LoraFactors:
     return LoraFactors(A_RN=A_RN, B_MR=torch.zeros(inputs.M, inputs.r))
 
 
-def _triplets(inputs: SchemeInputs, num_triplets: int) -> TruncatedSVD:
-    svd = inputs.svd
-    assert svd is not None, "the scheme needs the gradient's svd"
-    if num_triplets > svd.width:
-        fitting = svd.width * inputs.r // num_triplets
-        raise UserError(
-            "lora.r",
-            inputs.r,
-            f"needs {num_triplets} singular triplets and the gradient gives {svd.width}: use r <= {fitting}",
-        )
-    return svd
-
-
 def _pissa_width(M: int, N: int, r: int) -> int:
     """Columns of the truncated SVD. Weights' spectra are flat, and distance to the last column is what converges."""
     return min(r + max(r, 32), M, N)
@@ -226,24 +208,6 @@ def _olora_bytes(M: int, N: int, r: int) -> int:
     return 4 * M * N + 16 * M * r + 4 * r * (M + N)
 
 
-def _lookup(table: dict[str, Entry], key: str, name: str) -> Entry:
-    if name not in table:
-        raise UserError(key, name, f"write one of {', '.join(table)}")
-    return table[name]
-
-
-def _a_first(r: int, generator: torch.Generator) -> Indices:
-    return torch.arange(r), torch.arange(r, 2 * r)
-
-
-def _b_first(r: int, generator: torch.Generator) -> Indices:
-    return torch.arange(r, 2 * r), torch.arange(r)
-
-
-def _alternating(r: int, generator: torch.Generator) -> Indices:
-    return torch.arange(1, 2 * r, 2), torch.arange(0, 2 * r, 2)
-
-
 def _random(r: int, generator: torch.Generator) -> Indices:
     index_A_R, index_B_R = torch.randperm(2 * r, generator=generator, device=generator.device).split(r)
     return index_A_R, index_B_R
@@ -253,14 +217,6 @@ def _stable(inputs: ScaleInputs) -> Multipliers:
     # Forward output and first-step update keep their size over widths and ranks: theorem 3.2 of the paper.
     factor = inputs.out_features**0.25 / math.sqrt(inputs.stable_gamma)
     return factor, factor
-
-
-def _unit(inputs: ScaleInputs) -> Multipliers:
-    return 1.0, 1.0
-
-
-def _gd(inputs: ScaleInputs) -> Multipliers:
-    return 1 / inputs.scaling, 1 / inputs.scaling
 
 
 def _weight_svd(inputs: ScaleInputs) -> Multipliers:
@@ -275,9 +231,9 @@ def _peft(inputs: ScaleInputs) -> Multipliers:
 
 
 DIRECTIONS: dict[str, Callable[[int, torch.Generator], Indices]] = {
-    "ArB2r": _a_first,
-    "A2rBr": _b_first,
-    "ArBr": _alternating,
+    "ArB2r": lambda r, generator: (torch.arange(r), torch.arange(r, 2 * r)),
+    "A2rBr": lambda r, generator: (torch.arange(r, 2 * r), torch.arange(r)),
+    "ArBr": lambda r, generator: (torch.arange(1, 2 * r, 2), torch.arange(0, 2 * r, 2)),
     "random": _random,
 }
 
@@ -285,9 +241,11 @@ _LOWER_ALPHA_OR_RAISE_GAMMA = "lower lora.lora_alpha or raise init.stable_gamma"
 
 SCALES: dict[str, Scale] = {
     "stable": Scale(multipliers=_stable, smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA),
-    "unit": Scale(multipliers=_unit, smaller_offset="lower lora.lora_alpha"),
+    "unit": Scale(multipliers=lambda inputs: (1.0, 1.0), smaller_offset="lower lora.lora_alpha"),
     # divides by the square of s
-    "gd": Scale(multipliers=_gd, smaller_offset="raise lora.lora_alpha"),
+    "gd": Scale(
+        multipliers=lambda inputs: (1 / inputs.scaling, 1 / inputs.scaling), smaller_offset="raise lora.lora_alpha"
+    ),
     # divides by s
     "weight_svd": Scale(multipliers=_weight_svd, smaller_offset="write init.scale stable", needs_weight=True),
     "peft": Scale(multipliers=_peft, smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA),

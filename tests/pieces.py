@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraga_dist.config import CalibrationConfig, Checkpointing, GradientConfig, LoraSection, ModelConfig
 from loraga_dist.data.losses import causal_lm
-from loraga_dist.data.microbatches import Microbatch, assign_microbatches
+from loraga_dist.data.microbatches import Microbatch, SampleSharder
 from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, StateHome
 from loraga_dist.gradients.one_pass import LossTotals, forward, one_pass
@@ -57,7 +57,8 @@ def microbatches_of(model_dir: Path, data: Path, rank: int = 0, world_size: int 
         task_type="CAUSAL_LM",
         max_positions=None,
     )
-    return assign_microbatches(samples, rank=rank, world_size=world_size, per_device_batch_size=2, pad_token_id=256)
+    data = SampleSharder(samples=samples, rank=rank, world_size=world_size, per_device_batch_size=2, pad_token_id=256)
+    return data.microbatches(0, len(samples), 0)
 
 
 def exact_gradients(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -71,7 +70,11 @@ class MicrobatchSharder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSharder:
-    """Samples that every rank knows, split evenly."""
+    """Samples that every rank knows, split evenly: every rank gets as many microbatches, as each is a collective.
+
+    Each global microbatch holds `world_size * per_device_batch_size` consecutive samples, split among the ranks in
+    order. A rank that the last one leaves empty-handed gets a copy of sample 0 without any supervised token.
+    """
 
     samples: list[Sample]
     rank: int
@@ -88,14 +91,18 @@ class SampleSharder:
         return len(self.samples)
 
     def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
-        return assign_microbatches(
-            self.samples[start:stop],
-            rank=self.rank,
-            world_size=self.world_size,
-            per_device_batch_size=self.per_device_batch_size,
-            pad_token_id=self.pad_token_id,
-            first_index=first_index,
-        )
+        samples, microbatches = self.samples[start:stop], []
+        for index, first in enumerate(range(0, len(samples), self.samples_per_step), first_index):
+            own = first + self.rank * self.per_device_batch_size
+            mine = samples[own : own + self.per_device_batch_size]
+            microbatch = Microbatch(
+                inputs=_collate(mine or samples[:1], self.pad_token_id),
+                num_supervised_tokens=sum(sample.num_supervised_tokens for sample in mine),
+                index=index,
+                sample_ids=tuple(sample.row for sample in mine),
+            )
+            microbatches.append(microbatch if mine else without_supervision(microbatch, index))
+        return microbatches
 
 
 @dataclass(frozen=True)
@@ -113,43 +120,6 @@ class BatchSharder:
     def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
         assert start == first_index, "batches of a dataloader are not dealt out anew"
         return self.batches[start:stop]
-
-
-def assign_microbatches(
-    samples: list[Sample],
-    *,
-    rank: int,
-    world_size: int,
-    per_device_batch_size: int,
-    pad_token_id: int,
-    first_index: int = 0,
-) -> list[Microbatch]:
-    """This rank's microbatches; every rank gets the same number, because each forward is a collective.
-
-    Each global microbatch, the first numbered `first_index`, holds `world_size * per_device_batch_size` consecutive
-    samples, split among the ranks in order.
-    A rank that the last one leaves empty-handed gets a copy of sample 0 without any supervised token.
-    """
-    assert samples and 0 <= rank < world_size
-    global_size = world_size * per_device_batch_size
-    microbatches = []
-    for step in range(math.ceil(len(samples) / global_size)):
-        index = first_index + step
-        start = step * global_size + rank * per_device_batch_size
-        mine = samples[start : start + per_device_batch_size]
-        if not mine:
-            filler = Microbatch(_collate(samples[:1], pad_token_id), 0, index, ())
-            microbatches.append(without_supervision(filler, index))
-            continue
-        microbatches.append(
-            Microbatch(
-                inputs=_collate(mine, pad_token_id),
-                num_supervised_tokens=sum(sample.num_supervised_tokens for sample in mine),
-                index=index,
-                sample_ids=tuple(sample.row for sample in mine),
-            )
-        )
-    return microbatches
 
 
 def without_supervision(microbatch: Microbatch, index: int) -> Microbatch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -14,6 +14,7 @@ from loraga_dist.artifacts.names import TENSORBOARD
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import OutputConfig
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.ranks.world import dotted
 
 _PER_TARGET = ("captured_energy", "split_half_cosine", "window_capture", "offset_ratio", "numerical_rank")
 _TOTALS = ("num_sequences", "num_supervised_tokens", "split_half_cosine", "mean_loss", "state_bytes_per_rank")
@@ -61,7 +62,8 @@ def track(directory: Path, report: Report) -> None:
                 tracker = WandBTracker(project, name=directory.name, dir=str(directory.parent))
             tracker.main_process_only = False  # this is rank 0; the state above need not say so
             tracker.start()
-            tracker.store_init_configuration(dict(_dotted(report.config.model_dump())))
+            settings = dict(dotted(report.config.model_dump()))
+            tracker.store_init_configuration({key: _plain(value) for key, value in settings.items() if value != {}})
             tracker.log(dict(figures(report)), step=0)
             tracker.finish()
         except Exception as error:  # each service has errors of its own
@@ -84,10 +86,6 @@ def figures(report: Report) -> Iterator[tuple[str, float]]:
     yield from ((name, number) for name, number in numbers.items() if number is not None)
 
 
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted names, as the kinds of values that trackers take."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, (bool, int, float, str)) else str(value)
+def _plain(value: Any) -> bool | int | float | str:
+    """As trackers take it."""
+    return value if isinstance(value, (bool, int, float, str)) else str(value)

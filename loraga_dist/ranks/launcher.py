@@ -107,12 +107,16 @@ def _from_torch(environment: Mapping[str, str]) -> LaunchedRank:
         rank,
         size,
         environment_int(environment, "LOCAL_RANK", 0),
-        # torchrun and deepspeed have different names for it
-        environment_int(environment, "LOCAL_WORLD_SIZE", environment_int(environment, "LOCAL_SIZE", 1)),
+        local_size(environment),
         environment.get("MASTER_ADDR", "127.0.0.1"),
         environment_int(environment, "MASTER_PORT", 0),
         "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed" if "CROSS_SIZE" in environment else "RANK",
     )
+
+
+def local_size(environment: Mapping[str, str]) -> int:
+    """Ranks on this node; torchrun and deepspeed have different names for it."""
+    return environment_int(environment, "LOCAL_WORLD_SIZE", environment_int(environment, "LOCAL_SIZE", 1))
 
 
 def _require_one_run(environment: Mapping[str, str], launched: LaunchedRank, started: _Started) -> None:

@@ -21,36 +21,29 @@ class Progress:
         self._done = 0
         self._lock = threading.Lock()
         self._start = self._last_line = time.monotonic()
-        self._bar = (
-            tqdm(total=total, desc=phase, unit=unit, unit_scale=unit == "B") if shown and sys.stderr.isatty() else None
-        )
-        self._lines = shown and self._bar is None
+        self._lines = shown and not sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=phase, unit=unit, unit_scale=unit == "B", disable=self._lines or not shown)
 
     def advance(self, steps: int = 1) -> None:
         with self._lock:
-            self._advance(steps)
-
-    def _advance(self, steps: int) -> None:
-        before, self._done = self._done, min(self._done + steps, self._total)
-        if self._bar is not None:
-            self._bar.update(self._done - before)
-        now = time.monotonic()
-        finished = before < self._total <= self._done
-        if self._lines and (finished or now - self._last_line > _SECONDS_BETWEEN_LINES):
-            self._last_line = now
-            rate = self._done / max(now - self._start, 1e-9)
-            print(
-                f"{self._phase}: {self._amount(self._done)} of {self._amount(self._total)}{self._word}, "
-                f"{self._amount(rate)}{self._word}/s, {(self._total - self._done) / rate:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            before, self._done = self._done, min(self._done + steps, self._total)
+            self.bar.update(self._done - before)
+            now = time.monotonic()
+            finished = before < self._total <= self._done
+            if self._lines and (finished or now - self._last_line > _SECONDS_BETWEEN_LINES):
+                self._last_line = now
+                rate = self._done / max(now - self._start, 1e-9)
+                print(
+                    f"{self._phase}: {self._amount(self._done)} of {self._amount(self._total)}{self._word}, "
+                    f"{self._amount(rate)}{self._word}/s, {(self._total - self._done) / rate:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def extend(self, steps: int) -> None:
         """More steps than were announced, or fewer."""
         self._total += steps
-        if self._bar is not None:
-            self._bar.total = self._total
+        self.bar.total = self._total
 
     @property
     def _word(self) -> str:
@@ -59,15 +52,9 @@ class Progress:
     def _amount(self, number: float) -> str:
         return tqdm.format_sizeof(number) if self._unit == "B" else f"{number:.4g}"
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
 
 @contextmanager
 def phase(name: str, total: int, unit: str, *, shown: bool) -> Iterator[Progress]:
     progress = Progress(name, total, unit, shown=shown)
-    try:
+    with progress.bar:
         yield progress
-    finally:
-        progress.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -32,7 +33,8 @@ def meet(launched: LaunchedRank) -> Store:
     keys = [f"arrived/{rank}" for rank in range(launched.size)]
     try:
         store.set(keys[launched.rank], f"{launched.size} {socket.gethostname()}")
-        _wait(store, keys, deadline)
+        with suppress(dist.DistStoreError):  # who is missing is seen below
+            store.wait(keys, timedelta(seconds=max(1.0, deadline - time.monotonic())))
         if missing := [rank for rank, key in enumerate(keys) if not store.check([key])]:
             raise RunError(
                 f"rendezvous at {where}: {launched.size - len(missing)} of {launched.size} ranks arrived within "
@@ -78,10 +80,3 @@ def _reach(launched: LaunchedRank, where: str, seconds: int) -> Store:
             f"rendezvous at {where}: {here} found nobody there within {seconds} s; check that rank 0 runs and that "
             "this node reaches that address and port"
         ) from error
-
-
-def _wait(store: Store, keys: list[str], deadline: float) -> None:
-    try:
-        store.wait(keys, timedelta(seconds=max(1.0, deadline - time.monotonic())))
-    except dist.DistStoreError:
-        return  # who is missing is for the caller to see

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from loraga_dist.errors import LoragaError, RunError, UserError
-from loraga_dist.ranks.launcher import LaunchedRank, environment_int, find_launched_rank
+from loraga_dist.ranks.launcher import LaunchedRank, environment_int, find_launched_rank, local_size
 from loraga_dist.ranks.rendezvous import meet
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -81,7 +81,7 @@ class World:
     @property
     def ranks_on_node(self) -> int:
         """As the launcher says; 1 where it says nothing."""
-        return _ranks_on_node()
+        return local_size(os.environ)
 
     def stop(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -136,7 +136,7 @@ class World:
 
         facts: what JSON can hold, nested or not.
         """
-        of_ranks = [dict(_dotted(tree)) for tree in self.all_json(facts)]
+        of_ranks = [dict(dotted(tree)) for tree in self.all_json(facts)]
         ours = of_ranks[0]
         for key in sorted(set().union(*of_ranks)):
             others = [rank for rank, theirs in enumerate(of_ranks) if theirs.get(key) != ours.get(key)]
@@ -172,10 +172,11 @@ class World:
         raise error
 
 
-def _dotted(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every leaf; an empty mapping is one."""
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -194,11 +195,6 @@ def _connect(launched: LaunchedRank, backend: str) -> None:
             f"not connect them; set {variable} to the network interface between the nodes "
             f"({str(error).splitlines()[0]})"
         ) from error
-
-
-def _ranks_on_node() -> int:
-    # torchrun and deepspeed have different names for it
-    return environment_int(os.environ, "LOCAL_WORLD_SIZE", environment_int(os.environ, "LOCAL_SIZE", 1))
 
 
 def _share_cores(launched: LaunchedRank) -> None:

@@ -17,7 +17,7 @@ from loraga_dist.errors import Preempted, UserError
 from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.ranks.session import StopRequest
-from loraga_dist.ranks.world import World
+from loraga_dist.ranks.world import World, dotted
 
 _FORMAT = 3
 """Of saved states; one of another number is not read."""
@@ -55,7 +55,7 @@ class RunCheckpointer:
         last = found.newest or (found.finished[-1] if found.finished else None)
         if last is None:
             return
-        theirs, ours = dict(_leaves(last.content["work"])), dict(_leaves(self.work))
+        theirs, ours = dict(dotted(last.content["work"])), dict(dotted(self.work))
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         with self._world.together():
             # of rank 0's files: nodes may hold copies of their own, with other times
@@ -124,10 +124,3 @@ def base_identity(index: Mapping[str, TensorSlot]) -> str:
             files[slot.path] = (slot.path.name, stat.st_size, stat.st_mtime_ns)
     layout = [[name, str(slot.dtype), list(slot.shape), files[slot.path]] for name, slot in sorted(index.items())]
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
-
-
-def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Dotted path and value of every leaf; empty sections count."""
-    if isinstance(tree, Mapping) and tree:
-        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
-    return [(path, tree)]

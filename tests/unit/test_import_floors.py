@@ -59,7 +59,7 @@ INSIDE = {
 }
 MAY_IMPORT = {
     "linalg": set(),
-    "schemes": {"linalg", "errors"},
+    "schemes": {"linalg"},
     "engines": {"linalg"},
     "ranks": {"errors"},
 }

@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from loraga_dist.config import CalibrationConfig
 from loraga_dist.data.losses import IGNORED
-from loraga_dist.data.microbatches import Sample, assign_microbatches, microbatches_from_batches
+from loraga_dist.data.microbatches import Microbatch, Sample, SampleSharder, microbatches_from_batches
 from loraga_dist.data.samples import fingerprints, load_samples, padding_token_id
 from loraga_dist.errors import UserError
 
@@ -156,7 +156,7 @@ def test_batches_are_those_of_trl(
     ]
 
     expected = trainer.data_collator(prepared)
-    (microbatch,) = assign_microbatches(
+    (microbatch,) = microbatches_of(
         samples,
         rank=0,
         world_size=1,
@@ -211,12 +211,16 @@ def test_sequence_to_sequence_truncates_both_sides_and_keeps_the_end_token(tmp_p
     assert sample.num_supervised_tokens == 4
 
 
+def microbatches_of(samples: list[Sample], **settings: Any) -> list[Microbatch]:
+    return SampleSharder(samples=samples, **settings).microbatches(0, len(samples), 0)
+
+
 def test_classification_batches(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     rows = [{"text": "good", "grade": 1}, {"text": "bad", "grade": 0}]
     samples = samples_of(tmp_path, rows, tokenizer, task_type="SEQ_CLS", num_labels=2, label_field="grade")
     mine, dummy = (
-        assign_microbatches(samples, rank=rank, world_size=2, per_device_batch_size=2, pad_token_id=7)[0]
+        microbatches_of(samples, rank=rank, world_size=2, per_device_batch_size=2, pad_token_id=7)[0]
         for rank in range(2)
     )
     assert mine.inputs["labels"].tolist() == [1, 0] and mine.num_supervised_tokens == 2
@@ -236,9 +240,7 @@ def test_ranks_share_the_samples_and_take_equally_many_steps(world_size: int, ba
         for i in range(7)
     ]
     ranks = [
-        assign_microbatches(
-            samples, rank=rank, world_size=world_size, per_device_batch_size=batch_size, pad_token_id=99
-        )
+        microbatches_of(samples, rank=rank, world_size=world_size, per_device_batch_size=batch_size, pad_token_id=99)
         for rank in range(world_size)
     ]
     assert len({len(microbatches) for microbatches in ranks}) == 1
@@ -320,7 +322,7 @@ def test_fingerprint_follows_content_and_order(tmp_path: Path) -> None:
 
 def test_own_dataloader(tmp_path: Path) -> None:
     samples = samples_of(tmp_path, COMPLETIONS)
-    expected = assign_microbatches(samples, rank=0, world_size=1, per_device_batch_size=2, pad_token_id=0)
+    expected = microbatches_of(samples, rank=0, world_size=1, per_device_batch_size=2, pad_token_id=0)
     batches = [dict(microbatch.inputs) | {"ids": ["not", "a tensor"]} for microbatch in expected]
     actual = microbatches_from_batches(batches, "CAUSAL_LM", limit=1)
     assert len(actual) == 1 and actual[0].inputs.keys() == expected[0].inputs.keys()

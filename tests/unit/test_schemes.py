@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraga_dist.errors import UserError
 from loraga_dist.linalg import TruncatedSVD, efficiency, sign_fix, truncated_svd
 from loraga_dist.schemes import (
     DIRECTIONS,
@@ -175,16 +174,6 @@ def test_a_zero_gradient_gives_plain_lora() -> None:
     got = factors(triplets(torch.zeros(M, N)))
     assert torch.equal(got.B_MR, torch.zeros(M, R))
     assert torch.linalg.matrix_rank(got.A_RN) == R
-
-
-def test_user_mistakes_name_the_key() -> None:
-    svd = triplets(gradient())
-    with pytest.raises(UserError, match=r"^lora\.r: 9: .*use r <= 8"):
-        factors(svd, r=9)
-    with pytest.raises(UserError, match=r"^init\.direction: 'ArB': write one of ArB2r, A2rBr, ArBr, random"):
-        factors(svd, direction="ArB")
-    with pytest.raises(UserError, match=r"^init\.scale: 'stabel': write one of stable, unit, gd, weight_svd, peft"):
-        factors(svd, scale="stabel")
 
 
 def test_lora_one_by_hand() -> None:
