@@ -69,8 +69,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         try:
             checkpointer = _checkpointer(request, staged.checkpoint_path, stop, world)
             sharding = open_sharding(world, config.deepspeed)
-            base = request.base
-            model = sharding.load(base.directory, base.model_class, base.config, base.dtype, request.slots)
+            model = sharding.load(request.base, request.slots)
             seconds["load"] = time.monotonic() - started
             start = start_in_place(model, request, sharding=sharding, checkpointer=checkpointer)
             seconds["calibrate"] = 0.0 if start.gradients is None else start.gradients.seconds_calibrate
