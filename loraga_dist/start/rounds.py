@@ -35,7 +35,8 @@ def make_owned_factors(
     In rounds: where the scheme wants weights, every rank gets one that it owns, and factorizes it while the others
     factorize theirs. No rank holds two gathered weights.
     plan: the request's, with the ranks that a budget bought. triplets: of the gradients that this rank owns.
-    checkpointer: asked after every round whether to leave. Raises RunError, on every rank, for a weight that is not finite.
+    checkpointer: asked after every round whether to leave.
+    Raises RunError, on every rank, for a weight that is not finite.
     """
     world, config, dtypes = sharding.world, request.config.init, request.factor_dtypes
     rounds = list(zip_longest(*(plan.owned(rank) for rank in range(world.size))))
