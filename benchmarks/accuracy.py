@@ -111,7 +111,7 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
     ).microbatches(0, len(samples), 0)
     sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
     slots = base.slots_of(meta_copy(base.model_class, base.config))
-    model = sharding.load(base.directory, base.model_class, base.config, base.dtype, slots)
+    model = sharding.load(base, slots)
     targets = select_targets(meta_copy(base.model_class, base.config), LoraSection(), lambda r: 2 * r).targets
     module = sharding.attach(model)
 

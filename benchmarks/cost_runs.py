@@ -206,15 +206,7 @@ class Bench:
             model = copy.deepcopy(self.model)
             started = time.perf_counter()
             peft_model = add_adapter(model, self.lora, sharding)
-            owned = make_owned_factors(
-                model,
-                plan,
-                found.owned,
-                request.config.init,
-                sharding=sharding,
-                dtypes=request.factor_dtypes,
-                after_round=lambda: None,
-            )
+            owned = make_owned_factors(model, request, plan, found.owned, sharding=sharding)
             place_factors(peft_model, plan, owned, sharding=sharding)
             self._wait()
             outcome.details["seconds_place"] = time.perf_counter() - started

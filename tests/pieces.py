@@ -46,7 +46,7 @@ def load(model_dir: Path, world: World) -> Loaded:
     base = find_base_model(ModelConfig(name_or_path=str(model_dir)), "CAUSAL_LM", world.device)
     sharding = open_sharding(world, None)
     meta_model = meta_copy(base.model_class, base.config)
-    model = sharding.load(base.directory, base.model_class, base.config, base.dtype, base.slots_of(meta_model))
+    model = sharding.load(base, base.slots_of(meta_model))
     return Loaded(base, sharding, model, meta_model)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -94,100 +95,109 @@ def split_half_cosine(E_2MS: Tensor, halves_seen: int) -> float | None:
     return (even * odd).sum().item() / norms if norms else 0.0
 
 
-class GradientEngine(Protocol):
-    """Accumulates (x, dy) of one group of matrices over one sweep of the data, then factorizes what it owns."""
+class GradientEngine(ABC):
+    """Accumulates (x, dy) of one group of matrices over passes over the data, then factorizes what it owns.
 
-    def begin_microbatch(self, index: int) -> None: ...
+    Its class says beforehand what one matrix takes of one rank. Bytes are an upper bound of the tensors alive at once.
+    dtype: of x and dy. num_tokens: of the largest microbatch.
+    """
 
+    refines: ClassVar[bool] = False
+    """Whether further passes over the same data bring something."""
+
+    def __init__(self, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> None:
+        self._matrices = {matrix.name: matrix for matrix in matrices}
+        self._home = home
+        self._seed = seed
+        self._dtype = dtype
+        self._half = 0
+        self._halves_seen: set[int] = set()
+
+    def begin_microbatch(self, index: int) -> None:
+        self._half = index % 2
+        self._halves_seen.add(self._half)
+
+    @abstractmethod
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None: ...
 
     def end_microbatch(self, world: Collectives) -> None:
         """After every backward, on all ranks."""
-        ...
+        return None
 
+    @abstractmethod
     def split_half_cosines(self, world: Collectives) -> list[float | None]:
         """Of the owned matrices, over the data so far; a collective."""
-        ...
-
-    def save_state(self, world: Collectives) -> EngineState:
-        """Between microbatches, a collective. The owners' sums replace the ranks' parts; accumulation can go on."""
-        ...
-
-    def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
-        """Into a fresh engine of the same matrices, whoever owns them now."""
-        ...
-
-    def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
-        """Reduce every matrix to its owner; yield the owned ones. The state is gone afterwards."""
-        ...
-
-
-class RefiningEngine(GradientEngine, Protocol):
-    """An engine to which further passes over the same data bring something."""
 
     def begin_refinement(self, world: Collectives) -> None:
-        """Before each further pass; a collective."""
-        ...
+        """Before each further pass, of an engine that refines; a collective."""
+        raise NotImplementedError
 
+    @abstractmethod
+    def save_state(self, world: Collectives) -> EngineState:
+        """Between microbatches, a collective. The owners' sums replace the ranks' parts; accumulation can go on."""
 
-class EngineKind(Protocol):
-    """The class of an engine: makes engines, and says beforehand what one matrix takes of one rank.
+    @abstractmethod
+    def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
+        """Into a fresh engine of the same matrices, whoever owns them now."""
 
-    Bytes are an upper bound of the tensors alive at once. dtype: of x and dy. num_tokens: of the largest microbatch.
-    """
+    @abstractmethod
+    def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
+        """Reduce every matrix to its owner; yield the owned ones. The state is gone afterwards."""
 
-    @property
-    def refines(self) -> bool:
-        """Whether its engines are `RefiningEngine`s."""
-        ...
-
-    def __call__(
-        self, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype
-    ) -> GradientEngine: ...
-
-    def width(self, num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
+    @staticmethod
+    @abstractmethod
+    def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:
         """K, at most min(M, N). oversampling: the user's; None for the engine's own rule."""
-        ...
 
-    def suits(self, matrix: Matrix) -> bool:
+    @staticmethod
+    def suits(matrix: Matrix) -> bool:
         """Whether `auto` takes this engine, if none before it in the table suits."""
-        ...
+        return True
 
-    def state_bytes(self, matrix: Matrix) -> int:
+    @staticmethod
+    @abstractmethod
+    def state_bytes(matrix: Matrix) -> int:
         """At most, whatever the dtype and the owner: what `gradient.state_budget_gib` counts."""
-        ...
 
-    def held_bytes(self, matrix: Matrix, dtype: torch.dtype, *, owned: bool) -> int:
+    @classmethod
+    def held_bytes(cls, matrix: Matrix, dtype: torch.dtype, *, owned: bool) -> int:
         """State after the first microbatch."""
-        ...
+        return cls.state_bytes(matrix)
 
-    def cold_bytes(self, matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
+    @classmethod
+    def cold_bytes(cls, matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
         """State at the end of the first microbatch, before `end_microbatch`."""
-        ...
+        return cls.state_bytes(matrix)
 
-    def observation_bytes(self, matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
+    @staticmethod
+    @abstractmethod
+    def observation_bytes(matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
         """Taken for a moment by `observe`."""
-        ...
 
-    def refresh_bytes(self, matrix: Matrix) -> int:
+    @staticmethod
+    def refresh_bytes(matrix: Matrix) -> int:
         """Taken for a moment by the owner in `end_microbatch`."""
-        ...
+        return 0
 
-    def factorization_bytes(self, matrix: Matrix) -> int:
+    @staticmethod
+    @abstractmethod
+    def factorization_bytes(matrix: Matrix) -> int:
         """Taken for a moment by the owner in `factorize`."""
-        ...
 
-    def factorization_cost(self, matrix: Matrix) -> int:
+    @staticmethod
+    @abstractmethod
+    def factorization_cost(matrix: Matrix) -> int:
         """Grows as the flops of the owner's work do; owners are balanced by it."""
-        ...
 
-    def flops_per_token(self, matrix: Matrix) -> int:
+    @staticmethod
+    @abstractmethod
+    def flops_per_token(matrix: Matrix) -> int:
         """Of one pass."""
-        ...
 
-    def traffic_bytes(self, matrix: Matrix, num_microbatches: int, refine_passes: int) -> int:
+    @staticmethod
+    @abstractmethod
+    def traffic_bytes(matrix: Matrix, num_microbatches: int, refine_passes: int) -> int:
         """Sent through collectives over all passes. num_microbatches: per rank and pass."""
-        ...
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -11,6 +11,7 @@ from loraga_dist.engines.base import (
     ERROR_COLUMNS,
     Collectives,
     EngineState,
+    GradientEngine,
     GradientSVD,
     Matrix,
     Tensors,
@@ -26,18 +27,11 @@ OVERSAMPLING = 32
 """Columns of the randomized SVD beyond the wanted ones, unless the user says otherwise."""
 
 
-class ExactEngine:
-    """Accumulates G_MN = sum over tokens of dy x^T in float32; see `GradientEngine`, and `EngineKind` for its costs."""
-
-    refines: ClassVar[bool] = False
+class ExactEngine(GradientEngine):
+    """Accumulates G_MN = sum over tokens of dy x^T in float32, whatever the dtype of the data."""
 
     def __init__(self, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> None:
-        """dtype: of x and dy; the state is float32 whatever it is."""
-        self._matrices = {matrix.name: matrix for matrix in matrices}
-        self._seed = seed
-        self._home = home
-        self._half = 0
-        self._halves_seen: set[int] = set()
+        super().__init__(matrices, home=home, seed=seed, dtype=dtype)
         self._G: dict[str, torch.Tensor] = {}
         self._E: dict[str, torch.Tensor] = {}
         self._Phi: dict[str, torch.Tensor] = {}
@@ -47,18 +41,11 @@ class ExactEngine:
             generator = seeded_generator(seed, f"{matrix.name}/error", torch.device("cpu"))
             self._Phi[matrix.name] = torch.randn(matrix.N, ERROR_COLUMNS, generator=generator).to(home.device)
 
-    def begin_microbatch(self, index: int) -> None:
-        self._half = index % 2
-        self._halves_seen.add(self._half)
-
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
         x, dy = x_TN.float(), dy_TM.float()
         kept = self._G[name]
         self._home.put_back(kept, self._home.fetch(kept).addmm_(dy.t(), x))
         self._E[name][self._half].addmm_(dy.t(), x @ self._Phi[name])
-
-    def end_microbatch(self, world: Collectives) -> None:
-        return None
 
     def split_half_cosines(self, world: Collectives) -> list[float | None]:
         cosines = []
@@ -107,11 +94,10 @@ class ExactEngine:
         for matrix, G_MN in self.mean_gradients(world, num_tokens):
             with naming(matrix):
                 svd = self.svd(matrix, G_MN)
-                captured = _ratio(
-                    svd.S_K[: matrix.num_triplets].double().square().sum().item(),
-                    torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item(),
-                )
+                wanted = svd.S_K[: matrix.num_triplets].double().square().sum().item()
+                whole = torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item()
             cosine = split_half_cosine(self._E.pop(matrix.name), len(self._halves_seen))
+            captured = wanted / whole if whole else 0.0
             yield matrix.name, GradientSVD(svd=svd, captured_energy=captured, split_half_cosine=cosine)
 
     def svd(self, matrix: Matrix, G_MN: torch.Tensor) -> TruncatedSVD:
@@ -128,29 +114,13 @@ class ExactEngine:
         return min(num_triplets + (OVERSAMPLING if oversampling is None else oversampling), M, N)
 
     @staticmethod
-    def suits(matrix: Matrix) -> bool:
-        return True
-
-    @staticmethod
     def state_bytes(matrix: Matrix) -> int:
         return 4 * (matrix.M * matrix.N + (2 * matrix.M + matrix.N) * ERROR_COLUMNS)
-
-    @classmethod
-    def held_bytes(cls, matrix: Matrix, dtype: torch.dtype, *, owned: bool) -> int:
-        return cls.state_bytes(matrix)
-
-    @classmethod
-    def cold_bytes(cls, matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
-        return cls.state_bytes(matrix)
 
     @staticmethod
     def observation_bytes(matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
         casts = 0 if dtype == torch.float32 else matrix.M + matrix.N
         return 4 * num_tokens * (casts + ERROR_COLUMNS)
-
-    @staticmethod
-    def refresh_bytes(matrix: Matrix) -> int:
-        return 0
 
     @staticmethod
     def factorization_bytes(matrix: Matrix) -> int:
@@ -168,7 +138,3 @@ class ExactEngine:
     @staticmethod
     def traffic_bytes(matrix: Matrix, num_microbatches: int, refine_passes: int) -> int:
         return 4 * matrix.M * matrix.N
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0

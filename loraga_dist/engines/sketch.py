@@ -38,39 +38,20 @@ COLD_ITERATIONS = 2
 
 
 class SketchEngine(SketchCosts):
-    """Sketches every gradient in one pass; see the module's docstring and `RefiningEngine`."""
+    """Sketches every gradient in one pass; see the module's docstring."""
 
     refines: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        matrices: Sequence[Matrix],
-        *,
-        home: StateHome,
-        seed: int,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> None:
         """dtype: of x and dy; data of another dtype is right, too, but the bases are cast for it every time."""
-        self._seed = seed
+        super().__init__(matrices, home=home, seed=seed, dtype=dtype)
         self._device = home.device
-        self._dtype = dtype
-        self._home = home
-        self._half = 0
-        self._halves_seen: set[int] = set()
         self._states = {
             matrix.name: State(
-                matrix=matrix, E_2MS=self._home.keep(torch.zeros(2, matrix.M, ERROR_COLUMNS, device=home.device))
+                matrix=matrix, E_2MS=home.keep(torch.zeros(2, matrix.M, ERROR_COLUMNS, device=home.device))
             )
             for matrix in matrices
         }
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._states)
-
-    def begin_microbatch(self, index: int) -> None:
-        self._half = index % 2
-        self._halves_seen.add(self._half)
 
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
         state = self._states[name]
@@ -178,7 +159,7 @@ class SketchEngine(SketchCosts):
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         self._refresh(self._unfinished(), world, last=True)
-        for name in self.names:
+        for name in list(self._states):
             state = self._states.pop(name)
             if state.matrix.owner == world.rank:
                 with naming(state.matrix):

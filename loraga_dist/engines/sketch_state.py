@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from loraga_dist.engines.base import ERROR_COLUMNS, Matrix
+from loraga_dist.engines.base import ERROR_COLUMNS, GradientEngine, Matrix
 
 _WINDOW_BYTES = 8
 """Of a window, per column and row of the matrix: Y or Z, and P or Q in 32 bits or twice 16."""
@@ -62,8 +62,8 @@ def kept_rows(matrix: Matrix, num_tokens: int, itemsize: int) -> int:
     return min(2 * K, matrix.M, matrix.N)
 
 
-class SketchCosts:
-    """The costs that `EngineKind` asks for."""
+class SketchCosts(GradientEngine):
+    """The part of the sketch engine that says beforehand what it takes."""
 
     @staticmethod
     def width(num_triplets: int, M: int, N: int, oversampling: int | None) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,10 +12,12 @@ from torch import nn
 from loraga_dist.config import GradientConfig
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.engines import ENGINES
-from loraga_dist.engines.base import EngineState, Tensors
+from loraga_dist.engines.base import EngineState
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError
+from loraga_dist.files.checkpoint import Checkpoint
+from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
 from loraga_dist.gradients.one_pass import full_float32_matmul, one_pass
 from loraga_dist.gradients.passes import Position, halves_agree
@@ -25,36 +26,6 @@ from loraga_dist.model.plan import Plan
 from loraga_dist.ranks.progress import Progress, phase
 from loraga_dist.request.request import Request
 from loraga_dist.sharding.base import Sharding
-
-
-class Saved(Protocol):
-    """A state as it was saved: JSON and tensors."""
-
-    @property
-    def content(self) -> Mapping[str, Any]: ...
-
-    @property
-    def tensors(self) -> Tensors: ...
-
-
-class Checkpointer(Protocol):
-    """Keeps what a later run goes on from. Every method is a collective."""
-
-    def restored(self) -> tuple[Sequence[Saved], Saved | None]:
-        """What an earlier run of the same work left: its finished groups, and the state within the next one."""
-        ...
-
-    def after_microbatch(self, state: Callable[[], EngineState]) -> None:
-        """Save the state if it is time, on all ranks alike; raises Preempted where the run was asked to stop."""
-        ...
-
-    def finish_group(self, state: EngineState) -> None:
-        """Keep a group's results for good."""
-        ...
-
-    def leave_if_asked(self) -> None:
-        """Raise Preempted where the run was asked to stop; saves nothing."""
-        ...
 
 
 def calibrate(
@@ -86,7 +57,7 @@ class _Calibrator:
         self._owned: dict[str, TruncatedSVD] = {}
         self._facts: dict[str, GradientFacts] = {}
         self._seconds = (0.0, 0.0)
-        self._within_group: Saved | None = None
+        self._within_group: Checkpoint | None = None
 
     @full_float32_matmul()
     def run(self) -> Gradients:
@@ -233,8 +204,8 @@ class _Calibrator:
         """Go on from what an earlier run of the same work left."""
         if self._checkpointer is None:
             return
-        finished, self._within_group = self._checkpointer.restored()
-        for saved in finished:
+        found = self._checkpointer.found
+        for saved in found.finished:
             facts = {name: GradientFacts(**it) for name, it in saved.content["facts"].items()}
             self._facts |= facts
             for name in facts:
@@ -244,7 +215,7 @@ class _Calibrator:
             calibrate_seconds, factorize_seconds = saved.content["seconds"]
             self._seconds = (self._seconds[0] + calibrate_seconds, self._seconds[1] + factorize_seconds)
             self._used = DataUsed(**saved.content["data"])
-        self._at = Position(group=len(finished))
+        self._at, self._within_group = Position(group=len(found.finished)), found.newest
         if self._within_group is not None:
             self._at = Position.of_json(self._within_group.content["position"])
             self._used = DataUsed(**self._within_group.content["data"])

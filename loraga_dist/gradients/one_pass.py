@@ -17,6 +17,7 @@ from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import LossSum
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines import GradientEngine
+from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.ranks.world import World
@@ -38,7 +39,7 @@ class LossTotals:
 def one_pass(
     model: nn.Module,
     names: Sequence[str],
-    engine: GradientEngine,
+    engine: GradientEngine | EngineGroup,
     *,
     sharding: Sharding,
     loss_sum: LossSum,
@@ -104,7 +105,7 @@ def full_float32_matmul() -> Iterator[None]:
 class _Monitor:
     """Stands between taps and engine: which modules were seen, and whose gradients were not finite, without syncs."""
 
-    def __init__(self, engine: GradientEngine, names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, engine: GradientEngine | EngineGroup, names: Sequence[str], device: torch.device) -> None:
         self._engine = engine
         self._row = {name: row for row, name in enumerate(names)}
         self._seen: set[str] = set()

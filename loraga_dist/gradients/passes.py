@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraga_dist.engines.base import GradientEngine
+from loraga_dist.engines.group import EngineGroup
 from loraga_dist.gradients.one_pass import LossTotals
 from loraga_dist.ranks.world import World
 
@@ -29,7 +29,7 @@ class Position:
 
 
 def halves_agree(
-    engine: GradientEngine, target_cosine: float, num_microbatches: int, world: World, *, is_last: bool
+    engines: EngineGroup, target_cosine: float, num_microbatches: int, world: World, *, is_last: bool
 ) -> bool:
     """Tell whether the median split-half cosine over all ranks' matrices reaches `target_cosine`; a collective.
 
@@ -41,5 +41,5 @@ def halves_agree(
         step *= 2
     if not is_last and (num_microbatches < 4 or num_microbatches % step):
         return False
-    everyone = world.all_json(engine.split_half_cosines(world))
+    everyone = world.all_json(engines.split_half_cosines(world))
     return statistics.median(cosine or 0.0 for cosines in everyone for cosine in cosines) >= target_cosine

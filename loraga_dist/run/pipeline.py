@@ -25,6 +25,7 @@ from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import StagedDirectory, free_place
 from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
 from loraga_dist.forecast.report import plan_report, print_plan
+from loraga_dist.gradients.checkpointer import Checkpointer, base_identity
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
@@ -32,7 +33,6 @@ from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import require_same_data
 from loraga_dist.request.request import CheckpointRequest, understand, understand_model
-from loraga_dist.run.checkpointer import RunCheckpointer, base_identity
 from loraga_dist.run.finished import num_bytes_kept
 from loraga_dist.run.writing import finish_directory, make_report, write_weights
 from loraga_dist.schemes import SCHEMES
@@ -69,8 +69,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         try:
             checkpointer = _checkpointer(request, staged.checkpoint_path, stop, world)
             sharding = open_sharding(world, config.deepspeed)
-            base = request.base
-            model = sharding.load(base.directory, base.model_class, base.config, base.dtype, request.slots)
+            model = sharding.load(request.base, request.slots)
             seconds["load"] = time.monotonic() - started
             start = start_in_place(model, request, sharding=sharding, checkpointer=checkpointer)
             seconds["calibrate"] = 0.0 if start.gradients is None else start.gradients.seconds_calibrate
@@ -178,7 +177,7 @@ def _local_inputs(config: InitConfig) -> list[Path]:
     return [Path(name) for name in named]
 
 
-def _checkpointer(request: CheckpointRequest, directory: Path, stop: StopRequest, world: World) -> RunCheckpointer:
+def _checkpointer(request: CheckpointRequest, directory: Path, stop: StopRequest, world: World) -> Checkpointer:
     config = request.config
     work = {
         **config.model_dump(mode="json", include={"model", "lora", "init", "gradient", "calibration"}),
@@ -186,7 +185,7 @@ def _checkpointer(request: CheckpointRequest, directory: Path, stop: StopRequest
         "data": request.data_fingerprint,
         "loraga_dist": version("loraga_dist"),
     }
-    checkpointer = RunCheckpointer(CheckpointStore(directory, world), work, stop, config.checkpoint_minutes, world)
+    checkpointer = Checkpointer(CheckpointStore(directory, world), work, stop, config.checkpoint_minutes, world)
     if config.resume == "auto":
         checkpointer.look()
     else:

@@ -34,6 +34,7 @@ from loraga_dist.errors import RunError, VerificationError
 from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of, write_checksums
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.gradients import DataUsed
 from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.publish.page import write_report_page
@@ -41,7 +42,6 @@ from loraga_dist.publish.text import readme
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import CheckpointRequest
-from loraga_dist.run.checkpointer import RunCheckpointer
 from loraga_dist.run.finished import FinishedFiles
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start.in_place import Start
@@ -60,7 +60,7 @@ def write_weights(
     request: CheckpointRequest,
     start: Start,
     finished_files: Path,
-    checkpointer: RunCheckpointer,
+    checkpointer: Checkpointer,
     world: World,
 ) -> Fingerprints:
     """Write adapters by rank 0, `factors/` by their owners, the residual base's files shared out; a collective.
@@ -105,7 +105,7 @@ def _write_residual(
     request: CheckpointRequest,
     layout: Layout,
     finished_files: Path,
-    checkpointer: RunCheckpointer,
+    checkpointer: Checkpointer,
     world: World,
 ) -> Fingerprints:
     """Write this rank's share of the residual base, or take what an earlier run of the same work has finished."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +13,22 @@ from torch.nn import Parameter
 
 from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.model.base import BaseModel
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
 
 
-def pretrained(model_class: Any, model_dir: Path, config: Any, dtype: torch.dtype) -> nn.Module:
+def pretrained(base: BaseModel) -> nn.Module:
     """`from_pretrained`, but a parameter the checkpoint lacks is an error instead of a random start."""
-    model, loading = model_class.from_pretrained(model_dir, config=config, dtype=dtype, output_loading_info=True)
+    model_class: Any = base.model_class
+    model, loading = model_class.from_pretrained(
+        base.directory, config=base.config, dtype=base.dtype, output_loading_info=True
+    )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             "model.name_or_path",
-            str(model_dir),
+            str(base.directory),
             f"the checkpoint lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}; "
             "write one that holds the whole model",
         )
@@ -42,14 +45,7 @@ class Sharding(ABC):
         self.world = world
 
     @abstractmethod
-    def load(
-        self,
-        model_dir: Path,
-        model_class: type[nn.Module],
-        config: Any,
-        dtype: torch.dtype,
-        slots: dict[str, TensorSlot] | None,
-    ) -> nn.Module:
+    def load(self, base: BaseModel, slots: dict[str, TensorSlot] | None) -> nn.Module:
         """The frozen pretrained model, in eval mode.
 
         slots: where its tensors lie, by its own names; None where transformers has to convert them.

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 
 from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.model.base import BaseModel
 from loraga_dist.sharding.base import Sharding, pretrained
 
 
 class SingleProcess(Sharding):
     is_sharded = False
 
-    def load(
-        self,
-        model_dir: Path,
-        model_class: type[nn.Module],
-        config: Any,
-        dtype: torch.dtype,
-        slots: dict[str, TensorSlot] | None,
-    ) -> nn.Module:
-        model = pretrained(model_class, model_dir, config, dtype)
-        return model.to(self.world.device).requires_grad_(False).eval()
+    def load(self, base: BaseModel, slots: dict[str, TensorSlot] | None) -> nn.Module:
+        return pretrained(base).to(self.world.device).requires_grad_(False).eval()
 
     def attach(self, model: nn.Module) -> nn.Module:
         return model

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn import Parameter
 
 from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot, read_range
+from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding, pretrained
 from loraga_dist.sharding.gloo import all_gather_in_place
@@ -68,30 +68,16 @@ class Zero3(Sharding):
         self._engine: Any = None
         _start_deepspeed()
 
-    def load(
-        self,
-        model_dir: Path,
-        model_class: type[nn.Module],
-        config: Any,
-        dtype: torch.dtype,
-        slots: dict[str, TensorSlot] | None,
-    ) -> nn.Module:
+    def load(self, base: BaseModel, slots: dict[str, TensorSlot] | None) -> nn.Module:
         """Every rank reads its own byte ranges where tensors can be taken as they are; else through transformers."""
-        if slots is not None:
-            model = self._load_slices(model_class, config, dtype, slots)
-        else:
-            model = self._load_pretrained(model_dir, model_class, config, dtype)
+        model = self._load_pretrained(base) if slots is None else self._load_slices(base, slots)
         return model.requires_grad_(False).eval()
 
-    def _load_slices(
-        self, model_class: type[nn.Module], config: Any, dtype: torch.dtype, slots: dict[str, TensorSlot]
-    ) -> nn.Module:
-        import deepspeed
+    def _load_slices(self, base: BaseModel, slots: dict[str, TensorSlot]) -> nn.Module:
         from transformers.initialization import no_init_weights
 
-        settings = calibration_settings(self._user_settings, dtype)
-        with deepspeed.zero.Init(config_dict_or_path=settings), no_init_weights():
-            model = model_class._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+        with self.new_parameters(base.dtype), no_init_weights():
+            model: Any = base.model_class._from_config(base.config, dtype=base.dtype)  # type: ignore[attr-defined]
         model.tie_weights()  # transformers leaves that out together with the initialization
         with self.world.together():
             self._read_slices(model, slots)
@@ -115,15 +101,13 @@ class Zero3(Sharding):
             if name in slots:
                 buffer.copy_(read_range(slots[name], 0, buffer.numel()).view(buffer.shape))
 
-    def _load_pretrained(
-        self, model_dir: Path, model_class: type[nn.Module], config: Any, dtype: torch.dtype
-    ) -> nn.Module:
+    def _load_pretrained(self, base: BaseModel) -> nn.Module:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
         # from_pretrained partitions as long as this object lives
-        switch = HfDeepSpeedConfig(calibration_settings(self._user_settings, dtype))
+        switch = HfDeepSpeedConfig(calibration_settings(self._user_settings, base.dtype))
         try:
-            return pretrained(model_class, model_dir, config, dtype)
+            return pretrained(base)
         finally:
             unset_hf_deepspeed_config()
             del switch

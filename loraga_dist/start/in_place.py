@@ -16,7 +16,8 @@ from loraga_dist.artifacts.report import IdentityCheck, TargetReport
 from loraga_dist.config import LoraSection, SchemeName
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch, seeded_microbatch
 from loraga_dist.errors import RunError
-from loraga_dist.gradients.calibrate import Checkpointer, calibrate
+from loraga_dist.gradients.calibrate import calibrate
+from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.gradients import Gradients
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
@@ -76,12 +77,11 @@ def start_in_place(
     started = time.monotonic()
     owned = make_owned_factors(
         model,
+        request,
         plan,
         {} if gradients is None else gradients.owned,
-        request.config.init,
         sharding=sharding,
-        dtypes=request.factor_dtypes,
-        after_round=_no_one_asks if checkpointer is None else checkpointer.leave_if_asked,
+        checkpointer=checkpointer,
     )
     seconds_factorize = time.monotonic() - started + (0.0 if gradients is None else gradients.seconds_factorize)
 
@@ -143,10 +143,6 @@ def _report(target: Target, plan: Plan, gradients: Gradients | None, placed: Pla
     return TargetReport.of(
         target, owner_rank=plan.owners[target.name], offset_ratio=placed.offset_ratios[target.name], **facts
     )
-
-
-def _no_one_asks() -> None:
-    """In a training script, whose signals are its own."""
 
 
 def _compare_logits(

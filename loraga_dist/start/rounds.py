@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import torch
 from torch import nn
 
-from loraga_dist.config import SchemeConfig
+from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.one_pass import full_float32_matmul
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.progress import phase
+from loraga_dist.request.request import Request
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.start.factors import make_factors, needs_weight
@@ -22,22 +23,22 @@ from loraga_dist.start.factors import make_factors, needs_weight
 @full_float32_matmul()
 def make_owned_factors(
     model: nn.Module,
+    request: Request,
     plan: Plan,
     triplets: Mapping[str, TruncatedSVD],
-    config: SchemeConfig,
     *,
     sharding: Sharding,
-    dtypes: Mapping[str, torch.dtype],
-    after_round: Callable[[], None],
+    checkpointer: Checkpointer | None = None,
 ) -> dict[str, LoraFactors]:
     """Make A0, B0 of the targets this rank owns, on the host. A collective.
 
     In rounds: where the scheme wants weights, every rank gets one that it owns, and factorizes it while the others
     factorize theirs. No rank holds two gathered weights.
-    triplets: of the gradients that this rank owns. dtypes: what factors are rounded to. after_round: called on every
-    rank. Raises RunError, on every rank, for a weight that is not finite.
+    plan: the request's, with the ranks that a budget bought. triplets: of the gradients that this rank owns.
+    checkpointer: asked after every round whether to leave.
+    Raises RunError, on every rank, for a weight that is not finite.
     """
-    world = sharding.world
+    world, config, dtypes = sharding.world, request.config.init, request.factor_dtypes
     rounds = list(zip_longest(*(plan.owned(rank) for rank in range(world.size))))
     made: dict[str, LoraFactors] = {}
     with phase("factorize", len(plan.targets), "target", shown=world.is_main and not plan.groups) as progress:
@@ -50,7 +51,8 @@ def make_owned_factors(
                     made[mine.name] = make_factors(mine, config, dtypes[mine.name], svd=svd, weight=weight)
             del weight  # before the next one is gathered
             progress.advance(sum(target is not None for target in of_ranks))
-            after_round()
+            if checkpointer is not None:
+                checkpointer.leave_if_asked()
     return made
 
 

@@ -50,11 +50,11 @@ INSIDE = {
         "compare",
         "verify",
     ],
-    "gradients": ["taps", "one_pass", "passes", "gradients", "calibrate"],
+    "gradients": ["taps", "one_pass", "passes", "gradients", "checkpointer", "calibrate"],
     "start": ["factors", "rounds", "place", "in_place"],
     "forecast": ["activations", "memory", "forecaster", "report"],
     "publish": ["rendering", "card", "text", "plots", "page", "hub", "tracking"],
-    "run": ["finished", "checkpointer", "writing", "pipeline"],
+    "run": ["finished", "writing", "pipeline"],
     "commands": ["trained", "convert", "materialize", "rebuild", "save_start", "table"],
 }
 MAY_IMPORT = {

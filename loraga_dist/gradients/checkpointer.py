@@ -14,7 +14,7 @@ import torch
 
 from loraga_dist.engines.base import EngineState
 from loraga_dist.errors import Preempted, UserError
-from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
+from loraga_dist.files.checkpoint import CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World, dotted
@@ -23,7 +23,7 @@ _FORMAT = 3
 """Of saved states; one of another number is not read."""
 
 
-class RunCheckpointer:
+class Checkpointer:
     """Saves a run's state between microbatches, keeps the groups it has finished, and gives both to the next run of the
     same work.
 
@@ -39,7 +39,8 @@ class RunCheckpointer:
         self._seconds = 60 * minutes
         self._world = world
         self._saved_at = time.monotonic()
-        self._found = Found([], None, [])
+        self.found = Found([], None, [])
+        """What an earlier run of the same work left."""
 
     def start_over(self) -> None:
         """Forget what an earlier run left."""
@@ -69,10 +70,7 @@ class RunCheckpointer:
                 )
         if self._world.is_main:
             print(f"loraga-dist: going on from {last.path}", file=sys.stderr)
-        self._found = found
-
-    def restored(self) -> tuple[list[Checkpoint], Checkpoint | None]:
-        return self._found.finished, self._found.newest
+        self.found = found
 
     def after_microbatch(self, state: Callable[[], EngineState]) -> None:
         """Save if it is time. Raises Preempted, on all ranks at the same microbatch, when one was asked to stop."""
