@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraga_dist.artifacts.tensors import entries_of, read_chunks
-from loraga_dist.errors import RunError
+from loraga_dist.files.disk import naming_write_errors
 from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, read_header, read_rows
 from loraga_dist.model.targets import Target
 from loraga_dist.schemes import lora_scaling
@@ -94,10 +94,8 @@ def write_adapter(
     for key, value in vars(config).items():
         if isinstance(value, set):  # PEFT would write them in the order of their hashes, new in each process
             setattr(config, key, sorted(value))
-    try:
+    with naming_write_errors(directory / ADAPTER_CONFIG):
         config.save_pretrained(str(directory))
-    except OSError as error:
-        raise RunError(f"{directory / ADAPTER_CONFIG} cannot be written ({error.strerror})") from error
 
 
 class FactorSource(Protocol):

@@ -23,6 +23,7 @@ from pydantic import (
 from loraga_dist.artifacts.names import REPORT
 from loraga_dist.config import InitConfig, SchemeConfig
 from loraga_dist.errors import RunError
+from loraga_dist.files.disk import write_json
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target
 from loraga_dist.schemes import SCHEMES, Scheme
@@ -190,10 +191,7 @@ class Report(ReportPart):
     def write(self, path: Path) -> None:
         """Write the JSON file; raises RunError when that fails."""
         text = self.model_dump_json(exclude={"rebuilt"} if self.rebuilt is None else None)
-        try:
-            path.write_text(json.dumps(json.loads(text), indent=2) + "\n")
-        except OSError as error:
-            raise RunError(f"write: {path} cannot be written ({error.strerror})") from error
+        write_json(path, json.loads(text), "write: ")
 
     @classmethod
     def read(cls, directory: Path) -> Report:

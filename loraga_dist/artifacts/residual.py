@@ -19,10 +19,11 @@ from torch import Tensor
 from loraga_dist.artifacts.adapter import FactorSource
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
 from loraga_dist.artifacts.tensors import entries_of, num_bytes_of, read_chunks, read_row_chunks
-from loraga_dist.errors import RunError, UserError
+from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
+from loraga_dist.files.disk import naming_write_errors, write_json
 from loraga_dist.files.parallel import over_cores
-from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, as_bytes, dtype_name
+from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, as_bytes, dtype_name, write_index
 from loraga_dist.model.base import MODEL_FILE_PATTERNS, residual_dtype_of
 from loraga_dist.model.targets import Target
 
@@ -140,23 +141,16 @@ def digest_base(
 
 def finish_residual_base(model_dir: Path, destination: Path, files: Sequence[PlannedFile], residual_dtype: str) -> None:
     """What one rank writes beside the weights: the index, config.json, tokenizer, chat templates, custom code."""
-    try:
+    with naming_write_errors(destination):
         destination.mkdir(parents=True, exist_ok=True)
         _copy_model_files(model_dir, destination)
         _copy_model_files(model_dir / _CHAT_TEMPLATES, destination / _CHAT_TEMPLATES)
         if residual_dtype != "auto":
             config_path = destination / MODEL_CONFIG
-            _write_json(config_path, _with_dtype(json.loads(config_path.read_bytes()), residual_dtype))
-        if len(files) > 1:
-            _write_json(
-                destination / f"{MODEL_STEM}.safetensors.index.json",
-                {
-                    "metadata": {"total_size": sum(file.num_bytes for file in files)},
-                    "weight_map": {key: file.name for file in files for key in file.entries},
-                },
-            )
-    except OSError as error:
-        raise RunError(f"{error.filename or destination} cannot be written ({error.strerror})") from error
+            write_json(config_path, _with_dtype(json.loads(config_path.read_bytes()), residual_dtype))
+    if len(files) > 1:
+        weight_map = {key: file.name for file in files for key in file.entries}
+        write_index(destination, MODEL_STEM, weight_map, sum(file.num_bytes for file in files))
 
 
 def subtract_offset(target: Target, weight_rows: Tensor, A_RN: Tensor, B_MR: Tensor, row0: int) -> Tensor:
@@ -169,12 +163,10 @@ def subtract_offset(target: Target, weight_rows: Tensor, A_RN: Tensor, B_MR: Ten
 def output_norms(slot: TensorSlot, target: Target, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """||.|| over the inputs of every output, (M,) in float64: of W - s B A, or of W where no A_RN, B_MR are given."""
     squares_M = torch.zeros(target.M, dtype=torch.float64)
-    A_RN, B_MR = (None, None) if factors is None else (factor.double() for factor in factors)
+    as_float64 = factors and (factors[0].double(), factors[1].double())
     for row0, (rows,) in read_row_chunks(target, slot):
-        if A_RN is None or B_MR is None:
-            squares = rows.to(torch.float64, copy=True).square_()
-        else:
-            squares = subtract_offset(target, rows, A_RN, B_MR, row0).square_()
+        changed = subtract_offset(target, rows, *as_float64, row0) if as_float64 else rows.to(torch.float64, copy=True)
+        squares = changed.square_()
         if target.transposed:
             squares_M += squares.sum(dim=0)
         else:
@@ -250,7 +242,3 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         if key.endswith("_config") and isinstance(value, dict) and value.keys() & {"dtype", "torch_dtype"}:
             config[key] = _with_dtype(value, dtype)
     return config
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -19,6 +19,7 @@ from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
 from loraga_dist.commands.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import fingerprint
+from loraga_dist.files.disk import write_json
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import product_svd
@@ -234,7 +235,4 @@ def _base_key(name: str, slot: TensorSlot, index: dict[str, TensorSlot], update:
 def _write_record(directory: Path, found: Conversion) -> None:
     """What the directory was made from; also by what a later `overwrite` knows it."""
     record = {**dataclasses.asdict(found), "versions": versions()}
-    try:
-        (directory / CONVERSION).write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise RunError(f"{directory / CONVERSION} cannot be written ({error.strerror})") from error
+    write_json(directory / CONVERSION, record)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from loraga_dist.errors import RunError
 from loraga_dist.files.checksums import check_checksums, write_checksums
+from loraga_dist.files.disk import naming_write_errors, sync
 from loraga_dist.files.safetensors_io import TensorSlot, read_range, scan_checkpoint
 from loraga_dist.files.shared_tensors import write_shared_tensors
 from loraga_dist.ranks.world import World
@@ -128,7 +126,7 @@ class CheckpointStore:
         unfinished, path = self.directory / _UNFINISHED, self.directory / name
         with self._world.together():
             if self._world.is_main:
-                with _named_errors(unfinished):
+                with naming_write_errors(unfinished, "checkpoint: "):
                     shutil.rmtree(unfinished, ignore_errors=True)
                     unfinished.mkdir(parents=True)
                     (unfinished / _CONTENT).write_text(json.dumps(content))
@@ -136,17 +134,17 @@ class CheckpointStore:
         write_checksums(unfinished, self._world)
         with self._world.together():
             if self._world.is_main:
-                with _named_errors(self.directory):
+                with naming_write_errors(self.directory, "checkpoint: "):
                     for written in (*unfinished.iterdir(), unfinished):
-                        _sync(written)
+                        sync(written)
                     shutil.rmtree(path, ignore_errors=True)  # a damaged one
                     unfinished.rename(path)
-                    _sync(self.directory)
+                    sync(self.directory)
 
     def _remove(self, paths: Iterable[Path]) -> None:
         with self._world.together():
             if self._world.is_main:
-                with _named_errors(self.directory):
+                with naming_write_errors(self.directory, "checkpoint: "):
                     for path in paths:
                         shutil.rmtree(path)
 
@@ -157,20 +155,3 @@ class CheckpointStore:
 
     def _names_seen_by_main(self, pattern: str) -> list[str]:
         return self._world.all_json([path.name for path in self._named(pattern)])[0]
-
-
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"checkpoint: {error.filename or path} cannot be written ({error.strerror})") from error
-
-
-def _sync(path: Path) -> None:
-    """Have the file's content, or the directory's names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

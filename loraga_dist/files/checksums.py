@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loraga_dist.errors import RunError
+from loraga_dist.files.disk import write_text
 from loraga_dist.files.parallel import over_cores, shares
 from loraga_dist.ranks.world import World
 
@@ -44,7 +45,7 @@ def fingerprint(digests: Mapping[str, TensorDigest]) -> str:
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def write_checksums(directory: Path, world: World, on_progress: OnBytes = no_progress) -> None:
+def write_checksums(directory: Path, world: World) -> None:
     """Write SHA256SUMS over every other file of the tree, as `sha256sum -c` reads it; a collective, ranks share it.
 
     Raises RunError when a file cannot be read or written.
@@ -55,19 +56,13 @@ def write_checksums(directory: Path, world: World, on_progress: OnBytes = no_pro
     with world.together():
         mine = _share(sizes, world)
         try:
-            digests = dict(
-                zip(mine, over_cores(lambda name: sha256_of(directory / name, on_progress), mine), strict=True)
-            )
+            digests = dict(zip(mine, over_cores(lambda name: sha256_of(directory / name), mine), strict=True))
         except OSError as error:
             raise RunError(f"{error.filename} cannot be read ({error.strerror})") from error
     everyone = {name: digest for part in world.all_json(digests) for name, digest in part.items()}
     with world.together():
         if world.is_main:
-            try:
-                lines = [f"{everyone[name]}  {name}\n" for name in sorted(everyone)]
-                (directory / CHECKSUMS).write_text("".join(lines))
-            except OSError as error:
-                raise RunError(f"{directory / CHECKSUMS} cannot be written ({error.strerror})") from error
+            write_text(directory / CHECKSUMS, "".join(f"{everyone[name]}  {name}\n" for name in sorted(everyone)))
 
 
 def check_checksums(directory: Path, world: World, on_progress: OnBytes = no_progress) -> list[str]:

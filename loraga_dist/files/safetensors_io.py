@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraga_dist.errors import RunError
+from loraga_dist.files.disk import write_json
 
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -106,6 +107,12 @@ def scan_checkpoint(directory: Path, stem: str = "model") -> dict[str, TensorSlo
     return slots
 
 
+def write_index(directory: Path, stem: str, weight_map: Mapping[str, str], num_bytes: int) -> None:
+    """Write the index of tensors in several files, which `scan_checkpoint` reads: name -> file; raises RunError."""
+    content = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    write_json(directory / f"{stem}.safetensors.index.json", content)
+
+
 def read_header(path: Path) -> dict[str, TensorSlot]:
     """The tensors of one file, checked against the format and the file's size. Raises BrokenFileError."""
     try:
@@ -189,15 +196,10 @@ class SafetensorsWriter:
     Raises RunError when the file system refuses.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        entries: Entries,
-        metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
-    ) -> None:
+    def __init__(self, path: Path, entries: Entries) -> None:
         self.path = path
         self._partial = path.with_name(path.name + ".part")
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._pending: deque[tuple[str, torch.dtype, int]] = deque()
         position = 0
         for name, (dtype, shape) in entries.items():

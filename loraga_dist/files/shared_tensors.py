@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from loraga_dist.errors import RunError
-from loraga_dist.files.safetensors_io import SafetensorsWriter
+from loraga_dist.files.safetensors_io import SafetensorsWriter, write_index
 from loraga_dist.ranks.world import World
 
 
 def write_shared_tensors(directory: Path, stem: str, tensors: Mapping[str, Tensor], world: World) -> None:
     """Each rank writes its own tensors (contiguous, on the host) to one file, rank 0 the index; a collective.
 
-    `safetensors_files.scan_checkpoint(directory, stem)` finds them. Raises RunError when a file cannot be written.
+    `safetensors_io.scan_checkpoint(directory, stem)` finds them. Raises RunError when a file cannot be written.
     """
-    name = f"{stem}-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
-    widest_first = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    name, num_bytes = f"{stem}-{world.rank + 1:05d}-of-{world.size:05d}.safetensors", 0
     with world.together():
-        if widest_first:
+        if tensors:
+            widest_first = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
             entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in widest_first.items()}
             with SafetensorsWriter(directory / name, entries) as writer:
                 for key, tensor in widest_first.items():
                     writer.append(key, tensor)
-    shares = world.all_json(dict.fromkeys(tensors, name))
+            num_bytes = writer.num_bytes
+    files = world.all_json((name, num_bytes, list(tensors)))
     with world.together():
         if world.is_main:
-            weight_map = {key: file for share in shares for key, file in share.items()}
-            index = directory / f"{stem}.safetensors.index.json"
-            try:
-                num_bytes = sum((directory / file).stat().st_size for file in set(weight_map.values()))
-                index.write_text(
-                    json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}, indent=2) + "\n"
-                )
-            except OSError as error:
-                raise RunError(f"{index} cannot be written ({error.strerror})") from error
+            weight_map = {key: name for name, _, keys in files for key in keys}
+            write_index(directory, stem, weight_map, sum(num_bytes for _, num_bytes, _ in files))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.disk import sync
 from loraga_dist.ranks.world import World
 
 
@@ -99,7 +100,7 @@ class StagedDirectory:
         try:
             # names and small files, which their writers leave to the system
             for path in (*self.path.rglob("*"), self.path):
-                _sync(path)
+                sync(path)
             if self.destination.exists() and not self._replaces:
                 raise RunError(f"{self.destination} has appeared meanwhile and is kept; the output is in {self.path}")
             if self.destination.exists():
@@ -110,7 +111,7 @@ class StagedDirectory:
                 if self._old.exists():
                     self._old.rename(self.destination)
                 raise
-            _sync(self.destination.parent)
+            sync(self.destination.parent)
         except OSError as error:
             raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
         shutil.rmtree(self._old, ignore_errors=True)
@@ -164,11 +165,3 @@ def whole_directory(destination: Path, key: str, num_bytes: int, *, overwrite: b
     except BaseException:
         staged.discard()
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,18 +7,15 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraga_dist.artifacts.report import Report, TargetReport
+from loraga_dist.publish.rendering import DASH
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-DASH = "–"
-"""Where there is no value."""
 
 _INK = "#1f2328"
 """Of text and axes in the PNGs; in the page it becomes the text's own colour, so that plots follow light and dark."""
@@ -45,17 +42,12 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """One plot for the page."""
-
-    svg: str
-    """An <svg> element."""
-    caption: str
+_Grid = dict[str, dict[int | None, list[TargetReport]]]
+"""The targets by kind of module and layer; experts of one layer share a place."""
 
 
-def draw(report: Report, directory: Path) -> list[Drawing] | None:
-    """Write the PNGs; returns the drawings, or None where matplotlib is not installed. Raises OSError."""
+def draw(report: Report, directory: Path) -> list[tuple[str, str]] | None:
+    """Write the PNGs; returns <svg> element and caption of each, or None without matplotlib. Raises OSError."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook sets its own for all it starts, and importing fails where that is not
     try:
         import matplotlib
@@ -65,42 +57,29 @@ def draw(report: Report, directory: Path) -> list[Drawing] | None:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the user's own style
         matplotlib.rcParams.update(_STYLE)
-        return [Drawing(svg=_save(plot, directory), caption=plot.caption) for plot in _plots(report)]
-
-
-@dataclass(frozen=True)
-class _Plot:
-    name: str
-    figure: Figure
-    caption: str
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The targets by kind of module and layer; experts of one layer share a place."""
-
-    kinds: Mapping[str, Mapping[int | None, Sequence[TargetReport]]]
-
-    @property
-    def layers(self) -> list[int | None]:
-        """All layers in order, and None at the end if some target is of no layer."""
-        found = {layer for by_layer in self.kinds.values() for layer in by_layer}
-        return sorted(found, key=lambda layer: (layer is None, layer))
-
-    def mean(self, kind: str, layer: int | None, field: str) -> float | None:
-        values = [getattr(target, field) for target in self.kinds[kind].get(layer, ())]
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else None
+        return [(_save(figure, name, directory), caption) for name, figure, caption in _plots(report)]
 
 
 def _by_kind_and_layer(targets: Mapping[str, TargetReport]) -> _Grid:
     patterns = {name: re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in targets}
     label = _short_names(dict.fromkeys(patterns.values()))
-    kinds: dict[str, dict[int | None, list[TargetReport]]] = {}
+    kinds: _Grid = {}
     for name, target in targets.items():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
         kinds.setdefault(label[patterns[name]], {}).setdefault(layer, []).append(target)
-    return _Grid(kinds)
+    return kinds
+
+
+def _layers(grid: _Grid) -> list[int | None]:
+    """All layers in order, and None at the end if some target is of no layer."""
+    found = {layer for by_layer in grid.values() for layer in by_layer}
+    return sorted(found, key=lambda layer: (layer is None, layer))
+
+
+def _mean(targets: Sequence[TargetReport], field: str) -> float:
+    """Of the known values; NaN if there are none."""
+    known = [value for target in targets if (value := getattr(target, field)) is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _short_names(patterns: Iterable[str]) -> dict[str, str]:
@@ -116,11 +95,11 @@ def _short_names(patterns: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _plots(report: Report) -> Iterator[_Plot]:
-    """All plots, in the order of the page."""
+def _plots(report: Report) -> Iterator[tuple[str, Figure, str]]:
+    """Name, figure and caption of every plot, in the order of the page."""
     grid = _by_kind_and_layer(report.targets)
     if report.scheme.source == "gradient":
-        yield _Plot(
+        yield (
             "singular_values",
             _spectra(grid),
             "The singular values of each target's gradient, divided by its largest: one line a layer. The steeper, the "
@@ -149,30 +128,30 @@ def _plots(report: Report) -> Iterator[_Plot]:
         ),
     ):
         if any(getattr(target, field) is not None for target in report.targets.values()):
-            yield _Plot(field, _heatmap(grid, field, title, cmap), caption)
-    yield _Plot(
+            yield field, _heatmap(grid, field, title, cmap), caption
+    yield (
         "memory",
         _memory(report.peak_bytes_per_rank, report.planned_peak_bytes_per_rank),
         "The plan is made from shapes before anything is loaded: weights, the largest block gathered at a time, the "
         "engine's state and activations.",
     )
-    yield _Plot("seconds", _seconds(report.seconds), f"{report.seconds['total']:.1f} s in all.")
+    yield "seconds", _seconds(report.seconds), f"{report.seconds['total']:.1f} s in all."
 
 
-def _save(plot: _Plot, directory: Path) -> str:
+def _save(figure: Figure, name: str, directory: Path) -> str:
     """Write the PNG, and return the same figure as an <svg> element for the page."""
     import matplotlib
 
     text = io.StringIO()
-    plot.figure.savefig(directory / f"{plot.name}.png", dpi=150, facecolor="white")
-    plot.figure.set_layout_engine("none")  # it is laid out now, which is half of the work
+    figure.savefig(directory / f"{name}.png", dpi=150, facecolor="white")
+    figure.set_layout_engine("none")  # it is laid out now, which is half of the work
     # ids made from the plot's name: no other plot of the page has them, and the same report gives the same bytes
-    with matplotlib.rc_context({"svg.hashsalt": plot.name}):
-        plot.figure.savefig(text, format="svg", dpi=150, transparent=True, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", dpi=150, transparent=True, metadata={"Date": None})
     _, start, svg = text.getvalue().partition("<svg")  # without XML's head, which HTML does not know
     svg = re.sub(r"<metadata>.*?</metadata>", "", start + svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every figure names its groups alike
-    title = escape(plot.figure.get_suptitle())
+    title = escape(figure.get_suptitle())
     return svg.replace(_INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
@@ -190,15 +169,15 @@ def _spectra(grid: _Grid) -> Figure:
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    num_columns = 2 if len(grid.kinds) <= 8 else 3
-    num_rows = math.ceil(len(grid.kinds) / num_columns)
+    num_columns = 2 if len(grid) <= 8 else 3
+    num_rows = math.ceil(len(grid) / num_columns)
     figure = _new_figure("Singular values of the gradient", 0.9 + 1.35 * num_rows)
     axes = list(figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flat)
-    numbers = [layer for layer in grid.layers if layer is not None]
+    numbers = [layer for layer in _layers(grid) if layer is not None]
     span = Normalize(min(numbers, default=0), max(numbers, default=1))
     color_of = LinearSegmentedColormap.from_list("layers", _LAYER_COLORS)
     smallest = 1.0
-    for axis, (kind, by_layer) in zip(axes, grid.kinds.items(), strict=False):
+    for axis, (kind, by_layer) in zip(axes, grid.items(), strict=False):
         axis.set_title(_two_lines(kind, 20), loc="left")
         axis.set_yscale("log")
         axis.grid(True)
@@ -217,8 +196,8 @@ def _spectra(grid: _Grid) -> Figure:
     first.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     for index, axis in enumerate(axes):
         below = index + num_columns
-        axis.tick_params(labelbottom=below >= len(grid.kinds))  # the lowest of each column
-        if index >= len(grid.kinds):
+        axis.tick_params(labelbottom=below >= len(grid))  # the lowest of each column
+        if index >= len(grid):
             axis.remove()
     figure.supxlabel("index", fontsize="medium")
     figure.supylabel("relative to the largest", fontsize="medium")
@@ -232,17 +211,16 @@ def _heatmap(grid: _Grid, field: str, title: str, cmap: str) -> Figure:
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
-    layers = grid.layers
-    values = [[grid.mean(kind, layer, field) for layer in layers] for kind in grid.kinds]
-    numbers = [[math.nan if value is None else value for value in row] for row in values]
-    scale = Normalize(0, max([1.0, *(value for row in values for value in row if value is not None)]))
+    layers = _layers(grid)
+    values = [[_mean(by_layer.get(layer, []), field) for layer in layers] for by_layer in grid.values()]
+    scale = Normalize(0, max([1.0, *(value for row in values for value in row if not math.isnan(value))]))
     shade = colormaps[cmap]
     figure = _new_figure(title, 1.0 + 0.34 * len(values))
     axis = figure.add_subplot()
-    image = axis.imshow(numbers, cmap=shade, norm=scale, aspect="auto", interpolation="nearest")
+    image = axis.imshow(values, cmap=shade, norm=scale, aspect="auto", interpolation="nearest")
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
-    axis.set_yticks(range(len(values)), [_two_lines(kind, 26) for kind in grid.kinds])
+    axis.set_yticks(range(len(values)), [_two_lines(kind, 26) for kind in grid])
     step = math.ceil(len(layers) / 10)
     ticks = range(0, len(layers), step)
     axis.set_xticks(ticks, [DASH if layers[tick] is None else str(layers[tick]) for tick in ticks])
@@ -250,10 +228,10 @@ def _heatmap(grid: _Grid, field: str, title: str, cmap: str) -> Figure:
     bar = figure.colorbar(image, ax=axis, pad=0.02)
     bar.outline.set_visible(False)
     if len(layers) <= _MAX_NUMBERED_COLUMNS:
-        for row, by_layer in enumerate(grid.kinds.values()):
+        for row, by_layer in enumerate(grid.values()):
             for column, layer in enumerate(layers):
                 value = values[row][column]
-                if value is not None:
+                if not math.isnan(value):
                     red, green, blue, _ = shade(scale(value))
                     color = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
                     axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")

@@ -11,6 +11,9 @@ from typing import Any
 
 import jinja2
 
+DASH = "–"
+"""Where there is no value."""
+
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
@@ -18,7 +21,7 @@ def render(template: str, **values: Any) -> str:
     """The text of a template in `templates/`. HTML is escaped by itself; Markdown says where, by these filters:
 
     `prose` for a value in running text, a heading or a table, `code` for one in a code span, `python` for a string
-    literal of Python, `shell` for one word of a command line.
+    literal of Python, `shell` for one word of a command line. `number` formats one that may be missing.
     """
     return _environment().get_template(template).render(values)
 
@@ -33,8 +36,12 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"prose": _prose, "code": _code, "python": _python, "shell": _shell}
+    environment.filters |= {"number": _number, "prose": _prose, "code": _code, "python": _python, "shell": _shell}
     return environment
+
+
+def _number(value: float | None, spec: str) -> str:
+    return DASH if value is None else format(value, spec)
 
 
 def _on_one_line(value: object) -> str:

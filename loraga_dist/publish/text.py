@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, README, RESIDUAL_BASE
-from loraga_dist.artifacts.report import IdentityCheck, Report, SpentBudget, TargetReport
+from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE
+from loraga_dist.artifacts.report import Report, TargetReport
 from loraga_dist.model.base import AUTO_CLASSES
 from loraga_dist.publish.rendering import render
 
@@ -19,8 +19,7 @@ from loraga_dist.publish.rendering import render
 def print_summary(report: Report, directory: str, verified: str) -> None:
     """The closing table: per kind of module, seconds per phase, memory per rank, files, what to do next."""
     console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 110)
-    title = report.scheme.title
-    table = Table(title=f"{title} start of {report.config.model.name_or_path}")
+    table = Table(title=f"{report.scheme.title} start of {report.config.model.name_or_path}")
     for column in ("module", "targets", "M x N", "r", "captured energy", "split-half cosine", "offset ratio"):
         table.add_column(column, justify="left" if column == "module" else "right")
     kinds: dict[tuple[Any, ...], list[TargetReport]] = {}
@@ -40,29 +39,8 @@ def print_summary(report: Report, directory: str, verified: str) -> None:
     console.print(table)
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    lines: dict[str, str] = {"data": f"none: {title} takes no gradient"}
-    if report.scheme.source == "gradient":
-        lines = {
-            "data": f"{report.num_sequences} sequences, {report.num_supervised_tokens} supervised tokens, "
-            f"mean loss {report.mean_loss:.4f}",
-            "stopped by": _stop(report),
-        }
-    if report.rank_budget:
-        lines["rank budget"] = budget_spent(report.rank_budget)
-    peaks = [f"{peak / 2**20:.0f}" for peak in report.peak_bytes_per_rank]
-    planned = [f"{plan / 2**20:.0f}" for plan in report.planned_peak_bytes_per_rank]
-    lines |= {
-        "seconds": ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()),
-        "peak MiB per rank": f"{' '.join(peaks)}  (planned: {' '.join(planned)})",
-        "identity": _identity(report.identity_check)
-        + ("" if report.scheme.starts_at_model else f"; {title} starts off the model"),
-        "verified": verified,
-        "files": directory,
-        "train from here": f"{directory}/{README}",
-        "check again": f"loraga-dist verify {directory}",
-    }
-    for label, value in lines.items():
-        console.print(f"{label + ':':<18} {value}", soft_wrap=True)
+    text = render("summary.txt.j2", report=report, directory=directory, verified=verified)
+    console.print(text, soft_wrap=True, end="")
 
 
 def readme(report: Report) -> str:
@@ -76,7 +54,6 @@ def readme(report: Report) -> str:
     return render(
         "output.md.j2",
         report=report,
-        title=report.scheme.title,
         base=base,
         directory=directory,
         adapter=adapter,
@@ -88,14 +65,8 @@ def readme(report: Report) -> str:
         has_factors=FACTORS in parts,
         offset_ratios=f"{min(ratios):.3g} to {max(ratios):.3g}" if ratios else "unknown",
         ranks=f"{min(ranks)} to {max(ranks)}",
-        budget=report.rank_budget and budget_spent(report.rank_budget),
         trainers=_trainer_configs(start_base, adapter),
     )
-
-
-def budget_spent(budget: SpentBudget, spec: str = "") -> str:
-    """What was spent of `init.rank_budget`. spec: the numbers' format."""
-    return f"{budget.spent:{spec}} of {budget.parameters:{spec}} parameters spent"
 
 
 def _trainer_configs(base: str, adapter: str) -> dict[str, str]:
@@ -106,20 +77,6 @@ def _trainer_configs(base: str, adapter: str) -> dict[str, str]:
         "ms-swift": {"model": base, "adapters": [adapter], "tuner_type": "lora"},
     }
     return {trainer: yaml.safe_dump(config, sort_keys=False) for trainer, config in configs.items()}
-
-
-def _stop(report: Report) -> str:
-    """What ended the calibration data, and how well its halves agree."""
-    calibration, cosine = report.config.calibration, report.split_half_cosine
-    wanted = f" of {calibration.target_cosine}" if calibration.max_samples == "auto" else ""
-    reached = "unknown" if cosine is None else f"{cosine:.3f}{wanted}"
-    return f"{report.stopped_by}; split-half cosine of the median target {reached}"
-
-
-def _identity(check: IdentityCheck | None) -> str:
-    if check is None or check.max_abs_logit_diff is None:
-        return "no logits were compared"
-    return f"logits differ by {check.max_abs_logit_diff:.2e} at most, largest {check.max_abs_logit:.2e} ({check.dtype})"
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -30,8 +30,9 @@ from loraga_dist.artifacts.residual import digest_base, finish_residual_base, st
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import LoraSection
-from loraga_dist.errors import RunError, VerificationError
+from loraga_dist.errors import VerificationError
 from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of, write_checksums
+from loraga_dist.files.disk import write_text
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.checkpointer import Checkpointer
@@ -226,7 +227,10 @@ def finish_directory(directory: Path, report: Report, world: World) -> str:
     """
     with world.together():
         if world.is_main:
-            _write_texts(directory, report)
+            report.write(directory / REPORT)
+            config = yaml.safe_dump(report.config.model_dump(), sort_keys=False)
+            write_text(directory / RESOLVED_CONFIG, config, "write: ")
+            write_text(directory / README, readme(report), "write: ")
             write_report_page(directory, report)
     write_checksums(directory, world)
     with phase("verify", bytes_to_verify(directory) // world.size, "B", shown=world.is_main) as progress:
@@ -237,16 +241,6 @@ def finish_directory(directory: Path, report: Report, world: World) -> str:
     if not result.residual_checked:
         return f"{result.num_targets} targets"
     return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
-
-
-def _write_texts(directory: Path, report: Report) -> None:
-    report.write(directory / REPORT)
-    texts = {RESOLVED_CONFIG: yaml.safe_dump(report.config.model_dump(), sort_keys=False), README: readme(report)}
-    for name, text in texts.items():
-        try:
-            (directory / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"write: {directory / name} cannot be written ({error.strerror})") from error
 
 
 def shared_magnitudes(

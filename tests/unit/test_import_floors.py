@@ -32,7 +32,7 @@ INSIDE = {
     "linalg": ["randomized_svd", "product", "subspace", "union"],
     "engines": ["home", "base", "exact", "sketch_state", "sketch", "__init__", "group"],
     "ranks": ["balance", "progress", "memory", "launcher", "rendezvous", "world", "watch", "session"],
-    "files": ["parallel", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
+    "files": ["parallel", "disk", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
     "data": ["losses", "formats", "microbatches", "samples"],
     "model": ["base", "shape", "targets", "rank_budget", "plan"],
     "sharding": ["slices", "settings", "gloo", "base", "single", "zero3", "open"],
