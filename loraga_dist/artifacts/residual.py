@@ -111,6 +111,7 @@ def write_model(
     """A whole model directory W - s B A from one process, as `write_residual_files` writes it, on all cores.
 
     replaced: tensors that take the place of the checkpoint's under their keys, in the checkpoint's dtypes.
+    Nine parameters, because `materialize-base`, `rebuild` and a merging `convert` differ in the last four.
     """
     files = plan_model_files(residual_entries(entries_of(index), residual_dtype))
     sources = {**index, **replaced}

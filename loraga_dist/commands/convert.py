@@ -72,8 +72,8 @@ def convert(
     rank: of the adapter, the best approximation of that rank; by default the 2r (r on an unchanged base) that hold the
     whole update. `merge`
     always takes the whole update. base: the original model, if it is not where the report says.
-    Each output appears whole or not at all. Raises UserError for input that does not fit together, RunError when
-    writing fails.
+    Each output appears whole or not at all. The parameters are the command's options. Raises UserError for input that
+    does not fit together, RunError when writing fails.
     """
     if to is None and merge is None:
         raise UserError("--to", None, "is missing; write a directory for the adapter, or --merge for a merged model")

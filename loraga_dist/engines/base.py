@@ -205,7 +205,7 @@ def naming(matrix: Matrix) -> Iterator[None]:
     """Have an error of linear algebra, or of memory, say which matrix it is about."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         error.add_note(f"of {matrix.name}, {matrix.M} x {matrix.N}")
         raise
 

@@ -27,6 +27,7 @@ from loraga_dist.data.losses import LossSum
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.gradients.one_pass import forward
 from loraga_dist.gradients.taps import tapped
+from loraga_dist.model.base import BaseModel
 
 _BLOCKS_RUN = 3
 """Of a stack of equal blocks; the others are counted, not run."""
@@ -47,9 +48,7 @@ class Activations:
 
 
 def forecast_activations(
-    model_class: type[nn.Module],
-    config: Any,
-    dtype: torch.dtype,
+    base: BaseModel,
     shapes: Shapes,
     names: Sequence[str],
     *,
@@ -69,8 +68,9 @@ def forecast_activations(
     try:
         with FakeTensorMode(), device, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = model_class._from_config(copy.deepcopy(config), dtype=dtype)  # type: ignore[attr-defined]
-            model.tie_weights()  # type: ignore[operator]
+            model_class: Any = base.model_class
+            model = model_class._from_config(copy.deepcopy(base.config), dtype=base.dtype)
+            model.tie_weights()
             model.requires_grad_(False).eval()
             stack = _Stack.of(model, names)
             stack.cut()

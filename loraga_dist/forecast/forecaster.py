@@ -90,9 +90,7 @@ class Forecaster:
         key = (tuple(shapes.items()), tuple(names), checkpointing, gathers)
         if key not in self._activations:
             self._activations[key] = forecast_activations(
-                base.model_class,
-                base.config,
-                base.dtype,
+                base,
                 shapes,
                 names,
                 loss_sum=LOSSES[self.config.lora.task_type],

@@ -180,7 +180,7 @@ class _Calibrator:
                 svd = found.svd
                 owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
                 mine[name] = asdict(GradientFacts.of(matrices[name], found))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if which := getattr(error, "__notes__", None):  # else a collective, which another rank has left
                 raise RunError(f"factorize: the gradient {' '.join(which)}: {error}") from error
             raise

@@ -65,6 +65,7 @@ MAY_IMPORT = {
 }
 HEAVY = ("trl", "datasets", "deepspeed", "matplotlib", "mpi4py")
 MAX_LINES = 400
+MAX_PARAMETERS = 7
 
 
 def _modules() -> list[Path]:
@@ -125,6 +126,18 @@ def test_imports_inside_a_wing_point_down() -> None:
 def test_no_module_is_longer_than_a_reader_holds() -> None:
     lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in _modules()}
     assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
+
+
+def test_no_function_takes_more_than_a_reader_holds() -> None:
+    """Unless its docstring says why."""
+    unexplained = []
+    for path in _modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                names = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]} - {"self", "cls"}
+                if len(names) > MAX_PARAMETERS and "parameters" not in (ast.get_docstring(node) or ""):
+                    unexplained.append(f"{path.relative_to(PACKAGE)}: {node.name}")
+    assert not unexplained
 
 
 @pytest.mark.parametrize("unit", MAY_IMPORT)
