@@ -14,7 +14,7 @@ import torch
 
 from loraga_dist.config import load_config
 from loraga_dist.forecast.forecaster import Forecaster
-from loraga_dist.forecast.report import plan_report
+from loraga_dist.forecast.report import PlanReport
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -39,11 +39,10 @@ def make_plans() -> list[dict[str, Any]]:
         config = load_config(
             ROOT / "configs" / f"{recipe}.yaml", ["--model.name_or_path", str(shapes), "--lora.r", str(r)]
         )
-        report = plan_report(
-            Forecaster.of_config(config, ranks, torch.device("cuda")), ranks, gib_per_rank=gib_per_rank
-        )
-        report["model"]["name_or_path"] = f"benchmarks/shapes/{recipe}"
-        reports.append({"recipe": recipe, "r": r} | report)
+        forecaster = Forecaster.of_config(config, ranks, torch.device("cuda"))
+        plan = PlanReport(forecaster=forecaster, world_size=ranks, gib_per_rank=gib_per_rank).as_json()
+        plan["model"]["name_or_path"] = f"benchmarks/shapes/{recipe}"
+        reports.append({"recipe": recipe, "r": r} | plan)
     return reports
 
 

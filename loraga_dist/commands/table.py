@@ -92,15 +92,17 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     from loraga_dist.config import load_config
     from loraga_dist.forecast.forecaster import Forecaster
-    from loraga_dist.forecast.report import plan_report, print_plan
+    from loraga_dist.forecast.report import PlanReport, print_plan
 
     config = load_config(options.config, overrides)
-    forecaster = Forecaster.of_config(config, options.ranks, torch.device(options.device))
-    report = plan_report(
-        forecaster, options.ranks, gib_per_rank=options.gib_per_rank, device_tflops=options.device_tflops
+    report = PlanReport(
+        forecaster=Forecaster.of_config(config, options.ranks, torch.device(options.device)),
+        world_size=options.ranks,
+        gib_per_rank=options.gib_per_rank,
+        device_tflops=options.device_tflops,
     )
     if options.json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report.as_json(), indent=2))
     else:
         print_plan(report)
 

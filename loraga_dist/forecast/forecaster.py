@@ -109,10 +109,6 @@ class Forecaster:
         plan = self.plan(world.size)
         return self.memory(world.rank, plan, self.largest_microbatch(), self.setting(plan, world.size))
 
-    def activations_known(self, world_size: int, shapes: Shapes) -> bool:
-        plan = self.plan(world_size)
-        return self.activations(plan, shapes, gathers=self.setting(plan, world_size).sharded) is not None
-
     def worst(self, world_size: int, shapes: Shapes) -> RankMemory:
         """Of the rank that needs most."""
         plan = self.plan(world_size)

@@ -50,6 +50,7 @@ class RankMemory:
     """By phase: load, calibrate (where gradients are taken), factorize, place, compare logits, write."""
     host: dict[str, Parts]
     """Empty where the ranks compute on CPUs; there all is in `device`."""
+    activations_known: bool
 
     @property
     def peak_phase(self) -> str:
@@ -149,7 +150,7 @@ def rank_memory(
         device[phase] |= {part: num_bytes for part, num_bytes in on_device.items() if num_bytes}
         rest = device if setting.on_host else host
         rest[phase] |= {part: num_bytes for part, num_bytes in on_host.items() if num_bytes}
-    return RankMemory(device=device, host={} if setting.on_host else host)
+    return RankMemory(device=device, host={} if setting.on_host else host, activations_known=activations is not None)
 
 
 def _weights(plan: Plan, shape: ModelShape, setting: Setting, phase: str) -> Parts:

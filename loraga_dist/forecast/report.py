@@ -1,20 +1,26 @@
-"""`loraga-dist plan`: what a request will take, as one JSON object and as tables."""
+"""`loraga-dist plan`: what a request will take, as one value, as a JSON object and as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jinja2
 from rich.console import Console
 from rich.table import Table
 
 from loraga_dist.artifacts.layout import Layout
+from loraga_dist.config import Checkpointing
+from loraga_dist.forecast.activations import Shapes
 from loraga_dist.forecast.forecaster import Forecaster, advice, verdict
-from loraga_dist.forecast.memory import work
+from loraga_dist.forecast.memory import RankMemory, Work, work
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import num_parameters
-from loraga_dist.schemes import SCHEMES
+from loraga_dist.model.targets import Target
 
 UTILISATION = (0.5, 0.2)
 """Shares of a device's peak flops between which the time range is drawn."""
@@ -22,221 +28,243 @@ UTILISATION = (0.5, 0.2)
 _GIB = 2**30
 
 
-def plan_report(
-    forecaster: Forecaster,
-    world_size: int,
-    *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    num_sequences: int | None = None,
-    gib_per_rank: float | None = None,
-    device_tflops: float | None = None,
-) -> dict[str, Any]:
-    """Everything the plan says. Sizes are bytes, of the rank that needs most.
+class Kind(NamedTuple):
+    """Targets that are alike."""
+
+    module: str
+    M: int
+    N: int
+    r: int
+    engine: str | None
+    width: int | None
+    state_bytes_each: int
+
+    @classmethod
+    def of(cls, target: Target, plan: Plan) -> Kind:
+        matrix = plan.matrices.get(target.name)
+        of_engine = (None, None, 0) if matrix is None else (matrix.engine, matrix.width, plan.state_bytes([matrix]))
+        return cls(target.name.rpartition(".")[2], target.M, target.N, target.r, *of_engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """Everything the plan says; what it asks the forecaster for is asked once. Memory is of the rank that needs most.
 
     shapes, num_sequences: of the calibration data where it has been read; else the most that the config allows.
     """
-    if gib_per_rank is not None:
-        forecaster = replace(forecaster, device_bytes=gib_per_rank * _GIB)
-    request, config = forecaster.request, forecaster.config
-    base, shape = request.base, request.shape
-    shapes_known = shapes or forecaster.largest_allowed()
-    plan = forecaster.plan(world_size)
-    num_sequences = (num_sequences or config.calibration.most_samples) if plan.groups else 0
-    batch, length = shapes_known["input_ids"]
-    microbatches = -(-num_sequences // (world_size * batch))
-    refine_passes = 0 if config.gradient.refine_passes == "auto" else config.gradient.refine_passes
-    done = work(
-        plan,
-        shape,
-        num_tokens=num_sequences * length,
-        microbatches_per_rank=microbatches,
-        world_size=world_size,
-        checkpointed=config.gradient.checkpointing != "none",
-        refine_passes=refine_passes,
-    )
-    flops = sum(done.flops.values())
-    worst = forecaster.worst(world_size, shapes_known)
-    plain, recomputing = (
-        forecaster.changed(gradient={"checkpointing": kind}).worst(world_size, shapes_known)
-        for kind in ("none", "non_reentrant")
-    )
-    limit_bytes = None if gib_per_rank is None else gib_per_rank * _GIB
-    found = None if limit_bytes is None else verdict(worst.peak_bytes, limit_bytes)
-    return {
-        "scheme": config.init.scheme,
-        "model": {
-            "name_or_path": config.model.name_or_path,
-            "class": base.model_class.__name__,
-            "parameters": sum(shape.numels),
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "bytes": shape.num_bytes,
-            "from_config_alone": not base.index,
-        },
-        "ranks": world_size,
-        "device": "cpu" if forecaster.on_host else "cuda",
-        "calibration": {
-            "data_read": shapes is not None,
-            "sequences": num_sequences,
-            "tokens_per_sequence": length,
-            "sequences_per_microbatch": batch,
-            "microbatches_per_rank": microbatches,
-            "refine_passes": config.gradient.refine_passes,
-        },
-        "targets": _kinds(plan),
-        "owners": _owners(plan, world_size),
-        "rank_budget": None
-        if config.init.rank_budget is None
-        else {"parameters": config.init.rank_budget, "at_largest_ranks": num_parameters(plan.targets)},
-        "sweeps": {
-            "count": len(plan.groups),
-            "targets": [len(group) for group in plan.groups],
-            "state_bytes": [plan.state_bytes(group) for group in plan.groups],
-        },
-        "memory_per_rank": {
-            "peak_bytes": worst.peak_bytes,
-            "peak_phase": worst.peak_phase,
-            "host_peak_bytes": worst.host_peak_bytes,
-            "peak_bytes_without_checkpointing": plain.peak_bytes,
-            "peak_bytes_with_checkpointing": recomputing.peak_bytes,
-            "partition_bytes": shape.partition_bytes(world_size),
-            "largest_gathered_module_bytes": shape.largest_module_numel * shape.num_bytes_each,
-            "activations_known": forecaster.activations_known(world_size, shapes_known),
-            "device_bytes": worst.device,
-            "host_bytes": worst.host,
-        },
-        "disk_bytes": Layout.of(request).num_bytes,
-        "traffic_bytes_per_rank": done.traffic_bytes_per_rank,
-        "flops": done.flops,
-        "seconds": None
-        if device_tflops is None
-        else {
-            "at_least": flops / (world_size * device_tflops * 1e12 * UTILISATION[0]),
-            "at_most": flops / (world_size * device_tflops * 1e12 * UTILISATION[1]),
-            "device_tflops": device_tflops,
-        },
-        "gib_per_rank": gib_per_rank,
-        "verdict": found,
-        "advice": [] if limit_bytes is None else advice(forecaster, world_size, limit_bytes),
-    }
 
+    forecaster: Forecaster
+    world_size: int
+    shapes: Shapes | None = None
+    num_sequences: int | None = None
+    gib_per_rank: float | None = None
+    device_tflops: float | None = None
 
-def print_plan(report: Mapping[str, Any]) -> None:
-    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 110)
-    model, calibration, memory = report["model"], report["calibration"], report["memory_per_rank"]
-    title = SCHEMES[report["scheme"]].title
-    console.print(_targets_table(report))
-    console.print(_memory_table(memory))
-    sweeps, owners, disk = report["sweeps"], report["owners"], report["disk_bytes"]
-    bound = "" if calibration["data_read"] else " at most (max_samples x max_length)"
-    traffic = ", ".join(f"{part} {_gib(value)}" for part, value in report["traffic_bytes_per_rank"].items())
-    lines = {
-        "model": f"{model['class']}, {model['parameters'] / 1e9:.2f} billion parameters, {_gib(model['bytes'])} GiB in "
-        f"{model['dtype']}" + (" (from config.json alone)" if model["from_config_alone"] else ""),
-        "data": f"none: {title} takes no gradient"
-        if not sweeps["count"]
-        else f"{calibration['sequences']} sequences x {calibration['tokens_per_sequence']} tokens{bound}; "
-        f"{calibration['microbatches_per_rank']} microbatches of {calibration['sequences_per_microbatch']} per rank",
-        "sweeps": "0 over the data; no engine state"
-        if not sweeps["count"]
-        else f"{sweeps['count']} over the data, of {_spread(sweeps['targets'])} targets; engine state "
-        f"{_gib(max(sweeps['state_bytes']))} GiB at most",
-        "owners": f"{_spread(owners['targets_per_rank'])} targets per rank; "
-        f"the busiest has {owners['busiest_to_mean']:.2f} of the mean factorization work",
-        "peak per rank": f"{_gib(memory['peak_bytes'])} GiB ({memory['peak_phase']}); with checkpointing "
-        f"{_gib(memory['peak_bytes_with_checkpointing'])}, without {_gib(memory['peak_bytes_without_checkpointing'])}"
-        + (f"; host {_gib(memory['host_peak_bytes'])}" if memory["host_peak_bytes"] else ""),
-        "disk GiB": ", ".join(f"{name} {_gib(num_bytes)}" for name, num_bytes in disk.items()),
-        "traffic GiB": f"{traffic}; received per rank",
-        "flops": "none of gradients; factorizations are not counted"
-        if not sweeps["count"]
-        else f"{sum(report['flops'].values()):.3g}, of which the engines "
-        f"{report['flops']['engine'] / sum(report['flops'].values()):.1%}; attention scores not counted",
-        "time": _time(report),
-    }
-    if budget := report["rank_budget"]:
-        lines["rank budget"] = (
-            f"{budget['parameters']} parameters; r above is the most a target may get, and all is planned for that "
-            f"({budget['at_largest_ranks']} parameters)"
+    @cached_property
+    def forecaster_of_device(self) -> Forecaster:
+        """Where the memory of a device is known, for such devices."""
+        if self.gib_per_rank is None:
+            return self.forecaster
+        return replace(self.forecaster, device_bytes=self.gib_per_rank * _GIB)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return self.forecaster.plan(self.world_size)
+
+    @cached_property
+    def largest(self) -> Shapes:
+        """Of the largest microbatch."""
+        return self.shapes or self.forecaster.largest_allowed()
+
+    @cached_property
+    def memory(self) -> RankMemory:
+        return self.forecaster_of_device.worst(self.world_size, self.largest)
+
+    def peak_bytes_with(self, checkpointing: Checkpointing) -> int:
+        changed = self.forecaster_of_device.changed(gradient={"checkpointing": checkpointing})
+        return changed.worst(self.world_size, self.largest).peak_bytes
+
+    @property
+    def num_used(self) -> int:
+        """Sequences."""
+        most = self.forecaster.config.calibration.most_samples
+        return (self.num_sequences or most) if self.plan.groups else 0
+
+    @property
+    def sequences_per_microbatch(self) -> int:
+        return self.largest["input_ids"][0]
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        return self.largest["input_ids"][1]
+
+    @property
+    def microbatches_per_rank(self) -> int:
+        return -(-self.num_used // (self.world_size * self.sequences_per_microbatch))
+
+    @cached_property
+    def work(self) -> Work:
+        gradient = self.forecaster.config.gradient
+        return work(
+            self.plan,
+            self.forecaster.request.shape,
+            num_tokens=self.num_used * self.tokens_per_sequence,
+            microbatches_per_rank=self.microbatches_per_rank,
+            world_size=self.world_size,
+            checkpointed=gradient.checkpointing != "none",
+            refine_passes=0 if gradient.refine_passes == "auto" else gradient.refine_passes,
         )
-    if not memory["activations_known"]:
-        lines["warning"] = "activations are not counted: this model's code depends on its data"
-    if report["verdict"]:
-        lines["verdict"] = f"{report['verdict']}, on ranks of {report['gib_per_rank']:g} GiB"
-    for label, value in lines.items():
-        console.print(f"{label + ':':<15} {value}", soft_wrap=True)
-    for line in report["advice"]:
-        console.print(f"  - {line}", soft_wrap=True)
+
+    @property
+    def seconds(self) -> dict[str, float] | None:
+        """Of arithmetic; None where the devices are not known."""
+        if self.device_tflops is None:
+            return None
+        flops, peak = sum(self.work.flops.values()), self.world_size * self.device_tflops * 1e12
+        at_least, at_most = (flops / (peak * share) for share in UTILISATION)
+        return {"at_least": at_least, "at_most": at_most, "device_tflops": self.device_tflops}
+
+    @property
+    def kinds(self) -> dict[Kind, int]:
+        """How many targets there are of each kind."""
+        return Counter(Kind.of(target, self.plan) for target in self.plan.targets)
+
+    @property
+    def targets_per_rank(self) -> list[int]:
+        """How many each rank owns."""
+        return [len(self.plan.owned(rank)) for rank in range(self.world_size)]
+
+    @property
+    def busiest_to_mean(self) -> float:
+        """The most factorization work of a rank."""
+        costs = self.plan.costs
+        of_ranks = [sum(costs[target.name] for target in self.plan.owned(rank)) for rank in range(self.world_size)]
+        return max(of_ranks) * self.world_size / sum(of_ranks)
+
+    @property
+    def budget(self) -> dict[str, int] | None:
+        """Adapter parameters: those wanted, and what they were had every target its largest rank."""
+        budget = self.forecaster.config.init.rank_budget
+        return None if budget is None else {"parameters": budget, "at_largest_ranks": num_parameters(self.plan.targets)}
+
+    @property
+    def disk_bytes(self) -> dict[str, int]:
+        return Layout.of(self.forecaster.request).num_bytes
+
+    @property
+    def dtype(self) -> str:
+        return str(self.forecaster.request.base.dtype).removeprefix("torch.")
+
+    @property
+    def verdict(self) -> str | None:
+        return None if self.gib_per_rank is None else verdict(self.memory.peak_bytes, self.gib_per_rank * _GIB)
+
+    @cached_property
+    def advice(self) -> list[str]:
+        if self.gib_per_rank is None:
+            return []
+        return advice(self.forecaster_of_device, self.world_size, self.gib_per_rank * _GIB)
+
+    def as_json(self) -> dict[str, Any]:
+        """Sizes are bytes."""
+        config, plan, memory = self.forecaster.config, self.plan, self.memory
+        base, shape = self.forecaster.request.base, self.forecaster.request.shape
+        return {
+            "scheme": config.init.scheme,
+            "model": {
+                "name_or_path": config.model.name_or_path,
+                "class": base.model_class.__name__,
+                "parameters": sum(shape.numels),
+                "dtype": self.dtype,
+                "bytes": shape.num_bytes,
+                "from_config_alone": not base.index,
+            },
+            "ranks": self.world_size,
+            "device": "cpu" if self.forecaster.on_host else "cuda",
+            "calibration": {
+                "data_read": self.shapes is not None,
+                "sequences": self.num_used,
+                "tokens_per_sequence": self.tokens_per_sequence,
+                "sequences_per_microbatch": self.sequences_per_microbatch,
+                "microbatches_per_rank": self.microbatches_per_rank,
+                "refine_passes": config.gradient.refine_passes,
+            },
+            "targets": [kind._asdict() | {"count": count} for kind, count in self.kinds.items()],
+            "owners": {"targets_per_rank": self.targets_per_rank, "busiest_to_mean": self.busiest_to_mean},
+            "rank_budget": self.budget,
+            "sweeps": {
+                "count": len(plan.groups),
+                "targets": [len(group) for group in plan.groups],
+                "state_bytes": [plan.state_bytes(group) for group in plan.groups],
+            },
+            "memory_per_rank": {
+                "peak_bytes": memory.peak_bytes,
+                "peak_phase": memory.peak_phase,
+                "host_peak_bytes": memory.host_peak_bytes,
+                "peak_bytes_without_checkpointing": self.peak_bytes_with("none"),
+                "peak_bytes_with_checkpointing": self.peak_bytes_with("non_reentrant"),
+                "partition_bytes": shape.partition_bytes(self.world_size),
+                "largest_gathered_module_bytes": shape.largest_module_numel * shape.num_bytes_each,
+                "activations_known": memory.activations_known,
+                "device_bytes": memory.device,
+                "host_bytes": memory.host,
+            },
+            "disk_bytes": self.disk_bytes,
+            "traffic_bytes_per_rank": self.work.traffic_bytes_per_rank,
+            "flops": self.work.flops,
+            "seconds": self.seconds,
+            "gib_per_rank": self.gib_per_rank,
+            "verdict": self.verdict,
+            "advice": self.advice,
+        }
 
 
-def _time(report: Mapping[str, Any]) -> str:
-    seconds = report["seconds"]
-    if not report["sweeps"]["count"]:
-        return "that of loading, factorizing and writing"
-    if seconds is None:
-        return "add --device_tflops (the data sheet's peak in this dtype) for an estimate"
-    return (
-        f"{seconds['at_least'] / 60:.1f} to {seconds['at_most'] / 60:.1f} minutes of arithmetic, at "
-        f"{UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of {seconds['device_tflops']:g} TFLOPS per rank"
+def print_plan(report: PlanReport) -> None:
+    request = report.forecaster.request
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {"gib": _gib, "spread": _spread}
+    lines = environment.get_template("plan.txt.j2")
+    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 110)
+    console.print(_targets_table(report))
+    console.print(_memory_table(report.memory))
+    text = lines.render(report=report, base=request.base, shape=request.shape, shares=UTILISATION)
+    console.print(text, soft_wrap=True, end="")
 
 
-def _targets_table(report: Mapping[str, Any]) -> Table:
-    title = SCHEMES[report["scheme"]].title
-    table = Table(title=f"{title} plan of {report['model']['name_or_path']} on {report['ranks']} ranks")
+def _targets_table(report: PlanReport) -> Table:
+    model = report.forecaster.config.model.name_or_path
+    table = Table(title=f"{report.plan.scheme.title} plan of {model} on {report.world_size} ranks")
     for column in ("module", "targets", "M x N", "r", "engine", "K", "state MiB each"):
         table.add_column(column, justify="left" if column in ("module", "engine") else "right")
-    for kind in report["targets"]:
-        table.add_row(
-            kind["module"],
-            str(kind["count"]),
-            f"{kind['M']} x {kind['N']}",
-            str(kind["r"]),
-            kind["engine"] or "-",
-            "-" if kind["width"] is None else str(kind["width"]),
-            f"{kind['state_bytes_each'] / 2**20:.1f}",
-        )
+    for kind, count in report.kinds.items():
+        shape, state = f"{kind.M} x {kind.N}", f"{kind.state_bytes_each / 2**20:.1f}"
+        table.add_row(kind.module, str(count), shape, str(kind.r), kind.engine or "-", str(kind.width or "-"), state)
     return table
 
 
-def _memory_table(memory: Mapping[str, Any]) -> Table:
+def _memory_table(memory: RankMemory) -> Table:
     table = Table(title="GiB on the rank that needs most")
     table.add_column("phase")
-    sides = [("", memory["device_bytes"]), ("host: ", memory["host_bytes"])]
-    columns = list(dict.fromkeys((side, part) for side, phases in sides for parts in phases.values() for part in parts))
+    held = {"": memory.device, "host: ": memory.host}
+    found = ((side, part) for side, phases in held.items() for parts in phases.values() for part in parts)
+    columns = list(dict.fromkeys(found))
     for side, part in columns:
         table.add_column(side + part, justify="right")
     table.add_column("sum", justify="right")
-    held = dict(sides)
-    for phase, parts in memory["device_bytes"].items():
+    for phase, parts in memory.device.items():
         values = [held[side].get(phase, {}).get(part) for side, part in columns]
         texts = ["" if value is None else f"{value / _GIB:.2f}" for value in values]
         table.add_row(phase, *texts, f"{sum(parts.values()) / _GIB:.2f}")
     return table
 
 
-def _kinds(plan: Plan) -> list[dict[str, Any]]:
-    matrices = plan.matrices
-    kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for target in plan.targets:
-        matrix = matrices.get(target.name)
-        engine, width = (None, None) if matrix is None else (matrix.engine, matrix.width)
-        key = (target.name.rpartition(".")[2], target.M, target.N, target.r, engine, width)
-        names = ("module", "M", "N", "r", "engine", "width")
-        state_bytes = 0 if matrix is None else plan.state_bytes([matrix])
-        kind = kinds.setdefault(key, dict(zip(names, key, strict=True)) | {"count": 0, "state_bytes_each": state_bytes})
-        kind["count"] += 1
-    return list(kinds.values())
-
-
-def _owners(plan: Plan, world_size: int) -> dict[str, Any]:
-    targets, cost = [0] * world_size, [0] * world_size
-    for name, cost_of_target in plan.costs.items():
-        targets[plan.owners[name]] += 1
-        cost[plan.owners[name]] += cost_of_target
-    return {"targets_per_rank": targets, "busiest_to_mean": max(cost) * world_size / sum(cost)}
-
-
-def _spread(numbers: list[int]) -> str:
+def _spread(numbers: Iterable[int]) -> str:
+    numbers = list(numbers)
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
 

@@ -24,7 +24,7 @@ from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import StagedDirectory, free_place
 from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
-from loraga_dist.forecast.report import plan_report, print_plan
+from loraga_dist.forecast.report import PlanReport, print_plan
 from loraga_dist.gradients.checkpointer import Checkpointer, base_identity
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
@@ -111,7 +111,9 @@ def dry_run(config: InitConfig, world: World) -> None:
         if world.is_main:
             num_sequences = None if request.data is None else request.data.num_samples
             shapes = forecaster.largest_microbatch()
-            print_plan(plan_report(forecaster, world.size, shapes=shapes, num_sequences=num_sequences))
+            print_plan(
+                PlanReport(forecaster=forecaster, world_size=world.size, shapes=shapes, num_sequences=num_sequences)
+            )
 
 
 def initialize(
