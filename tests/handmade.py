@@ -19,7 +19,7 @@ from loraga_dist.artifacts.residual import (
     finish_residual_base,
     plan_model_files,
     residual_entries,
-    write_residual_files,
+    write_residual_file,
 )
 from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.files.checksums import fingerprint, write_checksums
@@ -143,7 +143,8 @@ def write_output(
         destination = directory / "residual_base"
         digests = {}
         for share in shares(files, lambda file: file.num_bytes, world_size):
-            digests |= write_residual_files(share, index, targets, adapter, destination)
+            for file in share:
+                digests |= write_residual_file(file, index, targets, adapter, destination)
         finish_residual_base(base, destination, files, residual_dtype)
         base_digests = {key: pair[0] for key, pair in digests.items()}
         residual_fingerprint = fingerprint({key: pair[1] for key, pair in digests.items()})

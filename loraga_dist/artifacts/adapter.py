@@ -13,7 +13,7 @@ from torch import Tensor
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraga_dist.artifacts.tensors import entries_of, read_chunks
 from loraga_dist.files.disk import naming_write_errors
-from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, read_header, read_rows
+from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, read_header
 from loraga_dist.model.targets import Target
 from loraga_dist.schemes import lora_scaling
 
@@ -112,13 +112,12 @@ class AdapterFile:
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A_RN and B_MR of one target; raises RunError on a short read."""
-        a_slot, b_slot = (self.slots[key] for key in adapter_keys(name))
-        return read_rows(a_slot, 0, a_slot.shape[0]), read_rows(b_slot, 0, b_slot.shape[0])
+        a_key, b_key = adapter_keys(name)
+        return self.slots[a_key].read(), self.slots[b_key].read()
 
     def magnitude(self, name: str) -> Tensor:
         """The magnitudes (M,) of one target of a DoRA adapter; raises RunError on a short read."""
-        slot = self.slots[magnitude_key(name)]
-        return read_rows(slot, 0, slot.shape[0])
+        return self.slots[magnitude_key(name)].read()
 
 
 def rank_and_scaling(config: LoraConfig, name: str) -> tuple[int, float, float]:

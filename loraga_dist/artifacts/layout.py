@@ -72,14 +72,13 @@ class Layout:
     def directories(self) -> list[str]:
         """Those that are written. `materialize-base` may add `residual_base` to one that has `loraga_offset`."""
         scheme = SCHEMES[self.config.init.scheme]
-        found = [LORAGA_INIT]
-        if scheme.changes_base:
-            found.append(LORAGA_OFFSET)
-        if scheme.source == "gradient":
-            found.append(FACTORS)
-        if scheme.changes_base and self.config.output.residual_base == "full":
-            found.append(RESIDUAL_BASE)
-        return found
+        written = {
+            LORAGA_INIT: True,
+            LORAGA_OFFSET: scheme.changes_base,
+            FACTORS: scheme.source == "gradient",
+            RESIDUAL_BASE: scheme.changes_base and self.config.output.residual_base == "full",
+        }
+        return [name for name, is_written in written.items() if is_written]
 
     @property
     def files(self) -> list[str]:
@@ -134,11 +133,6 @@ class Layout:
         """What the tensors of each directory take, 0 for those that are not written; with a rank budget, at most."""
         budget = self.config.init.rank_budget
         unspendable = 0 if budget is None else 4 * max(0, num_parameters(self.targets) - budget)
-        adapters = self.adapters
-        found = {name: num_bytes_of(entries.values()) - unspendable for name, entries in adapters.items()}
-        return {
-            LORAGA_INIT: found[LORAGA_INIT],
-            LORAGA_OFFSET: found.get(LORAGA_OFFSET, 0),
-            FACTORS: num_bytes_of(self.factors.values()),
-            RESIDUAL_BASE: num_bytes_of(self.residual.values()) if RESIDUAL_BASE in self.directories else 0,
-        }
+        found = {LORAGA_INIT: 0, LORAGA_OFFSET: 0, FACTORS: num_bytes_of(self.factors.values())}
+        found |= {name: num_bytes_of(entries.values()) - unspendable for name, entries in self.adapters.items()}
+        return found | {RESIDUAL_BASE: sum(file.num_bytes for file in self.residual_files)}

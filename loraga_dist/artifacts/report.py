@@ -45,6 +45,10 @@ class ReportPart(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+_OF_TARGET = {"r", "lora_alpha", "scaling", "transposed", "weight_key"}
+"""What `Target` and `TargetReport` call alike."""
+
+
 class TargetReport(ReportPart):
     """What is known of one target. What a gradient would tell is None for schemes that take none."""
 
@@ -71,15 +75,7 @@ class TargetReport(ReportPart):
     @classmethod
     def of(cls, target: Target, **facts: Any) -> TargetReport:
         """facts: what is known of it, by these names."""
-        return cls(
-            shape=(target.M, target.N),
-            r=target.r,
-            lora_alpha=target.lora_alpha,
-            scaling=target.scaling,
-            transposed=target.transposed,
-            weight_key=target.weight_key,
-            **facts,
-        )
+        return cls(shape=(target.M, target.N), **{key: getattr(target, key) for key in _OF_TARGET}, **facts)
 
 
 class IdentityCheck(ReportPart):
@@ -175,16 +171,7 @@ class Report(ReportPart):
     def lora_targets(self) -> list[Target]:
         """The targets as they started."""
         return [
-            Target(
-                name=name,
-                weight_key=target.weight_key,
-                M=target.shape[0],
-                N=target.shape[1],
-                r=target.r,
-                lora_alpha=target.lora_alpha,
-                scaling=target.scaling,
-                transposed=target.transposed,
-            )
+            Target(name=name, M=target.shape[0], N=target.shape[1], **target.model_dump(include=_OF_TARGET))
             for name, target in self.targets.items()
         ]
 

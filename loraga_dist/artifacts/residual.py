@@ -64,8 +64,8 @@ def plan_model_files(entries: Entries, max_shard_bytes: int = MAX_SHARD_BYTES) -
     ]
 
 
-def write_residual_files(
-    files: Iterable[PlannedFile],
+def write_residual_file(
+    file: PlannedFile,
     index: Mapping[str, TensorSlot],
     targets: Iterable[Target],
     adapter: FactorSource,
@@ -73,7 +73,7 @@ def write_residual_files(
     on_progress: OnBytes = no_progress,
     magnitudes: Callable[[str], Tensor] | None = None,
 ) -> dict[str, tuple[TensorDigest, TensorDigest]]:
-    """Write these files; returns key -> (digest of the base tensor, digest of the residual tensor).
+    """Write one weight file; returns key -> (digest of the base tensor, digest of the residual tensor).
 
     Targets become W - s B0 A0 with the factors as stored, in float64, then cast to the planned dtype; others are copied
     byte for byte or cast. on_progress: told of bytes written. magnitudes: target name -> (M,), the norms that the
@@ -81,19 +81,18 @@ def write_residual_files(
     """
     target_of = {target.weight_key: target for target in targets}
     digests = {}
-    for file in files:
-        with SafetensorsWriter(destination / file.name, file.entries) as writer:
-            for key, (dtype, shape) in file.entries.items():
-                base_digest, residual_digest = hashlib.sha256(), hashlib.sha256()
-                for base, residual in _residual_chunks(index[key], dtype, target_of.get(key), adapter, magnitudes):
-                    writer.append(key, residual)
-                    base_digest.update(as_bytes(base))
-                    residual_digest.update(as_bytes(residual))
-                    on_progress(residual.nbytes)
-                digests[key] = (
-                    TensorDigest(dtype_name(index[key].dtype), shape, base_digest.hexdigest()),
-                    TensorDigest(dtype_name(dtype), shape, residual_digest.hexdigest()),
-                )
+    with SafetensorsWriter(destination / file.name, file.entries) as writer:
+        for key, (dtype, shape) in file.entries.items():
+            base_digest, residual_digest = hashlib.sha256(), hashlib.sha256()
+            for base, residual in _residual_chunks(index[key], dtype, target_of.get(key), adapter, magnitudes):
+                writer.append(key, residual)
+                base_digest.update(as_bytes(base))
+                residual_digest.update(as_bytes(residual))
+                on_progress(residual.nbytes)
+            digests[key] = (
+                TensorDigest(dtype_name(index[key].dtype), shape, base_digest.hexdigest()),
+                TensorDigest(dtype_name(dtype), shape, residual_digest.hexdigest()),
+            )
     return digests
 
 
@@ -108,7 +107,7 @@ def write_model(
     on_progress: OnBytes = no_progress,
     magnitudes: Callable[[str], Tensor] | None = None,
 ) -> dict[str, tuple[TensorDigest, TensorDigest]]:
-    """A whole model directory W - s B A from one process, as `write_residual_files` writes it, on all cores.
+    """A whole model directory W - s B A from one process, as `write_residual_file` writes it, on all cores.
 
     replaced: tensors that take the place of the checkpoint's under their keys, in the checkpoint's dtypes.
     Nine parameters, because `materialize-base`, `rebuild` and a merging `convert` differ in the last four.
@@ -117,8 +116,7 @@ def write_model(
     sources = {**index, **replaced}
     digests = {}
     for part in over_cores(
-        lambda file: write_residual_files([file], sources, targets, adapter, destination, on_progress, magnitudes),
-        files,
+        lambda file: write_residual_file(file, sources, targets, adapter, destination, on_progress, magnitudes), files
     ):
         digests |= part
     finish_residual_base(model_dir, destination, files, residual_dtype)

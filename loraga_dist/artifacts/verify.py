@@ -21,7 +21,7 @@ from loraga_dist.artifacts.residual import start_magnitudes
 from loraga_dist.artifacts.tensors import read_chunks
 from loraga_dist.errors import LoragaError, RunError
 from loraga_dist.files.checksums import OnBytes, check_checksums, fingerprint, no_progress
-from loraga_dist.files.safetensors_io import read_rows, scan_checkpoint
+from loraga_dist.files.safetensors_io import scan_checkpoint
 from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.world import World
 
@@ -56,14 +56,9 @@ def verify(
     checksums, then the base's weights once. Never raises for what the files hold.
     """
     world = world or World.alone()
-    text, problems = _text_of_report(directory, world)
-    if text is None:
+    report, problems = _open_report(directory, world)
+    if report is None:
         return VerifyResult(problems, 0, 0.0, residual_checked=False)
-    try:
-        report = Report.parse(text)
-    except RunError as error:
-        return VerifyResult([*problems, str(error)], 0, 0.0, residual_checked=False)
-
     layout = Layout.of_report(report)
     # where the report says none, materialize-base may have made it since
     has_residual = RESIDUAL_BASE in layout.directories or (
@@ -121,8 +116,8 @@ def bytes_to_verify(directory: Path) -> int:
     return sum(sizes.values()) + sum(size for path, size in sizes.items() if path.parent.name == RESIDUAL_BASE)
 
 
-def _text_of_report(directory: Path, world: World) -> tuple[str | None, list[str]]:
-    """Rank 0's report, the same text on every rank, and which ranks see another one; a collective."""
+def _open_report(directory: Path, world: World) -> tuple[Report | None, list[str]]:
+    """Rank 0's report, on every rank, or what is wrong with it, and which ranks see another one; a collective."""
     text, problem = "", ""
     try:
         text = read_report_text(directory)
@@ -134,7 +129,10 @@ def _text_of_report(directory: Path, world: World) -> tuple[str | None, list[str
         return None, [problem]
     differing = [rank for rank, (_, _, digest) in enumerate(others, start=1) if digest != expected]
     problems = [f"{REPORT}: ranks {differing} see another one than rank 0"] if differing else []
-    return text, problems
+    try:
+        return Report.parse(text), problems
+    except RunError as error:
+        return None, [*problems, str(error)]
 
 
 @contextmanager
@@ -221,10 +219,10 @@ def _check_factors(directory: Path, layout: Layout, world: World) -> list[str]:
         if (U.shape, S.shape, Vh.shape) != ((M, K), (K,), (K, N)) or {U.dtype, S.dtype, Vh.dtype} != {torch.float32}:
             problems.append(f"{FACTORS}: {name} is not U {M} x K, S K, Vh K x {N} in F32")
             continue
-        S_K = read_rows(S, 0, K)
+        S_K = S.read()
         if not (S_K.isfinite().all() and (S_K >= 0).all() and (S_K.diff() <= 0).all()):
             problems.append(f"{FACTORS}: {S.name} is not finite, nonnegative and descending")
-        for slot, columns in ((U, read_rows(U, 0, M)), (Vh, read_rows(Vh, 0, K).T)):
+        for slot, columns in ((U, U.read()), (Vh, Vh.read().T)):
             gram_KK = columns.T @ columns
             error = (gram_KK - torch.eye(K)).abs().max().item() if K else 0.0
             if not error <= _MAX_ORTHONORMALITY_ERROR:  # NaN must fail too

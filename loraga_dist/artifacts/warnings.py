@@ -11,14 +11,11 @@ from loraga_dist.schemes import SCHEMES
 LOW_SPLIT_HALF_COSINE = 0.5
 """Below it two halves of the data disagree on the gradient more than they agree."""
 
-
 LOW_WINDOW_CAPTURE = 0.7
 """Below it a window of the data held much energy outside the sketch's bases."""
 
-
 LARGE_OFFSET_RATIO = 1
 """Above it the start changes a weight by more than its own size."""
-
 
 _MORE_DATA = {
     "max_samples": "raise calibration.max_samples, or write auto",
@@ -27,7 +24,6 @@ _MORE_DATA = {
     "data": "all of the data was used; add more",
 }
 """How to get more calibration data, by what ended it this time."""
-
 
 _MOST_NAMED = 3
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraga_dist.files.checksums import check_checksums, write_checksums
 from loraga_dist.files.disk import naming_write_errors, sync
-from loraga_dist.files.safetensors_io import TensorSlot, read_range, scan_checkpoint
+from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.files.shared_tensors import write_shared_tensors
 from loraga_dist.ranks.world import World
 
@@ -36,8 +36,7 @@ class SavedTensors:
     slots: dict[str, TensorSlot]
 
     def __getitem__(self, name: str) -> Tensor:
-        slot = self.slots[name]
-        return read_range(slot, 0, slot.numel).view(slot.shape)
+        return self.slots[name].read()
 
     def __contains__(self, name: str) -> bool:
         return name in self.slots

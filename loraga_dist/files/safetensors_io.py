@@ -21,7 +21,6 @@ from loraga_dist.files.disk import write_json
 
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own readers
 _DTYPES: dict[str, torch.dtype] = {
@@ -65,6 +64,10 @@ class TensorSlot:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def read(self) -> Tensor:
+        """The whole tensor, in a fresh CPU buffer; raises RunError on a short read."""
+        return read_range(self, 0, self.numel).view(self.shape)
 
 
 def scan_checkpoint(directory: Path, stem: str = "model") -> dict[str, TensorSlot]:
@@ -156,17 +159,15 @@ def read_range(slot: TensorSlot, start: int, end: int) -> Tensor:
     buffer = as_bytes(elements)
     position = slot.offset + start * slot.dtype.itemsize
     try:
-        descriptor = os.open(slot.path, os.O_RDONLY)
-        try:
+        with slot.path.open("rb", buffering=0) as file:
+            file.seek(position)
             while buffer:
-                num_read = os.preadv(descriptor, [buffer], position)
-                if num_read == 0:
+                num_read = file.readinto(buffer)
+                if not num_read:
                     raise RunError(
                         f"{slot.path} ended at byte {position}, within {slot.name}; it changed during the run"
                     )
                 buffer, position = buffer[num_read:], position + num_read
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise RunError(f"{slot.path} cannot be read ({error.strerror})") from error
     return elements

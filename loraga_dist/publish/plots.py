@@ -41,7 +41,6 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
 }
 
-
 _Grid = dict[str, dict[int | None, list[TargetReport]]]
 """The targets by kind of module and layer; experts of one layer share a place."""
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE
+from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report, TargetReport
 from loraga_dist.model.base import AUTO_CLASSES
 from loraga_dist.publish.rendering import render
@@ -45,26 +45,18 @@ def print_summary(report: Report, directory: str, verified: str) -> None:
 
 def readme(report: Report) -> str:
     """README.md of the output directory: what is here and how to train, merge and serve from it."""
-    config, parts = report.config, Layout.of_report(report).directories
-    directory, base = config.output.dir, config.model.name_or_path
-    on_residual = LORAGA_OFFSET in parts
-    start_base, adapter = f"{directory}/{RESIDUAL_BASE}" if on_residual else base, f"{directory}/{LORAGA_INIT}"
-    ratios = [target.offset_ratio for target in report.targets.values() if target.offset_ratio is not None]
-    ranks = [target.r for target in report.targets.values()]
+    config, directories = report.config, Layout.of_report(report).directories
+    adapter, start_base = f"{config.output.dir}/{LORAGA_INIT}", config.model.name_or_path
+    if on_residual := LORAGA_OFFSET in directories:
+        start_base = f"{config.output.dir}/{RESIDUAL_BASE}"
     return render(
         "output.md.j2",
         report=report,
-        base=base,
-        directory=directory,
+        directories=directories,
+        on_residual=on_residual,
         adapter=adapter,
         start_base=start_base,
-        revision=None if on_residual else config.model.revision,
         auto_class=AUTO_CLASSES[config.lora.task_type],
-        on_residual=on_residual,
-        has_residual=RESIDUAL_BASE in parts,
-        has_factors=FACTORS in parts,
-        offset_ratios=f"{min(ratios):.3g} to {max(ratios):.3g}" if ratios else "unknown",
-        ranks=f"{min(ranks)} to {max(ranks)}",
         trainers=_trainer_configs(start_base, adapter),
     )
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -26,7 +25,7 @@ from loraga_dist.artifacts.names import (
     RESOLVED_CONFIG,
 )
 from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, SpentBudget, TargetReport, versions
-from loraga_dist.artifacts.residual import digest_base, finish_residual_base, start_magnitudes, write_residual_files
+from loraga_dist.artifacts.residual import digest_base, finish_residual_base, start_magnitudes, write_residual_file
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
 from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import LoraSection
@@ -48,12 +47,11 @@ from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start.in_place import Start
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fingerprints:
+class Fingerprints(NamedTuple):
     """Content digests of the base and of the residual base, whatever files their tensors are split over."""
 
     base: str
-    residual: str | None
+    residual: str | None = None
 
 
 def write_weights(
@@ -66,8 +64,8 @@ def write_weights(
 ) -> Fingerprints:
     """Write adapters by rank 0, `factors/` by their owners, the residual base's files shared out; a collective.
 
-    finished_files: where residual files are kept for another
-    run of the same work, should this one be interrupted. Raises Preempted, on all ranks, when one was asked to stop.
+    finished_files: where residual files are kept for another run of the same work, should this one be interrupted.
+    Raises Preempted, on all ranks, when one was asked to stop.
     """
     layout, factors = Layout.of(request, start.targets), start.factors
     with world.together():
@@ -97,8 +95,7 @@ def write_weights(
     num_bytes = sum(index[key].num_bytes for key in share)
     with world.together(), phase("write", num_bytes, "B", shown=world.is_main) as progress:
         digests = {key: [digest] for key, digest in digest_base(index, share, progress.advance).items()}
-    (base,) = _fingerprints(digests, world)
-    return Fingerprints(base=base, residual=None)
+    return _fingerprints(digests, world)
 
 
 def _write_residual(
@@ -121,7 +118,7 @@ def _write_residual(
             kept = finished.prune(files)
     kept = world.all_json(kept)[0]
     share = shares(files, lambda file: 0 if file.name in kept else file.num_bytes, world.size)[world.rank]
-    digests: dict[str, list[TensorDigest]] = {}
+    digests: dict[str, Sequence[TensorDigest]] = {}
     with world.together():
         adapter = AdapterFile(directory / LORAGA_INIT)
         with phase("write", sum(file.num_bytes for file in share), "B", shown=world.is_main) as progress:
@@ -129,28 +126,29 @@ def _write_residual(
                 checkpointer.leave_here_if_asked()
                 written = finished.take(file, into)
                 if written is None:
-                    written = write_residual_files(
-                        [file], request.base.index, layout.targets, adapter, into, progress.advance
-                    )
+                    index = request.base.index
+                    written = write_residual_file(file, index, layout.targets, adapter, into, progress.advance)
                     finished.keep(file, into, written)
                 else:
                     progress.advance(file.num_bytes)
-                digests |= {key: list(pair) for key, pair in written.items()}
-    base, residual = _fingerprints(digests, world)
+                digests |= written
+    fingerprints = _fingerprints(digests, world)
     with world.together():
         if world.is_main:
             finish_residual_base(request.base.directory, into, files, layout.config.output.residual_dtype)
-    return Fingerprints(base=base, residual=residual)
+    return fingerprints
 
 
-def _fingerprints(digests: Mapping[str, Sequence[TensorDigest]], world: World) -> list[str]:
-    """Of all ranks' tensors, one for each digest that a tensor has; a collective."""
+def _fingerprints(digests: Mapping[str, Sequence[TensorDigest]], world: World) -> Fingerprints:
+    """Of all ranks' tensors, each with the base's digest, and the residual's where it has one; a collective."""
     everyone = {
         key: [TensorDigest.of_json(parts) for parts in found]
         for share in world.all_json(digests)
         for key, found in share.items()
     }
-    return [fingerprint(dict(zip(everyone, digests, strict=True))) for digests in zip(*everyone.values(), strict=True)]
+    return Fingerprints(
+        *(fingerprint(dict(zip(everyone, digests, strict=True))) for digests in zip(*everyone.values(), strict=True))
+    )
 
 
 def make_report(
