@@ -49,7 +49,6 @@ class World:
             return cls.current()
         launched = find_launched_rank(os.environ)
         device = _device(launched.local_rank)
-        os.environ.setdefault("LOCAL_RANK", str(launched.local_rank))  # DeepSpeed reads it for a single process, too
         if launched.size > 1:
             os.environ.update(launched.variables())
             _share_cores(launched)

@@ -204,7 +204,8 @@ def _start_deepspeed() -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
-        # a group of one, without an address or port that could be taken
+        # a group of one, without an address or port that could be taken; DeepSpeed reads the variable all the same
+        os.environ.setdefault("LOCAL_RANK", "0")
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():

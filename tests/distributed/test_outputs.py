@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import torch
 import transformers
 from builders import TASKS, byte_tokenizer, config_tree, make_model, save_data, save_model
-from launching import ROOT
-from outputs import IDS, make_output, read_adapter, read_products, read_report, relative
+from launching import INIT, ROOT, run, succeed
+from outputs import IDS, make_output, read_adapter, read_products, read_report, relative, write_config
 from peft import PeftModel
 from pieces import autograd_gradients, microbatches_of
 from safetensors.torch import load_file, save_file
@@ -239,3 +240,10 @@ def test_conv1d_scales_by_its_output_dimension(runs: Any) -> None:
     assert target["shape"] == [144, 48] and target["transposed"]
     A_RN = read_adapter(run.out)["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"]
     torch.testing.assert_close(A_RN.norm(dim=1), torch.full((R,), 144**0.25 / GAMMA**0.5), rtol=1e-5, atol=0)
+
+
+def test_a_deepspeed_section_needs_no_launcher(tmp_path: Path) -> None:
+    tree = config_tree(save_model(tmp_path / "base"), save_data(tmp_path / "data.jsonl"), tmp_path / "out")
+    config = write_config(tree | {"deepspeed": {"zero_optimization": {"stage": 3}}})
+    succeed(run([sys.executable, INIT, "--config", str(config)]))
+    assert verify(tmp_path / "out").problems == []
