@@ -332,12 +332,11 @@ def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
         *parents, leaf = key.split(".")
         node = tree
         for parent in parents:
-            child = node.setdefault(parent, {})
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
                 raise UserError(f"--{key}", text, f"{parent} is not a section")
-            node = child
         node[leaf] = value
 
 

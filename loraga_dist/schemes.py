@@ -22,18 +22,6 @@ class LoraFactors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleInputs:
-    """What a scale may depend on. S_B_R: singular values of the triplets that B takes its columns from."""
-
-    out_features: int
-    r: int
-    scaling: float
-    stable_gamma: float
-    S_B_R: Tensor
-    weight_S_K: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class SchemeInputs:
     """What a scheme may depend on, of one target; `direction`, `scale` and `stable_gamma` as in the configuration."""
 
@@ -62,11 +50,12 @@ Multipliers = tuple[Tensor | float, Tensor | float]
 class Scale:
     """What the rows of A and the columns of B are multiplied by, and what follows from that."""
 
-    multipliers: Callable[[ScaleInputs], Multipliers]
+    multipliers: Callable[[SchemeInputs, Tensor], Multipliers]
+    """Of A and B, from the scheme's inputs and S_B_R: singular values of the triplets that B takes its columns from."""
     smaller_offset: str
     """What to change where s B0 A0 outweighs W."""
     needs_weight: bool = False
-    """`ScaleInputs.weight_S_K` must be there."""
+    """`SchemeInputs.weight_S_K` must be there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +114,7 @@ def lora_ga(inputs: SchemeInputs) -> LoraFactors:
     assert svd is not None and 2 * r <= svd.width, "LoRA-GA needs 2r triplets of the gradient"
     chosen = DIRECTIONS[inputs.direction](r, inputs.generator)
     index_A_R, index_B_R = (index.to(svd.S_K.device) for index in chosen)
-    times_A, times_B = SCALES[inputs.scale].multipliers(
-        ScaleInputs(
-            out_features=inputs.M,
-            r=r,
-            scaling=inputs.scaling,
-            stable_gamma=inputs.stable_gamma,
-            S_B_R=svd.S_K[index_B_R],
-            weight_S_K=inputs.weight_S_K,
-        )
-    )
+    times_A, times_B = SCALES[inputs.scale].multipliers(inputs, svd.S_K[index_B_R])
     above_rounding_R = index_B_R < numerical_rank(svd.S_K, inputs.M, inputs.N)
     return LoraFactors(
         A_RN=(svd.Vh_KN[index_A_R] * times_A).contiguous(),
@@ -213,21 +193,21 @@ def _random(r: int, generator: torch.Generator) -> Indices:
     return index_A_R, index_B_R
 
 
-def _stable(inputs: ScaleInputs) -> Multipliers:
+def _stable(inputs: SchemeInputs, S_B_R: Tensor) -> Multipliers:
     # Forward output and first-step update keep their size over widths and ranks: theorem 3.2 of the paper.
-    factor = inputs.out_features**0.25 / math.sqrt(inputs.stable_gamma)
+    factor = inputs.M**0.25 / math.sqrt(inputs.stable_gamma)
     return factor, factor
 
 
-def _weight_svd(inputs: ScaleInputs) -> Multipliers:
+def _weight_svd(inputs: SchemeInputs, S_B_R: Tensor) -> Multipliers:
     assert inputs.weight_S_K is not None, "the scale weight_svd needs weight_S_K"
     factor = (inputs.weight_S_K[: inputs.r] / inputs.scaling).sqrt().mean().item()
     return factor, factor
 
 
-def _peft(inputs: ScaleInputs) -> Multipliers:
+def _peft(inputs: SchemeInputs, S_B_R: Tensor) -> Multipliers:
     # PEFT's own "stable": only B is scaled, and by the gradient's singular values, so it depends on the loss scale.
-    return 1.0, inputs.S_B_R * (inputs.out_features**0.25 / math.sqrt(inputs.stable_gamma))
+    return 1.0, S_B_R * (inputs.M**0.25 / math.sqrt(inputs.stable_gamma))
 
 
 DIRECTIONS: dict[str, Callable[[int, torch.Generator], Indices]] = {
@@ -241,10 +221,11 @@ _LOWER_ALPHA_OR_RAISE_GAMMA = "lower lora.lora_alpha or raise init.stable_gamma"
 
 SCALES: dict[str, Scale] = {
     "stable": Scale(multipliers=_stable, smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA),
-    "unit": Scale(multipliers=lambda inputs: (1.0, 1.0), smaller_offset="lower lora.lora_alpha"),
+    "unit": Scale(multipliers=lambda inputs, S_B_R: (1.0, 1.0), smaller_offset="lower lora.lora_alpha"),
     # divides by the square of s
     "gd": Scale(
-        multipliers=lambda inputs: (1 / inputs.scaling, 1 / inputs.scaling), smaller_offset="raise lora.lora_alpha"
+        multipliers=lambda inputs, S_B_R: (1 / inputs.scaling, 1 / inputs.scaling),
+        smaller_offset="raise lora.lora_alpha",
     ),
     # divides by s
     "weight_svd": Scale(multipliers=_weight_svd, smaller_offset="write init.scale stable", needs_weight=True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,11 +40,11 @@ class Conversion:
     """The original base, as the adapter names it."""
     revision: str | None
     num_targets: int
-    r: int | None
+    r: int | None = None
     """Of the adapter; None if only a merged model was written."""
-    kept_energy: dict[str, float]
+    kept_energy: dict[str, float] = field(default_factory=dict)
     """Share of every target's ||update||_F^2 that the adapter holds."""
-    total_kept_energy: float
+    total_kept_energy: float = 1.0
     """The same over all targets together."""
     saved_parameters: list[str]
     """Parameters that were trained whole and went along."""
@@ -70,8 +70,7 @@ def convert(
     padded with zeros.
 
     rank: of the adapter, the best approximation of that rank; by default the 2r (r on an unchanged base) that hold the
-    whole update. `merge`
-    always takes the whole update. base: the original model, if it is not where the report says.
+    whole update. `merge` always takes the whole update. base: the original model, if it is not where the report says.
     Each output appears whole or not at all. The parameters are the command's options. Raises UserError for input that
     does not fit together, RunError when writing fails.
     """
@@ -100,9 +99,6 @@ def convert(
         base=str(base) if base is not None else update.report.config.model.name_or_path,
         revision=None if base is not None else update.report.config.model.revision,
         num_targets=len(update.targets),
-        r=None,
-        kept_energy={},
-        total_kept_energy=1.0,
         saved_parameters=list(update.saved),
         warnings=update.warnings,
     )

@@ -65,13 +65,9 @@ class _NewStart:
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         target, scheme = self.targets[name], SCHEMES[self.config.init.scheme]
         weight = self.index[target.weight_key]
-        U, S, Vh = (self.slots[f"{name}.{part}"] for part in ("U", "S", "Vh"))
-        svd = TruncatedSVD(
-            U_MK=read_rows(U, 0, U.shape[0]), S_K=read_rows(S, 0, S.shape[0]), Vh_KN=read_rows(Vh, 0, Vh.shape[0])
-        )
-        W = None
-        if needs_weight(self.config.init):
-            W = read_rows(weight, 0, weight.shape[0]).to(self.compute_dtype)
+        U_MK, S_K, Vh_KN = (_whole(self.slots[f"{name}.{part}"]) for part in ("U", "S", "Vh"))
+        svd = TruncatedSVD(U_MK=U_MK, S_K=S_K, Vh_KN=Vh_KN)
+        W = _whole(weight).to(self.compute_dtype) if needs_weight(self.config.init) else None
         dtype = factor_dtype(self.compute_dtype, weight.dtype, self.config.output.residual_dtype)
         made = make_factors(target, self.config.init, dtype, svd=svd, weight=W)
         before = self.old.targets[name]
@@ -137,7 +133,9 @@ def rebuild(
     started = time.monotonic()
     try:
         old = Report.read(source)
-        _require_gradient(old, source)
+        if old.scheme.source != "gradient":
+            problem = f"was made by {old.config.init.scheme} and holds no gradients; run loraga-dist init"
+            raise UserError("directory", str(source), problem)
         slots = scan_checkpoint(source / FACTORS, FACTORS_STEM)
     except RunError as error:
         raise UserError("directory", str(source), f"{error}; write the directory of a finished run") from error
@@ -153,14 +151,14 @@ def rebuild(
     config, targets = request.config, request.targets
     lora = config.lora
     if config.init.rank_budget is not None:
-        singular_values = {target.name: _singular_values(slots, target.name) for target in targets}
+        singular_values = {target.name: _whole(slots[f"{target.name}.S"]).tolist() for target in targets}
         targets, lora = spend(targets, singular_values, lora, config.init)
-    _require_triplets(config, targets, slots)
+    held = {target.name: slots[f"{target.name}.S"].shape[0] for target in targets}
+    _require_triplets(config, targets, held)
 
     new_start = _NewStart(
         config=config, old=old, targets={target.name: target for target in targets}, slots=slots, index=index
     )
-    held = {target.name: slots[f"{target.name}.S"].shape[0] for target in targets}
     layout = replace(Layout.of(request, targets), num_triplets=held)
     num_bytes = layout.num_bytes
     with whole_directory(destination, "--to", sum(num_bytes.values()), overwrite=overwrite) as directory:
@@ -209,25 +207,15 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
     if base is not None:
         model = new.model.model_copy(update={"name_or_path": str(base.resolve()), "revision": None})
         new = new.model_copy(update={"model": model})
-    # what is written says what was done: nothing is pushed or tracked
-    output = OutputConfig.model_validate(new.output.model_dump(exclude=set(_OF_INIT_ALONE)))
-    return new.model_copy(update={"output": output})
+    return new
 
 
-def _require_gradient(report: Report, source: Path) -> None:
-    if report.scheme.source != "gradient":
-        problem = f"was made by {report.config.init.scheme} and holds no gradients; run loraga-dist init"
-        raise UserError("directory", str(source), problem)
+def _whole(slot: TensorSlot) -> Tensor:
+    return read_rows(slot, 0, slot.shape[0])
 
 
-def _singular_values(slots: Mapping[str, TensorSlot], name: str) -> list[float]:
-    slot = slots[f"{name}.S"]
-    return read_rows(slot, 0, slot.shape[0]).tolist()
-
-
-def _require_triplets(config: InitConfig, targets: Sequence[Target], slots: Mapping[str, TensorSlot]) -> None:
+def _require_triplets(config: InitConfig, targets: Sequence[Target], held: Mapping[str, int]) -> None:
     num_triplets = SCHEMES[config.init.scheme].num_triplets
-    held = {target.name: slots[f"{target.name}.S"].shape[0] for target in targets}
     largest = {name: max(r for r in range(K + 1) if num_triplets(r) <= K) for name, K in held.items()}
     for target in targets:
         if target.r > largest[target.name]:

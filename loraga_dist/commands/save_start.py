@@ -66,7 +66,10 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         made = _gather_factors(model, target, sharding)
         offset = made if scheme.changes_base else None
         _require_start(model, target, offset, index[target.weight_key], name, sharding)
-        _require_untrained(target, made, start, world)
+        with world.together():
+            put = start.factors[target.name] if world.is_main else made
+            if not (torch.equal(made.A_RN, put.A_RN) and torch.equal(made.B_MR, put.B_MR)):
+                raise UserError("start", target.name, "has been trained already; call save_start before training")
     share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
     with world.together():
         digests = digest_base(index, share)
@@ -169,28 +172,15 @@ def _require_start(
         raise error
 
 
-def _require_untrained(target: Target, made: LoraFactors, start: Start, world: World) -> None:
-    """Raise UserError on all ranks if the model holds other factors than the start put there."""
-    with world.together():
-        if world.is_main:
-            put = start.factors[target.name]
-            if not (torch.equal(made.A_RN, put.A_RN) and torch.equal(made.B_MR, put.B_MR)):
-                raise UserError("start", target.name, "has been trained already; call save_start before training")
-
-
 def _known_config(start: Start, name: str, base_dir: Path, destination: Path) -> InitConfig:
     """What a start in memory knows of the configuration that would have made its output."""
     is_local = Path(name).expanduser().is_dir()
+    dtype: Any = str(next(start.model.parameters()).dtype).removeprefix("torch.")
     return InitConfig(
         model=ModelConfig(
             name_or_path=str(base_dir.resolve()) if is_local else name, revision=None if is_local else base_dir.name
         ),
         lora=start.lora,
         init=SchemeConfig(scheme=start.scheme),
-        output=OutputConfig(dir=str(destination), residual_base="none", residual_dtype=_dtype(start.model)),
+        output=OutputConfig(dir=str(destination), residual_base="none", residual_dtype=dtype),
     )
-
-
-def _dtype(model: Any) -> Any:
-    """As `output.residual_dtype` says it."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -27,7 +27,7 @@ VLLM_SAVED_MODULES = {"classifier", "score"}
 _OVERRIDES = "Any key of the file can be given as --section.key value."
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Command:
     """One command: its arguments, and what it does with them and the `--section.key value` that follow."""
 
@@ -235,37 +235,19 @@ def _alone(
 
 
 COMMANDS = {
-    "init": Command(
-        help="write a LoRA-GA start for a model",
-        add_arguments=_add_init,
-        run=_on_ranks(_init),
-        takes_overrides=True,
-    ),
-    "plan": Command(
-        help="say what init would take, and whether it fits",
-        add_arguments=_add_plan,
-        run=_alone(_plan),
-        takes_overrides=True,
-    ),
-    "verify": Command(
-        help="check an output directory from its files alone",
-        add_arguments=_add_verify,
-        run=_alone(_verify),
-    ),
+    "init": Command("write a LoRA-GA start for a model", _add_init, _on_ranks(_init), takes_overrides=True),
+    "plan": Command("say what init would take, and whether it fits", _add_plan, _alone(_plan), takes_overrides=True),
+    "verify": Command("check an output directory from its files alone", _add_verify, _alone(_verify)),
     "convert": Command(
-        help="a trained adapter as a plain LoRA on the original base, or merged into it",
-        add_arguments=_add_convert,
-        run=_alone(_convert),
+        "a trained adapter as a plain LoRA on the original base, or merged into it", _add_convert, _alone(_convert)
     ),
     "materialize-base": Command(
-        help="write residual_base/ of an output made without it",
-        add_arguments=_add_materialize_base,
-        run=_alone(_materialize_base),
+        "write residual_base/ of an output made without it", _add_materialize_base, _alone(_materialize_base)
     ),
     "rebuild": Command(
-        help="another rank, split or scale from the factors of an output",
-        add_arguments=_add_rebuild,
-        run=_alone(_rebuild),
+        "another rank, split or scale from the factors of an output",
+        _add_rebuild,
+        _alone(_rebuild),
         takes_overrides=True,
     ),
 }

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, adapter_keys, magnitude_key
+from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, adapter_keys, magnitude_key, saved_key
 from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.reading import load_adapter, read_lora_config, targets_under
 from loraga_dist.artifacts.report import Report
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.files.safetensors_io import BrokenFileError, TensorSlot, dtype_name
+from loraga_dist.files.safetensors_io import BrokenFileError, Entries, TensorSlot, dtype_name
 from loraga_dist.model.targets import Target
 
 _PREFIX = "base_model.model."
@@ -70,33 +71,33 @@ def open_update(init: Path, trained: Path) -> Update:
     dict; any floating dtype.
     """
     report, init_adapter, init_targets = _open_init(init)
+    refuse = partial(UserError, "--trained", str(trained))
     if not (trained / ADAPTER_WEIGHTS).is_file():
-        raise UserError("--trained", str(trained), _nothing_trained(trained))
+        raise refuse(_nothing_trained(trained))
     try:
         config, adapter = read_lora_config(trained), _TrainedFile(trained)
         targets = targets_under(config, report)
     except RunError as error:
-        raise UserError("--trained", str(trained), f"{error}; write an adapter trained from {init}") from error
+        raise refuse(f"{error}; write an adapter trained from {init}") from error
     if config.use_dora != report.is_dora:
-        problem = f"has use_dora {config.use_dora} and {init} has {report.is_dora}; train {init} as it is"
-        raise UserError("--trained", str(trained), problem)
+        raise refuse(f"has use_dora {config.use_dora} and {init} has {report.is_dora}; train {init} as it is")
     for key in ("lora_bias", "alora_invocation_tokens", "layer_replication"):
         if getattr(config, key, None):
-            raise UserError("--trained", str(trained), f"has {key}, which a plain LoRA cannot hold; train without it")
+            raise refuse(f"has {key}, which a plain LoRA cannot hold; train without it")
     if config.bias != "none":
-        raise UserError("--trained", str(trained), f"has bias {config.bias!r}; train with bias 'none'")
-    _check_tensors(trained, init, adapter, targets, report)
-    _check_values(trained, adapter, init_adapter, targets, report.is_dora)
-    lora_keys = adapter_entries(targets, use_dora=report.is_dora, saved={})
+        raise refuse(f"has bias {config.bias!r}; train with bias 'none'")
+    expected = adapter_entries(targets, use_dora=report.is_dora, saved={})
+    if problem := _problem_of_tensors(init, adapter, expected, targets, report):
+        raise refuse(problem)
+    if problem := _problem_of_values(adapter, init_adapter, targets, report.is_dora):
+        raise refuse(problem)
     return Update(
         report=report,
         targets={target.name: target for target in targets},
-        saved={key.removeprefix(_PREFIX): slot for key, slot in sorted(adapter.slots.items()) if key not in lora_keys},
+        saved={key.removeprefix(_PREFIX): slot for key, slot in sorted(adapter.slots.items()) if key not in expected},
         task_type=config.task_type,
         modules_to_save=sorted(config.modules_to_save) if config.modules_to_save else None,
-        warnings=_find_warnings(
-            config.base_model_name_or_path, init, [adapter.slots[key] for key in lora_keys], report
-        ),
+        warnings=_find_warnings(config.base_model_name_or_path, init, [adapter.slots[key] for key in expected], report),
         trained=adapter,
         init=init_adapter,
         init_targets={target.name: target for target in init_targets},
@@ -143,37 +144,36 @@ def _nothing_trained(directory: Path) -> str:
     return f"holds no {ADAPTER_WEIGHTS}; write the directory the trainer saved the adapter to"
 
 
-def _check_tensors(trained: Path, init: Path, adapter: AdapterFile, targets: list[Target], report: Report) -> None:
-    def refuse(key: str, problem: str) -> UserError:
-        return UserError("--trained", str(trained), f"{key} {problem}")
-
-    expected = adapter_entries(targets, use_dora=report.is_dora, saved={})
+def _problem_of_tensors(
+    init: Path, adapter: AdapterFile, expected: Entries, targets: list[Target], report: Report
+) -> str | None:
+    """What keeps the trained file from being one of these targets. expected: its LoRA tensors."""
     for key, slot in adapter.slots.items():
         if not slot.numel:
-            raise refuse(
-                key,
-                f"is empty, shape {slot.shape}: ZeRO-3 shards were saved ungathered; save again with "
-                "stage3_gather_16bit_weights_on_model_save true in the DeepSpeed config",
+            return (
+                f"{key} is empty, shape {slot.shape}: ZeRO-3 shards were saved ungathered; save again with "
+                "stage3_gather_16bit_weights_on_model_save true in the DeepSpeed config"
             )
         if not slot.dtype.is_floating_point or slot.dtype.itemsize == 1:
-            raise refuse(key, f"is stored as {dtype_name(slot.dtype)}; save the adapter unquantized")
+            return f"{key} is stored as {dtype_name(slot.dtype)}; save the adapter unquantized"
         if key not in expected and (not key.startswith(_PREFIX) or any(part in key for part in _NOT_WHOLE)):
-            raise refuse(key, f"is of no target of {init}; write an adapter trained from there, as plain LoRA")
-    ranks = {target.name: target.r for target in targets}
-    for name, target in report.targets.items():
-        if ranks[name] != target.r:
-            raise refuse(name, f"has rank {ranks[name]} and {init} has {target.r}; write an adapter trained from there")
+            return f"{key} is of no target of {init}; write an adapter trained from there, as plain LoRA"
+    for target in targets:
+        r = report.targets[target.name].r
+        if target.r != r:
+            return f"{target.name} has rank {target.r} and {init} has {r}; write an adapter trained from there"
     for key, (_, shape) in expected.items():
         found = adapter.slots.get(key)
         if found is None or found.shape != shape:
             problem = "is missing" if found is None else f"has shape {found.shape} and {init} has {shape}"
-            raise refuse(key, f"{problem}; write an adapter trained from there")
+            return f"{key} {problem}; write an adapter trained from there"
     for name in report.saved_parameters:
-        if _PREFIX + name not in adapter.slots:
-            raise refuse(_PREFIX + name, "is missing, which modules_to_save trains; save the adapter with PEFT")
+        if saved_key(name) not in adapter.slots:
+            return f"{saved_key(name)} is missing, which modules_to_save trains; save the adapter with PEFT"
+    return None
 
 
-def _check_values(trained: Path, adapter: AdapterFile, init: AdapterFile, targets: list[Target], is_dora: bool) -> None:
+def _problem_of_values(adapter: AdapterFile, init: AdapterFile, targets: list[Target], is_dora: bool) -> str | None:
     changed = False
     for target in targets:
         keys, values, starts = [*adapter_keys(target.name)], adapter.factors(target.name), init.factors(target.name)
@@ -182,12 +182,11 @@ def _check_values(trained: Path, adapter: AdapterFile, init: AdapterFile, target
             values, starts = (*values, adapter.magnitude(target.name)), (*starts, init.magnitude(target.name))
         for key, factor, start in zip(keys, values, starts, strict=True):
             if not factor.isfinite().all():
-                problem = f"{key} has values that are not finite; write an earlier checkpoint"
-                raise UserError("--trained", str(trained), problem)
+                return f"{key} has values that are not finite; write an earlier checkpoint"
             changed = changed or not torch.equal(factor, start.to(factor.dtype))
-    if not changed:
-        problem = "is the start itself, nothing was trained; load loraga_init with is_trainable=True and train"
-        raise UserError("--trained", str(trained), problem)
+    if changed:
+        return None
+    return "is the start itself, nothing was trained; load loraga_init with is_trainable=True and train"
 
 
 def _find_warnings(trained_on: str | None, init: Path, factors: Iterable[TensorSlot], report: Report) -> list[str]:

@@ -14,19 +14,11 @@ LossSum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 def causal_lm(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
     """Next-token cross-entropy: position t predicts label t + 1."""
-    return _cross_entropy_sum(logits_BTV[:, :-1], labels_BT[:, 1:])
+    return cross_entropy_sum(logits_BTV[:, :-1], labels_BT[:, 1:])
 
 
-def seq2seq_lm(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the decoder's output; the model has shifted the labels itself."""
-    return _cross_entropy_sum(logits_BTV, labels_BT)
-
-
-def sequence_classification(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-    return _cross_entropy_sum(logits_BC, labels_B)
-
-
-def _cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits (..., V) at the labels (...): of classes, and of a decoder that shifts labels itself."""
     return F.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum"
     )
@@ -34,6 +26,6 @@ def _cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 LOSSES: dict[str, LossSum] = {
     "CAUSAL_LM": causal_lm,
-    "SEQ_2_SEQ_LM": seq2seq_lm,
-    "SEQ_CLS": sequence_classification,
+    "SEQ_2_SEQ_LM": cross_entropy_sum,
+    "SEQ_CLS": cross_entropy_sum,
 }

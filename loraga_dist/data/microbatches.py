@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,22 +52,6 @@ def count_supervised_tokens(labels: Tensor, task_type: TaskType) -> int:
     return int((labels != IGNORED).sum())
 
 
-class MicrobatchSharder(Protocol):
-    """This rank's microbatches out of all ranks' data; the same number on every rank."""
-
-    @property
-    def samples_per_step(self) -> int:
-        """In one global microbatch."""
-        ...
-
-    @property
-    def num_samples(self) -> int: ...
-
-    def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
-        """Of samples [start, stop); the first global microbatch gets this number."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampleSharder:
     """Samples that every rank knows, split evenly: every rank gets as many microbatches, as each is a collective.
@@ -84,6 +68,7 @@ class SampleSharder:
 
     @property
     def samples_per_step(self) -> int:
+        """In one global microbatch."""
         return self.world_size * self.per_device_batch_size
 
     @property
@@ -91,6 +76,7 @@ class SampleSharder:
         return len(self.samples)
 
     def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
+        """This rank's of samples [start, stop); the first global microbatch gets this number."""
         samples, microbatches = self.samples[start:stop], []
         for index, first in enumerate(range(0, len(samples), self.samples_per_step), first_index):
             own = first + self.rank * self.per_device_batch_size
@@ -120,6 +106,10 @@ class BatchSharder:
     def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
         assert start == first_index, "batches of a dataloader are not dealt out anew"
         return self.batches[start:stop]
+
+
+MicrobatchSharder = SampleSharder | BatchSharder
+"""This rank's microbatches out of all ranks' data; the same number on every rank."""
 
 
 def without_supervision(microbatch: Microbatch, index: int) -> Microbatch:

@@ -76,10 +76,7 @@ def load_samples(
 
 def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with. The attention mask hides it, so without a padding token EOS will do, and without that 0."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token_id, int):
-            return token_id
-    return 0
+    return next((found for found in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(found, int)), 0)
 
 
 def fingerprints(samples: Iterable[Sample]) -> list[str]:

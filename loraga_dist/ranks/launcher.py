@@ -81,18 +81,15 @@ def _started_by(environment: Mapping[str, str]) -> _Started | None:
     """The innermost of mpirun and srun: in a SLURM job mpirun starts its daemons through srun."""
     step_id = environment_int(environment, "SLURM_STEP_ID", MAX_SLURM_STEP_ID)
     in_step = step_id < MAX_SLURM_STEP_ID and "SLURM_STEP_NUM_TASKS" in environment
-    prefix = None
     if "OMPI_COMM_WORLD_SIZE" in environment:
-        prefix = "OMPI_COMM_WORLD"
+        by, rank, size = "mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
     elif "PMI_SIZE" in environment and (not in_step or "MPI_LOCALRANKID" in environment):
-        prefix = "PMI"  # `srun --mpi=pmi2` sets it too, but not Hydra's local rank
-    if prefix:
-        size = environment_int(environment, f"{prefix}_SIZE")
-        return _Started("mpirun", environment_int(environment, f"{prefix}_RANK"), size, f"{prefix}_SIZE")
-    if in_step:
-        size = environment_int(environment, "SLURM_STEP_NUM_TASKS")
-        return _Started("srun", environment_int(environment, "SLURM_PROCID"), size, "SLURM_STEP_NUM_TASKS")
-    return None
+        by, rank, size = "mpirun", "PMI_RANK", "PMI_SIZE"  # `srun --mpi=pmi2` sets it too, but not Hydra's local rank
+    elif in_step:
+        by, rank, size = "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+    else:
+        return None
+    return _Started(by, environment_int(environment, rank), environment_int(environment, size), size)
 
 
 def _from_torch(environment: Mapping[str, str]) -> LaunchedRank:

@@ -75,11 +75,9 @@ class Watch:
         try:
             self._stopped.set()
             known = self._known()
-            if known is None and perhaps_of_another:
-                known = self._who_is_gone(message)
-            if known is None:
-                known = self._announce(failure)
-            failure = known
+            if perhaps_of_another:
+                known = known or self._who_is_gone(message)
+            failure = known or self._announce(failure)
             # rank 0 serves the store: it stays until the others have had time to read why
             if self._world.is_main:
                 time.sleep(3 * BEAT_SECONDS)

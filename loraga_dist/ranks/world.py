@@ -151,22 +151,22 @@ class World:
 
         An error that is not ours is reported as a failed run, with the rank that met it.
         """
-        error: Exception | None = None
+        error: LoragaError | None = None
         try:
             yield
-        except Exception as caught:
+        except LoragaError as caught:
             error = caught
-        if error is not None and not isinstance(error, LoragaError):
-            traceback.print_exception(error)
-            error = RunError(f"rank {self.rank}: {type(error).__name__}: {error}")
-        reports = self.all_texts(f"{error.exit_code} {error}" if isinstance(error, LoragaError) else "")
+        except Exception as caught:
+            traceback.print_exception(caught)
+            error = RunError(f"rank {self.rank}: {type(caught).__name__}: {caught}")
+        reports = self.all_texts(f"{error.exit_code} {error}" if error else "")
         failed = [rank for rank, report in enumerate(reports) if report]
         if not failed:
             return
         if failed[0] != self.rank:
             code, _, message = reports[failed[0]].partition(" ")
             error = PeerError(message, int(code))
-        assert isinstance(error, LoragaError)
+        assert error is not None
         error.on_all_ranks = True
         raise error
 

@@ -11,7 +11,7 @@ from builders import target_tree
 from loraga_dist.artifacts.report import TargetReport
 from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import SchemeConfig
-from loraga_dist.schemes import SCALES, ScaleInputs
+from loraga_dist.schemes import SCALES, SchemeInputs
 
 ADVICE = {
     "max_samples": "raise calibration.max_samples, or write auto",
@@ -96,9 +96,18 @@ def test_the_advice_makes_the_offset_smaller(scale: str) -> None:
 
     def size(scaling: float = 2.0, stable_gamma: float = 16.0) -> float:
         S_R = torch.tensor([2.0, 1.0])
-        A, B = SCALES[scale].multipliers(
-            ScaleInputs(r=2, scaling=scaling, out_features=64, stable_gamma=stable_gamma, S_B_R=S_R, weight_S_K=S_R)
+        inputs = SchemeInputs(
+            M=64,
+            N=32,
+            r=2,
+            scaling=scaling,
+            direction="ArB2r",
+            scale=scale,
+            stable_gamma=stable_gamma,
+            generator=torch.Generator(),
+            weight_S_K=S_R,
         )
+        A, B = SCALES[scale].multipliers(inputs, S_R)
         return scaling * torch.as_tensor(A * B).norm().item()
 
     assert ("lower lora.lora_alpha" in line) == (size(scaling=1.0) < 0.9 * size())
