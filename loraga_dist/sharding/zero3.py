@@ -186,11 +186,8 @@ def _start_deepspeed() -> None:
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(
-            "deepspeed",
-            None,
-            "is not installed, and several ranks or a deepspeed section need it; pip install deepspeed",
-        ) from error
+        problem = "is not installed, and several ranks or a deepspeed section need it; pip install deepspeed"
+        raise UserError("deepspeed", None, problem) from error
     from deepspeed.ops import __compatible_ops__
 
     # its shared-memory all-reduce is compiled at the first start, needs g++, and a killed build blocks all later runs;
