@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py --json accuracy.json            # starts 1, 2 and 4 ranks, one after the other
     python benchmarks/accuracy.py --ranks 2 --only real
 
-Efficiency: the share of the best possible first LoRA step that the found directions take (`linalg.efficiency`). Mean
+Efficiency: the share of the best possible first LoRA step that the found directions take (`subspace.efficiency`). Mean
 and worst over the targets of the quickstart model, default settings, and over seeds for the synthetic gradients.
 Captured energy: how far the report's figure is from the truth, without sign, in the mean.
 """
@@ -24,6 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from subspace import efficiency
 from torch import Tensor
 from torchrun import json_of_ranks
 from transformers import AutoTokenizer
@@ -36,7 +37,6 @@ from loraga_dist.data.microbatches import Microbatch, SampleSharder, count_super
 from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.gradients.one_pass import LossTotals, one_pass
-from loraga_dist.linalg import efficiency
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.session import leave_process, run_as_rank

@@ -40,7 +40,7 @@ def make_plans() -> list[dict[str, Any]]:
             ROOT / "configs" / f"{recipe}.yaml", ["--model.name_or_path", str(shapes), "--lora.r", str(r)]
         )
         forecaster = Forecaster.of_config(config, ranks, torch.device("cuda"))
-        plan = PlanReport(forecaster=forecaster, world_size=ranks, gib_per_rank=gib_per_rank).as_json()
+        plan = PlanReport(forecaster=forecaster, gib_per_rank=gib_per_rank).as_json()
         plan["model"]["name_or_path"] = f"benchmarks/shapes/{recipe}"
         reports.append({"recipe": recipe, "r": r} | plan)
     return reports

@@ -15,6 +15,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks share few cores
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest

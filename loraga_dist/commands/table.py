@@ -97,7 +97,6 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = load_config(options.config, overrides)
     report = PlanReport(
         forecaster=Forecaster.of_config(config, options.ranks, torch.device(options.device)),
-        world_size=options.ranks,
         gib_per_rank=options.gib_per_rank,
         device_tflops=options.device_tflops,
     )

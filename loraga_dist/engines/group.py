@@ -35,11 +35,6 @@ class EngineGroup:
         return list(dict.fromkeys(self.engine_of.values()))
 
     @property
-    def names(self) -> list[str]:
-        """Of the matrices."""
-        return list(self.engine_of)
-
-    @property
     def refining(self) -> EngineGroup | None:
         """Those to which further passes over the same data bring something, if there are any."""
         members = {name: engine for name, engine in self.engine_of.items() if engine.refines}

@@ -72,8 +72,7 @@ def forecast_activations(
             model = model_class._from_config(copy.deepcopy(base.config), dtype=base.dtype)
             model.tie_weights()
             model.requires_grad_(False).eval()
-            stack = _Stack.of(model, names)
-            stack.cut()
+            stack = _Stack.cut(model, names)
             microbatch = Microbatch(
                 inputs={name: torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()},
                 num_supervised_tokens=0,
@@ -84,7 +83,7 @@ def forecast_activations(
             unsharded = set() if gathers else set(_module_bytes(model))
 
             def sink(name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
-                torch.empty(sink_bytes(stack.original(name)), dtype=torch.uint8)
+                torch.empty(sink_bytes(stack.originals[name]), dtype=torch.uint8)
 
             with _Ledger(gathered, unsharded) as ledger, torch.no_grad():
                 forward(model, microbatch, device)
@@ -92,7 +91,7 @@ def forecast_activations(
             if not names:
                 return Activations(backward_bytes=0, forward_bytes=forward_bytes)
 
-            taps = tapped(model, stack.names, sink, checkpointing=checkpointing)
+            taps = tapped(model, list(stack.originals), sink, checkpointing=checkpointing)
             with _Ledger(gathered, unsharded) as ledger, stack.watched(ledger), taps:
                 loss_sum(forward(model, microbatch, device), microbatch.inputs["labels"]).backward()
             return Activations(backward_bytes=ledger.peak_with(stack.num_left_out), forward_bytes=forward_bytes)
@@ -152,20 +151,19 @@ class _Ledger(TorchDispatchMode):
         self._live_bytes += num_bytes
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Stack:
-    """The model's one list of equal blocks, of which a few are run; a model without one is run whole."""
+    """The model's one list of equal blocks, cut to a few that stand for those from the lowest target on: below it
+    nothing is kept for backward. A model without such a list is run whole."""
 
-    blocks: nn.ModuleList | None
-    prefix: str
-    first: int
-    """The lowest block with a target: below it nothing is kept for backward."""
-    names: list[str]
-    """Of the targets to tap."""
+    originals: dict[str, str]
+    """The names to tap, and those that these targets have in the whole model."""
+    blocks: Sequence[nn.Module] = ()
+    """Those that are run, where others are left out."""
     num_left_out: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module, names: Sequence[str]) -> _Stack:
+    def cut(cls, model: nn.Module, names: Sequence[str]) -> _Stack:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         lists = {
@@ -174,49 +172,36 @@ class _Stack:
             if isinstance(module, nn.ModuleList)
             and any(isinstance(child, GradientCheckpointingLayer) for child in module)
         }
-        whole = cls(blocks=None, prefix="", first=0, names=list(names))
+        whole = cls({name: name for name in names})
         if len(lists) != 1:
             return whole
         ((prefix, blocks),) = lists.items()
         if len(blocks) <= _WORTH_CUTTING or len({_signature(block) for block in blocks}) > 1:
             return whole
-        indices = [index for name in names if (index := _block_index(prefix, name)) is not None]
-        return cls(blocks=blocks, prefix=prefix, first=min(indices, default=0), names=list(names))
-
-    def cut(self) -> None:
-        """Leave the first blocks, which then stand for those from the lowest target on."""
-        if self.blocks is None:
-            return
-        num_in_graph = len(self.blocks) - self.first
-        run = min(_BLOCKS_RUN, num_in_graph)
-        self.num_left_out = num_in_graph - run
-        del self.blocks[run:]
-        shifted = [(name, _block_index(self.prefix, name)) for name in self.names]
-        self.names = [
-            name if index is None else self._renamed(name, index - self.first)
-            for name, index in shifted
-            if index is None or index - self.first < run
-        ]
-
-    def original(self, name: str) -> str:
-        index = _block_index(self.prefix, name) if self.blocks is not None else None
-        return name if index is None else self._renamed(name, index + self.first)
+        indices = {name: _block_index(prefix, name) for name in names}
+        first = min((index for index in indices.values() if index is not None), default=0)
+        num_in_graph = len(blocks) - first
+        del blocks[min(_BLOCKS_RUN, num_in_graph) :]
+        originals = {}
+        for name, index in indices.items():
+            if index is None:
+                originals[name] = name
+            elif index - first < len(blocks):
+                originals[name.replace(f"{prefix}.{index}.", f"{prefix}.{index - first}.", 1)] = name
+        num_left_out = num_in_graph - len(blocks)
+        return cls(originals, list(blocks) if num_left_out else (), num_left_out)
 
     @contextmanager
     def watched(self, ledger: _Ledger) -> Iterator[None]:
-        blocks = list(self.blocks) if self.num_left_out and self.blocks is not None else []
         handles = [
-            block.register_forward_pre_hook(lambda *_, is_top=block is blocks[-1]: ledger.enter_block(is_top))
-            for block in blocks
+            block.register_forward_pre_hook(lambda *_, is_top=block is self.blocks[-1]: ledger.enter_block(is_top))
+            for block in self.blocks
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _renamed(self, name: str, index: int) -> str:
-        return re.sub(rf"^{re.escape(self.prefix)}\.\d+", f"{self.prefix}.{index}", name)
 
 
 def _block_index(prefix: str, name: str) -> int | None:

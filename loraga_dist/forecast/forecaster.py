@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ import torch
 from loraga_dist.config import InitConfig
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import PROBE_TOKENS
+from loraga_dist.engines import ENGINES
 from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
 from loraga_dist.forecast.activations import Activations, Shapes, forecast_activations
-from loraga_dist.forecast.memory import RankMemory, Setting, rank_memory, sink_bytes
+from loraga_dist.forecast.memory import RankMemory, Setting, rank_memory
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
@@ -30,9 +32,10 @@ MOST_RANKS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Forecaster:
-    """What a request needs, under the request's own settings or under changed ones."""
+    """What a request needs on some number of ranks, under its own settings or under changed ones."""
 
     request: CheckpointRequest
+    world_size: int
     on_host: bool
     """The ranks compute on CPUs."""
     device_bytes: float | None = None
@@ -44,7 +47,7 @@ class Forecaster:
         """For the ranks and devices at hand."""
         on_host = world.device.type == "cpu"
         device_bytes = None if on_host else free_bytes(world.device, world.ranks_on_node)
-        return cls(request=request, on_host=on_host, device_bytes=device_bytes)
+        return cls(request=request, world_size=world.size, on_host=on_host, device_bytes=device_bytes)
 
     @classmethod
     def of_config(cls, config: InitConfig, world_size: int, device: torch.device) -> Forecaster:
@@ -52,42 +55,47 @@ class Forecaster:
         would refuse of them."""
         elsewhere = World(0, world_size, 0, device)
         request = understand(config, elsewhere, needs_weights=False, reads_data=False)
-        return cls(request=request, on_host=device.type == "cpu")
+        return cls(request=request, world_size=world_size, on_host=device.type == "cpu")
 
     @property
     def config(self) -> InitConfig:
         return self.request.config
 
-    def plan(self, world_size: int) -> Plan:
-        return make_plan(self.request.targets, self.config.gradient, self.request.scheme, world_size)
+    @cached_property
+    def plan(self) -> Plan:
+        return make_plan(self.request.targets, self.config.gradient, self.request.scheme, self.world_size)
 
-    def setting(self, plan: Plan, world_size: int) -> Setting:
-        base, holding = self.request.base, Holding.of(self.config.deepspeed, world_size)
-        weights_bytes = 0 if holding.offloads_weights else self.request.shape.partition_bytes(world_size)
+    @cached_property
+    def setting(self) -> Setting:
+        base, holding = self.request.base, Holding.of(self.config.deepspeed, self.world_size)
+        # what `StateHome.choose` will do once the weights are on the device
+        state_device = self.config.gradient.state_device
+        state_on_host = state_device == "host"
+        if state_device == "auto" and self.device_bytes is not None:
+            weights_bytes = 0 if holding.offloads_weights else self.request.shape.partition_bytes(self.world_size)
+            state_on_host = self.plan.state_bytes_per_rank > DEVICE_SHARE * (self.device_bytes - weights_bytes)
         return Setting(
-            world_size=world_size,
+            world_size=self.world_size,
             sharded=holding.is_sharded,
             on_host=self.on_host,
             weights_on_host=holding.offloads_weights,
             weights_mapped=self.on_host
             and not holding.is_sharded
             and all(slot.dtype == base.dtype for slot in base.index.values()),
-            state_on_host=not self.on_host and self._state_on_host(plan, weights_bytes),
+            state_on_host=not self.on_host and state_on_host,
         )
 
-    def _state_on_host(self, plan: Plan, weights_bytes: int) -> bool:
-        """What `StateHome.choose` will do once the weights are on the device."""
-        choice = self.config.gradient.state_device
-        if choice != "auto" or self.device_bytes is None:
-            return choice == "host"
-        return plan.state_bytes_per_rank > DEVICE_SHARE * (self.device_bytes - weights_bytes)
-
-    def activations(self, plan: Plan, shapes: Shapes, *, gathers: bool) -> Activations | None:
+    def activations(self, shapes: Shapes) -> Activations | None:
         """Of the group whose backward goes deepest: the first, for targets are in module order. Without groups there is
         no backward."""
-        names = [matrix.name for matrix in plan.groups[0]] if plan.groups else []
+        names = [matrix.name for matrix in self.plan.groups[0]] if self.plan.groups else []
         base, checkpointing = self.request.base, self.config.gradient.checkpointing
-        key = (tuple(shapes.items()), tuple(names), checkpointing, gathers)
+
+        def observation_bytes(name: str) -> int:
+            matrix = self.plan.matrices[name]
+            return ENGINES[matrix.engine].observation_bytes(matrix, base.dtype, math.prod(shapes["input_ids"]))
+
+        key = (tuple(shapes.items()), tuple(names), checkpointing, self.setting.sharded)
         if key not in self._activations:
             self._activations[key] = forecast_activations(
                 base,
@@ -95,31 +103,30 @@ class Forecaster:
                 names,
                 loss_sum=LOSSES[self.config.lora.task_type],
                 checkpointing=checkpointing,
-                gathers=gathers,
-                sink_bytes=sink_bytes(plan, math.prod(shapes["input_ids"]), base.dtype),
+                gathers=self.setting.sharded,
+                sink_bytes=observation_bytes,
             )
         return self._activations[key]
 
-    def memory(self, rank: int, plan: Plan, shapes: Shapes, setting: Setting) -> RankMemory:
-        activations = self.activations(plan, shapes, gathers=setting.sharded)
-        return rank_memory(rank, plan, self.request.shape, activations, math.prod(shapes["input_ids"]), setting)
+    def memory(self, rank: int, shapes: Shapes) -> RankMemory:
+        """What a rank will hold. shapes: of its largest microbatch."""
+        num_tokens = math.prod(shapes["input_ids"])
+        return rank_memory(rank, self.plan, self.request.shape, self.activations(shapes), num_tokens, self.setting)
 
-    def memory_of(self, world: World) -> RankMemory:
-        """What this rank will hold, for its own largest microbatch."""
-        plan = self.plan(world.size)
-        return self.memory(world.rank, plan, self.largest_microbatch(), self.setting(plan, world.size))
-
-    def worst(self, world_size: int, shapes: Shapes) -> RankMemory:
+    def worst(self, shapes: Shapes) -> RankMemory:
         """Of the rank that needs most."""
-        plan = self.plan(world_size)
-        setting = self.setting(plan, world_size)
-        work = [0] * world_size
+        plan, work = self.plan, [0] * self.world_size
         for target in plan.targets:
             width = plan.matrices[target.name].width if plan.groups else target.r
             work[plan.owners[target.name]] += width * (target.M + target.N)
         workspace = {target.name: plan.scheme.workspace_bytes(target.M, target.N, target.r) for target in plan.targets}
         ranks = {0, work.index(max(work)), plan.owners[max(workspace, key=workspace.__getitem__)]}
-        return max((self.memory(rank, plan, shapes, setting) for rank in ranks), key=lambda found: found.peak_bytes)
+        return max((self.memory(rank, shapes) for rank in ranks), key=lambda found: found.peak_bytes)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Of the rank that needs most, for the largest microbatch that the settings allow."""
+        return self.worst(self.largest_allowed()).peak_bytes
 
     def largest_microbatch(self) -> Shapes:
         """Shapes of this rank's microbatch with most tokens; where no data was read, of the largest there may be."""
@@ -162,7 +169,7 @@ def refuse_what_cannot_fit(planned: RankMemory, forecaster: Forecaster, world: W
         if verdict(needed, free) == "too large":
             changes = ["use more nodes, or fewer ranks on each, or lower gradient.state_budget_gib"]
             if where == "its device":
-                changes = advice(forecaster, world.size, free)
+                changes = advice(forecaster, free)
             raise UserError(
                 "model.name_or_path",
                 forecaster.config.model.name_or_path,
@@ -171,46 +178,48 @@ def refuse_what_cannot_fit(planned: RankMemory, forecaster: Forecaster, world: W
             )
 
 
-def advice(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[str]:
+def advice(forecaster: Forecaster, limit_bytes: float) -> list[str]:
     """What to change where a plan does not fit, with the peak each change leads to; where it fits, what is faster."""
-    now = forecaster.worst(world_size, forecaster.largest_allowed()).peak_bytes
+
+    def judged(peak_bytes: int) -> str:
+        return f"{_gib(peak_bytes)} GiB ({verdict(peak_bytes, limit_bytes)})"
+
+    now, world_size = forecaster.peak_bytes, forecaster.world_size
     if verdict(now, limit_bytes) == "fits":
-        return _fewer_sweeps(forecaster, world_size, limit_bytes)
+        return _fewer_sweeps(forecaster, limit_bytes)
     lines = []
     if not forecaster.on_host or world_size > 1:
-        lines.append(_ranks_that_fit(forecaster, world_size, limit_bytes))
+        lines.append(_ranks_that_fit(forecaster, limit_bytes))
     all_changes: dict[str, dict[str, Any]] = {}
     for text, section, keys in _changes(forecaster.config):
-        peak = _peak(forecaster.changed(**{section: keys}), world_size)
+        peak = forecaster.changed(**{section: keys}).peak_bytes
         if peak < 0.99 * now:
-            lines.append(f"{text}: {_gib(peak)} GiB ({verdict(peak, limit_bytes)})")
+            lines.append(f"{text}: {judged(peak)}")
             all_changes[section] = all_changes.get(section, {}) | keys
-    if len([keys for section in all_changes.values() for keys in section]) > 1:
+    if sum(map(len, all_changes.values())) > 1:
         together = forecaster.changed(**all_changes)
-        peak = _peak(together, world_size)
-        lines.append(f"all of these: {_gib(peak)} GiB ({verdict(peak, limit_bytes)})")
-        if verdict(peak, limit_bytes) != "fits":
-            lines.append(f"with all of these, {_ranks_that_fit(together, world_size, limit_bytes)}")
-    setting = forecaster.setting(forecaster.plan(world_size), world_size)
-    if not forecaster.on_host and not setting.weights_on_host and world_size > 1:
+        lines.append(f"all of these: {judged(together.peak_bytes)}")
+        if verdict(together.peak_bytes, limit_bytes) != "fits":
+            lines.append(f"with all of these, {_ranks_that_fit(together, limit_bytes)}")
+    if not forecaster.on_host and not forecaster.setting.weights_on_host and world_size > 1:
         weights = forecaster.request.shape.partition_bytes(world_size)
         lines.append(
             f"deepspeed: configs/deepspeed/zero3_offload_cpu.json moves {_gib(weights)} GiB of weights per rank to the "
-            f"host: {_gib(now - weights)} GiB ({verdict(now - weights, limit_bytes)})"
+            f"host: {judged(now - weights)}"
         )
     return lines
 
 
-def _fewer_sweeps(forecaster: Forecaster, world_size: int, limit_bytes: float) -> list[str]:
+def _fewer_sweeps(forecaster: Forecaster, limit_bytes: float) -> list[str]:
     """The smallest budget with which one sweep over the data does, or else half of the sweeps, if that fits."""
-    sweeps = forecaster.plan(world_size).groups
+    sweeps = forecaster.plan.groups
     if not sweeps:
         return []
     everything = sum(Plan.state_bytes(sweep) for sweep in sweeps) / 2**30
     for wanted in sorted({1, -(-len(sweeps) // 2)} - {len(sweeps)}):
         budget = math.ceil(10.5 * everything / wanted) / 10
         changed = forecaster.changed(gradient={"state_budget_gib": budget})
-        peak, count = _peak(changed, world_size), len(changed.plan(world_size).groups)
+        peak, count = changed.peak_bytes, len(changed.plan.groups)
         if verdict(peak, limit_bytes) == "fits" and count < len(sweeps):
             return [f"gradient.state_budget_gib {budget:g}: {count} instead of {len(sweeps)} sweeps, {_gib(peak)} GiB"]
     return []
@@ -232,19 +241,19 @@ def _changes(config: InitConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield f"gradient.state_budget_gib {budget:g} (more sweeps)", "gradient", {"state_budget_gib": budget}
 
 
-def _ranks_that_fit(forecaster: Forecaster, world_size: int, limit_bytes: float) -> str:
+def _ranks_that_fit(forecaster: Forecaster, limit_bytes: float) -> str:
     """The fewest ranks that hold the plan, by bisection: more ranks never need more each."""
-    low, high = world_size, MOST_RANKS
-    if verdict(_peak(forecaster, high), limit_bytes) != "fits":
+
+    def peak_bytes(world_size: int) -> int:
+        return replace(forecaster, world_size=world_size).peak_bytes
+
+    low, high = forecaster.world_size, MOST_RANKS
+    if verdict(peak_bytes(high), limit_bytes) != "fits":
         return f"no number of ranks up to {MOST_RANKS} fits: what a rank holds beside its weights is too much"
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if verdict(_peak(forecaster, middle), limit_bytes) == "fits" else (middle, high)
-    return f"{high} ranks fit: {_gib(_peak(forecaster, high))} GiB each"
-
-
-def _peak(forecaster: Forecaster, world_size: int) -> int:
-    return forecaster.worst(world_size, forecaster.largest_allowed()).peak_bytes
+        low, high = (low, middle) if verdict(peak_bytes(middle), limit_bytes) == "fits" else (middle, high)
+    return f"{high} ranks fit: {_gib(peak_bytes(high))} GiB each"
 
 
 def _gib(num_bytes: float) -> str:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from loraga_dist.engines import ENGINES, Matrix
 from loraga_dist.forecast.activations import Activations
@@ -117,16 +114,12 @@ def rank_memory(
         triplets_before += sum(matrix.triplet_bytes for _, matrix in owned)
 
     if not plan.groups:
-        of_targets = [
-            {
-                "gathered": shape.num_bytes_each * target.M * target.N if setting.sharded else 0,
-                "workspace": plan.scheme.workspace_bytes(target.M, target.N, target.r),
-            }
-            for target in owned_targets
-        ]
-        factorize = [(parts, owned_factors) for parts in of_targets if plan.scheme.source == "weight"] or [
-            ({}, owned_factors)
-        ]
+        factorize.append(({}, owned_factors))
+    if plan.scheme.source == "weight":
+        for target in owned_targets:
+            whole = shape.num_bytes_each * target.M * target.N if setting.sharded else 0
+            workspace = plan.scheme.workspace_bytes(target.M, target.N, target.r)
+            factorize.append(({"gathered": whole, "workspace": workspace}, owned_factors))
 
     largest_target = max(target.adapter_bytes for target in plan.targets)
     largest_block = min(BLOCK_ELEMENTS, max(target.M * target.N for target in plan.targets))
@@ -214,13 +207,3 @@ def work(
             "A and B": int(away * sum(target.adapter_bytes for target in plan.targets)),
         },
     )
-
-
-def sink_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype) -> Callable[[str], int]:
-    """By target name, what its engine takes for a moment while a tap hands over x and dy."""
-
-    def observation_bytes(name: str) -> int:
-        matrix = plan.matrices[name]
-        return ENGINES[matrix.engine].observation_bytes(matrix, dtype, num_tokens)
-
-    return observation_bytes

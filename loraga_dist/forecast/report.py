@@ -54,7 +54,6 @@ class PlanReport:
     """
 
     forecaster: Forecaster
-    world_size: int
     shapes: Shapes | None = None
     num_sequences: int | None = None
     gib_per_rank: float | None = None
@@ -67,9 +66,9 @@ class PlanReport:
             return self.forecaster
         return replace(self.forecaster, device_bytes=self.gib_per_rank * _GIB)
 
-    @cached_property
+    @property
     def plan(self) -> Plan:
-        return self.forecaster.plan(self.world_size)
+        return self.forecaster.plan
 
     @cached_property
     def largest(self) -> Shapes:
@@ -78,11 +77,11 @@ class PlanReport:
 
     @cached_property
     def memory(self) -> RankMemory:
-        return self.forecaster_of_device.worst(self.world_size, self.largest)
+        return self.forecaster_of_device.worst(self.largest)
 
     def peak_bytes_with(self, checkpointing: Checkpointing) -> int:
         changed = self.forecaster_of_device.changed(gradient={"checkpointing": checkpointing})
-        return changed.worst(self.world_size, self.largest).peak_bytes
+        return changed.worst(self.largest).peak_bytes
 
     @property
     def num_used(self) -> int:
@@ -100,7 +99,7 @@ class PlanReport:
 
     @property
     def microbatches_per_rank(self) -> int:
-        return -(-self.num_used // (self.world_size * self.sequences_per_microbatch))
+        return -(-self.num_used // (self.forecaster.world_size * self.sequences_per_microbatch))
 
     @cached_property
     def work(self) -> Work:
@@ -110,7 +109,7 @@ class PlanReport:
             self.forecaster.request.shape,
             num_tokens=self.num_used * self.tokens_per_sequence,
             microbatches_per_rank=self.microbatches_per_rank,
-            world_size=self.world_size,
+            world_size=self.forecaster.world_size,
             checkpointed=gradient.checkpointing != "none",
             refine_passes=0 if gradient.refine_passes == "auto" else gradient.refine_passes,
         )
@@ -120,7 +119,7 @@ class PlanReport:
         """Of arithmetic; None where the devices are not known."""
         if self.device_tflops is None:
             return None
-        flops, peak = sum(self.work.flops.values()), self.world_size * self.device_tflops * 1e12
+        flops, peak = sum(self.work.flops.values()), self.forecaster.world_size * self.device_tflops * 1e12
         at_least, at_most = (flops / (peak * share) for share in UTILISATION)
         return {"at_least": at_least, "at_most": at_most, "device_tflops": self.device_tflops}
 
@@ -130,16 +129,15 @@ class PlanReport:
         return Counter(Kind.of(target, self.plan) for target in self.plan.targets)
 
     @property
-    def targets_per_rank(self) -> list[int]:
-        """How many each rank owns."""
-        return [len(self.plan.owned(rank)) for rank in range(self.world_size)]
+    def owned(self) -> list[list[Target]]:
+        """By rank."""
+        return [self.plan.owned(rank) for rank in range(self.forecaster.world_size)]
 
     @property
     def busiest_to_mean(self) -> float:
         """The most factorization work of a rank."""
-        costs = self.plan.costs
-        of_ranks = [sum(costs[target.name] for target in self.plan.owned(rank)) for rank in range(self.world_size)]
-        return max(of_ranks) * self.world_size / sum(of_ranks)
+        costs = [sum(self.plan.costs[target.name] for target in mine) for mine in self.owned]
+        return max(costs) * len(costs) / sum(costs)
 
     @property
     def budget(self) -> dict[str, int] | None:
@@ -163,7 +161,7 @@ class PlanReport:
     def advice(self) -> list[str]:
         if self.gib_per_rank is None:
             return []
-        return advice(self.forecaster_of_device, self.world_size, self.gib_per_rank * _GIB)
+        return advice(self.forecaster_of_device, self.gib_per_rank * _GIB)
 
     def as_json(self) -> dict[str, Any]:
         """Sizes are bytes."""
@@ -179,7 +177,7 @@ class PlanReport:
                 "bytes": shape.num_bytes,
                 "from_config_alone": not base.index,
             },
-            "ranks": self.world_size,
+            "ranks": self.forecaster.world_size,
             "device": "cpu" if self.forecaster.on_host else "cuda",
             "calibration": {
                 "data_read": self.shapes is not None,
@@ -190,7 +188,7 @@ class PlanReport:
                 "refine_passes": config.gradient.refine_passes,
             },
             "targets": [kind._asdict() | {"count": count} for kind, count in self.kinds.items()],
-            "owners": {"targets_per_rank": self.targets_per_rank, "busiest_to_mean": self.busiest_to_mean},
+            "owners": {"targets_per_rank": [len(mine) for mine in self.owned], "busiest_to_mean": self.busiest_to_mean},
             "rank_budget": self.budget,
             "sweeps": {
                 "count": len(plan.groups),
@@ -203,7 +201,7 @@ class PlanReport:
                 "host_peak_bytes": memory.host_peak_bytes,
                 "peak_bytes_without_checkpointing": self.peak_bytes_with("none"),
                 "peak_bytes_with_checkpointing": self.peak_bytes_with("non_reentrant"),
-                "partition_bytes": shape.partition_bytes(self.world_size),
+                "partition_bytes": shape.partition_bytes(self.forecaster.world_size),
                 "largest_gathered_module_bytes": shape.largest_module_numel * shape.num_bytes_each,
                 "activations_known": memory.activations_known,
                 "device_bytes": memory.device,
@@ -238,7 +236,7 @@ def print_plan(report: PlanReport) -> None:
 
 def _targets_table(report: PlanReport) -> Table:
     model = report.forecaster.config.model.name_or_path
-    table = Table(title=f"{report.plan.scheme.title} plan of {model} on {report.world_size} ranks")
+    table = Table(title=f"{report.plan.scheme.title} plan of {model} on {report.forecaster.world_size} ranks")
     for column in ("module", "targets", "M x N", "r", "engine", "K", "state MiB each"):
         table.add_column(column, justify="left" if column in ("module", "engine") else "right")
     for kind, count in report.kinds.items():

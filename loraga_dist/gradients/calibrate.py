@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import torch
 from torch import nn
@@ -142,7 +142,7 @@ class _Calibrator:
             left = self._batches.microbatches(at.num_samples, self._used.num_samples, at.num_microbatches)
         with one_pass(
             self._model,
-            observing.names if left else [],
+            list(observing.engine_of) if left else [],
             observing,
             sharding=self._sharding,
             loss_sum=LOSSES[config.lora.task_type],
@@ -210,8 +210,8 @@ class _Calibrator:
             self._facts |= facts
             for name in facts:
                 if self._request.plan.owners[name] == self._world.rank:
-                    U_MK, S_K, Vh_KN = (saved.tensors[f"{name}.{part}"] for part in ("U", "S", "Vh"))
-                    self._owned[name] = TruncatedSVD(U_MK=U_MK, S_K=S_K, Vh_KN=Vh_KN)
+                    parts = {part.name: saved.tensors[f"{name}.{part.name}"] for part in fields(TruncatedSVD)}
+                    self._owned[name] = TruncatedSVD(**parts)
             calibrate_seconds, factorize_seconds = saved.content["seconds"]
             self._seconds = (self._seconds[0] + calibrate_seconds, self._seconds[1] + factorize_seconds)
             self._used = DataUsed(**saved.content["data"])
@@ -233,11 +233,7 @@ def _finished_state(
         "data": asdict(used),
         "seconds": seconds,
     }
-    tensors = {
-        f"{name}.{part}": tensor
-        for name, svd in owned.items()
-        for part, tensor in (("U", svd.U_MK), ("S", svd.S_K), ("Vh", svd.Vh_KN))
-    }
+    tensors = {f"{name}.{part}": tensor for name, svd in owned.items() for part, tensor in vars(svd).items()}
     return EngineState(content, tensors)
 
 

@@ -19,7 +19,7 @@ from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World, dotted
 
-_FORMAT = 3
+_FORMAT = 4
 """Of saved states; one of another number is not read."""
 
 

@@ -2,17 +2,14 @@
 
 from loraga_dist.linalg.product import product_svd
 from loraga_dist.linalg.randomized_svd import TruncatedSVD, numerical_rank, sign_fix, truncated_svd, truncated_svd_bytes
-from loraga_dist.linalg.subspace import efficiency, principal_sines
 from loraga_dist.linalg.union import boolean_sum, complete_basis, orthonormal_columns
 
 __all__ = [
     "TruncatedSVD",
     "boolean_sum",
     "complete_basis",
-    "efficiency",
     "numerical_rank",
     "orthonormal_columns",
-    "principal_sines",
     "product_svd",
     "sign_fix",
     "truncated_svd",

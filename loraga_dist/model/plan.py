@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loraga_dist.config import GradientConfig
@@ -22,6 +22,8 @@ class Plan:
     groups: list[list[Matrix]]
     """None where the scheme takes no gradient."""
     owners: dict[str, int]
+    costs: dict[str, int]
+    """What owners are balanced by, per target; grows as the flops of the factorization do."""
 
     @functools.cached_property
     def matrices(self) -> dict[str, Matrix]:
@@ -43,13 +45,6 @@ class Plan:
         """Engine state every rank holds for one group."""
         return sum(ENGINES[matrix.engine].state_bytes(matrix) for matrix in group)
 
-    @property
-    def costs(self) -> dict[str, int]:
-        """What owners are balanced by, per target; grows as the flops of the factorization do."""
-        if self.groups:
-            return _svd_costs(self.matrices.values())
-        return _weight_costs(self.targets, self.scheme)
-
 
 def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme, world_size: int) -> Plan:
     """Cut the targets, in module order, into groups that fit the budget; balance each group's owners by SVD cost.
@@ -57,15 +52,22 @@ def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme,
     Neighbours share a sweep, so that backward can stop at the group's lowest layer. A target larger than the budget
     gets a sweep of its own. A scheme that takes no gradient needs no sweep, only owners.
     """
-    loads = [0] * world_size
     if scheme.source != "gradient":
-        owners = _assign_owners(_weight_costs(targets, scheme), loads)
-        return Plan(scheme=scheme, targets=list(targets), groups=[], owners=owners)
-    groups, owners = [], {}
-    for group in _cut([_matrix(target, config, scheme) for target in targets], config):
-        owners |= _assign_owners(_svd_costs(group), loads)
-        groups.append([replace(matrix, owner=owners[matrix.name]) for matrix in group])
-    return Plan(scheme=scheme, targets=list(targets), groups=groups, owners=owners)
+        groups = []
+        costs_of_sweeps = [{target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}]
+    else:
+        groups = _cut([_matrix(target, config, scheme) for target in targets], config)
+        costs_of_sweeps = [
+            {matrix.name: ENGINES[matrix.engine].factorization_cost(matrix) for matrix in group} for group in groups
+        ]
+    loads = [0] * world_size
+    costs, owners = {}, {}
+    for of_sweep in costs_of_sweeps:
+        costs |= of_sweep
+        dealt = balance(sorted(of_sweep), of_sweep.__getitem__, loads)
+        owners |= {name: rank for rank, names in enumerate(dealt) for name in names}
+    groups = [[replace(matrix, owner=owners[matrix.name]) for matrix in group] for group in groups]
+    return Plan(scheme=scheme, targets=list(targets), groups=groups, owners=owners, costs=costs)
 
 
 def _matrix(target: Target, config: GradientConfig, scheme: Scheme) -> Matrix:
@@ -100,17 +102,3 @@ def _cut(matrices: Sequence[Matrix], config: GradientConfig) -> list[list[Matrix
         groups[-1].append(matrix)
         group_bytes += needed
     return groups
-
-
-def _assign_owners(costs: Mapping[str, int], loads: list[int]) -> dict[str, int]:
-    """loads: work of every rank, carried from group to group."""
-    dealt = balance(sorted(costs), costs.__getitem__, loads)
-    return {name: rank for rank, names in enumerate(dealt) for name in names}
-
-
-def _svd_costs(matrices: Iterable[Matrix]) -> dict[str, int]:
-    return {matrix.name: ENGINES[matrix.engine].factorization_cost(matrix) for matrix in matrices}
-
-
-def _weight_costs(targets: Iterable[Target], scheme: Scheme) -> dict[str, int]:
-    return {target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}

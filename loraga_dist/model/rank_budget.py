@@ -39,12 +39,9 @@ def planned_targets(targets: Sequence[Target], lora: LoraSection, init: SchemeCo
             "leave targets out with lora.exclude_modules",
         )
     num_triplets = SCHEMES[init.scheme].num_triplets
+    ranks = range(1, LARGEST * lora.r + 1)
     return [
-        _with_rank(
-            target,
-            lora,
-            max(r for r in range(1, LARGEST * lora.r + 1) if num_triplets(r) <= min(target.M, target.N)),
-        )
+        _with_rank(target, lora, max(r for r in ranks if num_triplets(r) <= min(target.M, target.N)))
         for target in targets
     ]
 
@@ -64,7 +61,7 @@ def spend(
         held = singular_values[target.name]
         ends = [(num_triplets(r), num_triplets(r + 1)) for r in range(target.r) if num_triplets(r + 1) <= len(held)]
         # what lies below rounding would be bought in another order on another number of ranks
-        values = _above_rounding(held, target)
+        values = held[: numerical_rank(torch.tensor(held), target.M, target.N)]
         energies.append([math.fsum(value**2 for value in values[start:end]) for start, end in ends])
     ranks = allocate(init.rank_budget, [target.M + target.N for target in planned], energies)
     targets = [_with_rank(target, lora, r) for target, r in zip(planned, ranks, strict=True)]
@@ -110,10 +107,6 @@ def allocate(budget: int, sizes: Sequence[int], energies: Sequence[Sequence[floa
 def num_parameters(targets: Sequence[Target]) -> int:
     """Of all A and B together."""
     return sum(target.num_parameters for target in targets)
-
-
-def _above_rounding(values: Sequence[float], target: Target) -> Sequence[float]:
-    return values[: numerical_rank(torch.tensor(values), target.M, target.N)]
 
 
 def _with_rank(target: Target, lora: LoraSection, r: int) -> Target:

@@ -107,7 +107,9 @@ def select_targets(
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    shown = lora.target_modules
+    def refused(problem: str) -> UserError:
+        return UserError("lora.target_modules", lora.target_modules, problem)
+
     tied = _tied_parameters(meta_model)
     before = {name for name, _ in meta_model.named_modules()}
     try:
@@ -115,7 +117,7 @@ def select_targets(
             warnings.simplefilter("ignore")
             peft_model: Any = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError("lora.target_modules", shown, _first_sentence(str(error))) from error
+        raise refused(_first_sentence(str(error))) from error
 
     targets: list[Target] = []
     saved_parameters: list[str] = []
@@ -127,19 +129,13 @@ def select_targets(
         base = layer.get_base_layer()
         transposed = bool(getattr(layer, "fan_in_fan_out", False))
         if name not in before or type(layer) is not LoraLinear or getattr(base, "weight", torch.empty(0)).ndim != 2:
-            raise UserError(
-                "lora.target_modules",
-                shown,
-                f"{name} ({type(base).__name__}) is not a plain matrix; add it to lora.exclude_modules",
-            )
+            raise refused(f"{name} ({type(base).__name__}) is not a plain matrix; add it to lora.exclude_modules")
         M, N = tuple(base.weight.shape)[::-1] if transposed else tuple(base.weight.shape)  # type: ignore[union-attr]
         r = layer.r["default"]
         if f"{name}.weight" in tied:
-            raise UserError(
-                "lora.target_modules",
-                shown,
+            raise refused(
                 f"{name}.weight is tied to {tied[f'{name}.weight']}; changing one would change both; "
-                "add it to lora.exclude_modules",
+                "add it to lora.exclude_modules"
             )
         if num_triplets(1 if any_rank else r) > min(M, N):
             fitting = max(rank for rank in range(min(M, N) + 1) if num_triplets(rank) <= min(M, N))
@@ -162,7 +158,7 @@ def select_targets(
             )
         )
     if not targets:
-        raise UserError("lora.target_modules", shown, "matches no module; write names the model has, or all-linear")
+        raise refused("matches no module; write names the model has, or all-linear")
     check_patterns(lora, targets)
     return Selection(targets=targets, saved_parameters=saved_parameters)
 

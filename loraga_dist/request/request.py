@@ -126,14 +126,12 @@ def understand(
     weight_key = base.weight_keys if base.index else str
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     selection, targets = _choose_targets(meta_model, config, weight_key)
-    factor_dtypes = dict.fromkeys((target.name for target in targets), base.dtype)
     if base.index:
         require_targets(base.index, targets)
-        residual_dtype = config.output.residual_dtype
-        factor_dtypes = {
-            target.name: factor_dtype(base.dtype, base.index[target.weight_key].dtype, residual_dtype)
-            for target in targets
-        }
+    factor_dtypes = {
+        target.name: factor_dtype(base.dtype, entries[target.weight_key][0], config.output.residual_dtype)
+        for target in targets
+    }
     data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
         data = read_data(config, base, world)

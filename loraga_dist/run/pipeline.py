@@ -60,7 +60,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         request = _prepare(config, world)
         forecaster = Forecaster.of(request, world)
         with world.together():
-            planned = forecaster.memory_of(world)
+            planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
             refuse_what_cannot_fit(planned, forecaster, world)
         config, destination = request.config, Path(request.config.output.dir)
         staged = StagedDirectory(destination, world, overwrite=config.output.overwrite)
@@ -107,13 +107,11 @@ def dry_run(config: InitConfig, world: World) -> None:
     request = _prepare(config, world)
     forecaster = Forecaster.of(request, world)
     with world.together():
-        refuse_what_cannot_fit(forecaster.memory_of(world), forecaster, world)
+        refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
         if world.is_main:
             num_sequences = None if request.data is None else request.data.num_samples
             shapes = forecaster.largest_microbatch()
-            print_plan(
-                PlanReport(forecaster=forecaster, world_size=world.size, shapes=shapes, num_sequences=num_sequences)
-            )
+            print_plan(PlanReport(forecaster=forecaster, shapes=shapes, num_sequences=num_sequences))
 
 
 def initialize(

@@ -11,6 +11,8 @@ import torch
 
 from loraga_dist.errors import UserError
 
+_ZERO = "deepspeed.zero_optimization"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
@@ -47,23 +49,18 @@ def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
         raise UserError("deepspeed", value, "must hold DeepSpeed's settings as one JSON object")
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 3) != 3:
-        raise UserError("deepspeed.zero_optimization.stage", zero, "must be 3: the model is sharded by ZeRO-3")
+        raise UserError(f"{_ZERO}.stage", zero, "must be 3: the model is sharded by ZeRO-3")
     offload = zero.get("offload_param") or {}
     if not isinstance(offload, dict):
-        problem = "must be an object; write {device: cpu}"
-        raise UserError("deepspeed.zero_optimization.offload_param", offload, problem)
+        raise UserError(f"{_ZERO}.offload_param", offload, "must be an object; write {device: cpu}")
     if offload.get("device") == "nvme":
-        raise UserError(
-            "deepspeed.zero_optimization.offload_param.device", "nvme", "is not supported; write cpu or none"
-        )
+        raise UserError(f"{_ZERO}.offload_param.device", "nvme", "is not supported; write cpu or none")
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if zero.get(key, False) not in (False, "auto"):
             problem = "would gather weights in 8 bits and take the gradients of those; write false"
-            raise UserError(f"deepspeed.zero_optimization.{key}", zero[key], problem)
+            raise UserError(f"{_ZERO}.{key}", zero[key], problem)
     if zero.get("zero_hpz_partition_size", 1) not in (1, "auto"):
-        raise UserError(
-            "deepspeed.zero_optimization.zero_hpz_partition_size", zero["zero_hpz_partition_size"], "write 1"
-        )
+        raise UserError(f"{_ZERO}.zero_hpz_partition_size", zero["zero_hpz_partition_size"], "write 1")
     return settings
 
 

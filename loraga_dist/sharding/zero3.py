@@ -39,24 +39,18 @@ def refuse_unsupported_shards(model: nn.Module, caller: str) -> None:
     parameter: Any  # DeepSpeed adds attributes
     for name, parameter in model.named_parameters():
         if not hasattr(parameter, "ds_id"):
-            raise UserError("model", name, "is not partitioned although others are; load the model under zero.Init")
-        if hasattr(parameter, "_z3_optimizer"):
-            raise UserError(
-                "model",
-                name,
-                f"already belongs to an optimizer; call {caller} before deepspeed.initialize",
-            )
-        final_location = getattr(parameter.ds_tensor, "final_location", None)
-        if getattr(final_location, "name", None) == "nvme":
-            raise UserError(
-                "model", name, "is offloaded to NVMe; set zero_optimization.offload_param.device to cpu or none"
-            )
-        if getattr(parameter, "ds_secondary_tensor", None) is not None:
-            raise UserError(
-                "model", name, "has a secondary (hpZ) partition; set zero_optimization.zero_hpz_partition_size to 1"
-            )
-        if not parameter.ds_tensor.is_floating_point():
-            raise UserError("model", name, f"has quantized shards ({parameter.ds_tensor.dtype}); load it in bfloat16")
+            problem = "is not partitioned although others are; load the model under zero.Init"
+        elif hasattr(parameter, "_z3_optimizer"):
+            problem = f"already belongs to an optimizer; call {caller} before deepspeed.initialize"
+        elif getattr(getattr(parameter.ds_tensor, "final_location", None), "name", None) == "nvme":
+            problem = "is offloaded to NVMe; set zero_optimization.offload_param.device to cpu or none"
+        elif getattr(parameter, "ds_secondary_tensor", None) is not None:
+            problem = "has a secondary (hpZ) partition; set zero_optimization.zero_hpz_partition_size to 1"
+        elif not parameter.ds_tensor.is_floating_point():
+            problem = f"has quantized shards ({parameter.ds_tensor.dtype}); load it in bfloat16"
+        else:
+            continue
+        raise UserError("model", name, problem)
 
 
 class Zero3(Sharding):
@@ -192,11 +186,8 @@ def _start_deepspeed() -> None:
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(
-            "deepspeed",
-            None,
-            "is not installed, and several ranks or a deepspeed section need it; pip install deepspeed",
-        ) from error
+        problem = "is not installed, and several ranks or a deepspeed section need it; pip install deepspeed"
+        raise UserError("deepspeed", None, problem) from error
     from deepspeed.ops import __compatible_ops__
 
     # its shared-memory all-reduce is compiled at the first start, needs g++, and a killed build blocks all later runs;

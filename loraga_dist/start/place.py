@@ -58,14 +58,13 @@ def place_factors(peft_model: Any, plan: Plan, owned: Mapping[str, LoraFactors],
     square_norms = sharding.square_norms([layer.get_base_layer().weight for layer in layers.values()]).tolist()
     placed = Placed(factors={}, offset_ratios={})
     for target, square_norm in zip(plan.targets, square_norms, strict=True):
+        owner = plan.owners[target.name]
         A_RN = torch.empty(target.r, target.N, device=device)
         B_MR = torch.empty(target.M, target.r, device=device)
-        if world.rank == plan.owners[target.name]:
+        if world.rank == owner:
             A_RN.copy_(owned[target.name].A_RN)
             B_MR.copy_(owned[target.name].B_MR)
-        factors = LoraFactors(
-            A_RN=world.broadcast_(A_RN, plan.owners[target.name]), B_MR=world.broadcast_(B_MR, plan.owners[target.name])
-        )
+        factors = LoraFactors(A_RN=world.broadcast_(A_RN, owner), B_MR=world.broadcast_(B_MR, owner))
         layer = layers[target.name]
         if "default" in layer.lora_magnitude_vector:
             _put_magnitudes(layer, target, factors, changes_base=plan.scheme.changes_base)
@@ -73,8 +72,7 @@ def place_factors(peft_model: Any, plan: Plan, owned: Mapping[str, LoraFactors],
             sharding.subtract_lowrank(layer.get_base_layer().weight, target, A_RN, B_MR)
         sharding.put(layer.lora_A["default"].weight, A_RN)
         sharding.put(layer.lora_B["default"].weight, B_MR)
-        offset_ratio = target.scaling * product_norm(factors) / max(square_norm**0.5, 1e-30)
-        placed.offset_ratios[target.name] = offset_ratio
+        placed.offset_ratios[target.name] = target.scaling * product_norm(factors) / max(square_norm**0.5, 1e-30)
         if world.is_main:
             placed.factors[target.name] = LoraFactors(A_RN=A_RN.cpu(), B_MR=B_MR.cpu())
     world.barrier()

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from ranks import run_on_ranks
+from subspace import efficiency
 from torch import Tensor
 
 from loraga_dist.artifacts.warnings import LOW_WINDOW_CAPTURE
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
-from loraga_dist.linalg import efficiency
 from loraga_dist.ranks.world import World
 
 M, N, R = 384, 320, 4

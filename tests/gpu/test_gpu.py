@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from builders import llama_config
+from subspace import efficiency
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -17,7 +18,6 @@ from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD, Matrix, StateHome
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.one_pass import forward
-from loraga_dist.linalg import efficiency
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from builders import byte_tokenizer, llama_config, make_model
+from convergence import best_rate
+from convergence_methods import METHODS, Inputs, R, alignment, best_cosine, full_gradients, lora_layers
+from convergence_report import BEGIN, END, Results, steps_to, tables, write_plots
 from launching import ROOT, succeed
 from ranks import run_script
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import LlamaForCausalLM
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from convergence import best_rate
-from convergence_methods import METHODS, Inputs, R, alignment, best_cosine, full_gradients, lora_layers
-from convergence_report import BEGIN, END, Results, steps_to, tables, write_plots
 
 pytestmark = pytest.mark.plots
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cost_runs import step_energy
 from launching import ROOT, succeed
 from ranks import run_script
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from cost_runs import step_energy
 
 
 def test_step_energy_is_that_of_the_step() -> None:

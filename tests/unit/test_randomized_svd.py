@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from subspace import principal_sines
 from torch import Tensor
 
-from loraga_dist.linalg import TruncatedSVD, numerical_rank, principal_sines, sign_fix, truncated_svd
+from loraga_dist.linalg import TruncatedSVD, numerical_rank, sign_fix, truncated_svd
 
 OVERSAMPLING = 32
 BAR = 1e-5  # relative error of B0 A0; ten times below what the factors must meet

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from subspace import efficiency
 from torch import Tensor, nn
 
-from loraga_dist.linalg import TruncatedSVD, efficiency, sign_fix, truncated_svd
+from loraga_dist.linalg import TruncatedSVD, sign_fix, truncated_svd
 from loraga_dist.schemes import (
     DIRECTIONS,
     SCALES,

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-
-from loraga_dist.linalg import efficiency, principal_sines
+from subspace import efficiency, principal_sines
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

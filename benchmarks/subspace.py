@@ -1,11 +1,11 @@
-"""How well factors and triplets span what they should: the measures used in tests and reports."""
+"""How well factors and triplets span what they should: the measures of tests and benchmarks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from loraga_dist.linalg.randomized_svd import numerical_rank
+from loraga_dist.linalg import numerical_rank
 
 
 def efficiency(G_MN: Tensor, U_MR: Tensor, V_NR: Tensor) -> float:
