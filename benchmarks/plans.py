@@ -115,7 +115,7 @@ def arithmetic(plan: dict[str, Any]) -> list[str]:
         f"## {_title(plan)}",
         "",
         f"- Weights: {plan['model']['parameters']} x 2 bytes / {plan['ranks']} = {_gib(parts['weights'])} GiB.",
-        f"- One microbatch: {_gib(parts['microbatch'])} GiB at its highest, rehearsed on shapes alone. It holds",
+        f"- One microbatch: {_gib(parts['microbatch'])} GiB at its highest, run on shapes alone. It holds",
         f"  - the inputs of the blocks: {layers} x {tokens} x {d} x 2 bytes = {_gib(layers * tokens * d * 2)} GiB;",
         "  - around the loss, bfloat16 logits",
         f"    ({tokens} x {vocabulary} x 2 bytes = {_gib(tokens * vocabulary * 2)} GiB) and float32 ones, their",

@@ -9,7 +9,7 @@ from loraga_dist.commands.table import COMMANDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code (0 done and verified, 2 wrong input, 3 failed)."""
+    """Entry point; returns the exit code (0 done and verified, 2 wrong input, 3 failed, 143 stopped by a scheduler)."""
     parser = argparse.ArgumentParser(prog="loraga-dist", description="LoRA-GA starts for models of any size.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():

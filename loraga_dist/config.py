@@ -135,7 +135,7 @@ class SchemeConfig(Section):
     direction: Annotated[str, NameIn(DIRECTIONS)] = "ArB2r"
     scale: Annotated[str, NameIn(SCALES)] = "stable"
     stable_gamma: float | None = Field(default=None, gt=0)
-    """null is the scheme's own: 16 for `lora_ga`, 128 for `lora_one`."""
+    """null is the scheme's own, as `schemes.py` has it."""
     rank_budget: int | None = Field(default=None, ge=1)
     """Adapter parameters in all, sum of r (M + N), to spend on the targets whose gradients have most energy in further
     directions; each gets rank 1 at least and twice `lora.r` at most, and the scaling of `lora`."""
@@ -184,7 +184,7 @@ class GradientConfig(Section):
     """Where that state lives between two uses; `host` is pinned host memory, at the price of copies in every backward.
     `auto` is the device, unless the state would fill half of what is free there."""
     oversampling: int | None = Field(default=None, ge=1)
-    """Extra columns beyond the 2r that are used; null is the engine's own rule. What `sketch` gains accuracy from."""
+    """Extra columns beyond those the scheme uses; null is the engine's own rule. What `sketch` gains accuracy from."""
     refine_passes: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """More passes of `sketch` over the same data: one makes it practically exact. `auto` takes one where a microbatch
     of all ranks has fewer supervised tokens than the sketch has columns."""

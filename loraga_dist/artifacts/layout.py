@@ -1,4 +1,4 @@
-"""What an output directory holds: its parts, their files, keys and bytes. Nothing else says so."""
+"""What an output directory holds: its parts, their files, keys and bytes; the page and its plots go beside them."""
 
 from __future__ import annotations
 

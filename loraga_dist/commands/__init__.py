@@ -1,1 +1,1 @@
-"""The commands beside `init`, each a function and its entry in the table."""
+"""The table of all commands, what they do on files alone, and the library call that saves a start."""

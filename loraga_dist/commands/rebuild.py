@@ -40,7 +40,7 @@ _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alp
 
 
 _OF_INIT_ALONE = {"report_to": "none", "push_to_hub": "null", "push_residual_base": "false"}
-"""Keys of the section `output`, and the words for nothing of them."""
+"""Keys of the section `output` that only `init` acts on, each with the value that turns it off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +143,14 @@ def rebuild(
     if SCHEMES[config.init.scheme].source != "gradient":
         problem = f"does not start from the gradients that {source} holds; run loraga-dist init with it"
         raise UserError("init.scheme", config.init.scheme, problem)
-    request = understand(config, World.alone(), reads_data=False)
+    model = config.model.model_copy(update={"attn_implementation": None})  # no model runs, its kernels need not be here
+    request = understand(config.model_copy(update={"model": model}), World.alone(), reads_data=False)
     base_dir, index = request.base.directory, request.base.index
     destination = free_place(to, "--to", marker=REPORT, overwrite=overwrite, inputs=[source, base_dir])
     if request.plan.owners.keys() != old.targets.keys():
         raise UserError("directory", str(source), "holds gradients of other targets than this transformers finds")
-    config, targets = request.config, request.targets
+    model = request.config.model.model_copy(update={"attn_implementation": config.model.attn_implementation})
+    config, targets = request.config.model_copy(update={"model": model}), request.targets
     lora = config.lora
     if config.init.rank_budget is not None:
         singular_values = {target.name: _whole(slots[f"{target.name}.S"]).tolist() for target in targets}
@@ -159,7 +161,7 @@ def rebuild(
     new_start = _NewStart(
         config=config, old=old, targets={target.name: target for target in targets}, slots=slots, index=index
     )
-    layout = replace(Layout.of(request, targets), num_triplets=held)
+    layout = replace(Layout.of(request, targets), config=config, num_triplets=held)
     num_bytes = layout.num_bytes
     with whole_directory(destination, "--to", sum(num_bytes.values()), overwrite=overwrite) as directory:
         write_adapters(
@@ -186,9 +188,9 @@ def rebuild(
 
 def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | None) -> InitConfig:
     old = load_config(source / RESOLVED_CONFIG)
-    # what was for init alone was done by it
+    # the source's own push and trackers were its run's
     of_init = [word for key, value in _OF_INIT_ALONE.items() for word in (f"--output.{key}", value)]
-    new = load_config(source / RESOLVED_CONFIG, [*of_init, *overrides, "--output.dir", str(to.resolve())])
+    new = load_config(source / RESOLVED_CONFIG, [*of_init, *overrides, "--output.dir", str(to.expanduser().resolve())])
     changed = {
         f"{section}.{key}": value
         for section in ("model", "calibration", "gradient", "lora")

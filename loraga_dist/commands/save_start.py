@@ -46,7 +46,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
     model: Any = start.model
     scheme = SCHEMES[start.scheme]
     with world.together():
-        destination = Path(directory).resolve()
+        destination = Path(directory).expanduser().resolve()
         if destination.exists():
             # an adapter that was trained from an earlier start could not be converted without it
             raise UserError("directory", str(directory), "exists; write another directory")

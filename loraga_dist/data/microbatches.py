@@ -93,7 +93,7 @@ class SampleSharder:
 
 @dataclass(frozen=True)
 class BatchSharder:
-    """Each rank's own batches, which are one sample each to this end."""
+    """Each rank's own batches, each counted as one sample."""
 
     batches: list[Microbatch]
 
@@ -190,4 +190,4 @@ def in_step(microbatches: Sequence[Microbatch], world: World) -> list[Microbatch
 
 
 PROBE_TOKENS = 64
-"""Positions of the first calibration sequence whose logits are compared before and after."""
+"""Positions of each rank's first calibration sequence whose logits are compared before and after."""

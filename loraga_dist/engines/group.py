@@ -68,5 +68,14 @@ class EngineGroup:
             engine.load_state(of_engine, tensors, world)
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
+        # one engine's failure must not keep the others from their collectives
+        failure: RuntimeError | ValueError | None = None
         for engine in self.engines:
-            yield from engine.factorize(world, num_tokens)
+            try:
+                yield from engine.factorize(world, num_tokens)
+            except (RuntimeError, ValueError) as error:
+                if not getattr(error, "__notes__", None):  # no matrix is named: it was a collective
+                    raise
+                failure = failure or error
+        if failure is not None:
+            raise failure

@@ -86,7 +86,9 @@ class CheckpointStore:
         """Write a part that stays as it is; generations of the state before it are dropped."""
         self._write(f"finished-{self._num_finished:06d}", content, tensors)
         self._num_finished += 1
-        self._remove(self._named(_GENERATION))
+        # parts behind a damaged one may be of another run's data
+        behind = (path for path in self._named(_FINISHED) if int(path.name.split("-")[1]) >= self._num_finished)
+        self._remove([*self._named(_GENERATION), *behind])
 
     def read(self) -> Found:
         """All finished parts up to the first damaged one, and the newest whole generation of the state after them."""
@@ -102,7 +104,9 @@ class CheckpointStore:
             state = self._open(name, problems)
             if state is None:
                 self._damaged.add(name)
-            elif state.content[_AFTER] == len(finished):
+            elif state.content.get(_AFTER, len(finished)) == len(
+                finished
+            ):  # another version's is refused as other work
                 return Found(finished, state, problems)
         return Found(finished, None, problems)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from loraga_dist.errors import RunError, UserError
+from loraga_dist.errors import LoragaError, RunError, UserError
 from loraga_dist.files.disk import sync
 from loraga_dist.ranks.world import World
 
@@ -86,13 +86,18 @@ class StagedDirectory:
                         f"{self.destination} needs {num_bytes} bytes and the disk has {free_bytes} free: "
                         f"write another place as {self._key}{spared}"
                     )
-        with self._world.together():
-            if not self.path.is_dir():
-                raise UserError(
-                    self._key,
-                    str(self.destination),
-                    f"is not seen by rank {self._world.rank}; write a place on a file system that all ranks share",
-                )
+        try:
+            with self._world.together():
+                if not self.path.is_dir():
+                    raise UserError(
+                        self._key,
+                        str(self.destination),
+                        f"is not seen by rank {self._world.rank}; write a place on a file system that all ranks share",
+                    )
+        except LoragaError:
+            if self._world.is_main:
+                self.discard()
+            raise
 
     def commit(self) -> None:
         """Rename into place, on rank 0 when everything is written. An old directory goes after the new is there."""

@@ -70,7 +70,7 @@ class RankMemory:
 def rank_memory(
     rank: int, plan: Plan, shape: ModelShape, activations: Activations | None, num_tokens: int, setting: Setting
 ) -> RankMemory:
-    """The peak of every phase on one rank. Without a activations activations count as nothing.
+    """The peak of every phase on one rank. Where activations are None they count as nothing.
 
     num_tokens: of the largest microbatch.
     """

@@ -171,19 +171,20 @@ class _Calibrator:
     def _factorize(self, engines: EngineGroup) -> tuple[dict[str, GradientFacts], dict[str, TruncatedSVD]]:
         """The facts of all the group's targets, and this rank's triplets, on the host: they must not crowd the device.
 
-        Raises RunError, on every rank where a gradient is zero, on its owner alone where one cannot be factorized.
+        Raises RunError, on every rank, where a gradient is zero or its owner cannot factorize it.
         """
         matrices, world = self._request.plan.matrices, self._world
         mine, owned = {}, {}
-        try:
-            for name, found in engines.factorize(world, self._used.num_supervised_tokens):
-                svd = found.svd
-                owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
-                mine[name] = asdict(GradientFacts.of(matrices[name], found))
-        except (RuntimeError, ValueError) as error:
-            if which := getattr(error, "__notes__", None):  # else a collective, which another rank has left
-                raise RunError(f"factorize: the gradient {' '.join(which)}: {error}") from error
-            raise
+        with world.together():  # by the first failure of an owner all collectives are done
+            try:
+                for name, found in engines.factorize(world, self._used.num_supervised_tokens):
+                    svd = found.svd
+                    owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
+                    mine[name] = asdict(GradientFacts.of(matrices[name], found))
+            except (RuntimeError, ValueError) as error:
+                if which := getattr(error, "__notes__", None):  # else a collective, which another rank has left
+                    raise RunError(f"factorize: the gradient {' '.join(which)}: {error}") from error
+                raise
         facts = {name: GradientFacts(**it) for part in world.all_json(mine) for name, it in part.items()}
         tiny = torch.finfo(torch.float32).tiny
         zero = [name for name, of_target in facts.items() if not of_target.singular_values[0] > tiny]

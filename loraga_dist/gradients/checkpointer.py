@@ -20,7 +20,7 @@ from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World, dotted
 
 _FORMAT = 4
-"""Of saved states; one of another number is not read."""
+"""Of saved states; one of another number is other work."""
 
 
 class Checkpointer:

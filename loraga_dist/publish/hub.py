@@ -85,7 +85,7 @@ def _upload(directory: Path, report: Report) -> str:
                 *(CommitOperationAdd(name, path) for name, path in sorted(paths.items())),
                 *(CommitOperationDelete(name) for name in stale),
             ],
-            commit_message="LoRA-GA start",
+            commit_message=f"{report.scheme.title} start",
         )
     except Exception as error:  # as above: whatever it was, the output is not touched
         raise RunError(

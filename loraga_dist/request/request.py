@@ -1,6 +1,6 @@
 """What is wanted, understood: settings, targets, plan and data.
 
-All of the user's mistakes that can show before a weight is allocated do so here.
+Mistakes in settings, model and data show here, before a weight is allocated.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
 
 
 def dry_run(config: InitConfig, world: World) -> None:
-    """Do all that `run` does before it allocates or writes, then print the plan on rank 0."""
+    """Check settings, model, data and memory as `run` does, then print the plan on rank 0; nothing is written."""
     request = _prepare(config, world)
     forecaster = Forecaster.of(request, world)
     with world.together():

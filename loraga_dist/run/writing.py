@@ -112,7 +112,9 @@ def _write_residual(
     with world.together():
         if world.is_main:
             adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
-    finished = FinishedFiles(finished_files, {**checkpointer.work, "adapter": world.all_texts(adapter_digest)[0]})
+    # rank 0's: nodes may hold copies of the base with other times
+    work = world.all_json({**checkpointer.work, "adapter": adapter_digest})[0]
+    finished = FinishedFiles(finished_files, work)
     with world.together():
         if world.is_main:
             kept = finished.prune(files)

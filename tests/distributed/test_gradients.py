@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraga_dist.ranks.world import World
 
-WAYS = [*itertools.product(("non_reentrant", "none", "reentrant"), (None, 6)), ("non_reentrant", 1)]
+WAYS = [*itertools.product(("non_reentrant", "none"), (None, 6)), ("non_reentrant", 1)]
 """Checkpointing, and how many targets are in flight: all 22, those of a layer, or each alone."""
 
 

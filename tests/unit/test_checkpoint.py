@@ -80,6 +80,24 @@ def test_a_damaged_part_is_finished_again(store: CheckpointStore) -> None:
     assert [part.content["number"] for part in again.read().finished] == [0, 5] and number(again) is None
 
 
+def test_parts_behind_a_damaged_one_go_when_it_is_finished_again(store: CheckpointStore) -> None:
+    finish(store, 0)
+    finish(store, 1)
+    (store.directory / "finished-000000" / "state.json").write_text("{}")
+    again = CheckpointStore(store.directory, World.alone())
+    assert again.read().finished == []
+    finish(again, 5)
+    assert names(store) == ["finished-000000"]
+
+
+def test_a_state_of_another_version_is_given_to_whoever_refuses_it(store: CheckpointStore) -> None:
+    save(store, 1)
+    path = store.directory / "000001"
+    (path / "state.json").write_text(json.dumps({"number": 1}))
+    write_checksums(path, World.alone())
+    assert number(store) == 1
+
+
 def test_a_state_without_tensors(store: CheckpointStore) -> None:
     store.save({"number": 7}, {})
     found = store.read().newest

@@ -25,7 +25,7 @@ BATCH, LENGTH = 4, 96
 
 @pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
 @pytest.mark.parametrize(("kind", "layers"), [("llama", 3), ("llama", 12), ("t5", 2), ("gpt2", 2), ("bert", 2)])
-def test_a_rehearsal_takes_what_a_run_takes(kind: str, layers: int, checkpointing: Checkpointing) -> None:
+def test_the_forecast_is_what_a_run_takes(kind: str, layers: int, checkpointing: Checkpointing) -> None:
     model = LlamaForCausalLM(llama_config(num_hidden_layers=layers)).eval() if kind == "llama" else make_model(kind)
     model.requires_grad_(False)
     task = TASKS[kind]
@@ -34,13 +34,13 @@ def test_a_rehearsal_takes_what_a_run_takes(kind: str, layers: int, checkpointin
     lora = LoraSection(task_type=task, exclude_modules=["score", "classifier"] if task == "SEQ_CLS" else None)  # type: ignore[arg-type]
     targets = select_targets(meta_copy(type(model), model.config), lora, SCHEME.num_triplets).targets
     names = [target.name for target in targets]
-    rehearsed = forecast_activations(
+    forecast = forecast_activations(
         base_of(model), shapes, names,
         loss_sum=LOSSES[task], checkpointing=checkpointing, gathers=False, sink_bytes=lambda name: 0,
     )  # fmt: skip
-    assert rehearsed is not None
+    assert forecast is not None
     measured = real_peak_bytes(model, shapes, names, task, checkpointing)
-    assert rehearsed.backward_bytes == pytest.approx(measured, rel=0.1)
+    assert forecast.backward_bytes == pytest.approx(measured, rel=0.1)
 
 
 def base_of(model: torch.nn.Module) -> BaseModel:

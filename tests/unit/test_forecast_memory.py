@@ -60,7 +60,7 @@ def test_memory_by_hand() -> None:
     gradients = 3 * sum(4 * (M * N + 32 * M + 16 * N) for M, N in block)
     assert found.device["calibrate"]["weights"] == shape.partition_bytes(2)
     assert found.device["calibrate"]["engine state"] == gradients
-    assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without a rehearsal the largest module alone"
+    assert found.device["calibrate"]["microbatch"] == 2 * 258 * 64, "without activations the largest module alone"
     mine = [matrix for matrix in plan.matrices.values() if matrix.owner == 1]
     assert all(matrix.width == 16 for matrix in mine)
     assert found.host["write"]["owned triplets"] == sum(64 * (matrix.M + matrix.N + 1) for matrix in mine)
