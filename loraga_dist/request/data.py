@@ -8,7 +8,7 @@ from typing import Any
 
 from loraga_dist.config import InitConfig
 from loraga_dist.data.microbatches import Sample, SampleSharder
-from loraga_dist.data.samples import fingerprints, load_samples, padding_token_id
+from loraga_dist.data.samples import load_samples, padding_token_id
 from loraga_dist.errors import UserError
 from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
@@ -34,9 +34,9 @@ def read_data(config: InitConfig, base: BaseModel, world: World) -> SampleSharde
     )
 
 
-def require_same_data(config: InitConfig, data: SampleSharder | None, world: World) -> None:
-    """Raise UserError on all ranks unless they all read the same data; a collective."""
-    everyone = world.all_texts("" if data is None else fingerprints(data.samples)[-1])
+def require_same_data(config: InitConfig, data_fingerprint: str | None, world: World) -> None:
+    """Raise UserError on all ranks unless they all read the same data; a collective. None where none was read."""
+    everyone = world.all_texts(data_fingerprint or "")
     others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     with world.together():
         if others:

@@ -165,7 +165,7 @@ def _prepare(config: InitConfig, world: World) -> CheckpointRequest:
         request = understand(config, world)
         if request.base.directory.resolve().is_relative_to(destination):
             raise UserError("output.dir", config.output.dir, "holds the base model; write another directory")
-    require_same_data(config, request.data, world)
+    require_same_data(config, request.data_fingerprint, world)
     return request
 
 
