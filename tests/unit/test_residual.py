@@ -40,18 +40,6 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for path in directory.glob("*.safetensors") for key, tensor in load_file(path).items()}
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"), shard_size="20KB")
-
-
-@pytest.fixture(scope="module")
-def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("finished")
-    write_output(llama, directory, max_shard_bytes=20_000)
-    return directory
-
-
 def test_stock_peft_on_the_residual_base_is_the_original(llama: Path, finished: Path) -> None:
     original = logits(load(llama))
     residual_model = load(finished / "residual_base")

@@ -21,18 +21,6 @@ from loraga_dist.model.base import read_checkpoint_index
 from loraga_dist.ranks.world import World
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"), shard_size="20KB")
-
-
-@pytest.fixture(scope="module")
-def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("finished")
-    write_output(llama, directory, max_shard_bytes=20_000)
-    return directory
-
-
 @pytest.fixture
 def output(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "output"))
