@@ -24,9 +24,9 @@ quickstart: .venv/.installed
 test: lint launchers
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# More of the kills that `make test` has a few of; minutes.
+# More of the kills that `make test` has a few of; half an hour.
 test-faults: .venv/.installed-dev
-	pytest tests/faults --kills 30
+	pytest tests/faults/test_kills.py --kills 200 --timeout 900
 
 # SLURM for tests/launchers, where we may install it; elsewhere its tests are skipped and say why.
 launchers:

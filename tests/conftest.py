@@ -38,4 +38,4 @@ def matplotlib_for_those_who_ask(request: pytest.FixtureRequest) -> Iterator[Non
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=5, help="how many runs tests/faults kills a rank of")
+    parser.addoption("--kills", type=int, default=10, help="how many kills tests/faults makes, in fives")

@@ -63,6 +63,17 @@ def read_factors(out: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for path in (out / "factors").glob("*.safetensors") for key, tensor in load_file(path).items()}
 
 
+def captured_shares(out: Path, exact: Path) -> dict[str, float]:
+    """Share of the best 2r directions' energy that the run's own 2r directions hold, by the exact run's gradient."""
+    found, best = read_factors(out), read_factors(exact)
+    shares = {}
+    for name in (key.removesuffix(".S") for key in best if key.endswith(".S")):
+        G_MN = best[f"{name}.U"] * best[f"{name}.S"] @ best[f"{name}.Vh"]
+        U_MK, Vh_KN = found[f"{name}.U"][:, :8], found[f"{name}.Vh"][:8]
+        shares[name] = ((U_MK.T @ G_MN @ Vh_KN.T).square().sum() / best[f"{name}.S"][:8].square().sum()).item()
+    return shares
+
+
 def base_of(out: Path) -> Path:
     return Path(read_report(out)["config"]["model"]["name_or_path"])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from builders import config_tree, save_data, save_model
 from launching import Finished, succeed
-from outputs import flip_bit, read_factors, read_products, read_report, relative, write_config
+from outputs import captured_shares, flip_bit, read_products, read_report, relative, write_config
 from ranks import finish_on_ranks
 
 from loraga_dist.artifacts import layout
@@ -70,17 +70,6 @@ def start(config: Path, out: Path, world_size: int, *, stop: int = 0, overrides:
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = init_until(stop, config, overrides)
     return [Finished(code, "", stderr.getvalue())]
-
-
-def captured_shares(out: Path, exact: Path) -> dict[str, float]:
-    """Share of the best 2r directions' energy that the run's own 2r directions hold, by the exact run's gradient."""
-    found, best = read_factors(out), read_factors(exact)
-    shares = {}
-    for name in (key.removesuffix(".S") for key in best if key.endswith(".S")):
-        G_MN = best[f"{name}.U"] * best[f"{name}.S"] @ best[f"{name}.Vh"]
-        U_MK, Vh_KN = found[f"{name}.U"][:, :8], found[f"{name}.Vh"][:8]
-        shares[name] = ((U_MK.T @ G_MN @ Vh_KN.T).square().sum() / best[f"{name}.S"][:8].square().sum()).item()
-    return shares
 
 
 @pytest.fixture(scope="module")
