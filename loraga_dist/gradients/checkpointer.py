@@ -16,7 +16,7 @@ from loraga_dist.engines.base import EngineState
 from loraga_dist.errors import Preempted, UserError
 from loraga_dist.files.checkpoint import CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
-from loraga_dist.ranks.session import StopRequest
+from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.world import World, dotted
 
 _FORMAT = 4

@@ -41,6 +41,8 @@ def test_the_others_end_and_name_it(how: str, who: int) -> None:
     assert codes == [3, 3], results
     said = "".join(result.stderr for result in results)
     assert f"loraga-dist: rank {who} " in said
+    if how == "raise" or who != 0:
+        assert said.count("loraga-dist:") == 1 and results[0].stderr, "once, and by rank 0"
     named = {line.split()[2] for line in said.splitlines() if line.startswith("loraga-dist: rank ")}
     assert named == {str(who)}, said
     if how == "raise":
