@@ -36,6 +36,9 @@ def run_in_shell(redirect: str, path: Path, *, length: int = 10, end: str = "") 
     return done
 
 
+FULL = "loraga-dist: standard output: No space left on device; what it was to show is lost\n"
+
+
 @pytest.mark.parametrize("length", [10, 10**6])
 @pytest.mark.parametrize(
     ("redirect", "said"),
