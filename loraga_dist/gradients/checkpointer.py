@@ -102,7 +102,7 @@ class Checkpointer:
     def leave(self) -> None:
         saved = self._store.directory.is_dir()
         error = Preempted(
-            f"stopped by {self._stop.signal_name or 'a signal to another rank'}; the same command "
+            f"stopped by {self._stop.signal_name or 'a request to another rank'}; the same command "
             + (f"goes on from {self._store.directory}" if saved else "starts over: there was nothing to save")
         )
         error.on_all_ranks = True
