@@ -39,7 +39,8 @@ from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.gradients.one_pass import LossTotals, one_pass
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.targets import meta_copy, select_targets
-from loraga_dist.ranks.session import leave_process, run_as_rank
+from loraga_dist.ranks.session import run_as_rank
+from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.single import SingleProcess
 from loraga_dist.sharding.zero3 import Zero3

@@ -22,7 +22,8 @@ from cost_runs import Bench, Outcome, Shape
 from transformers.utils import logging
 
 from loraga_dist.ranks.memory import return_freed_memory_at_once
-from loraga_dist.ranks.session import leave_process, run_as_rank
+from loraga_dist.ranks.session import run_as_rank
+from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.zero3 import Zero3
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from loraga_dist.errors import UserError, VerificationError
 from loraga_dist.ranks.session import run_alone, run_as_rank
+from loraga_dist.ranks.words import require_said
 
 if TYPE_CHECKING:
-    from loraga_dist.ranks.session import StopRequest
+    from loraga_dist.ranks.stop import StopRequest
     from loraga_dist.ranks.world import World
 
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -104,6 +105,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         print(json.dumps(report.as_json(), indent=2))
     else:
         print_plan(report)
+    require_said()
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from loraga_dist.engines.base import EngineState
 from loraga_dist.errors import Preempted, UserError
 from loraga_dist.files.checkpoint import CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
-from loraga_dist.ranks.session import StopRequest
+from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.world import World, dotted
 
 _FORMAT = 4
@@ -102,7 +102,7 @@ class Checkpointer:
     def leave(self) -> None:
         saved = self._store.directory.is_dir()
         error = Preempted(
-            f"stopped by {self._stop.signal_name or 'a signal to another rank'}; the same command "
+            f"stopped by {self._stop.signal_name or 'a request to another rank'}; the same command "
             + (f"goes on from {self._store.directory}" if saved else "starts over: there was nothing to save")
         )
         error.on_all_ranks = True

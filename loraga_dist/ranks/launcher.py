@@ -15,6 +15,11 @@ MAX_SLURM_STEP_ID = 0xFFFFFFF0
 FIRST_PORT, NUM_PORTS = 12000, 20000
 """Below the ports that Linux hands out by itself (from 32768), so that those are not in the way."""
 
+MAX_RANKS = 2**17
+MAX_NUMBER = 2**32 - 1
+"""SLURM's ids and all else have 32 bits."""
+MAX_PORT = 2**16 - 1
+
 _LAUNCHERS = "start through deepspeed, torchrun, srun or mpirun"
 
 
@@ -64,7 +69,7 @@ def find_launched_rank(environment: Mapping[str, str]) -> LaunchedRank:
         if started and started.size > 1:
             _require_one_run(environment, launched, started)
         return launched
-    size = environment_int(environment, "WORLD_SIZE", started.size if started else 1)
+    size = environment_int(environment, "WORLD_SIZE", started.size if started else 1, least=1, most=MAX_RANKS)
     if started is None:
         if size > 1:
             raise UserError("RANK", None, f"is not set although WORLD_SIZE is {size}; {_LAUNCHERS}")
@@ -89,31 +94,42 @@ def _started_by(environment: Mapping[str, str]) -> _Started | None:
         by, rank, size = "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
     else:
         return None
-    return _Started(by, environment_int(environment, rank), environment_int(environment, size), size)
+    num_ranks = environment_int(environment, size, least=1, most=MAX_RANKS)
+    return _Started(by, environment_int(environment, rank, most=num_ranks - 1), num_ranks, size)
+
+
+def has_launcher(environment: Mapping[str, str]) -> bool:
+    """Whether a program that waits for its processes started this one: a shell may end long before they do.
+
+    Raises UserError as `find_launched_rank` does.
+    """
+    return bool({"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & environment.keys()) or _started_by(environment) is not None
 
 
 def _from_torch(environment: Mapping[str, str]) -> LaunchedRank:
-    rank, size = environment_int(environment, "RANK"), environment_int(environment, "WORLD_SIZE")
-    if not 0 <= rank < size:
+    size = environment_int(environment, "WORLD_SIZE", least=1, most=MAX_RANKS)
+    rank = environment_int(environment, "RANK")
+    if rank >= size:
         raise UserError("RANK", rank, f"is outside WORLD_SIZE {size}; {_LAUNCHERS}")
     if size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in environment:
+            if not environment.get(name):
                 raise UserError(name, None, f"is not set although RANK is {rank} of {size}; {_LAUNCHERS}")
     return LaunchedRank(
         rank,
         size,
-        environment_int(environment, "LOCAL_RANK", 0),
+        environment_int(environment, "LOCAL_RANK", 0, most=MAX_RANKS),
         local_size(environment),
         environment.get("MASTER_ADDR", "127.0.0.1"),
-        environment_int(environment, "MASTER_PORT", 0),
+        environment_int(environment, "MASTER_PORT", 0, least=int(size > 1), most=MAX_PORT),
         "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed" if "CROSS_SIZE" in environment else "RANK",
     )
 
 
 def local_size(environment: Mapping[str, str]) -> int:
     """Ranks on this node; torchrun and deepspeed have different names for it."""
-    return environment_int(environment, "LOCAL_WORLD_SIZE", environment_int(environment, "LOCAL_SIZE", 1))
+    name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
+    return environment_int(environment, name, 1, least=1, most=MAX_RANKS)
 
 
 def _require_one_run(environment: Mapping[str, str], launched: LaunchedRank, started: _Started) -> None:
@@ -142,19 +158,17 @@ def _from_slurm(environment: Mapping[str, str], started: _Started) -> LaunchedRa
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
         alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
         address = "127.0.0.1" if alone else first_host(nodes)
-    counts = expand_task_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", str(started.size)))
     node = environment_int(environment, "SLURM_NODEID", 0)
-    if node >= len(counts):
-        raise UserError("SLURM_NODEID", node, f"is outside SLURM_STEP_TASKS_PER_NODE, which has {len(counts)} nodes")
+    num_tasks = tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(started.size)), node)
     job_id = environment_int(environment, "SLURM_JOB_ID", 0)
     step_id = environment_int(environment, "SLURM_STEP_ID", 0)
     return LaunchedRank(
         started.rank,
         started.size,
-        environment_int(environment, "SLURM_LOCALID"),
-        counts[node],
+        environment_int(environment, "SLURM_LOCALID", most=MAX_RANKS),
+        num_tasks,
         address,
-        environment_int(environment, "MASTER_PORT", port_of_job(job_id, step_id)),
+        environment_int(environment, "MASTER_PORT", port_of_job(job_id, step_id), least=1, most=MAX_PORT),
         "slurm",
     )
 
@@ -185,10 +199,11 @@ def _from_mpi(environment: Mapping[str, str], started: _Started) -> LaunchedRank
         )
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     host = "127.0.0.1" if node.Get_size() == world.Get_size() else socket.gethostname()
-    found = f"{environment.get('MASTER_ADDR', host)} {environment_int(environment, 'MASTER_PORT', _free_port())}"
-    buffer = bytearray(found.encode().ljust(512))
+    port = environment_int(environment, "MASTER_PORT", _free_port(), least=1, most=MAX_PORT)
+    # no name of a host is as long as that
+    buffer = bytearray(f"{port} {environment.get('MASTER_ADDR') or host}".encode()[:512].ljust(512))
     world.Bcast(buffer)
-    address, port = buffer.decode().split()
+    port, _, address = buffer.decode(errors="replace").strip().partition(" ")
     launched = LaunchedRank(
         world.Get_rank(), world.Get_size(), node.Get_rank(), node.Get_size(), address, int(port), "mpi"
     )
@@ -214,24 +229,34 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
-def expand_task_counts(text: str) -> list[int]:
-    """Tasks on each node from SLURM's short form: `2(x3),1` -> [2, 2, 2, 1]. Raises UserError when it is none."""
-    counts: list[int] = []
+def tasks_on_node(text: str, node: int) -> int:
+    """Tasks on one node from SLURM's short form: of `2(x3),1` nodes 0 to 2 have 2, and node 3 has 1.
+
+    Raises UserError when it is none, or has fewer nodes.
+    """
+    num_nodes = 0
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        match = re.fullmatch(r"([1-9]\d{0,8})(?:\(x(\d{1,9})\))?", part, re.ASCII)
         if not match:
             raise UserError("SLURM_STEP_TASKS_PER_NODE", text, "is not understood; start through srun")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
+        num_nodes += int(match[2] or 1)
+        if node < num_nodes:
+            return int(match[1])
+    raise UserError("SLURM_NODEID", node, f"is outside SLURM_STEP_TASKS_PER_NODE, which has {num_nodes} nodes")
 
 
-def environment_int(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """The number in a launcher's variable; raises UserError when there is none and no default says what that means."""
+def environment_int(
+    environment: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0, most: int = MAX_NUMBER
+) -> int:
+    """The number in a variable; raises UserError when it is out of bounds, or when there is none and no default."""
     text = environment.get(name)
     if text is None and default is not None:
         return default
     try:
-        return int(text or "")
+        number = int(text or "")
     except ValueError:
         problem = "is not set although other variables of a launcher are" if text is None else "is not a number"
         raise UserError(name, text, f"{problem}; {_LAUNCHERS}") from None
+    if not least <= number <= most:
+        raise UserError(name, number, f"is not between {least} and {most}; {_LAUNCHERS}")
+    return number

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from contextlib import suppress
 from datetime import timedelta
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -16,6 +22,12 @@ from loraga_dist.ranks.launcher import LaunchedRank, environment_int
 
 RENDEZVOUS_SECONDS = 600
 """Overridden by the environment: it is needed before any configuration is read."""
+_MAX_RENDEZVOUS_SECONDS = 10**7
+
+_MARGIN_SECONDS = 5
+"""After its limit, for the meeting to say itself who is missing."""
+
+T = TypeVar("T")
 
 
 def meet(launched: LaunchedRank) -> Store:
@@ -24,9 +36,71 @@ def meet(launched: LaunchedRank) -> Store:
     Raises UserError when the address is no address, the port is taken, or ranks disagree on their number; RunError when
     not all ranks arrive within LORAGA_RENDEZVOUS_SECONDS.
     """
-    seconds = environment_int(os.environ, "LORAGA_RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS)
-    deadline = time.monotonic() + seconds
+    seconds = rendezvous_seconds()
     where = f"{launched.master_addr}:{launched.master_port}"
+    return within(
+        seconds + _MARGIN_SECONDS,
+        lambda: _meet(launched, where, seconds),
+        f"rendezvous at {where}: {_here(launched)} reached something that gave no answer within {seconds} s; see that "
+        "MASTER_ADDR and MASTER_PORT are rank 0's, and that nothing else listens there",
+    )
+
+
+def rendezvous_seconds() -> int:
+    name = "LORAGA_RENDEZVOUS_SECONDS"
+    return environment_int(os.environ, name, RENDEZVOUS_SECONDS, least=1, most=_MAX_RENDEZVOUS_SECONDS)
+
+
+def within(seconds: float, work: Callable[[], T], late: str) -> T:
+    """What `work` returns or raises; RunError(late) when it takes longer.
+
+    It runs in a thread of its own, which is left to itself then: what waits in C++ cannot be called off.
+    """
+    answer: futures.Future[T] = futures.Future()
+
+    def answer_or_raise() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=answer_or_raise, name="within", daemon=True).start()
+    if not futures.wait([answer], timeout=seconds).done:
+        raise RunError(late)
+    return answer.result()
+
+
+def addresses_of(host: str) -> list[str]:
+    """The numeric addresses that this node finds a host at. Raises OSError or UnicodeError when there are none."""
+    return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+
+
+class Listening(NamedTuple):
+    """A socket that listens at one address alone."""
+
+    address: str
+    port: int
+    descriptor: int
+
+
+def listen(addresses: Sequence[str], port: int) -> Listening | None:
+    """Listen at the first of the addresses that is this node's; port 0 stands for any that is free.
+
+    None where none is: it may be a router's, which sends it on to this node. Raises OSError when the port is taken.
+    """
+    for address in addresses:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            server = socket.create_server((address, port), family=family)
+            return Listening(address, server.getsockname()[1], server.detach())
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    return None
+
+
+def _meet(launched: LaunchedRank, where: str, seconds: int) -> Store:
+    deadline = time.monotonic() + seconds
     # torchrun's store outlives the ranks that it starts again
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"loraga_dist/{attempt}", _reach(launched, where, seconds))
@@ -53,25 +127,30 @@ def meet(launched: LaunchedRank) -> Store:
     return store
 
 
+def _here(launched: LaunchedRank) -> str:
+    return f"rank {launched.rank} on {socket.gethostname()}"
+
+
 def _reach(launched: LaunchedRank, where: str, seconds: int) -> Store:
-    here = f"rank {launched.rank} on {socket.gethostname()}"
+    here = _here(launched)
     try:
-        socket.getaddrinfo(launched.master_addr, launched.master_port)
-    except OSError as error:
-        raise UserError(
-            "MASTER_ADDR", launched.master_addr, f"{here}: {error.strerror}; set it to an address of rank 0's node"
-        ) from error
+        addresses = addresses_of(launched.master_addr)
+    except (OSError, UnicodeError) as error:
+        problem = f"{here}: {getattr(error, 'strerror', None) or error}; set it to an address of rank 0's node"
+        raise UserError("MASTER_ADDR", launched.master_addr, problem) from error
     # torchrun's agent holds the store for its ranks
     is_server = launched.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
+        found = listen(addresses, launched.master_port) if is_server and not _is_own_name(launched, addresses) else None
         return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             launched.master_addr,
             launched.master_port,
             is_master=is_server,
             timeout=timedelta(seconds=seconds),
             wait_for_workers=False,
+            master_listen_fd=found.descriptor if found else None,
         )
-    except dist.DistError as error:
+    except (dist.DistError, OSError) as error:
         if is_server:
             raise UserError(
                 "MASTER_PORT", launched.master_port, f"cannot be opened by {here}; set it to a free port"
@@ -80,3 +159,10 @@ def _reach(launched: LaunchedRank, where: str, seconds: int) -> Store:
             f"rendezvous at {where}: {here} found nobody there within {seconds} s; check that rank 0 runs and that "
             "this node reaches that address and port"
         ) from error
+
+
+def _is_own_name(launched: LaunchedRank, addresses: Sequence[str]) -> bool:
+    """Whether ranks on other nodes find this node elsewhere: its own name often leads to 127.0.1.1, there alone."""
+    if launched.master_addr in ("localhost", *addresses) or launched.local_size == launched.size:
+        return False
+    return any(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)

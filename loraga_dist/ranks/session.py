@@ -8,52 +8,26 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from loraga_dist.errors import LoragaError, RunError
+from loraga_dist.errors import LoragaError, RunError, unforeseen
+from loraga_dist.ranks.launcher import has_launcher
+from loraga_dist.ranks.stop import INTERRUPTED, StopRequest, say_interrupted
+from loraga_dist.ranks.words import forgiving_streams, leave_process, say_why
 
 if TYPE_CHECKING:  # they import torch, which reads variables that are set below
     from loraga_dist.ranks.watch import Watch
     from loraga_dist.ranks.world import World
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send some time before they kill."""
-
-
-class StopRequest:
-    """Whether a scheduler has asked this process to stop; listens while the context lasts, in the main thread."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.listen_no_more()
-
-    def listen_no_more(self) -> None:
-        """Signals do what they did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-
 
 def run_alone(work: Callable[[], object]) -> int:
     """Run `work` in this process only and return its exit code."""
     prepare_libraries()
-    with _interruptible():
+    with forgiving_streams(), _interruptible():
         try:
             work()
         except Exception as error:
@@ -64,21 +38,26 @@ def run_alone(work: Callable[[], object]) -> int:
 def run_as_rank(work: Callable[[World, StopRequest], object]) -> int:
     """Run `work` as one of the ranks that a launcher started and return this rank's exit code.
 
-    1. Build: listen to the scheduler, join the launcher's process group, watch the other ranks.
+    1. Build: listen to the scheduler, join the launcher's process group, watch the other ranks and the launcher.
     2. Try: `work(world, stop)`. What all ranks raise rank 0 says; what one rank alone meets ends all through the watch.
     3. Close: ranks leave the watch and the process group together.
     4. Leave: the caller passes the exit code to `leave_process`, or to its own caller.
     """
     prepare_libraries()
-    from loraga_dist.ranks.watch import Watch
-    from loraga_dist.ranks.world import World
-
-    with StopRequest() as stop, _interruptible():
+    with forgiving_streams(), StopRequest() as stop, _interruptible():
         try:
+            if has_launcher(os.environ):
+                stop.watch_launcher()
+            from loraga_dist.ranks.watch import Watch
+            from loraga_dist.ranks.world import World
+
             world = World.start()
             watch = Watch(world) if world.size > 1 else None
         except Exception as error:
             return report_failure(error)
+        if watch is not None:
+            # a launcher stops all ranks when one is gone, which then is what has to be said
+            stop.end_all = lambda why, exit_code: watch.fail(why, exit_code, perhaps_of_another=True)
         exit_code = 0
         try:
             work(world, stop)
@@ -86,30 +65,18 @@ def run_as_rank(work: Callable[[World, StopRequest], object]) -> int:
             if watch is not None and not getattr(error, "on_all_ranks", False):
                 _end_all(watch, error)
             exit_code = report_failure(error, say=world.is_main)
+        stop.hold()  # a launcher stops all ranks when the first has left
         if watch is not None:
             _leave_together(world, watch)
         return exit_code
 
 
-def leave_process(exit_code: int) -> NoReturn:
-    """End this process without the interpreter's own teardown.
-
-    DeepSpeed keeps the process group, so gloo's threads are still there when a rank exits, and now and then abort it
-    (SIGABRT) after all its work is done.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
 def report_failure(error: Exception, *, say: bool = True) -> int:
-    """Say in one line what failed, after the traceback of an error that is not ours, and return the exit code."""
+    """Say in one line what failed and return the exit code."""
     if not isinstance(error, LoragaError):
-        traceback.print_exception(error)
-        error = RunError(f"{type(error).__name__}: {error}")
+        error = RunError(unforeseen(error))
     if say:
-        for line in (str(error), *getattr(error, "__notes__", ())):
-            print(f"loraga-dist: {line}", file=sys.stderr, flush=True)
+        say_why(str(error), *getattr(error, "__notes__", ()))
     return error.exit_code
 
 
@@ -130,8 +97,8 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("loraga-dist: interrupted", file=sys.stderr, flush=True)
-        leave_process(130)
+        say_interrupted()
+        leave_process(INTERRUPTED)
 
 
 def _end_all(watch: Watch, error: Exception) -> NoReturn:
@@ -139,10 +106,7 @@ def _end_all(watch: Watch, error: Exception) -> NoReturn:
     if isinstance(error, LoragaError):
         watch.fail(f"failed: {error}", error.exit_code, perhaps_of_another=False)
     # what a collective says when another rank has gone is a RuntimeError
-    of_another = isinstance(error, RuntimeError)
-    if not of_another:
-        traceback.print_exception(error)
-    watch.fail(f"failed: {type(error).__name__}: {error}", 3, perhaps_of_another=of_another)
+    watch.fail(f"failed: {unforeseen(error)}", 3, perhaps_of_another=isinstance(error, RuntimeError))
 
 
 def _leave_together(world: World, watch: Watch) -> None:

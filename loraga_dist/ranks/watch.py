@@ -3,23 +3,32 @@
 A thread of every rank beats into a store that rank 0 serves. Beats are counted, not timed: a job that a scheduler
 suspends as a whole and resumes has missed none of its own. A rank whose main thread waits for something that never
 comes still beats; the time limit of collectives ends that one.
+
+Whoever reaches the store can read it, and can disturb the run by what it writes; it cannot say that a rank failed, nor
+how the run ends.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from loraga_dist.errors import unforeseen
+from loraga_dist.ranks.rendezvous import addresses_of, listen
+from loraga_dist.ranks.sealed import SealedStore
+from loraga_dist.ranks.words import leave_process, say_why
 from loraga_dist.ranks.world import World
 
 BEAT_SECONDS = 1.0
@@ -28,7 +37,12 @@ SILENT_BEATS = 40
 GONE_BEATS = 4
 """Missed in a row before a rank counts as gone, when a collective has failed already."""
 
-_FAILURE = "failure"
+EXIT_CODES = (2, 3, 143)
+"""How a run may end for all ranks by the word of one: never well."""
+
+_FAILURE, _SAID = "failure", "said"
+_SAYING_BEATS = 3
+"""That rank 0 has to say why the run ends before the others leave, and that it serves the store after that."""
 
 T = TypeVar("T")
 
@@ -41,6 +55,19 @@ class Failure:
     message: str
     exit_code: int
 
+    def as_text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of_text(cls, text: str) -> Failure | None:
+        """None where the text is no failure: what it says must never end a run."""
+        try:
+            failure = cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+        kinds = isinstance(failure.rank, int), isinstance(failure.message, str), failure.exit_code in EXIT_CODES
+        return failure if all(kinds) else None
+
 
 class Watch:
     """Runs from construction, a collective, until `stop`. Ends the process when another rank has failed."""
@@ -49,12 +76,9 @@ class Watch:
         self._world = world
         self._silent_beats = silent_beats
         self._stopped = threading.Event()
-        host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=silent_beats * BEAT_SECONDS)
-        served = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if world.is_main else None
-        port = world.all_json(served.port if served else 0)[0]
-        # a connection of its own also on rank 0: the thread must not wait for the main thread's use of it
-        self._store = TCPStore(host, port, is_master=False, timeout=timeout)
-        self._served = served
+        self._ending = threading.Lock()
+        """Never released: of two threads that would end the process one does."""
+        self._store = self._open_store()
         self._asking = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="watch")
         self._beat(0)
         world.barrier()
@@ -71,52 +95,80 @@ class Watch:
 
         perhaps_of_another: the error may only be what another rank's end looks like from here: first see who is gone.
         """
-        failure = Failure(self._world.rank, message, exit_code)
+        self._ending.acquire()
+        self._stopped.set()
         try:
-            self._stopped.set()
-            known = self._known()
+            failure = self._known()
             if perhaps_of_another:
-                known = known or self._who_is_gone(message)
-            failure = known or self._announce(failure)
-            # rank 0 serves the store: it stays until the others have had time to read why
-            if self._world.is_main:
-                time.sleep(3 * BEAT_SECONDS)
+                failure = failure or self._who_is_gone(message)
+            failure = failure or self._announce(Failure(self._world.rank, message, exit_code))
         except DistError:
-            failure = self._rank_0_is_gone(message)
-        self._end(failure, always_print=failure.rank == self._world.rank)
+            self._end_without_rank_0(message)
+        self._end(failure)
+
+    def _open_store(self) -> SealedStore:
+        """Connect to a store that rank 0 serves for this purpose, where the other ranks find it and nowhere else."""
+        host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=self._silent_beats * BEAT_SECONDS)
+        # if there are other nodes, the last rank is on one
+        addresses = self._world.all_json(addresses_of(host))[-1]
+        self._served, place = None, {}
+        if self._world.is_main:
+            found = listen(addresses, 0)
+            host, port, descriptor = found if found else (host, 0, None)
+            self._served = TCPStore(
+                host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=descriptor
+            )
+            place = {"host": host, "port": self._served.port, "secret": secrets.token_hex(32)}
+        self._place = self._world.all_json(place)[0]
+        # a connection of its own also on rank 0: the thread must not wait for the main thread's use of it
+        store = TCPStore(self._place["host"], self._place["port"], is_master=False, timeout=timeout)
+        return SealedStore(store, self._place["secret"])
 
     def _run(self) -> None:
-        num_beats, last, missed = 0, [-1] * self._world.size, [0] * self._world.size
+        try:
+            failure = self._first_failure()
+        except DistError as error:
+            if not self._stopped.is_set():
+                self._ending.acquire()
+                self._end_without_rank_0(str(error))
+        except Exception as error:  # a thread that dies unseen would leave the run unwatched
+            self.fail(f"failed to watch: {unforeseen(error)}", 3, perhaps_of_another=False)
+        else:
+            if failure is not None and not self._stopped.is_set():
+                self._ending.acquire()
+                self._end(failure)
+
+    def _first_failure(self) -> Failure | None:
+        """Wait for the first failure that a rank announces or, on rank 0, that its silence is; None: was stopped."""
+        num_beats, last, missed, has_warned = 0, self._beats(), [0] * self._world.size, False
         while not self._stopped.wait(BEAT_SECONDS):
             num_beats += 1
-            try:
-                self._beat(num_beats)
-                failure = self._known()
-                if failure is None and self._world.is_main:
-                    now = self._beats()
-                    missed = [0 if a != b else n + 1 for a, b, n in zip(now, last, missed, strict=True)]
-                    last = now
-                    silent = [rank for rank, beats in enumerate(missed) if beats >= self._silent_beats]
-                    if silent:
-                        said = f"gave no sign of life for {missed[silent[0]]} s"
-                        failure = self._announce(Failure(silent[0], said, 3))
-            except DistError as error:
-                failure = self._rank_0_is_gone(str(error))
-            if failure is not None and not self._stopped.is_set():
-                if self._world.is_main:
-                    time.sleep(3 * BEAT_SECONDS)
-                self._end(failure, always_print=False)
+            self._beat(num_beats)
+            if (failure := self._known()) is not None:
+                return failure
+            if not self._world.is_main:
+                continue
+            now = self._beats()
+            missed = [n + 1 if a in (None, b) else 0 for a, b, n in zip(now, last, missed, strict=True)]
+            last = now
+            silent = [rank for rank, beats in enumerate(missed) if beats >= self._silent_beats]
+            if silent:
+                return self._announce(Failure(silent[0], f"gave no sign of life for {missed[silent[0]]} s", 3))
+            if self._store.strangers and not has_warned:
+                has_warned = True
+                at = f"{self._place['host']}:{self._place['port']}"
+                print(f"loraga-dist: what no rank has written at {at} is ignored", file=sys.stderr, flush=True)
+        return None
 
     def _beat(self, number: int) -> None:
         self._ask(lambda: self._store.set(f"beat/{self._world.rank}", str(number)))
 
-    def _beats(self) -> list[int]:
-        return [int(self._ask(lambda key=f"beat/{rank}": self._store.get(key))) for rank in range(self._world.size)]
+    def _beats(self) -> list[str | None]:
+        return [self._ask(lambda key=f"beat/{rank}": self._store.get(key)) for rank in range(self._world.size)]
 
     def _known(self) -> Failure | None:
-        if not self._ask(lambda: self._store.check([_FAILURE])):
-            return None
-        return Failure(**json.loads(self._ask(lambda: self._store.get(_FAILURE))))
+        text = self._ask(lambda: self._store.get(_FAILURE))
+        return None if text is None else Failure.of_text(text)
 
     def _who_is_gone(self, seen: str) -> Failure | None:
         """The rank without a beat while this one waited, or what another one announced meanwhile."""
@@ -133,8 +185,7 @@ class Watch:
 
     def _announce(self, failure: Failure) -> Failure:
         """The first failure anyone announced, perhaps this one."""
-        text = json.dumps(asdict(failure))
-        return Failure(**json.loads(self._ask(lambda: self._store.compare_set(_FAILURE, "", text))))
+        return Failure.of_text(self._ask(lambda: self._store.first(_FAILURE, failure.as_text()))) or failure
 
     def _ask(self, question: Callable[[], T]) -> T:
         """The store's answer. Raises DistError when rank 0 gives none: a frozen one would be waited for without end."""
@@ -144,11 +195,25 @@ class Watch:
         except futures.TimeoutError as error:
             raise DistError(f"no answer for {limit_seconds:.0f} s") from error
 
-    def _rank_0_is_gone(self, seen: str) -> Failure:
-        return Failure(0, f"is gone ({' '.join(seen.split())[:200]})", 3)
+    def _end(self, failure: Failure) -> NoReturn:
+        """Leave when rank 0 has said why; the first rank that leaves may make a launcher kill the others."""
+        if self._world.is_main:
+            say_why(f"rank {failure.rank} {failure.message}")
+            with suppress(DistError):
+                self._ask(lambda: self._store.set(_SAID, "yes"))
+                time.sleep(_SAYING_BEATS * BEAT_SECONDS)  # the others have to read it
+        elif not self._rank_0_says_it():
+            say_why(f"rank {failure.rank} {failure.message}")
+        leave_process(failure.exit_code)
 
-    def _end(self, failure: Failure, *, always_print: bool) -> NoReturn:
-        if always_print or self._world.is_main or failure.rank == 0:
-            print(f"loraga-dist: rank {failure.rank} {failure.message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(failure.exit_code)
+    def _rank_0_says_it(self) -> bool:
+        with suppress(DistError):
+            for _ in range(10 * _SAYING_BEATS):
+                if self._ask(lambda: self._store.get(_SAID)) is not None:
+                    return True
+                time.sleep(0.1 * BEAT_SECONDS)
+        return False
+
+    def _end_without_rank_0(self, seen: str) -> NoReturn:
+        say_why(f"rank 0 is gone ({' '.join(seen.split())[:200]})")
+        leave_process(3)

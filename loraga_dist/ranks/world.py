@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from loraga_dist.errors import LoragaError, RunError, UserError
+from loraga_dist.errors import LoragaError, RunError, UserError, unforeseen
 from loraga_dist.ranks.launcher import LaunchedRank, environment_int, find_launched_rank, local_size
-from loraga_dist.ranks.rendezvous import meet
+from loraga_dist.ranks.rendezvous import meet, rendezvous_seconds, within
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+_MIN_CONNECT_SECONDS = 60
 
 
 class PeerError(LoragaError):
@@ -157,8 +158,7 @@ class World:
         except LoragaError as caught:
             error = caught
         except Exception as caught:
-            traceback.print_exception(caught)
-            error = RunError(f"rank {self.rank}: {type(caught).__name__}: {caught}")
+            error = RunError(f"rank {self.rank}: {unforeseen(caught)}")
         reports = self.all_texts(f"{error.exit_code} {error}" if error else "")
         failed = [rank for rank, report in enumerate(reports) if report]
         if not failed:
@@ -183,17 +183,20 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _connect(launched: LaunchedRank, backend: str) -> None:
     store = meet(launched)
     store.set_timeout(COLLECTIVE_TIMEOUT)
+    # what a rank that has left since then would be waited for
+    seconds = max(_MIN_CONNECT_SECONDS, rendezvous_seconds())
+    met = f"rank {launched.rank}: all ranks met at {launched.master_addr}:{launched.master_port}, but {backend}"
+    remedy = f"set {backend.upper()}_SOCKET_IFNAME to the network interface between the nodes"
     try:
-        dist.init_process_group(
-            backend, store=store, rank=launched.rank, world_size=launched.size, timeout=COLLECTIVE_TIMEOUT
+        within(
+            seconds,
+            lambda: dist.init_process_group(
+                backend, store=store, rank=launched.rank, world_size=launched.size, timeout=COLLECTIVE_TIMEOUT
+            ),
+            f"{met} has not connected them after {seconds} s; see whether one of them has ended, or {remedy}",
         )
     except RuntimeError as error:
-        variable = f"{backend.upper()}_SOCKET_IFNAME"
-        raise RunError(
-            f"rank {launched.rank}: all ranks met at {launched.master_addr}:{launched.master_port}, but {backend} does "
-            f"not connect them; set {variable} to the network interface between the nodes "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+        raise RunError(f"{met} does not connect them; {remedy} ({str(error).splitlines()[0]})") from error
 
 
 def _share_cores(launched: LaunchedRank) -> None:

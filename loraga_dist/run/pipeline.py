@@ -29,7 +29,7 @@ from loraga_dist.gradients.checkpointer import Checkpointer, base_identity
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
-from loraga_dist.ranks.session import StopRequest
+from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import require_same_data
 from loraga_dist.request.request import CheckpointRequest, understand, understand_model
@@ -65,6 +65,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         config, destination = request.config, Path(request.config.output.dir)
         staged = StagedDirectory(destination, world, overwrite=config.output.overwrite)
         finished_files = staged.checkpoint_path / RESIDUAL_BASE
+        stop.hold()  # from here on there is something to tidy up, and soon to save
         staged.create(max(0, sum(Layout.of(request).num_bytes.values()) - num_bytes_kept(finished_files)))
         try:
             checkpointer = _checkpointer(request, staged.checkpoint_path, stop, world)

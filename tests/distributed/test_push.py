@@ -12,7 +12,7 @@ from outputs import write_config
 from ranks import finish_on_ranks
 
 from loraga_dist.cli import init_main
-from loraga_dist.ranks.session import leave_process
+from loraga_dist.ranks.words import leave_process
 
 
 def init_with_hub(url: str, arguments: Sequence[str]) -> None:

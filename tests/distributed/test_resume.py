@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from loraga_dist.artifacts import layout
 from loraga_dist.artifacts.residual import plan_model_files
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.config import load_config
-from loraga_dist.ranks.session import StopRequest, leave_process, run_as_rank
+from loraga_dist.ranks.session import run_as_rank
+from loraga_dist.ranks.stop import StopRequest
+from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.run.pipeline import run
 
@@ -33,6 +36,7 @@ class StopAfter(StopRequest):
 
     def __init__(self, num_looks: int) -> None:
         self._before = {}
+        self._holding = threading.Lock()
         self._num_looks = num_looks
         self._looks = 0
 

@@ -34,7 +34,7 @@ from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import init_main, main
 from loraga_dist.config import InitConfig, parse_config
 from loraga_dist.errors import Preempted
-from loraga_dist.ranks.session import StopRequest
+from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.world import World
 from loraga_dist.run.pipeline import run
 from loraga_dist.schemes import SCHEMES

@@ -16,7 +16,7 @@ from ranks import finish_on_ranks, run_script
 
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import init_main
-from loraga_dist.ranks.session import leave_process
+from loraga_dist.ranks.words import leave_process
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +46,78 @@ def test_same_start(tiny: TinyRun, command: str, tmp_path: Path) -> None:
     command = command.format(port=free_port(), hostfile=hostfile)
     succeed(start(command, *tiny.options(tmp_path / "out")))
     tiny.require_same_start(tmp_path / "out")
+
+
+LINE = "loraga-dist: lora.r: 0: input should be greater than or equal to 1"
+
+
+def test_under_torchrun_an_error_is_said_once_and_its_summary_ends_with_it(tiny: TinyRun, tmp_path: Path) -> None:
+    done = start(TORCHRUN, *tiny.options(tmp_path / "out"), "--lora.r", "0")
+    lines = done.stderr.splitlines()
+    assert done.code == 1 and lines.count(LINE) == 1
+    assert lines[-2] == f"  traceback : {LINE}" and set(lines[-1]) == {"="}
+
+
+def test_under_deepspeed_an_error_is_said_once_before_the_launchers_last_words(tiny: TinyRun, tmp_path: Path) -> None:
+    done = start(DEEPSPEED.format(port=free_port()), *tiny.options(tmp_path / "out"), "--lora.r", "0")
+    lines = (done.stdout + done.stderr).splitlines()
+    assert done.code == 2 and lines.count(LINE) == 1
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def launchers_and_ranks(out: Path) -> dict[str, list[int]]:
+    """Processes of the run that writes this directory, by what they are."""
+    found: dict[str, list[int]] = {"launch.py": [], "rank": []}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().decode().split("\0")
+        except OSError:  # it has just ended
+            continue
+        if str(out) in words:
+            if "deepspeed.launcher.launch" in words:
+                found["launch.py"].append(int(path.name))
+            elif words[1:3] == ["-u", "launch/init.py"]:
+                found["rank"].append(int(path.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "who", "number"),
+    [
+        (TORCHRUN, "torchrun", signal.SIGKILL),
+        (DEEPSPEED, "launch.py", signal.SIGKILL),
+        (DEEPSPEED, "deepspeed", signal.SIGTERM),
+    ],
+    ids=["torchrun-killed", "launch.py-killed", "deepspeed-stopped"],
+)
+def test_no_rank_outlives_its_launcher_and_all_save(
+    tiny: TinyRun, command: str, who: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["env", "--chdir", str(ROOT), *command.format(port=free_port()).split(), *tiny.options(out), *SLOWLY]
+    (process,) = start_together([words], [{"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}])
+    try:
+        tiny.wait_for_checkpoint(out)
+        processes = launchers_and_ranks(out)
+        assert len(processes["rank"]) == 2, processes
+        os.kill(processes["launch.py"][0] if who == "launch.py" else process.pid, number)
+        deadline = time.monotonic() + 20
+        while launchers_and_ranks(out)["rank"]:
+            assert time.monotonic() < deadline, "ranks go on alone"
+            time.sleep(0.1)
+    finally:
+        (done,) = collect([process], timeout_seconds=10)
+    # rank 0 may hear of it from the other
+    by, end = "(the end of its launcher|a request to another rank)", re.escape(f"{out.parent}/.out.checkpoint")
+    said = re.findall(
+        rf"^loraga-dist: stopped by {by}; the same command goes on from {end}$", done.stderr, re.MULTILINE
+    )
+    assert len(said) == 1, done.stderr
+    if who == "torchrun":
+        done = run(words, env={"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"})
+        succeed(done)
+        assert "going on from" in done.stderr
+        tiny.require_same_start(out)
 
 
 def test_mpirun_without_mpi4py_is_refused(tiny: TinyRun, tmp_path: Path) -> None:

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from loraga_dist.errors import UserError
-from loraga_dist.ranks.launcher import expand_task_counts, find_launched_rank, first_host, port_of_job
+from loraga_dist.ranks.launcher import (
+    find_launched_rank,
+    first_host,
+    has_launcher,
+    port_of_job,
+    tasks_on_node,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -134,6 +140,57 @@ def test_what_does_not_fit_together_is_refused(variables: dict[str, str], key: s
     assert refused.value.key == key
 
 
+NUMBERS = ("", " ", "one", "-1", "1.5", "1e9", "9" * 20, "9" * 5000, "0x10", "\u0661\u0662\u0663" * 4)
+"""No rank, size or port is any of these."""
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        (TORCHRUN, ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"]),
+        (DEEPSPEED, ["LOCAL_SIZE"]),
+        (SRUN, ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_LOCALID", "SLURM_JOB_ID"]),
+        (SRUN, ["SLURM_STEP_ID", "MASTER_PORT", "WORLD_SIZE"]),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"]),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, ["PMI_RANK", "PMI_SIZE"]),
+    ],
+)
+def test_what_is_no_number_of_its_kind_is_refused(variables: dict[str, str], names: list[str]) -> None:
+    for name in names:
+        for number in NUMBERS:
+            with pytest.raises(UserError) as refused:
+                find_launched_rank(variables | {name: number})
+            said = str(refused.value)
+            assert name in said and len(said) < 500, (name, number, said)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT: 70000: is not between 1 and 65535"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT: 0: is not between 1 and 65535"),
+        (TORCHRUN | {"MASTER_ADDR": ""}, "MASTER_ADDR: None: is not set although RANK is 5 of 8"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE: 0: is not between 1 and"),
+        (TORCHRUN | {"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE: 0: is not between 1 and"),
+        (DEEPSPEED | {"LOCAL_SIZE": "0"}, "LOCAL_SIZE: 0: is not between 1 and"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x99999999999)"}, "SLURM_STEP_TASKS_PER_NODE: "),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "99999999"}, "SLURM_STEP_NUM_TASKS: 99999999: is not between 1 and"),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK: 2: is not between 0 and 1"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named_with_their_bounds(variables: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        find_launched_rank(variables)
+    assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN, DEEPSPEED, SRUN, {"PMI_RANK": "0", "PMI_SIZE": "1"}])
+def test_launchers_are_told_from_shells(variables: dict[str, str]) -> None:
+    assert has_launcher(variables)
+    by_hand = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "1"}
+    assert not any(has_launcher(shell) for shell in ({}, BATCH, by_hand))
+
+
 @pytest.mark.parametrize(
     "variables",
     [
@@ -186,10 +243,14 @@ def test_no_nodelist(nodelist: str) -> None:
 
 
 def test_task_counts() -> None:
-    assert expand_task_counts("2(x3),1") == [2, 2, 2, 1]
-    assert expand_task_counts("4") == [4]
-    with pytest.raises(UserError):
-        expand_task_counts("2(y3)")
+    assert [tasks_on_node("2(x3),1", node) for node in range(4)] == [2, 2, 2, 1]
+    assert tasks_on_node("4", 0) == 4
+    assert tasks_on_node("1(x999999999)", 10**8) == 1
+    for text in ("2(y3)", "", "0", "1(x99999999999)", "1,,1"):
+        with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE"):
+            tasks_on_node(text, 1)
+    with pytest.raises(UserError, match="SLURM_NODEID: 4: is outside SLURM_STEP_TASKS_PER_NODE, which has 4 nodes"):
+        tasks_on_node("2(x3),1", 4)
 
 
 def test_ports_of_neighbouring_jobs_and_steps_differ() -> None:

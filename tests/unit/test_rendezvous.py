@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +13,7 @@ from torch.distributed import TCPStore
 
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.ranks.launcher import LaunchedRank
-from loraga_dist.ranks.rendezvous import meet
+from loraga_dist.ranks.rendezvous import _is_own_name, listen, meet
 
 
 def place(rank: int, size: int, port: int, address: str = "127.0.0.1") -> LaunchedRank:
@@ -78,6 +80,48 @@ def test_taken_port() -> None:
         meet(place(0, 2, other.getsockname()[1]))
 
 
-def test_unknown_address() -> None:
-    with pytest.raises(UserError, match="MASTER_ADDR: 'no-such-node.invalid': rank 1 on"):
-        meet(place(1, 2, 1234, "no-such-node.invalid"))
+@pytest.mark.parametrize("address", ["no-such-node.invalid", "a" * 300, "a..b", "10.0.0.256.1", "\x1b[2J", " "])
+def test_unknown_address(address: str) -> None:
+    with pytest.raises(UserError, match="rank 1 on") as refused:
+        meet(place(1, 2, 1234, address))
+    assert refused.value.key == "MASTER_ADDR"
+
+
+def test_a_port_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraga_dist.ranks.rendezvous._MARGIN_SECONDS", 0)
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(RunError, match="gave no answer within 3 s"):
+        meet(place(1, 2, mute.getsockname()[1]))
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "soon", "9" * 30])
+def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
+    monkeypatch.setenv("LORAGA_RENDEZVOUS_SECONDS", seconds)
+    with pytest.raises(UserError, match="LORAGA_RENDEZVOUS_SECONDS"):
+        meet(place(0, 2, 1234))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_rank_0_listens_where_it_is_looked_for(host: str) -> None:
+    """Linux leads all of 127.0.0.0/8 to this machine: 127.0.0.2 stands for its other networks."""
+    port = free_port()
+    with ThreadPoolExecutor(2) as ranks:
+        stores = list(ranks.map(lambda rank: meet(place(rank, 2, port, host)), (0, 1)))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port))
+    del stores
+
+
+def test_a_name_that_other_nodes_find_elsewhere() -> None:
+    assert _is_own_name(LaunchedRank(0, 4, 0, 2, "node0", 1, "test"), ["127.0.1.1"])
+    assert not _is_own_name(LaunchedRank(0, 4, 0, 2, "node0", 1, "test"), ["10.0.0.1"])
+    assert not _is_own_name(LaunchedRank(0, 4, 0, 4, "node0", 1, "test"), ["127.0.1.1"])
+    assert not _is_own_name(LaunchedRank(0, 4, 0, 2, "127.0.0.1", 1, "test"), ["127.0.0.1"])
+
+
+def test_an_address_of_another_machine_is_not_listened_at() -> None:
+    assert listen(["192.0.2.1"], 0) is None
+    found = listen(["192.0.2.1", "127.0.0.1"], 0)
+    assert found is not None and found.address == "127.0.0.1"
+    os.close(found.descriptor)

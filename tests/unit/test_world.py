@@ -105,8 +105,10 @@ def test_of_two_errors_the_first_ranks_counts() -> None:
     assert told == [(kind, "first", 3, True) for kind in ("RunError", "PeerError")]
 
 
-def test_an_error_that_is_not_ours_is_a_failed_run_and_shown_where_it_was() -> None:
-    results = finish_on_ranks(leave_a_section, 2, [None, ValueError("what?")])
-    told = [result.value for result in results]
-    assert told == [(kind, "rank 1: ValueError: what?", 3, True) for kind in ("PeerError", "RunError")]
-    assert ["Traceback" in result.stderr for result in results] == [False, True]
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_an_error_that_is_not_ours_is_a_failed_run_and_shown_where_it_was(debug: str) -> None:
+    results = finish_on_ranks(leave_a_section, 2, [None, ValueError("what?")], env={"LORAGA_DEBUG": debug})
+    hint = "" if debug == "1" else " (LORAGA_DEBUG=1 prints the traceback)"
+    line = f"rank 1: ValueError: what?{hint}"
+    assert [result.value for result in results] == [(kind, line, 3, True) for kind in ("PeerError", "RunError")]
+    assert ["Traceback" in result.stderr for result in results] == [False, debug == "1"]
