@@ -13,7 +13,8 @@ from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import BrokenFileError, Entries, TensorSlot, scan_checkpoint
+from loraga_dist.files.disk import BrokenFileError
+from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
 
 AUTO_CLASSES: dict[TaskType, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
