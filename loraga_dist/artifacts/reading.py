@@ -12,7 +12,7 @@ from loraga_dist.artifacts.names import ADAPTER_CONFIG, REPORT
 from loraga_dist.artifacts.report import Report
 from loraga_dist.errors import RunError
 from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
-from loraga_dist.model.base import read_checkpoint_index, resolve_model_dir
+from loraga_dist.model.base import model_files, read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.targets import Target
 
 if TYPE_CHECKING:
@@ -85,4 +85,5 @@ def open_base(report: Report, base: Path | None) -> tuple[Path, dict[str, Tensor
     """Directory and tensors of the original model: `base`, or what the report names. Raises UserError."""
     model = report.config.model
     directory = base if base is not None else resolve_model_dir(model.name_or_path, model.revision)
+    model_files(directory)  # refuses links, before the work of whoever copies the files
     return directory, read_checkpoint_index(directory)
