@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loraga_dist.files.checksums import check_checksums, write_checksums
+from loraga_dist.errors import UserError
+from loraga_dist.files.checksums import CHECKSUMS, check_checksums, write_checksums
 from loraga_dist.files.disk import naming_write_errors, sync
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.files.shared_tensors import write_shared_tensors
@@ -27,6 +28,8 @@ _AFTER = "num_finished"
 _CONTENT = "state.json"
 _STEM = "state"
 _UNFINISHED = "unfinished"
+_OF_STATE = rf"({_GENERATION}|{_FINISHED}|{_UNFINISHED})(/({CHECKSUMS}|{_STEM}[-.][\w.-]*))?"
+_OF_WEIGHTS = r"residual_base(/[^/]+\.(safetensors|json|part))?"  # of run.finished
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,21 @@ class Found:
     """One line each."""
 
 
+def require_checkpoint(directory: Path, key: str) -> None:
+    """Raise UserError where something is there that is no checkpoint of ours. key: what it stands beside."""
+    if not (directory.exists() or directory.is_symlink()):
+        return
+    paths = [directory, *directory.rglob("*")] if directory.is_dir() else [directory]
+    for path in paths:
+        is_ours = path == directory or re.fullmatch(
+            f"{_OF_STATE}|{_OF_WEIGHTS}", path.relative_to(directory).as_posix()
+        )
+        is_directory = path == directory or path.name == path.relative_to(directory).as_posix()
+        if not is_ours or path.is_symlink() or path.is_dir() != is_directory:
+            problem = f"is no checkpoint of loraga_dist, for {path} is not of one; move it away"
+            raise UserError(key, str(directory), problem)
+
+
 class CheckpointStore:
     """One run's state, beside its output: finished parts, each written once, and generations of the state since the
     last of them. Every rank calls every method."""
@@ -89,6 +107,12 @@ class CheckpointStore:
         # parts behind a damaged one may be of another run's data
         behind = (path for path in self._named(_FINISHED) if int(path.name.split("-")[1]) >= self._num_finished)
         self._remove([*self._named(_GENERATION), *behind])
+
+    def require_ours(self) -> None:
+        """Raise UserError where the directory holds what no run has written: it would be removed in the end."""
+        with self._world.together():
+            if self._world.is_main:
+                require_checkpoint(self.directory, "output.dir")
 
     def read(self) -> Found:
         """All finished parts up to the first damaged one, and the newest whole generation of the state after them."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loraga_dist.errors import RunError
-from loraga_dist.files.disk import write_text
+from loraga_dist.files.disk import UNFINISHED_MARK, write_text
 from loraga_dist.files.parallel import over_cores, shares
 from loraga_dist.ranks.world import World
 
@@ -122,7 +122,7 @@ def _sizes_seen_by_main(directory: Path, world: World) -> dict[str, int]:
         sizes = {
             path.relative_to(directory).as_posix(): path.stat().st_size
             for path in directory.rglob("*")
-            if path.is_file() and path != directory / CHECKSUMS
+            if path.is_file() and path not in (directory / CHECKSUMS, directory / UNFINISHED_MARK)
         }
     return world.all_json(sizes)[0]
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from loraga_dist.errors import RunError
 
+UNFINISHED_MARK = ".unfinished-by-loraga-dist"
+"""An empty file in a directory that is being made or replaced: what a run that died left is known by it."""
 MAX_JSON_BYTES = 256 * 2**20
 """Ten times the largest tokenizer and index files there are."""
 _MAX_NESTING = 100

@@ -43,12 +43,14 @@ class Checkpointer:
         """What an earlier run of the same work left."""
 
     def start_over(self) -> None:
-        """Forget what an earlier run left."""
+        """Forget what an earlier run left. Raises UserError where something else stands in its place."""
+        self._store.require_ours()
         self._store.clear()
         self._world.barrier()
 
     def look(self) -> None:
         """Find what an earlier run left. Raises UserError, naming what differs, when that was other work."""
+        self._store.require_ours()
         found = self._store.read()
         if self._world.is_main:
             for line in found.problems:

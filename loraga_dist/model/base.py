@@ -188,7 +188,7 @@ _CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that trans
 def model_files(model_dir: Path) -> list[str]:
     """The files beside the weights that a copy of the model needs, relative to its directory.
 
-    Raises UserError for one that is a link out of the directory: what it leads to would be copied, and perhaps uploaded.
+    Raises UserError for one that is a link out of the directory: what it leads to would be copied, perhaps uploaded.
     """
     root = Path(os.path.realpath(model_dir))
     # of a hub cache, snapshots/<commit> links to the blobs beside it

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from loraga_dist.errors import RunError
+from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checkpoint import CheckpointStore, Found
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.ranks.world import World
@@ -149,6 +150,23 @@ def test_a_refusing_file_system_leaves_what_was_there(store: CheckpointStore) ->
     with pytest.raises(RunError, match="/dev/full"):
         save(full, 2)
     assert number(store) == 1
+
+
+@pytest.mark.parametrize("name", ["thesis", "000001/thesis", "residual_base/thesis", "000001"])
+def test_what_is_not_ours_is_refused_and_stays(store: CheckpointStore, tmp_path: Path, name: str) -> None:
+    store.require_ours()  # nothing is there
+    save(store, 7)
+    store.require_ours()
+    path = store.directory / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "000001":
+        shutil.rmtree(path)
+        path.symlink_to(tmp_path)
+    else:
+        path.write_text("mine")
+    with pytest.raises(UserError, match=f"{path} is not of one; move it away"):
+        store.require_ours()
+    assert path.exists()
 
 
 def test_an_index_that_leads_outside_is_refused(store: CheckpointStore) -> None:
