@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
 from loraga_dist.artifacts.tensors import entries_of, num_bytes_of, read_chunks, read_row_chunks
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
-from loraga_dist.files.disk import naming_write_errors, read_json, write_json
+from loraga_dist.files.disk import MAX_JSON_BYTES, json_text, naming_write_errors, parse_json, read_bounded
 from loraga_dist.files.parallel import over_cores
 from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, as_bytes, dtype_name, write_index
 from loraga_dist.model.base import model_files, residual_dtype_of
@@ -137,15 +136,27 @@ def digest_base(
 def finish_residual_base(model_dir: Path, destination: Path, files: Sequence[PlannedFile], residual_dtype: str) -> None:
     """What one rank writes beside the weights: the index, config.json, tokenizer, chat templates, custom code."""
     with naming_write_errors(destination):
-        for name in model_files(model_dir):
+        for name, content in _read_model_files(model_dir, residual_dtype):
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(model_dir / name, destination / name)
-        if residual_dtype != "auto":
-            config_path = destination / MODEL_CONFIG
-            write_json(config_path, _with_dtype(read_json(config_path), residual_dtype))
+            (destination / name).write_bytes(content)
     if len(files) > 1:
         weight_map = {key: file.name for file in files for key in file.entries}
         write_index(destination, MODEL_STEM, weight_map, sum(file.num_bytes for file in files))
+
+
+def digest_model_files(model_dir: Path, residual_dtype: str) -> dict[str, str]:
+    """SHA-256 of every file that `finish_residual_base` writes, but for the index; raises RunError."""
+    files = _read_model_files(model_dir, residual_dtype)
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files}
+
+
+def _read_model_files(model_dir: Path, residual_dtype: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of what stands beside the weights; config.json says the dtype that they are cast to."""
+    for name in model_files(model_dir):
+        content = read_bounded(model_dir / name, MAX_JSON_BYTES)
+        if name == MODEL_CONFIG and residual_dtype != "auto":
+            content = json_text(_with_dtype(parse_json(content, name), residual_dtype)).encode()
+        yield name, content
 
 
 def subtract_offset(target: Target, weight_rows: Tensor, A_RN: Tensor, B_MR: Tensor, row0: int) -> Tensor:

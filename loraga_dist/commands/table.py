@@ -128,6 +128,8 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         for problem in others:
             error.add_note(problem)
         raise error
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
     checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
     print(f"{directory}: verified, {result.num_targets} targets{checked}")
 

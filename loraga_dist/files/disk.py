@@ -99,7 +99,12 @@ def write_text(path: Path, text: str, phase: str = "") -> None:
 
 def write_json(path: Path, content: Any, phase: str = "") -> None:
     """Write a JSON file that people may read, too; raises RunError, as `naming_write_errors` does."""
-    write_text(path, json.dumps(content, indent=2) + "\n", phase)
+    write_text(path, json_text(content), phase)
+
+
+def json_text(content: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 def sync(path: Path) -> None:

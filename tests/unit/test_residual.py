@@ -55,7 +55,7 @@ def test_stock_peft_on_the_residual_base_is_the_original(llama: Path, finished: 
     assert config["target_modules"] == sorted(config["target_modules"]) and len(config["target_modules"]) == 6
     assert config["init_lora_weights"] is True and config["inference_mode"] is True
     assert config["fan_in_fan_out"] is False
-    assert config["base_model_name_or_path"] == str(llama)
+    assert config["base_model_name_or_path"] == str(finished / "residual_base")
 
 
 def test_merging_the_offset_rebuilds_the_residual_base(llama: Path, finished: Path) -> None:
