@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from loraga_dist.errors import UserError
+from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import CHECKSUMS, check_checksums, write_checksums
-from loraga_dist.files.disk import naming_write_errors, sync
+from loraga_dist.files.disk import naming_write_errors, read_json, sync
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.files.shared_tensors import write_shared_tensors
 from loraga_dist.ranks.world import World
@@ -52,6 +52,11 @@ class Checkpoint:
     path: Path
     content: dict[str, Any]
     tensors: SavedTensors
+
+
+Check = Callable[[Checkpoint, int | None], None]
+"""Raises an exception for content that a run could not go on from. The number of finished parts before a generation;
+None for a finished part."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +119,25 @@ class CheckpointStore:
             if self._world.is_main:
                 require_checkpoint(self.directory, "output.dir")
 
-    def read(self) -> Found:
-        """All finished parts up to the first damaged one, and the newest whole generation of the state after them."""
+    def read(self, check: Check = lambda saved, num_finished: None) -> Found:
+        """All finished parts up to the first damaged one, and the newest whole generation of the state after them.
+
+        check: what it raises makes a part or a generation a damaged one.
+        """
         problems: list[str] = []
         finished: list[Checkpoint] = []
         for name in self._names_seen_by_main(_FINISHED):
-            part = self._open(name, problems) if name == f"finished-{len(finished):06d}" else None
+            part = (
+                self._open(name, problems, lambda saved: check(saved, None))
+                if name == f"finished-{len(finished):06d}"
+                else None
+            )
             if part is None:
                 break
             finished.append(part)
         self._num_finished = len(finished)
         for name in reversed(self._names_seen_by_main(_GENERATION)):
-            state = self._open(name, problems)
+            state = self._open(name, problems, lambda saved: check(saved, len(finished)))
             if state is None:
                 self._damaged.add(name)
             elif state.content.get(_AFTER, len(finished)) == len(
@@ -139,14 +151,25 @@ class CheckpointStore:
         if self._world.is_main:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _open(self, name: str, problems: list[str]) -> Checkpoint | None:
-        path = self.directory / name
+    def _open(self, name: str, problems: list[str], check: Callable[[Checkpoint], None]) -> Checkpoint | None:
+        path, opened, problem = self.directory / name, None, ""
         if found := check_checksums(path, self._world):
-            problems.append(f"{path} is damaged ({found[0]})")
+            problem = found[0]
+        else:
+            try:
+                content = read_json(path / _CONTENT)
+                opened = Checkpoint(path, content, SavedTensors(scan_checkpoint(path, _STEM)))
+                check(opened)
+            except RunError as error:
+                problem = str(error)
+            except Exception as error:  # whatever content of other types and shapes does to those who look at it
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        # one rank's reading decides for all
+        problem = next((found for found in self._world.all_json(problem) if found), "")
+        if problem:
+            problems.append(f"{path} is damaged ({problem})")
             return None
-        with self._world.together():
-            content = json.loads((path / _CONTENT).read_bytes())
-            return Checkpoint(path, content, SavedTensors(scan_checkpoint(path, _STEM)))
+        return opened
 
     def _write(self, name: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """A directory of this name, which appears when all of it is on the disk."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.files.checkpoint import CheckpointStore, Found
+from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.ranks.world import World
 
@@ -176,5 +176,25 @@ def test_an_index_that_leads_outside_is_refused(store: CheckpointStore) -> None:
     content["weight_map"]["a"] = "../../elsewhere.safetensors"
     index.write_text(json.dumps(content))
     write_checksums(index.parent, World.alone())
-    with pytest.raises(RunError, match="outside the directory"):
-        store.read()
+    found = store.read()
+    assert found.newest is None and "outside the directory" in found.problems[0]
+
+
+@pytest.mark.parametrize("text", ["[1]", "7", "[" * 100_000, "{", '{"number": "x"}', "{}"])
+def test_content_that_is_none_gives_way_to_the_one_before(store: CheckpointStore, text: str) -> None:
+    save(store, 1)
+    save(store, 2)
+    path = store.directory / "000002"
+    (path / "state.json").write_text(text)
+    write_checksums(path, World.alone())
+
+    def check(saved: Checkpoint, num_finished: int | None) -> None:
+        assert num_finished == 0
+        if saved.content["number"] < 1:
+            raise ValueError("less than 1")
+
+    found = store.read(check)
+    assert found.newest is not None and found.newest.content["number"] == 1
+    assert len(found.problems) == 1 and found.problems[0].startswith(f"{path} is damaged (")
+    save(store, 3)
+    assert store.read(check).newest.content["number"] == 3  # type: ignore[union-attr]

@@ -51,7 +51,7 @@ INSIDE = {
         "checks",
         "verify",
     ],
-    "gradients": ["taps", "one_pass", "passes", "gradients", "checkpointer", "calibrate"],
+    "gradients": ["taps", "one_pass", "passes", "gradients", "saved", "checkpointer", "calibrate"],
     "start": ["rounds", "place", "in_place"],
     "forecast": ["activations", "memory", "forecaster", "report"],
     "publish": ["rendering", "card", "text", "plots", "page", "hub", "tracking"],
