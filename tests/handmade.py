@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from builders import report_tree, target_tree
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -30,6 +33,7 @@ from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.world import World
 
 K = 8
+PATTERNS: dict[str, Any] = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
 
 
 def save_llama(directory: Path, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", seed: int = 0) -> Path:
@@ -99,8 +103,7 @@ def lora_config(base: Path) -> LoraConfig:
         r=4,
         lora_alpha=8,
         use_rslora=True,
-        rank_pattern={"layers.0.self_attn.q_proj": 2},
-        alpha_pattern={"v_proj": 3},
+        **PATTERNS,
         target_modules="all-linear",
         init_lora_weights=False,
         task_type="CAUSAL_LM",
@@ -116,23 +119,27 @@ def write_output(
     residual_base: str = "full",
     max_shard_bytes: int = 5 * 10**9,
     world_size: int = 1,
+    seed: int = 1,
 ) -> list[Target]:
-    """A whole output directory with random factors, written by the code under test."""
+    """A whole output directory with random factors, written by the code under test. seed: of the factors."""
     config = lora_config(base)
     targets = make_targets(config)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     svd = {
         target.name: torch.linalg.svd(torch.randn(target.M, target.N, generator=generator), full_matrices=False)
         for target in targets
     }
 
     def factors(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """LoRA-GA's, in its paper's scale."""
         target = next(target for target in targets if target.name == name)
         U_MN, _, Vh_NN = svd[name]
-        return 0.3 * Vh_NN[: target.r], 0.3 * U_MN[:, target.r : 2 * target.r]
+        return target.M**0.25 / 4 * Vh_NN[: target.r], target.M**0.25 / 4 * U_MN[:, target.r : 2 * target.r]
 
-    write_adapter(directory / "loraga_init", config, targets, factors)
     write_adapter(directory / "loraga_offset", config, targets, factors, negate_b=True)
+    of_residual = copy.copy(config)
+    of_residual.base_model_name_or_path = f"{directory}/residual_base"
+    write_adapter(directory / "loraga_init", of_residual, targets, factors)
     write_factors(directory / "factors", svd)
 
     index = read_checkpoint_index(base)
@@ -155,9 +162,13 @@ def write_output(
         config={
             "model": {"name_or_path": str(base)},
             "output": {"dir": str(directory), "residual_base": residual_base, "residual_dtype": residual_dtype},
+            "lora": {"r": 4, "lora_alpha": 8, "use_rslora": True} | PATTERNS,
         },
         base_fingerprint=fingerprint(base_digests),
         residual_fingerprint=residual_fingerprint,
+        adapter_fingerprint=fingerprint_of_files(directory / "loraga_init"),
+        factors_fingerprint=fingerprint_of_files(directory / "factors"),
+        model_files=sha256_of_files(residual_files_of(base, residual_dtype)),
     )
     report["targets"] = {
         target.name: target_tree(
@@ -167,11 +178,12 @@ def write_output(
             scaling=target.scaling,
             transposed=target.transposed,
             weight_key=target.weight_key,
+            singular_values=svd[target.name][1][: 2 * target.r].tolist(),
         )
         for target in targets
     }
     write_report(directory, report)
-    (directory / "resolved_config.yaml").write_text("model: {}\n")
+    (directory / "resolved_config.yaml").write_text(yaml.safe_dump(report["config"]))
     (directory / "README.md").write_text("# Output\n")
     write_checksums(directory, World.alone())
     return targets
@@ -189,6 +201,36 @@ def write_factors(directory: Path, svd: dict[str, Any]) -> None:
                 writer.append(key, part)
         weight_map |= dict.fromkeys(parts, file)
     (directory / "factors.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def fingerprint_of_files(directory: Path) -> str:
+    """Of the tensors in the files of a directory, as safetensors' own reader sees them."""
+    lines = []
+    for path in directory.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            sha256 = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+            lines.append(json.dumps([name, "F32", list(tensor.shape), sha256]))
+    return "sha256:" + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def residual_files_of(base: Path, residual_dtype: str) -> dict[str, bytes]:
+    """What stands beside the residual base's weights: the base's own files, and its dtype where that is another."""
+    files = {
+        path.relative_to(base).as_posix(): path.read_bytes()
+        for path in [*base.glob("*.json"), *base.glob("additional_chat_templates/*")]
+        if not path.name.endswith("index.json")
+    }
+    if residual_dtype != "auto":
+        written = json.loads(files["config.json"])
+        for config in (written, *(part for part in written.values() if isinstance(part, dict))):
+            if config.pop("torch_dtype", None) or config.pop("dtype", None):
+                config["dtype"] = residual_dtype
+        files["config.json"] = (json.dumps(written, indent=2) + "\n").encode()
+    return files
+
+
+def sha256_of_files(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:

@@ -85,8 +85,14 @@ def write_adapter(
                 for chunk in read_chunks(copies[key]):
                     writer.append(key, chunk)
 
+    with naming_write_errors(directory / ADAPTER_CONFIG):
+        stored_config(peft_config, targets, use_dora=magnitudes is not None).save_pretrained(str(directory))
+
+
+def stored_config(peft_config: LoraConfig, targets: Sequence[Target], *, use_dora: bool) -> LoraConfig:
+    """What `write_adapter` writes as `adapter_config.json`."""
     config = copy.copy(peft_config)
-    config.use_dora = magnitudes is not None
+    config.use_dora = use_dora
     config.target_modules = sorted(target.name for target in targets)
     config.fan_in_fan_out = any(target.transposed for target in targets)
     config.inference_mode = True
@@ -94,8 +100,7 @@ def write_adapter(
     for key, value in vars(config).items():
         if isinstance(value, set):  # PEFT would write them in the order of their hashes, new in each process
             setattr(config, key, sorted(value))
-    with naming_write_errors(directory / ADAPTER_CONFIG):
-        config.save_pretrained(str(directory))
+    return config
 
 
 class FactorSource(Protocol):

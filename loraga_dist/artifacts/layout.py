@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,15 +23,18 @@ from loraga_dist.artifacts.names import (
     RESOLVED_CONFIG,
 )
 from loraga_dist.artifacts.report import Report
-from loraga_dist.artifacts.residual import PlannedFile, plan_model_files, residual_entries
+from loraga_dist.artifacts.residual import PlannedFile, digest_model_files, plan_model_files, residual_entries
 from loraga_dist.artifacts.tensors import num_bytes_of
-from loraga_dist.config import InitConfig
+from loraga_dist.config import InitConfig, LoraSection
 from loraga_dist.files.checksums import CHECKSUMS
 from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.model.rank_budget import num_parameters
-from loraga_dist.model.targets import Target
+from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.request.request import CheckpointRequest
 from loraga_dist.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,12 @@ class Layout:
         return [name for name, is_written in written.items() if is_written]
 
     @property
+    def all_directories(self) -> list[str]:
+        """Those that are written, and the one that `materialize-base` may add."""
+        may_come = SCHEMES[self.config.init.scheme].changes_base and RESIDUAL_BASE not in self.directories
+        return [*self.directories, RESIDUAL_BASE] if may_come else self.directories
+
+    @property
     def files(self) -> list[str]:
         """Those without which the output is not whole, beside the report; of weights in several files their index."""
         of_directory = {
@@ -108,6 +118,16 @@ class Layout:
             if directory in self.directories
         }
 
+    def lora_config(self, directory: str, lora: LoraSection) -> LoraConfig:
+        """PEFT's config of the adapter in that directory, with the base it belongs on. lora: the section to take."""
+        config = peft_lora_config(lora)
+        if directory == LORAGA_INIT and LORAGA_OFFSET in self.directories:
+            config.base_model_name_or_path = f"{self.config.output.dir}/{RESIDUAL_BASE}"
+        else:
+            model = self.config.model
+            config.base_model_name_or_path, config.revision = model.name_or_path, model.revision
+        return config
+
     @property
     def factors(self) -> Entries:
         """The tensors of `factors/`: U, S and Vh of every target, of which `num_triplets` tells the triplets."""
@@ -127,6 +147,12 @@ class Layout:
     def residual_files(self) -> list[PlannedFile]:
         """The weight files that a run writes to `residual_base/`."""
         return plan_model_files(self.residual) if RESIDUAL_BASE in self.directories else []
+
+    def digest_model_files(self, model_dir: Path) -> dict[str, str]:
+        """What stands beside the weights in `residual_base/`, whether the run writes it or `materialize-base` will."""
+        if not SCHEMES[self.config.init.scheme].changes_base:
+            return {}
+        return digest_model_files(model_dir, self.config.output.residual_dtype)
 
     @property
     def num_bytes(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, rank_and
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, REPORT
 from loraga_dist.artifacts.report import Report
 from loraga_dist.errors import RunError
+from loraga_dist.files.disk import read_json
 from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
-from loraga_dist.model.base import read_checkpoint_index, resolve_model_dir
+from loraga_dist.model.base import model_files, read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.targets import Target
 
 if TYPE_CHECKING:
@@ -34,10 +36,11 @@ def load_adapter(directory: Path, report: Report, *, use_dora: bool | None = Non
     adapter = AdapterFile(directory)
     targets = targets_under(config, report)
     for target in targets:
-        if target.r != report.targets[target.name].r:
-            raise RunError(
-                f"{ADAPTER_CONFIG} gives {target.name} rank {target.r}, {REPORT} says {report.targets[target.name].r}"
-            )
+        said = report.targets[target.name]
+        if target.r != said.r:
+            raise RunError(f"{ADAPTER_CONFIG} gives {target.name} rank {target.r}, {REPORT} says {said.r}")
+        if not math.isclose(target.scaling, said.scaling, rel_tol=1e-9):
+            raise RunError(f"{ADAPTER_CONFIG} scales {target.name} by {target.scaling}, {REPORT} says {said.scaling}")
     # copies for modules_to_save are held against the base, where there is one
     expected = adapter_entries(targets, use_dora=use_dora, saved={})
     found = {key: slot.shape for key, slot in adapter.slots.items()}
@@ -70,11 +73,10 @@ def read_lora_config(directory: Path) -> LoraConfig:
     """`adapter_config.json` as PEFT reads it; raises RunError when it is not one of LoRA."""
     from peft import LoraConfig, PeftConfig
 
-    if not (directory / ADAPTER_CONFIG).is_file():  # PEFT would go and ask the hub
-        raise RunError(f"{ADAPTER_CONFIG} is missing")
+    read_json(directory / ADAPTER_CONFIG)  # where it is missing, PEFT would go and ask the hub
     try:
         config = PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except Exception as error:  # whatever PEFT makes of values that are not its own
         raise RunError(f"PEFT cannot load {ADAPTER_CONFIG} ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(config, LoraConfig):
         raise RunError(f"{ADAPTER_CONFIG} is of {config.peft_type}, not of LORA")
@@ -85,4 +87,5 @@ def open_base(report: Report, base: Path | None) -> tuple[Path, dict[str, Tensor
     """Directory and tensors of the original model: `base`, or what the report names. Raises UserError."""
     model = report.config.model
     directory = base if base is not None else resolve_model_dir(model.name_or_path, model.revision)
+    model_files(directory)  # refuses links, before the work of whoever copies the files
     return directory, read_checkpoint_index(directory)

@@ -116,6 +116,11 @@ class Report(ReportPart):
     config: InitConfig
     base_fingerprint: str
     residual_fingerprint: str | None
+    adapter_fingerprint: str | None = None
+    """Of the tensors of `loraga_init`. It and the two below are not in reports of earlier versions."""
+    factors_fingerprint: str | None = None
+    model_files: dict[str, str] = {}
+    """SHA-256 of what stands beside the weights in `residual_base`, written or to come: config.json, tokenizer, ..."""
     versions: dict[str, str] = {}
     world_size: int | None = None
     data_fingerprint: str | None = None

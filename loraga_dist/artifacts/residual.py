@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,15 +18,13 @@ from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
 from loraga_dist.artifacts.tensors import entries_of, num_bytes_of, read_chunks, read_row_chunks
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
-from loraga_dist.files.disk import naming_write_errors, write_json
+from loraga_dist.files.disk import MAX_JSON_BYTES, json_text, naming_write_errors, parse_json, read_bounded
 from loraga_dist.files.parallel import over_cores
 from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, as_bytes, dtype_name, write_index
-from loraga_dist.model.base import MODEL_FILE_PATTERNS, residual_dtype_of
+from loraga_dist.model.base import model_files, residual_dtype_of
 from loraga_dist.model.targets import Target
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-_CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
 
 
 @dataclass(frozen=True)
@@ -141,15 +136,27 @@ def digest_base(
 def finish_residual_base(model_dir: Path, destination: Path, files: Sequence[PlannedFile], residual_dtype: str) -> None:
     """What one rank writes beside the weights: the index, config.json, tokenizer, chat templates, custom code."""
     with naming_write_errors(destination):
-        destination.mkdir(parents=True, exist_ok=True)
-        _copy_model_files(model_dir, destination)
-        _copy_model_files(model_dir / _CHAT_TEMPLATES, destination / _CHAT_TEMPLATES)
-        if residual_dtype != "auto":
-            config_path = destination / MODEL_CONFIG
-            write_json(config_path, _with_dtype(json.loads(config_path.read_bytes()), residual_dtype))
+        for name, content in _read_model_files(model_dir, residual_dtype):
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            (destination / name).write_bytes(content)
     if len(files) > 1:
         weight_map = {key: file.name for file in files for key in file.entries}
         write_index(destination, MODEL_STEM, weight_map, sum(file.num_bytes for file in files))
+
+
+def digest_model_files(model_dir: Path, residual_dtype: str) -> dict[str, str]:
+    """SHA-256 of every file that `finish_residual_base` writes, but for the index; raises RunError."""
+    files = _read_model_files(model_dir, residual_dtype)
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files}
+
+
+def _read_model_files(model_dir: Path, residual_dtype: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of what stands beside the weights; config.json says the dtype that they are cast to."""
+    for name in model_files(model_dir):
+        content = read_bounded(model_dir / name, MAX_JSON_BYTES)
+        if name == MODEL_CONFIG and residual_dtype != "auto":
+            content = json_text(_with_dtype(parse_json(content, name), residual_dtype)).encode()
+        yield name, content
 
 
 def subtract_offset(target: Target, weight_rows: Tensor, A_RN: Tensor, B_MR: Tensor, row0: int) -> Tensor:
@@ -222,16 +229,6 @@ def _cast(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:
         shown = str(dtype).removeprefix("torch.")
         raise UserError("output.residual_dtype", shown, f"cannot hold values of {key}; write bfloat16 or float32")
     return cast
-
-
-def _copy_model_files(source: Path, destination: Path) -> None:
-    if not source.is_dir():
-        return
-    for path in sorted(source.iterdir()):
-        wanted = any(fnmatch(path.name, pattern) for pattern in MODEL_FILE_PATTERNS)
-        if wanted and path.is_file() and not path.name.endswith(".index.json"):
-            destination.mkdir(exist_ok=True)
-            shutil.copyfile(path, destination / path.name)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

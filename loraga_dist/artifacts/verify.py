@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from loraga_dist.artifacts.adapter import AdapterFile, adapter_keys, magnitude_key, saved_key
-from loraga_dist.artifacts.compare import Comparison, OpenedOutput, compare, merge, same_bytes
+from loraga_dist.artifacts.checks import (
+    check_adapter_config,
+    check_adapter_fingerprint,
+    check_budget,
+    check_factors,
+    check_finite,
+    check_kinds,
+    check_magnitudes,
+    check_model_files,
+    check_names,
+    check_offset,
+    check_resolved_config,
+    check_saved,
+    unknown_files,
+)
+from loraga_dist.artifacts.compare import Comparison, OpenedOutput, compare, merge
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.artifacts.names import FACTORS, FACTORS_STEM, LORAGA_INIT, LORAGA_OFFSET, REPORT, RESIDUAL_BASE
+from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
 from loraga_dist.artifacts.reading import load_adapter, open_base
 from loraga_dist.artifacts.report import Report, read_report_text
-from loraga_dist.artifacts.residual import start_magnitudes
-from loraga_dist.artifacts.tensors import read_chunks
 from loraga_dist.errors import LoragaError, RunError
-from loraga_dist.files.checksums import OnBytes, check_checksums, fingerprint, no_progress
-from loraga_dist.files.safetensors_io import scan_checkpoint
-from loraga_dist.model.targets import Target, require_targets
+from loraga_dist.files.checksums import (
+    OnBytes,
+    TensorDigest,
+    check_checksums,
+    fingerprint,
+    no_progress,
+    shared_fingerprint,
+)
 from loraga_dist.ranks.world import World
-
-_MAX_ORTHONORMALITY_ERROR = 1e-4
-_MAX_MAGNITUDE_ERROR = 2**-23  # one rounding to float32, and float64 sums in another order
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class VerifyResult:
     """Largest |W - (W_res + s B A)|, where one rounding of W_res to its dtype may cost 1; 0 if not checked."""
     residual_checked: bool
     """Whether every target of the residual base was held against the base."""
+    notes: list[str] = field(default_factory=list)
+    """What is no problem, but was not looked at: one line each."""
 
     @property
     def ok(self) -> bool:
@@ -60,6 +73,14 @@ def verify(
     if report is None:
         return VerifyResult(problems, 0, 0.0, residual_checked=False)
     layout = Layout.of_report(report)
+    notes: list[str] = []
+    if world.is_main:
+        with _collected(problems, REPORT):
+            problems += check_kinds(directory, layout)
+            notes = unknown_files(directory, layout) + _not_said(report)
+    problems, notes = world.all_json((problems, notes))[0]
+    if problems:
+        return VerifyResult(problems, len(report.targets), 0.0, residual_checked=False, notes=notes)
     # where the report says none, materialize-base may have made it since
     has_residual = RESIDUAL_BASE in layout.directories or (
         report.scheme.changes_base and world.all_json((directory / RESIDUAL_BASE).exists())[0]
@@ -67,29 +88,33 @@ def verify(
     problems += check_checksums(directory, world, on_progress)
     output: OpenedOutput | None = None
     compared: Comparison | None = None
+    of_factors: dict[str, TensorDigest] = {}
     with world.together():
         if world.is_main:
-            problems += [f"{name}: is missing" for name in layout.missing_files(directory)]
+            problems += _check_small_files(directory, layout, report, has_residual=has_residual)
         opened_adapter = None
         with _collected(problems, LORAGA_INIT):
             opened_adapter = load_adapter(directory / LORAGA_INIT, report)
         if opened_adapter and world.is_main:
-            problems += _check_finite(*opened_adapter) + _check_budget(report)
+            with _collected(problems, LORAGA_INIT):
+                problems += check_finite(*opened_adapter) + check_budget(report)
+                problems += check_adapter_fingerprint(opened_adapter[0], report)
             if LORAGA_OFFSET in layout.directories:
                 with _collected(problems, LORAGA_OFFSET):
                     offset = load_adapter(directory / LORAGA_OFFSET, report, use_dora=False)
-                    problems += _check_offset(*opened_adapter, *offset)
-        if FACTORS in layout.directories:
-            with _collected(problems, FACTORS):
-                problems += _check_factors(directory, layout, world)
+                    problems += check_offset(*opened_adapter, *offset)
         with _collected(problems, "base"):
             base_dir, index = open_base(report, base)
             if opened_adapter:
                 adapter, targets = opened_adapter
                 output = OpenedOutput(report=report, adapter=adapter, targets=targets, base_dir=base_dir, base=index)
+        if FACTORS in layout.directories:
+            with _collected(problems, FACTORS):
+                found, of_factors = check_factors(directory, layout, report, output, world)
+                problems += found
         if output and world.is_main:
             with _collected(problems, LORAGA_INIT):
-                problems += _check_saved(output)
+                problems += check_saved(output)
         with _collected(problems, RESIDUAL_BASE):
             if output:
                 found, compared = compare(
@@ -98,16 +123,54 @@ def verify(
                 problems += found
         with _collected(problems, LORAGA_INIT):
             if compared and output and report.is_dora:
-                compared.problems += _check_magnitudes(output, world)
+                compared.problems += check_magnitudes(output, world)
+    factors_fingerprint = shared_fingerprint(of_factors, world)
     problems, whole = merge(problems, compared, world)
+    seen = any(problem.startswith(f"{FACTORS}:") for problem in problems)
+    if not seen and report.factors_fingerprint not in (None, factors_fingerprint):
+        problems.append(f"{FACTORS}: its fingerprint is not the report's factors_fingerprint")
     max_units = None
     if whole is not None and output is not None:
         is_base = fingerprint(whole.base_digests) == report.base_fingerprint
         problems += whole.conclude(report, output.base_dir)
         max_units = whole.max_units if is_base and has_residual else None
     return VerifyResult(
-        list(dict.fromkeys(problems)), len(report.targets), max_units or 0.0, residual_checked=max_units is not None
+        list(dict.fromkeys(problems)),
+        len(report.targets),
+        max_units or 0.0,
+        residual_checked=max_units is not None,
+        notes=notes,
     )
+
+
+def _check_small_files(directory: Path, layout: Layout, report: Report, *, has_residual: bool) -> list[str]:
+    """Names, configurations and what stands beside the weights."""
+    problems = [f"{name}: is missing" for name in layout.missing_files(directory)]
+    for name in layout.all_directories:
+        if (directory / name).is_dir():
+            with _collected(problems, name):
+                problems += check_names(directory, name, report)
+    with _collected(problems, RESOLVED_CONFIG):
+        problems += check_resolved_config(directory, report)
+    for name in (LORAGA_INIT, LORAGA_OFFSET):
+        if name in layout.directories:
+            with _collected(problems, name):
+                problems += check_adapter_config(directory, name, layout, report)
+    if has_residual:
+        with _collected(problems, RESIDUAL_BASE):
+            problems += check_model_files(directory, report)
+    return problems
+
+
+def _not_said(report: Report) -> list[str]:
+    """What an earlier version did not write into its report, so that nothing is held against it."""
+    said = {"adapter_fingerprint": report.adapter_fingerprint is not None}
+    if report.scheme.source == "gradient":
+        said["factors_fingerprint"] = report.factors_fingerprint is not None
+    if report.scheme.changes_base:
+        said["model_files"] = bool(report.model_files)
+    missing = [key for key, is_said in said.items() if not is_said]
+    return [f"{REPORT} is of an earlier version and has no {', '.join(missing)}: not checked"] if missing else []
 
 
 def bytes_to_verify(directory: Path) -> int:
@@ -129,102 +192,22 @@ def _open_report(directory: Path, world: World) -> tuple[Report | None, list[str
         return None, [problem]
     differing = [rank for rank, (_, _, digest) in enumerate(others, start=1) if digest != expected]
     problems = [f"{REPORT}: ranks {differing} see another one than rank 0"] if differing else []
-    try:
-        return Report.parse(text), problems
-    except RunError as error:
-        return None, [*problems, str(error)]
+    report = None
+    with _collected(problems):
+        report = Report.parse(text)
+    return report, problems
 
 
 @contextmanager
-def _collected(problems: list[str], subject: str) -> Iterator[None]:
-    """Turn a part that cannot be read into a problem, so that the other parts are still checked."""
+def _collected(problems: list[str], subject: str = "") -> Iterator[None]:
+    """Turn a part that cannot be read into a problem, so that the other parts are still checked.
+
+    subject: the part's name, where the errors of the block do not begin with it.
+    """
     try:
         yield
     except LoragaError as error:
-        problems.append(f"{subject}: {error}")
-
-
-def _check_finite(adapter: AdapterFile, targets: list[Target]) -> list[str]:
-    return [
-        f"{LORAGA_INIT}: {key} has values that are not finite"
-        for target in targets
-        for key, factor in zip(adapter_keys(target.name), adapter.factors(target.name), strict=True)
-        if not factor.isfinite().all()
-    ]
-
-
-def _check_budget(report: Report) -> list[str]:
-    """The ranks take what the report says they do, and no more than they may."""
-    budget, taken = report.rank_budget, sum(target.r * sum(target.shape) for target in report.targets.values())
-    if budget is None or budget.spent == taken <= budget.parameters:
-        return []
-    return [f"{REPORT}: ranks take {taken} parameters, rank_budget says {budget.spent} of {budget.parameters}"]
-
-
-def _check_magnitudes(output: OpenedOutput, world: World) -> list[str]:
-    """This rank's share of the targets: with DoRA's magnitudes, too, the start is that of the plain adapter."""
-    require_targets(output.base, output.targets)
-    problems = []
-    for target in output.targets[world.rank :: world.size]:
-        weight, stored_M = output.base[target.weight_key], output.adapter.magnitude(target.name).double()
-        factors = output.adapter.factors(target.name)
-        expected_M = start_magnitudes(weight, target, *factors, changes_base=output.report.scheme.changes_base)
-        error = ((stored_M - expected_M).abs() / expected_M).max().item()
-        if not error <= _MAX_MAGNITUDE_ERROR:  # NaN must fail too
-            key = magnitude_key(target.name)
-            problems.append(f"{LORAGA_INIT}: {key} is off by {error:.1e} from the norms of {target.weight_key}")
-    return problems
-
-
-def _check_saved(output: OpenedOutput) -> list[str]:
-    problems = []
-    for name, weight_key in output.report.saved_parameters.items():
-        slot, base = output.adapter.slots[saved_key(name)], output.base.get(weight_key)
-        same = (
-            base is not None
-            and (slot.dtype, slot.shape) == (base.dtype, base.shape)
-            and all(same_bytes(*pieces) for pieces in zip(read_chunks(slot), read_chunks(base), strict=True))
-        )
-        if not same:
-            problems.append(f"{LORAGA_INIT}: {saved_key(name)} is not the base's {weight_key}")
-    return problems
-
-
-def _check_offset(
-    init: AdapterFile, init_targets: list[Target], offset: AdapterFile, offset_targets: list[Target]
-) -> list[str]:
-    """The offset adapter is (A, -B) of the init adapter, bit by bit, under the same scaling."""
-    problems = []
-    for target, offset_target in zip(init_targets, offset_targets, strict=True):
-        if target != offset_target:
-            problems.append(f"{LORAGA_OFFSET}: {target.name} is scaled otherwise than in {LORAGA_INIT}")
-        A_RN, B_MR = init.factors(target.name)
-        stored = offset.factors(target.name)
-        for key, factor, other in zip(adapter_keys(target.name), (A_RN, -B_MR), stored, strict=True):
-            if not same_bytes(factor, other):
-                problems.append(f"{LORAGA_OFFSET}: {key} is not (A, -B) of {LORAGA_INIT}")
-    return problems
-
-
-def _check_factors(directory: Path, layout: Layout, world: World) -> list[str]:
-    """This rank's share of the targets' triplets: layout, order, orthonormality."""
-    slots = scan_checkpoint(directory / FACTORS, FACTORS_STEM)
-    if differing := slots.keys() ^ layout.factors.keys():
-        return [f"{FACTORS}: {key} is missing or not of a target" for key in sorted(differing)]
-    problems = []
-    for target in layout.targets[world.rank :: world.size]:
-        name, M, N = target.name, target.M, target.N
-        U, S, Vh = (slots[f"{name}.{part}"] for part in ("U", "S", "Vh"))
-        K = math.prod(S.shape)
-        if (U.shape, S.shape, Vh.shape) != ((M, K), (K,), (K, N)) or {U.dtype, S.dtype, Vh.dtype} != {torch.float32}:
-            problems.append(f"{FACTORS}: {name} is not U {M} x K, S K, Vh K x {N} in F32")
-            continue
-        S_K = S.read()
-        if not (S_K.isfinite().all() and (S_K >= 0).all() and (S_K.diff() <= 0).all()):
-            problems.append(f"{FACTORS}: {S.name} is not finite, nonnegative and descending")
-        for slot, columns in ((U, U.read()), (Vh, Vh.read().T)):
-            gram_KK = columns.T @ columns
-            error = (gram_KK - torch.eye(K)).abs().max().item() if K else 0.0
-            if not error <= _MAX_ORTHONORMALITY_ERROR:  # NaN must fail too
-                problems.append(f"{FACTORS}: {slot.name} is not orthonormal (off by {error:.1e})")
-    return problems
+        problems.append(f"{subject}: {error}" if subject else str(error))
+    except Exception as error:  # whatever a library makes of what the files hold is a finding, and the rest is checked
+        first_line = str(error).strip().partition("\n")[0]
+        problems.append(f"{subject or REPORT}: cannot be checked ({type(error).__name__}: {first_line[:200]})")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
 from loraga_dist.commands.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import fingerprint
-from loraga_dist.files.disk import write_json
+from loraga_dist.files.disk import read_json, write_json
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import product_svd
@@ -208,7 +207,7 @@ def _write_merged(
 
 def _require_no_tied_copy(base_dir: Path, replaced: dict[str, TensorSlot]) -> None:
     """Raise UserError if an embedding was trained that the model uses twice: training moved one of the two copies."""
-    config = json.loads((base_dir / MODEL_CONFIG).read_text())
+    config = read_json(base_dir / MODEL_CONFIG)
     config |= config.get("text_config", {})
     if not config.get("tie_word_embeddings", True):
         return

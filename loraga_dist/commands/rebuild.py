@@ -14,26 +14,35 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.artifacts.names import FACTORS, FACTORS_STEM, LORAGA_INIT, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
+from loraga_dist.artifacts.names import (
+    FACTORS,
+    FACTORS_INDEX,
+    FACTORS_STEM,
+    LORAGA_INIT,
+    REPORT,
+    RESIDUAL_BASE,
+    RESOLVED_CONFIG,
+)
 from loraga_dist.artifacts.report import Rebuilt, Report, SpentBudget, TargetReport, versions
-from loraga_dist.artifacts.residual import start_magnitudes, write_model
+from loraga_dist.artifacts.residual import digest_base, start_magnitudes, write_model
 from loraga_dist.artifacts.tensors import read_chunks
 from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import InitConfig, OutputConfig, load_config
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import fingerprint
+from loraga_dist.files.disk import naming_write_errors
 from loraga_dist.files.safetensors_io import TensorSlot, read_rows, scan_checkpoint
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
 from loraga_dist.model.base import DTYPES, factor_dtype
+from loraga_dist.model.factors import make_factors, needs_weight, product_norm
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import understand
-from loraga_dist.run.writing import finish_directory, write_adapters
+from loraga_dist.run.writing import Fingerprints, finish_directory, write_adapters
 from loraga_dist.schemes import SCHEMES
-from loraga_dist.start.factors import make_factors, needs_weight, product_norm
 
 _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_dropout"}
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""
@@ -90,7 +99,7 @@ class _NewStart:
         changes_base = SCHEMES[self.config.init.scheme].changes_base
         return start_magnitudes(self.index[target.weight_key], target, A_RN, B_MR, changes_base=changes_base)
 
-    def report(self, source: Path, residual_fingerprint: str | None, seconds: float) -> Report:
+    def report(self, source: Path, fingerprints: Fingerprints, seconds: float) -> Report:
         """The old report with what is new, once all factors have been made. seconds: that it all took."""
         old, targets = self.old, list(self.targets.values())
         assert old.identity_check is not None, "a run compares logits"
@@ -100,7 +109,10 @@ class _NewStart:
         return old.model_copy(
             update={
                 "config": self.config,
-                "residual_fingerprint": residual_fingerprint,
+                "residual_fingerprint": fingerprints.residual,
+                "adapter_fingerprint": fingerprints.adapter,
+                "factors_fingerprint": fingerprints.factors,
+                "model_files": dict(fingerprints.model_files),
                 "versions": versions(),
                 "targets": self.reports,
                 "rank_budget": SpentBudget.of(self.config.init, targets),
@@ -137,8 +149,12 @@ def rebuild(
             problem = f"was made by {old.config.init.scheme} and holds no gradients; run loraga-dist init"
             raise UserError("directory", str(source), problem)
         slots = scan_checkpoint(source / FACTORS, FACTORS_STEM)
+        factors_fingerprint = fingerprint(digest_base(slots, slots))
     except RunError as error:
         raise UserError("directory", str(source), f"{error}; write the directory of a finished run") from error
+    if old.factors_fingerprint not in (None, factors_fingerprint) or not _are_of(slots, old):
+        problem = f"its {FACTORS}/ is not of the run that its {REPORT} tells of; copy the output directory again"
+        raise UserError("directory", str(source), problem)
     config = _new_config(source, to, overrides, base)
     if SCHEMES[config.init.scheme].source != "gradient":
         problem = f"does not start from the gradients that {source} holds; run loraga-dist init with it"
@@ -164,10 +180,10 @@ def rebuild(
     layout = replace(Layout.of(request, targets), config=config, num_triplets=held)
     num_bytes = layout.num_bytes
     with whole_directory(destination, "--to", sum(num_bytes.values()), overwrite=overwrite) as directory:
-        write_adapters(
+        adapter_fingerprint = write_adapters(
             directory, layout, lora, new_start.factors, index, new_start.magnitudes if lora.use_dora else None
         )
-        shutil.copytree(source / FACTORS, directory / FACTORS)
+        _copy_factors(source / FACTORS, directory / FACTORS, slots)
         residual_fingerprint = None
         if RESIDUAL_BASE in layout.directories:
             with phase("write", num_bytes[RESIDUAL_BASE], "B", shown=show_progress) as progress:
@@ -181,7 +197,14 @@ def rebuild(
                     on_progress=progress.advance,
                 )
             residual_fingerprint = fingerprint({key: found for key, (_, found) in digests.items()})
-        new = new_start.report(source, residual_fingerprint, time.monotonic() - started)
+        fingerprints = Fingerprints(
+            base=old.base_fingerprint,
+            residual=residual_fingerprint,
+            adapter=adapter_fingerprint,
+            factors=factors_fingerprint,
+            model_files=layout.digest_model_files(base_dir),
+        )
+        new = new_start.report(source, fingerprints, time.monotonic() - started)
         verified = finish_directory(directory, new, World.alone())
     return new, verified
 
@@ -210,6 +233,22 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
         model = new.model.model_copy(update={"name_or_path": str(base.resolve()), "revision": None})
         new = new.model_copy(update={"model": model})
     return new
+
+
+def _are_of(slots: Mapping[str, TensorSlot], report: Report) -> bool:
+    """Tell whether the report names these singular values: of every version's reports."""
+    said = {name: target.singular_values or [] for name, target in report.targets.items()}
+    return all(
+        f"{name}.S" in slots and _whole(slots[f"{name}.S"])[: len(values)].tolist() == values
+        for name, values in said.items()
+    )
+
+
+def _copy_factors(source: Path, destination: Path, slots: Mapping[str, TensorSlot]) -> None:
+    with naming_write_errors(destination):
+        destination.mkdir()
+        for path in (source / FACTORS_INDEX, *{slot.path for slot in slots.values()}):
+            shutil.copyfile(path, destination / path.name)
 
 
 def _whole(slot: TensorSlot) -> Tensor:

@@ -130,6 +130,8 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         for problem in others:
             error.add_note(problem)
         raise error
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
     checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
     print(f"{directory}: verified, {result.num_targets} targets{checked}")
 
@@ -223,6 +225,28 @@ def _rebuild(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(f"{options.to}: from the factors of {options.directory}; verified: {verified}")
 
 
+def _add_clean(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, help="the output directory that a run was to write")
+    parser.add_argument("--yes", action="store_true", help="remove it; without, it is only shown")
+
+
+def _clean(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from loraga_dist.commands.clean import clean
+
+    was_there = options.directory.exists()
+    found = clean(options.directory, remove=options.yes)
+    for path, num_bytes in found:
+        print(f"{path}: {num_bytes} bytes")
+    if not found:
+        print(f"{options.directory}: nothing is left beside it")
+    elif not options.yes:
+        print("add --yes to remove all of it; a run that was interrupted would start over")
+    elif options.directory.exists() and not was_there:
+        print(f"removed; {options.directory} is put back, which a run was about to replace")
+    else:
+        print("removed")
+
+
 def _on_ranks(
     work: Callable[[argparse.Namespace, Sequence[str], World, StopRequest], None],
 ) -> Callable[[argparse.Namespace, Sequence[str]], int]:
@@ -251,4 +275,5 @@ COMMANDS = {
         _alone(_rebuild),
         takes_overrides=True,
     ),
+    "clean": Command("remove what a run that died has left beside its output", _add_clean, _alone(_clean)),
 }

@@ -16,7 +16,8 @@ from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT, RE
 from loraga_dist.artifacts.reading import load_adapter, read_lora_config, targets_under
 from loraga_dist.artifacts.report import Report
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.files.safetensors_io import BrokenFileError, Entries, TensorSlot, dtype_name
+from loraga_dist.files.disk import BrokenFileError
+from loraga_dist.files.safetensors_io import Entries, TensorSlot, dtype_name
 from loraga_dist.model.targets import Target
 
 _PREFIX = "base_model.model."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -62,6 +62,10 @@ class Collectives(Protocol):
     def broadcast_(self, tensor: Tensor, owner: int) -> Tensor: ...
 
     def sum_(self, tensor: Tensor) -> Tensor: ...
+
+
+Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtypes and shapes by name."""
 
 
 class Tensors(Protocol):
@@ -140,6 +144,14 @@ class GradientEngine(ABC):
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
         """Into a fresh engine of the same matrices, whoever owns them now."""
 
+    @classmethod
+    @abstractmethod
+    def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
+        """Raise ValueError, KeyError or TypeError for a saved state that `load_state` could not take.
+
+        content: of all matrices of this engine. saved: the tensors of this one, by what follows its name.
+        """
+
     @abstractmethod
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         """Reduce every matrix to its owner; yield the owned ones. The state is gone afterwards."""
@@ -208,6 +220,19 @@ def naming(matrix: Matrix) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         error.add_note(f"of {matrix.name}, {matrix.M} x {matrix.N}")
         raise
+
+
+def require_entries(saved: Entries, expected: Entries) -> None:
+    """Raise ValueError for the first of these tensors that is missing or another."""
+    for name, entry in expected.items():
+        if saved.get(name) != entry:
+            raise ValueError(f"{name} is {saved.get(name)} and not {entry}")
+
+
+def require_halves(halves_seen: Any) -> None:
+    """Raise ValueError for what `save_state` does not write as the halves of the data that were seen."""
+    if halves_seen not in ([], [0], [1], [0, 1]):
+        raise ValueError("halves_seen is none of the halves of the data")
 
 
 def gather_on_owner_(tensor: Tensor, owner: int, world: Collectives) -> bool:

@@ -11,12 +11,15 @@ from loraga_dist.engines.base import (
     ERROR_COLUMNS,
     Collectives,
     EngineState,
+    Entries,
     GradientEngine,
     GradientSVD,
     Matrix,
     Tensors,
     gather_on_owner_,
     naming,
+    require_entries,
+    require_halves,
     seeded_generator,
     split_half_cosine,
 )
@@ -73,6 +76,12 @@ class ExactEngine(GradientEngine):
             if matrix.owner == world.rank:
                 self._home.put_back(self._G[name], tensors[f"{name}/G"].to(self._home.device))
                 self._E[name].copy_(tensors[f"{name}/E"])
+
+    @classmethod
+    def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
+        require_halves(content["halves_seen"])
+        M, N = matrix.M, matrix.N
+        require_entries(saved, {"G": (torch.float32, (M, N)), "E": (torch.float32, (2, M, ERROR_COLUMNS))})
 
     def mean_gradients(self, world: Collectives, num_tokens: int) -> Iterator[tuple[Matrix, torch.Tensor]]:
         """Reduce every gradient to its owner, then hand over the owned ones, G_MN in float32, one by one."""

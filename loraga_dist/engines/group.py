@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from loraga_dist.engines import ENGINES
-from loraga_dist.engines.base import Collectives, EngineState, GradientEngine, GradientSVD, Matrix, Tensors
+from loraga_dist.engines.base import (
+    Collectives,
+    EngineState,
+    Entries,
+    GradientEngine,
+    GradientSVD,
+    Matrix,
+    Tensors,
+)
 from loraga_dist.engines.home import StateHome
 
 
@@ -62,6 +70,19 @@ class EngineGroup:
         states = [engine.save_state(world) for engine in self.engines]
         tensors = {name: tensor for state in states for name, tensor in state.tensors.items()}
         return EngineState({"engines": [state.content for state in states]}, tensors)
+
+    @staticmethod
+    def check_state(matrices: Sequence[Matrix], content: dict[str, Any], saved: Entries) -> None:
+        """Raise ValueError, KeyError or TypeError for a saved state that `load_state` could not take.
+
+        saved: the tensors of all matrices of the group.
+        """
+        names = list(dict.fromkeys(matrix.engine for matrix in matrices))
+        of_engine = dict(zip(names, content["engines"], strict=True))
+        for matrix in matrices:
+            prefix = f"{matrix.name}/"
+            own = {name.removeprefix(prefix): entry for name, entry in saved.items() if name.startswith(prefix)}
+            ENGINES[matrix.engine].check_state(matrix, of_engine[matrix.engine], own)
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
         for engine, of_engine in zip(self.engines, content["engines"], strict=True):

@@ -21,11 +21,14 @@ from loraga_dist.engines.base import (
     ERROR_COLUMNS,
     Collectives,
     EngineState,
+    Entries,
     GradientSVD,
     Matrix,
     Tensors,
     gather_on_owner_,
     naming,
+    require_entries,
+    require_halves,
     seeded_generator,
     split_half_cosine,
 )
@@ -156,6 +159,26 @@ class SketchEngine(SketchCosts):
                     state.S_J = tensors[f"{name}/S"].to(self._device)
                 if f"{name}/earlier_E" in tensors:
                     state.earlier_E_MS = self._home.keep(tensors[f"{name}/earlier_E"].to(self._device))
+
+    @classmethod
+    def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
+        require_halves(content["halves_seen"])
+        counts = content["counts"][matrix.name]
+        started, num_microbatches, refreshed_at, refining = counts
+        if [type(count) for count in counts] != [bool, int, int, bool] or not 0 <= refreshed_at <= num_microbatches:
+            raise ValueError(f"{matrix.name} has the counts {counts}")
+        M, N, K, float32 = matrix.M, matrix.N, matrix.width, torch.float32
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"E": (float32, (2, M, ERROR_COLUMNS))}
+        if started:
+            expected |= {name: (float32, (rows, K)) for name, rows in (("Y", M), ("Z", N), ("P", M), ("Q", N))}
+        if "earlier_E" in saved:
+            expected["earlier_E"] = float32, (M, ERROR_COLUMNS)
+        # of as many windows and directions as there were
+        (windows,), (J,) = saved["captures"][1], saved["S"][1] if "S" in saved else (0,)
+        expected["captures"] = torch.float64, (windows,)
+        if "S" in saved:
+            expected["S"] = float32, (min(J, K),)
+        require_entries(saved, expected)
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         self._refresh(self._unfinished(), world, last=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from loraga_dist.files.checksums import check_checksums, write_checksums
-from loraga_dist.files.disk import naming_write_errors, sync
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.checksums import CHECKSUMS, check_checksums, write_checksums
+from loraga_dist.files.disk import naming_write_errors, read_json, sync
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.files.shared_tensors import write_shared_tensors
 from loraga_dist.ranks.world import World
@@ -27,6 +28,8 @@ _AFTER = "num_finished"
 _CONTENT = "state.json"
 _STEM = "state"
 _UNFINISHED = "unfinished"
+_OF_STATE = rf"({_GENERATION}|{_FINISHED}|{_UNFINISHED})(/({CHECKSUMS}|{_STEM}[-.][\w.-]*))?"
+_OF_WEIGHTS = r"residual_base(/[^/]+\.(safetensors|json|part))?"  # of run.finished
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Checkpoint:
     tensors: SavedTensors
 
 
+Check = Callable[[Checkpoint, int | None], None]
+"""Raises an exception for content that a run could not go on from. The number of finished parts before a generation;
+None for a finished part."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What an earlier run left: its finished parts in order, the state after the last of them, and what is damaged."""
@@ -59,6 +67,21 @@ class Found:
     newest: Checkpoint | None
     problems: list[str]
     """One line each."""
+
+
+def require_checkpoint(directory: Path, key: str) -> None:
+    """Raise UserError where something is there that is no checkpoint of ours. key: what it stands beside."""
+    if not (directory.exists() or directory.is_symlink()):
+        return
+    paths = [directory, *directory.rglob("*")] if directory.is_dir() else [directory]
+    for path in paths:
+        is_ours = path == directory or re.fullmatch(
+            f"{_OF_STATE}|{_OF_WEIGHTS}", path.relative_to(directory).as_posix()
+        )
+        is_directory = path == directory or path.name == path.relative_to(directory).as_posix()
+        if not is_ours or path.is_symlink() or path.is_dir() != is_directory:
+            problem = f"is no checkpoint of loraga_dist, for {path} is not of one; move it away"
+            raise UserError(key, str(directory), problem)
 
 
 class CheckpointStore:
@@ -90,18 +113,31 @@ class CheckpointStore:
         behind = (path for path in self._named(_FINISHED) if int(path.name.split("-")[1]) >= self._num_finished)
         self._remove([*self._named(_GENERATION), *behind])
 
-    def read(self) -> Found:
-        """All finished parts up to the first damaged one, and the newest whole generation of the state after them."""
+    def require_ours(self) -> None:
+        """Raise UserError where the directory holds what no run has written: it would be removed in the end."""
+        with self._world.together():
+            if self._world.is_main:
+                require_checkpoint(self.directory, "output.dir")
+
+    def read(self, check: Check = lambda saved, num_finished: None) -> Found:
+        """All finished parts up to the first damaged one, and the newest whole generation of the state after them.
+
+        check: what it raises makes a part or a generation a damaged one.
+        """
         problems: list[str] = []
         finished: list[Checkpoint] = []
         for name in self._names_seen_by_main(_FINISHED):
-            part = self._open(name, problems) if name == f"finished-{len(finished):06d}" else None
+            part = (
+                self._open(name, problems, lambda saved: check(saved, None))
+                if name == f"finished-{len(finished):06d}"
+                else None
+            )
             if part is None:
                 break
             finished.append(part)
         self._num_finished = len(finished)
         for name in reversed(self._names_seen_by_main(_GENERATION)):
-            state = self._open(name, problems)
+            state = self._open(name, problems, lambda saved: check(saved, len(finished)))
             if state is None:
                 self._damaged.add(name)
             elif state.content.get(_AFTER, len(finished)) == len(
@@ -115,14 +151,25 @@ class CheckpointStore:
         if self._world.is_main:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _open(self, name: str, problems: list[str]) -> Checkpoint | None:
-        path = self.directory / name
+    def _open(self, name: str, problems: list[str], check: Callable[[Checkpoint], None]) -> Checkpoint | None:
+        path, opened, problem = self.directory / name, None, ""
         if found := check_checksums(path, self._world):
-            problems.append(f"{path} is damaged ({found[0]})")
+            problem = found[0]
+        else:
+            try:
+                content = read_json(path / _CONTENT)
+                opened = Checkpoint(path, content, SavedTensors(scan_checkpoint(path, _STEM)))
+                check(opened)
+            except RunError as error:
+                problem = str(error)
+            except Exception as error:  # whatever content of other types and shapes does to those who look at it
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        # one rank's reading decides for all
+        problem = next((found for found in self._world.all_json(problem) if found), "")
+        if problem:
+            problems.append(f"{path} is damaged ({problem})")
             return None
-        with self._world.together():
-            content = json.loads((path / _CONTENT).read_bytes())
-            return Checkpoint(path, content, SavedTensors(scan_checkpoint(path, _STEM)))
+        return opened
 
     def _write(self, name: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """A directory of this name, which appears when all of it is on the disk."""

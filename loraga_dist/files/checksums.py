@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from loraga_dist.errors import RunError
-from loraga_dist.files.disk import write_text
+from loraga_dist.files.disk import UNFINISHED_MARK, write_text
 from loraga_dist.files.parallel import over_cores, shares
+from loraga_dist.files.safetensors_io import as_bytes, dtype_name
 from loraga_dist.ranks.world import World
 
 OnBytes = Callable[[int], None]
@@ -30,6 +33,11 @@ class TensorDigest(NamedTuple):
     sha256: str
 
     @classmethod
+    def of(cls, tensor: Tensor) -> TensorDigest:
+        """Of a tensor on the host."""
+        return cls(dtype_name(tensor.dtype), tuple(tensor.shape), hashlib.sha256(as_bytes(tensor)).hexdigest())
+
+    @classmethod
     def of_json(cls, parts: Sequence[Any]) -> TensorDigest:
         dtype, shape, sha256 = parts
         return cls(dtype, tuple(shape), sha256)
@@ -43,6 +51,13 @@ def fingerprint(digests: Mapping[str, TensorDigest]) -> str:
     """One `sha256:...` for a set of named tensors, the same however they are split over files."""
     lines = [json.dumps([key, dtype, list(shape), sha256]) for key, (dtype, shape, sha256) in sorted(digests.items())]
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def shared_fingerprint(digests: Mapping[str, TensorDigest], world: World) -> str:
+    """The fingerprint of all ranks' tensors; a collective."""
+    return fingerprint(
+        {key: TensorDigest.of_json(parts) for found in world.all_json(digests) for key, parts in found.items()}
+    )
 
 
 def write_checksums(directory: Path, world: World) -> None:
@@ -119,10 +134,11 @@ def _sizes_seen_by_main(directory: Path, world: World) -> dict[str, int]:
     """Bytes of every file but the checksums, as rank 0 sees them: on network file systems others may lag behind."""
     sizes = {}
     if world.is_main:
+        left_out = (directory / CHECKSUMS, directory / UNFINISHED_MARK)
         sizes = {
             path.relative_to(directory).as_posix(): path.stat().st_size
             for path in directory.rglob("*")
-            if path.is_file() and path != directory / CHECKSUMS
+            if path.is_file() and not path.is_symlink() and path not in left_out
         }
     return world.all_json(sizes)[0]
 

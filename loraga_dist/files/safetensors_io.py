@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from loraga_dist.errors import RunError
-from loraga_dist.files.disk import write_json
+from loraga_dist.files.disk import BrokenFileError, parse_json, read_json, write_json
 
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own readers
+_MAX_DIMENSIONS = 64
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -43,10 +44,6 @@ _DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class BrokenFileError(RunError):
-    """A file is missing, cut short or not what its format wants; the text names it."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,9 @@ def scan_checkpoint(directory: Path, stem: str = "model") -> dict[str, TensorSlo
     if not index_path.is_file():
         raise BrokenFileError(_nothing_to_read(directory, single.name))
     try:
-        weight_map = json.loads(index_path.read_bytes())["weight_map"]
-        shards = {str(name): PurePosixPath(file_name) for name, file_name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        weight_map = read_json(index_path)["weight_map"]
+        shards = {name: PurePosixPath(file_name) for name, file_name in weight_map.items()}
+    except (BrokenFileError, KeyError, TypeError, AttributeError) as error:
         raise BrokenFileError(
             f"{index_path.name} is not a JSON index with a weight_map; copy or download it again"
         ) from error
@@ -98,8 +95,8 @@ def scan_checkpoint(directory: Path, stem: str = "model") -> dict[str, TensorSlo
                 raise BrokenFileError(
                     f"{index_path.name} names {str(shard)!r}, outside the directory; remove that entry"
                 )
-            if not (directory / shard).is_file():
-                raise BrokenFileError(f"shard {shard} is missing; copy or download it again")
+            if not _is_file(directory / shard):
+                raise BrokenFileError(f"shard {str(shard)[:200]} is missing; copy or download it again")
             headers[shard] = read_header(directory / shard)
         if name not in headers[shard]:
             raise BrokenFileError(
@@ -118,6 +115,8 @@ def write_index(directory: Path, stem: str, weight_map: Mapping[str, str], num_b
 
 def read_header(path: Path) -> dict[str, TensorSlot]:
     """The tensors of one file, checked against the format and the file's size. Raises BrokenFileError."""
+    if not _is_file(path):  # a pipe's reader might wait for ever
+        raise BrokenFileError(f"{path.name} is missing")
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
@@ -131,10 +130,12 @@ def read_header(path: Path) -> dict[str, TensorSlot]:
     except OSError as error:
         raise BrokenFileError(f"{path.name} cannot be read ({error.strerror})") from error
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
+        header = parse_json(raw, path.name, unique_keys=True)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError("metadata are texts")
         items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (BrokenFileError, KeyError, TypeError, AttributeError) as error:
         raise _broken(path, "is not JSON of the format") from error
 
     slots: dict[str, TensorSlot] = {}
@@ -272,12 +273,23 @@ def _slot(path: Path, name: str, entry: dict[str, Any], data_start: int) -> Tens
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(path, f"describes {name} incompletely") from error
-    if dtype not in _DTYPES:
-        raise BrokenFileError(f"{path.name} holds {name} as {dtype}, which is not supported; use an unquantized model")
-    whole = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
-    if not whole or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        shown = str(dtype)[:20]
+        raise BrokenFileError(f"{path.name} holds {name} as {shown}, which is not supported; use an unquantized model")
+    # torch takes no size beyond these, even of a tensor without elements
+    whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end))
+    fits = whole and len(shape) <= _MAX_DIMENSIONS and math.prod(max(1, length) for length in shape) < 2**63
+    if not fits or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise _broken(path, f"gives {name} a size that is not its shape's")
     return TensorSlot(name, path, _DTYPES[dtype], shape, data_start + begin, end - begin)
+
+
+def _is_file(path: Path) -> bool:
+    """As Path.is_file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _truncated(path: Path, expected_bytes: int, file_bytes: int) -> BrokenFileError:

@@ -6,15 +6,17 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from loraga_dist.errors import LoragaError, RunError, UserError
-from loraga_dist.files.disk import sync
+from loraga_dist.files.disk import UNFINISHED_MARK, sync
 from loraga_dist.ranks.world import World
+
+_MAX_NAME_BYTES = 255
 
 
 def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: Iterable[Path] = ()) -> Path:
@@ -23,8 +25,17 @@ def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: It
     marker: the file by which our own earlier output is known, the only thing `overwrite` replaces.
     inputs: what the command reads, and so must not write over.
     """
-    destination = path.expanduser().resolve()
-    if destination.exists():
+    try:
+        destination = path.expanduser().resolve()
+        # the longest of the names beside it
+        if len(os.fsencode(destination.with_name(f".{destination.name}.checkpoint").name)) > _MAX_NAME_BYTES:
+            raise UserError(
+                key, str(path), f"has a name of more than {_MAX_NAME_BYTES - 12} bytes; write a shorter one"
+            )
+        exists = destination.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(key, str(path), f"is no place for a directory ({error}); write another") from error
+    if exists:
         if not overwrite:
             raise _exists(key, path)
         if not (destination / marker).is_file():
@@ -49,8 +60,8 @@ class StagedDirectory:
         self.path = destination.with_name(f".{destination.name}.partial")
         self._old = destination.with_name(f".{destination.name}.replaced")
         self.checkpoint_path = destination.with_name(f".{destination.name}.checkpoint")
-        self._lock_path = destination.with_name(f".{destination.name}.lock")
-        self._lock: BinaryIO | None = None
+        self.lock_path = destination.with_name(f".{destination.name}.lock")
+        self._lock: int | None = None
         self._world = world
         self._committing = False
         self._overwrite = overwrite
@@ -62,17 +73,8 @@ class StagedDirectory:
             if self._world.is_main:
                 try:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
-                    self._take_lock()
-                    if self._old.exists() and not self.destination.exists():
-                        self._old.rename(self.destination)  # a run was killed between its two renames
-                    for leftover in (self._old, self.path):
-                        if leftover.exists():
-                            shutil.rmtree(leftover)
-                    self._replaces = self.destination.exists()
-                    if self._replaces and not self._overwrite:  # another run has finished since this one began
-                        self._drop_lock()
-                        raise _exists(self._key, self.destination)
-                    self.path.mkdir()
+                    self.take_lock()
+                    self._make_empty()
                     free_bytes = shutil.disk_usage(self.path).free
                 except OSError as error:
                     raise RunError(
@@ -99,6 +101,44 @@ class StagedDirectory:
                 self.discard()
             raise
 
+    def _make_empty(self) -> None:
+        """Make the staged directory, once what a run that died has left in its place is gone."""
+        try:
+            self.require_ours()
+            self.put_back()
+            for leftover in (self._old, self.path):
+                if leftover.exists():
+                    num_bytes = tree_bytes(leftover)
+                    shutil.rmtree(leftover)
+                    print(
+                        f"loraga-dist: removed {leftover} ({num_bytes} bytes), which a run that died had left",
+                        file=sys.stderr,
+                    )
+            self._replaces = self.destination.exists()
+            if self._replaces and not self._overwrite:  # another run has finished since this one began
+                raise _exists(self._key, self.destination)
+            self.path.mkdir()
+            (self.path / UNFINISHED_MARK).touch()
+        except BaseException:
+            self.drop_lock()
+            raise
+
+    def require_ours(self) -> None:
+        """Raise UserError where a name beside the destination is taken by something that no run has left there."""
+        for path in (self._old, self.path):
+            if path.is_symlink() or path.exists():
+                is_real = path.is_dir() and not path.is_symlink()
+                if not (is_real and ((path / UNFINISHED_MARK).is_file() or not any(path.iterdir()))):
+                    raise self._not_ours(path)
+
+    def put_back(self) -> bool:
+        """Rename the old output back if a run was killed between its two renames; tells whether one was."""
+        found = (self._old / UNFINISHED_MARK).is_file() and not self.destination.exists()
+        if found:
+            self._old.rename(self.destination)
+            (self.destination / UNFINISHED_MARK).unlink(missing_ok=True)
+        return found
+
     def commit(self) -> None:
         """Rename into place, on rank 0 when everything is written. An old directory goes after the new is there."""
         self._committing = True
@@ -109,37 +149,52 @@ class StagedDirectory:
             if self.destination.exists() and not self._replaces:
                 raise RunError(f"{self.destination} has appeared meanwhile and is kept; the output is in {self.path}")
             if self.destination.exists():
+                (self.destination / UNFINISHED_MARK).touch()
                 self.destination.rename(self._old)
             try:
                 self.path.rename(self.destination)
             except BaseException:
-                if self._old.exists():
-                    self._old.rename(self.destination)
+                self.put_back()
                 raise
+            (self.destination / UNFINISHED_MARK).unlink(missing_ok=True)
             sync(self.destination.parent)
         except OSError as error:
             raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
         shutil.rmtree(self._old, ignore_errors=True)
-        self._drop_lock()
+        self.drop_lock()
 
     def discard(self) -> None:
         """Remove what was staged, after a failure; a finished output that could not be renamed stays."""
         if not self._committing:
             shutil.rmtree(self.path, ignore_errors=True)
-            self._drop_lock()
+            self.drop_lock()
 
-    def _take_lock(self) -> None:
+    def take_lock(self) -> None:
         """Held as long as this process lives, so that two runs do not write one output."""
-        self._lock = self._lock_path.open("wb")
         try:
+            # what a link leads to, and what stands in the file, is not ours to touch; a pipe would keep us waiting
+            self._lock = os.open(
+                self.lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+            )
+        except OSError as error:
+            if self.lock_path.is_symlink() or self.lock_path.is_dir():
+                raise self._not_ours(self.lock_path) from error
+            raise
+        try:
+            found = os.fstat(self._lock)
+            if not stat.S_ISREG(found.st_mode) or found.st_size:
+                raise self._not_ours(self.lock_path)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self._lock_path.exists() or not os.path.samefile(self._lock_path, self._lock.fileno()):
+            if not self.lock_path.exists() or not os.path.samestat(os.lstat(self.lock_path), found):
                 raise BlockingIOError  # its last holder has removed it in between, and another may hold a new one
         except BlockingIOError:
-            self._lock = None
+            self.drop_lock(keep_file=True)
             raise UserError(
                 self._key, str(self.destination), "is being written by another run; wait for it or write another"
             ) from None
+        except UserError:
+            self.drop_lock(keep_file=True)
+            raise
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
@@ -149,11 +204,28 @@ class StagedDirectory:
                 file=sys.stderr,
             )
 
-    def _drop_lock(self) -> None:
+    def drop_lock(self, *, keep_file: bool = False) -> None:
+        """Let other runs write. keep_file: its file is another's, or was there before."""
         if self._lock is not None:
-            self._lock_path.unlink(missing_ok=True)
-            self._lock.close()
+            if not keep_file:
+                self.lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
             self._lock = None
+
+    def _not_ours(self, path: Path) -> UserError:
+        problem = f"needs the name {path}, and what stands there is not of loraga_dist; move it away"
+        return UserError(self._key, str(self.destination), problem)
+
+    def leftovers(self) -> list[Path]:
+        """What stands beside the destination under the names of a run at work; of a run that died, while locked."""
+        names = (self._old, self.path, self.checkpoint_path, self.lock_path)
+        return [path for path in names if path.is_symlink() or path.exists()]
+
+
+def tree_bytes(path: Path) -> int:
+    """Of the files below, or of the file; links are not followed."""
+    paths = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return sum(found.st_size for found in map(os.lstat, paths) if stat.S_ISREG(found.st_mode))
 
 
 @contextmanager

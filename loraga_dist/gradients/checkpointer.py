@@ -6,16 +6,17 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraga_dist.engines.base import EngineState
+from loraga_dist.engines.base import EngineState, Matrix
 from loraga_dist.errors import Preempted, UserError
-from loraga_dist.files.checkpoint import CheckpointStore, Found
+from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.gradients.saved import require_finished, require_state
 from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.world import World, dotted
 
@@ -27,14 +28,21 @@ class Checkpointer:
     """Saves a run's state between microbatches, keeps the groups it has finished, and gives both to the next run of the
     same work.
 
-    work: what must be the same in both, as nested JSON. Every rank calls every method.
+    work: what must be the same in both, as nested JSON. groups: of the plan. Every rank calls every method.
     """
 
     def __init__(
-        self, store: CheckpointStore, work: Mapping[str, Any], stop: StopRequest, minutes: float, world: World
+        self,
+        store: CheckpointStore,
+        work: Mapping[str, Any],
+        groups: Sequence[Sequence[Matrix]],
+        stop: StopRequest,
+        minutes: float,
+        world: World,
     ) -> None:
         self._store = store
         self.work = {"format": _FORMAT, **work}
+        self._groups = groups
         self._stop = stop
         self._seconds = 60 * minutes
         self._world = world
@@ -43,13 +51,15 @@ class Checkpointer:
         """What an earlier run of the same work left."""
 
     def start_over(self) -> None:
-        """Forget what an earlier run left."""
+        """Forget what an earlier run left. Raises UserError where something else stands in its place."""
+        self._store.require_ours()
         self._store.clear()
         self._world.barrier()
 
     def look(self) -> None:
         """Find what an earlier run left. Raises UserError, naming what differs, when that was other work."""
-        found = self._store.read()
+        self._store.require_ours()
+        found = self._store.read(self._check)
         if self._world.is_main:
             for line in found.problems:
                 print(f"loraga-dist: checkpoint: {line}", file=sys.stderr)
@@ -57,7 +67,7 @@ class Checkpointer:
         if last is None:
             return
         theirs, ours = dict(dotted(last.content["work"])), dict(dotted(self.work))
-        differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        differing = _differing(theirs, ours)
         with self._world.together():
             # of rank 0's files: nodes may hold copies of their own, with other times
             if differing and self._world.is_main:
@@ -71,6 +81,15 @@ class Checkpointer:
         if self._world.is_main:
             print(f"loraga-dist: going on from {last.path}", file=sys.stderr)
         self.found = found
+
+    def _check(self, saved: Checkpoint, num_finished: int | None) -> None:
+        """Raise an exception for what this work did not write; of other work nothing is known, and it is refused."""
+        if _differing(dict(dotted(saved.content["work"])), dict(dotted(self.work))):
+            return
+        if num_finished is None:
+            require_finished(saved, self._groups[int(saved.path.name.split("-")[1])])
+        else:
+            require_state(saved, self._groups, num_finished)
 
     def after_microbatch(self, state: Callable[[], EngineState]) -> None:
         """Save if it is time. Raises Preempted, on all ranks at the same microbatch, when one was asked to stop."""
@@ -111,6 +130,10 @@ class Checkpointer:
     def done(self) -> None:
         """The work is finished: nothing is left to go on from."""
         self._store.clear()
+
+
+def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
 
 
 def base_identity(index: Mapping[str, TensorSlot]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import BrokenFileError, Entries, TensorSlot, scan_checkpoint
+from loraga_dist.files.disk import BrokenFileError
+from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
 
 AUTO_CLASSES: dict[TaskType, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -178,6 +181,30 @@ MODEL_FILE_PATTERNS = (
 
 
 _MODEL_KEY = "model.name_or_path"
+
+_CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
+
+
+def model_files(model_dir: Path) -> list[str]:
+    """The files beside the weights that a copy of the model needs, relative to its directory.
+
+    Raises UserError for one that is a link out of the directory: what it leads to would be copied, perhaps uploaded.
+    """
+    root = Path(os.path.realpath(model_dir))
+    # of a hub cache, snapshots/<commit> links to the blobs beside it
+    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    found = []
+    for directory in (model_dir, model_dir / _CHAT_TEMPLATES):
+        for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+            if not any(fnmatch(path.name, pattern) for pattern in MODEL_FILE_PATTERNS):
+                continue
+            target = Path(os.path.realpath(path))
+            if not any(target.is_relative_to(place) for place in inside):
+                problem = f"{path.relative_to(model_dir)} is a link out of it, to {target}"
+                raise UserError(_MODEL_KEY, str(model_dir), f"{problem}; put a copy in the link's place")
+            if path.is_file() and not path.name.endswith(".index.json"):
+                found.append(path.relative_to(model_dir).as_posix())
+    return found
 
 
 def resolve_model_dir(name_or_path: str, revision: str | None = None, *, needs_weights: bool = True) -> Path:

@@ -73,7 +73,9 @@ def _upload(directory: Path, report: Report) -> str:
     try:
         url = api.create_repo(repo_id, exist_ok=True)
         found = [directory / REPORT, *(path for name in folders for path in (directory / name).rglob("*"))]
-        paths = {path.relative_to(directory).as_posix(): path for path in found if path.is_file()}
+        paths = {
+            path.relative_to(directory).as_posix(): path for path in found if path.is_file() and not path.is_symlink()
+        }
         # of an earlier start: its files beside this one's would load together
         ours = tuple(f"{folder}/" for folder in (LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE))
         stale = [name for name in api.list_repo_files(url.repo_id) if name.startswith(ours) and name not in paths]

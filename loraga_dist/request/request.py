@@ -25,7 +25,7 @@ from loraga_dist.data.microbatches import (
 from loraga_dist.data.samples import fingerprints
 from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import Entries, TensorSlot
-from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model
+from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.shape import ModelShape
@@ -117,6 +117,8 @@ def understand(
         read_deepspeed_config(config.deepspeed)
     scheme = SCHEMES[config.init.scheme]
     base = find_base_model(config.model, config.lora.task_type, world.device, needs_weights=needs_weights)
+    if scheme.changes_base:
+        model_files(base.directory)  # refuses links, before the work that ends in a copy
     try:
         meta_model = meta_copy(base.model_class, base.config)
     except (ValueError, ImportError) as error:

@@ -186,7 +186,8 @@ def _checkpointer(request: CheckpointRequest, directory: Path, stop: StopRequest
         "data": request.data_fingerprint,
         "loraga_dist": version("loraga_dist"),
     }
-    checkpointer = Checkpointer(CheckpointStore(directory, world), work, stop, config.checkpoint_minutes, world)
+    store, groups = CheckpointStore(directory, world), request.plan.groups
+    checkpointer = Checkpointer(store, work, groups, stop, config.checkpoint_minutes, world)
     if config.resume == "auto":
         checkpointer.look()
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.gradients import DataUsed
-from loraga_dist.model.targets import Target, peft_lora_config
+from loraga_dist.model.targets import Target
 from loraga_dist.publish.page import write_report_page
 from loraga_dist.publish.text import readme
 from loraga_dist.ranks.progress import phase
@@ -48,10 +49,14 @@ from loraga_dist.start.in_place import Start
 
 
 class Fingerprints(NamedTuple):
-    """Content digests of the base and of the residual base, whatever files their tensors are split over."""
+    """Content digests of the base and of what was written, whatever files their tensors are split over."""
 
     base: str
     residual: str | None = None
+    adapter: str | None = None
+    factors: str | None = None
+    model_files: Mapping[str, str] = MappingProxyType({})
+    """By name, of what stands beside the weights in `residual_base`."""
 
 
 def write_weights(
@@ -75,9 +80,10 @@ def write_weights(
     magnitudes = None
     if layout.config.lora.use_dora:
         magnitudes = shared_magnitudes(layout, request.base.index, factors, world)
+    of_main: tuple[str, dict[str, str]] = "", {}
     with world.together():
         if world.is_main:
-            write_adapters(
+            adapter = write_adapters(
                 directory,
                 layout,
                 start.lora,
@@ -85,8 +91,24 @@ def write_weights(
                 request.base.index,
                 None if magnitudes is None else lambda target, A_RN, B_MR: magnitudes[target.name],
             )
+            of_main = adapter, layout.digest_model_files(request.base.directory)
+    adapter, model_files = world.all_json(of_main)[0]
+    factors_fingerprint = None
     if start.gradients is not None:
-        write_factors(directory / FACTORS, start.gradients.owned, world)
+        factors_fingerprint = write_factors(directory / FACTORS, start.gradients.owned, world)
+    of_models = _write_models(directory, request, layout, finished_files, checkpointer, world)
+    return of_models._replace(adapter=adapter, factors=factors_fingerprint, model_files=model_files)
+
+
+def _write_models(
+    directory: Path,
+    request: CheckpointRequest,
+    layout: Layout,
+    finished_files: Path,
+    checkpointer: Checkpointer,
+    world: World,
+) -> Fingerprints:
+    """Write the residual base where there is one, and take the fingerprints of the base and of it; a collective."""
     if RESIDUAL_BASE in layout.directories:
         return _write_residual(directory, request, layout, finished_files, checkpointer, world)
     index = request.base.index
@@ -148,9 +170,10 @@ def _fingerprints(digests: Mapping[str, Sequence[TensorDigest]], world: World) -
         for share in world.all_json(digests)
         for key, found in share.items()
     }
-    return Fingerprints(
-        *(fingerprint(dict(zip(everyone, digests, strict=True))) for digests in zip(*everyone.values(), strict=True))
+    base, *residual = (
+        fingerprint(dict(zip(everyone, digests, strict=True))) for digests in zip(*everyone.values(), strict=True)
     )
+    return Fingerprints(base, residual[0] if residual else None)
 
 
 def make_report(
@@ -183,6 +206,9 @@ def make_report(
         config=config,
         base_fingerprint=fingerprints.base,
         residual_fingerprint=fingerprints.residual,
+        adapter_fingerprint=fingerprints.adapter,
+        factors_fingerprint=fingerprints.factors,
+        model_files=dict(fingerprints.model_files),
         versions=versions(),
         world_size=world.size,
         seconds=dict(seconds),
@@ -288,28 +314,27 @@ def write_adapters(
     factors: Callable[[str], tuple[Tensor, Tensor]],
     base: Mapping[str, TensorSlot],
     magnitudes: Callable[[Target, Tensor, Tensor], Tensor] | None,
-) -> None:
+) -> str:
     """Write `loraga_init` with the given A0, B0, asked for once per target, and, if it belongs on another base than the
     original, `loraga_offset` with the stored A0, -B0.
 
     lora: the config's, with the ranks and alphas of the targets. base: the checkpoint, for `modules_to_save`.
     magnitudes: DoRA's, as `write_adapter` takes them; None where the adapter is none.
+    Returns the fingerprint of `loraga_init`.
     """
-    config, saved = layout.config, {name: base[key] for name, key in layout.saved_parameters.items()}
-    of_residual, of_original = peft_lora_config(lora), peft_lora_config(lora)
-    of_residual.base_model_name_or_path = f"{config.output.dir}/{RESIDUAL_BASE}"
-    of_original.base_model_name_or_path, of_original.revision = config.model.name_or_path, config.model.revision
-    has_offset = LORAGA_OFFSET in layout.directories
+    saved = {name: base[key] for name, key in layout.saved_parameters.items()}
     write_adapter(
         directory / LORAGA_INIT,
-        of_residual if has_offset else of_original,
+        layout.lora_config(LORAGA_INIT, lora),
         layout.targets,
         factors,
         magnitudes=magnitudes,
         saved=saved,
     )
-    if has_offset:
-        stored = AdapterFile(directory / LORAGA_INIT)
+    stored = AdapterFile(directory / LORAGA_INIT)
+    if LORAGA_OFFSET in layout.directories:
+        of_original = layout.lora_config(LORAGA_OFFSET, lora)
         write_adapter(
             directory / LORAGA_OFFSET, of_original, layout.targets, stored.factors, negate_b=True, saved=saved
         )
+    return fingerprint(digest_base(stored.slots, stored.slots))

@@ -14,11 +14,11 @@ from torch import nn
 from loraga_dist.config import LoraSection
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch
 from loraga_dist.gradients.one_pass import forward, full_float32_matmul
+from loraga_dist.model.factors import product_norm
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.start.factors import product_norm
 
 
 def add_adapter(model: nn.Module, lora: LoraSection, sharding: Sharding) -> Any:

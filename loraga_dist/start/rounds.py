@@ -11,13 +11,13 @@ from torch import nn
 from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.one_pass import full_float32_matmul
 from loraga_dist.linalg import TruncatedSVD
+from loraga_dist.model.factors import make_factors, needs_weight
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.progress import phase
 from loraga_dist.request.request import Request
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.start.factors import make_factors, needs_weight
 
 
 @full_float32_matmul()

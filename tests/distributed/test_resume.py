@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
+import json
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from builders import config_tree, save_data, save_model
 from launching import Finished, succeed
 from outputs import captured_shares, flip_bit, read_products, read_report, relative, write_config
 from ranks import finish_on_ranks
+from safetensors.torch import load_file, save_file
 
 from loraga_dist.artifacts import layout
 from loraga_dist.artifacts.residual import plan_model_files
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.config import load_config
+from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore
+from loraga_dist.files.checksums import write_checksums
+from loraga_dist.gradients.saved import require_state
 from loraga_dist.ranks.session import run_as_rank
 from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World
+from loraga_dist.request.request import understand
 from loraga_dist.run.pipeline import run
 
 SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
@@ -207,6 +216,116 @@ def test_a_flipped_bit_leaves_the_generation_before(config: Path, stopped: Path,
     succeed(result)
     assert f"{newer} is damaged" in result.stderr and f"going on from {older}" in result.stderr
     assert verify(out).problems == []
+
+
+def change_state(path: Path, change: Callable[[Any], object], tensors: str | None = None) -> None:
+    """Change the JSON of a saved state, or this one of its tensors, and make the checksums fit again."""
+    if tensors is None:
+        content = json.loads((path / "state.json").read_text())
+        change(content)
+        (path / "state.json").write_text(json.dumps(content))
+    else:
+        index = json.loads((path / "state.safetensors.index.json").read_text())["weight_map"]
+        held = load_file(path / index[tensors])
+        held[tensors] = change(held[tensors])  # type: ignore[assignment]
+        save_file(held, path / index[tensors])
+    write_checksums(path, World.alone())
+
+
+def test_a_state_of_other_types_leaves_the_generation_before(config: Path, stopped: Path, tmp_path: Path) -> None:
+    """With fitting checksums: by an editor, or by a program that went wrong."""
+    shutil.copytree(stopped, tmp_path / "again")
+    out = tmp_path / "again" / "out"
+    assert [rank.code for rank in start(config, out, 1, stop=3)] == [143]
+    older, newer = sorted((tmp_path / "again" / ".out.checkpoint").iterdir())
+    change_state(newer, lambda content: content["position"].update(num_samples="many"))
+    (result,) = start(config, out, 1)
+    succeed(result)
+    assert f"{newer} is damaged (ValidationError" in result.stderr and f"going on from {older}" in result.stderr
+    assert verify(out).problems == []
+
+
+def test_states_that_are_all_of_other_shapes_are_said_and_left(
+    config: Path, exact: Path, stopped: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stopped, tmp_path / "again")
+    (path,) = (tmp_path / "again" / ".out.checkpoint").iterdir()
+    change_state(path, lambda G_MN: G_MN[:-1], "model.layers.0.mlp.down_proj/G")
+    (result,) = start(config, tmp_path / "again" / "out", 1)
+    succeed(result)
+    assert f"{path} is damaged (ValueError: G is" in result.stderr and "going on" not in result.stderr
+    for name, product in read_products(exact).items():
+        assert relative(read_products(tmp_path / "again" / "out")[name], product) < 1e-5, name
+
+
+NAME = "model.layers.0.mlp.down_proj"
+OF_JSON: list[Callable[[Any], object]] = [
+    lambda content: content.pop("position"),
+    lambda content: content.pop("data"),
+    lambda content: content.update(engines=[]),
+    lambda content: content.update(position=[]),
+    lambda content: content["position"].update(group=1),
+    lambda content: content["position"].update(num_samples=-1),
+    lambda content: content["position"].update(num_samples=10**6),
+    lambda content: content["position"].update(refinement=True),
+    lambda content: content["position"].pop("refinement"),
+    lambda content: content["position"].update(more=1),
+    lambda content: content["position"]["totals"].update(num_tokens=1.5),
+    lambda content: content["position"]["totals"].update(loss_sum=None),
+    lambda content: content["data"].update(num_samples="21"),
+    lambda content: content["data"].update(refine_passes=-1),
+    lambda content: content["engines"].update(engines={}),
+    lambda content: content["engines"]["engines"].append({}),
+    lambda content: content["engines"]["engines"][0].update(halves_seen=[2]),
+    lambda content: content["engines"]["engines"][0].update(halves_seen="01"),
+]
+OF_SKETCH: list[Callable[[Any], object]] = [
+    lambda content: content["engines"]["engines"][0]["counts"].pop(NAME),
+    lambda content: content["engines"]["engines"][0]["counts"].update({NAME: [True, 1, 2, False]}),
+    lambda content: content["engines"]["engines"][0]["counts"].update({NAME: [1, 2, 2, False]}),
+    lambda content: content["engines"]["engines"][0]["counts"].update({NAME: None}),
+]
+OF_TENSORS: list[Callable[[Any], object]] = [
+    lambda tensor: tensor[None].contiguous(),
+    lambda tensor: tensor[:0],
+    lambda tensor: tensor.half(),
+    lambda tensor: tensor.double() if tensor.dtype != torch.float64 else tensor.float(),
+]
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketch"])
+def test_no_state_is_used_that_does_not_fit(config: Path, tmp_path: Path, engine: str) -> None:
+    overrides = SKETCH if engine == "sketch" else ()
+    assert [rank.code for rank in start(config, tmp_path / "out", 1, stop=4, overrides=overrides)] == [143]
+    request = understand(load_config(config, overrides), World.alone(), reads_data=False)
+    kept = tmp_path / "kept"
+    (tmp_path / ".out.checkpoint").rename(kept)
+
+    def problem_of(change: Callable[[Any], object] | None, tensor: str | None = None) -> str:
+        directory = Path(shutil.copytree(kept, tmp_path / "changed"))
+        if change is not None:
+            change_state(directory / "000001", change, tensor)
+
+        def check(saved: Checkpoint, num_finished: int | None) -> None:
+            assert num_finished == 0
+            require_state(saved, request.plan.groups, num_finished)
+
+        found = CheckpointStore(directory, World.alone()).read(check)
+        shutil.rmtree(directory)
+        assert bool(found.newest) != bool(found.problems)
+        return "".join(found.problems)
+
+    assert problem_of(None) == ""
+    for change in [*OF_JSON, *(OF_SKETCH if engine == "sketch" else [])]:
+        assert "is damaged (" in problem_of(change), inspect.getsource(change)
+    parts = ("E", "Y", "Z", "P", "Q", "S", "earlier_E", "captures") if engine == "sketch" else ("G", "E")
+    for part in parts:
+        for change in OF_TENSORS:
+            may_be_any = part in ("S", "captures") and change is OF_TENSORS[1]  # as many as there were
+            assert may_be_any or "is damaged (" in problem_of(change, f"{NAME}/{part}"), (
+                part,
+                OF_TENSORS.index(change),
+            )
 
 
 @pytest.mark.parametrize(

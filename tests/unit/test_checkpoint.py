@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from loraga_dist.errors import RunError
-from loraga_dist.files.checkpoint import CheckpointStore, Found
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.ranks.world import World
 
@@ -151,6 +152,23 @@ def test_a_refusing_file_system_leaves_what_was_there(store: CheckpointStore) ->
     assert number(store) == 1
 
 
+@pytest.mark.parametrize("name", ["thesis", "000001/thesis", "residual_base/thesis", "000001"])
+def test_what_is_not_ours_is_refused_and_stays(store: CheckpointStore, tmp_path: Path, name: str) -> None:
+    store.require_ours()  # nothing is there
+    save(store, 7)
+    store.require_ours()
+    path = store.directory / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "000001":
+        shutil.rmtree(path)
+        path.symlink_to(tmp_path)
+    else:
+        path.write_text("mine")
+    with pytest.raises(UserError, match=f"{path} is not of one; move it away"):
+        store.require_ours()
+    assert path.exists()
+
+
 def test_an_index_that_leads_outside_is_refused(store: CheckpointStore) -> None:
     save(store, 1)
     index = store.directory / "000001" / "state.safetensors.index.json"
@@ -158,5 +176,25 @@ def test_an_index_that_leads_outside_is_refused(store: CheckpointStore) -> None:
     content["weight_map"]["a"] = "../../elsewhere.safetensors"
     index.write_text(json.dumps(content))
     write_checksums(index.parent, World.alone())
-    with pytest.raises(RunError, match="outside the directory"):
-        store.read()
+    found = store.read()
+    assert found.newest is None and "outside the directory" in found.problems[0]
+
+
+@pytest.mark.parametrize("text", ["[1]", "7", "[" * 100_000, "{", '{"number": "x"}', "{}"])
+def test_content_that_is_none_gives_way_to_the_one_before(store: CheckpointStore, text: str) -> None:
+    save(store, 1)
+    save(store, 2)
+    path = store.directory / "000002"
+    (path / "state.json").write_text(text)
+    write_checksums(path, World.alone())
+
+    def check(saved: Checkpoint, num_finished: int | None) -> None:
+        assert num_finished == 0
+        if saved.content["number"] < 1:
+            raise ValueError("less than 1")
+
+    found = store.read(check)
+    assert found.newest is not None and found.newest.content["number"] == 1
+    assert len(found.problems) == 1 and found.problems[0].startswith(f"{path} is damaged (")
+    save(store, 3)
+    assert store.read(check).newest.content["number"] == 3  # type: ignore[union-attr]

@@ -46,7 +46,7 @@ INSIDE = {
     ],
     "files": ["parallel", "disk", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
     "data": ["losses", "formats", "microbatches", "samples"],
-    "model": ["base", "shape", "targets", "rank_budget", "plan"],
+    "model": ["base", "shape", "targets", "factors", "rank_budget", "plan"],
     "sharding": ["slices", "settings", "gloo", "base", "single", "zero3", "open"],
     "request": ["data", "request"],
     "artifacts": [
@@ -60,14 +60,15 @@ INSIDE = {
         "layout",
         "reading",
         "compare",
+        "checks",
         "verify",
     ],
-    "gradients": ["taps", "one_pass", "passes", "gradients", "checkpointer", "calibrate"],
-    "start": ["factors", "rounds", "place", "in_place"],
+    "gradients": ["taps", "one_pass", "passes", "gradients", "saved", "checkpointer", "calibrate"],
+    "start": ["rounds", "place", "in_place"],
     "forecast": ["activations", "memory", "forecaster", "report"],
     "publish": ["rendering", "card", "text", "plots", "page", "hub", "tracking"],
     "run": ["finished", "writing", "pipeline"],
-    "commands": ["trained", "convert", "materialize", "rebuild", "save_start", "table"],
+    "commands": ["trained", "convert", "materialize", "rebuild", "save_start", "clean", "table"],
 }
 MAY_IMPORT = {
     "linalg": set(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from loraga_dist.artifacts import tensors as stored_tensors
 from loraga_dist.artifacts.residual import digest_base, plan_model_files
 from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.artifacts.verify import verify
+from loraga_dist.commands.materialize import materialize_base
+from loraga_dist.config import InitConfig, ModelConfig, OutputConfig, SchemeConfig
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.parallel import shares
 from loraga_dist.model.base import read_checkpoint_index
 from loraga_dist.model.targets import require_targets
+from loraga_dist.ranks.world import World
+from loraga_dist.request.request import understand
 
 TOKENS = torch.arange(24).view(2, 12) % 50
 
@@ -50,7 +55,7 @@ def test_stock_peft_on_the_residual_base_is_the_original(llama: Path, finished: 
     assert config["target_modules"] == sorted(config["target_modules"]) and len(config["target_modules"]) == 6
     assert config["init_lora_weights"] is True and config["inference_mode"] is True
     assert config["fan_in_fan_out"] is False
-    assert config["base_model_name_or_path"] == str(llama)
+    assert config["base_model_name_or_path"] == str(finished / "residual_base")
 
 
 def test_merging_the_offset_rebuilds_the_residual_base(llama: Path, finished: Path) -> None:
@@ -137,6 +142,43 @@ def test_only_what_a_model_needs_is_copied(llama: Path, finished: Path) -> None:
     }
     for name in ("config.json", "tokenizer.json"):
         assert (finished / "residual_base" / name).read_bytes() == (llama / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "additional_chat_templates"])
+def test_a_link_out_of_the_model_is_refused_before_the_work(
+    llama: Path, finished: Path, tmp_path: Path, name: str
+) -> None:
+    """Its target's content would be in the output, and on the hub with it."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    shutil.rmtree(model / "additional_chat_templates")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret.json").write_text("{}")
+    (model / name).symlink_to(tmp_path / "elsewhere" / ("secret.json" if name.endswith(".model") else ""))
+    problem = f"{name}.* is a link out of it, to {tmp_path}/elsewhere/secret.json; put a copy in the link's place"
+    with pytest.raises(UserError, match=problem):
+        materialize_base(finished, to=tmp_path / "out", base=model)
+    config = InitConfig(model=ModelConfig(name_or_path=str(model)), output=OutputConfig(dir=str(tmp_path / "out")))
+    with pytest.raises(UserError, match=problem):
+        understand(config, World.alone(), reads_data=False)
+    assert not (tmp_path / "out").exists()
+    assert understand(config.model_copy(update={"init": SchemeConfig(scheme="kaiming")}), World.alone()), "no copy"
+
+
+def test_links_inside_a_hub_cache_and_inside_the_model_are_copied(llama: Path, finished: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--company--llama"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(path for path in llama.iterdir() if path.is_file()):
+        shutil.copyfile(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    (snapshot / "vocab.txt").symlink_to("config.json")
+    residual = materialize_base(finished, to=tmp_path / "out", base=snapshot)
+    assert not any(path.is_symlink() for path in residual.iterdir())
+    assert (residual / "vocab.txt").read_bytes() == (llama / "config.json").read_bytes()
+    (snapshot / "merges.txt").symlink_to(Path("..", "..", "..", "other"))
+    with pytest.raises(UserError, match="merges.txt is a link out of it"):
+        materialize_base(finished, to=tmp_path / "again", base=snapshot)
 
 
 def test_three_ranks_write_what_one_writes(llama: Path, finished: Path, tmp_path: Path) -> None:

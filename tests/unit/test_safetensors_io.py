@@ -205,6 +205,53 @@ def test_broken_headers(tmp_path: Path) -> None:
     assert "header claims" in refused(tmp_path)
 
 
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": ENTRY | {"dtype": ["F32"]}},
+        {"a": ENTRY | {"dtype": None}},
+        {"a": ENTRY | {"shape": "2"}},
+        {"a": ENTRY | {"shape": [True, 2]}},
+        {"a": ENTRY | {"shape": [2] + [1] * 100}},
+        {"a": ENTRY | {"shape": [0, 2**70], "data_offsets": [0, 0]}, "b": ENTRY},
+        {"a": ENTRY | {"shape": [2**40, 2**40, 0], "data_offsets": [0, 0]}, "b": ENTRY},
+        {"a": ENTRY | {"data_offsets": [-8, 0]}},
+        {"a": ENTRY | {"data_offsets": [10**400, 10**400 + 8]}},
+        {"a": ENTRY | {"data_offsets": "08"}},
+        {"a": ENTRY, "b": ENTRY | {"data_offsets": None}},
+        {"a": [ENTRY]},
+        {"__metadata__": [1], "a": ENTRY},
+        {"__metadata__": {"format": {}}, "a": ENTRY},
+        b"[" * 100_000,
+        b'{"a":' * 200 + b"1" + b"}" * 200,
+        json.dumps({"a": ENTRY}).encode("utf-16"),
+        b'{"\\ud800": ' + json.dumps(ENTRY).encode() + b"}",
+        b'{"a": %b, "a": %b}' % ((json.dumps(ENTRY).encode(),) * 2),
+        b'{"a": ' + b"1" * 5000 + b"}",
+    ],
+    ids=lambda header: repr(header)[:50],
+)
+def test_odd_headers_are_refused_in_a_line(tmp_path: Path, header: object) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"8 bytes.")
+    assert "model.safetensors" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["x" * 300, "a\0b", ""])
+def test_index_entries_that_no_file_can_have(sharded: Path, shard: str) -> None:
+    write_index(sharded, a=shard)
+    assert "shard" in refused(sharded)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(RunError, match="is missing"):
+        read_header(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/model.safetensors", "x/../../model.safetensors"])
 def test_index_entries_outside_the_directory(sharded: Path, shard: str) -> None:
     write_index(sharded, a=shard)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from loraga_dist.cli import init_main
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.files.staging import StagedDirectory
+from loraga_dist.files.checksums import check_checksums, write_checksums
+from loraga_dist.files.staging import StagedDirectory, free_place
 from loraga_dist.ranks.world import World
 
 
@@ -102,19 +106,119 @@ def test_a_failed_rename_puts_the_old_directory_back(
     assert (staged.path / "file").read_text() == "new", "a finished output is not thrown away"
 
 
+def replace_and_die(destination: Path) -> None:
+    """What a run does that is killed between its two renames."""
+
+    def replace() -> None:
+        staged = StagedDirectory(destination, World.alone(), overwrite=True)
+        staged.create(0)
+        (staged.path / "file").write_text("new")
+        rename = Path.rename
+
+        def rename_once(path: Path, target: Path) -> Path:
+            if path == staged.path:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(path, target)
+
+        Path.rename = rename_once  # type: ignore[method-assign]
+        staged.commit()
+
+    die(replace)
+
+
+def die(work: Callable[[], None]) -> None:
+    """Run it in a process of its own, which kills itself in the end."""
+    child = os.fork()
+    if child == 0:
+        work()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def start_and_die(destination: Path, num_bytes: int) -> None:
+    def start() -> None:
+        staged = StagedDirectory(destination, World.alone())
+        staged.create(0)
+        (staged.path / "file").write_bytes(b"x" * num_bytes)
+
+    die(start)
+
+
+def test_what_a_run_that_died_left_is_removed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_and_die(tmp_path / "out", 1234)
+    again = StagedDirectory(tmp_path / "out", World.current())
+    again.create(0)
+    assert f"removed {tmp_path}/.out.partial (1234 bytes), which a run that died had left" in capsys.readouterr().err
+    (again.path / "file").write_text("new")
+    write_checksums(again.path, World.alone())
+    again.commit()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["SHA256SUMS", "file"]
+    assert check_checksums(tmp_path / "out", World.alone()) == []
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
+@pytest.mark.parametrize("kind", ["directory", "link", "dangling", "file"])
+def test_what_is_not_ours_is_neither_removed_nor_renamed(tmp_path: Path, name: str, kind: str) -> None:
+    theirs, elsewhere = tmp_path / "here" / name, tmp_path / "elsewhere"
+    (elsewhere / "thesis").mkdir(parents=True)
+    theirs.parent.mkdir()
+    if kind == "directory":
+        (theirs / "thesis").mkdir(parents=True)
+    elif kind == "file":
+        theirs.write_text("thesis")
+    else:
+        theirs.symlink_to(elsewhere if kind == "link" else tmp_path / "gone")
+    problem = f"needs the name {theirs}, and what stands there is not of loraga_dist; move it away"
+    with pytest.raises(UserError, match=problem):
+        StagedDirectory(tmp_path / "here" / "out", World.current()).create(0)
+    assert [path.name for path in tmp_path.glob("here/*")] == [name] and (elsewhere / "thesis").is_dir()
+    assert kind != "directory" or (theirs / "thesis").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "directory", "pipe", "text"])
+def test_a_lock_that_is_not_ours_is_left_alone(tmp_path: Path, kind: str) -> None:
+    lock, elsewhere = tmp_path / ".out.lock", tmp_path / "elsewhere"
+    elsewhere.write_text("thesis")
+    if kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "directory":
+        lock.mkdir()
+    elif kind == "text":
+        lock.write_text("thesis")
+    else:
+        lock.symlink_to(elsewhere if kind == "link" else tmp_path / "gone")
+    with pytest.raises(UserError, match="is not of loraga_dist; move it away"):
+        StagedDirectory(tmp_path / "out", World.current()).create(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "elsewhere"]
+    assert elsewhere.read_text() == "thesis" and (kind != "text" or lock.read_text() == "thesis")
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/out", "a\0b", "x" * 244, "loop/out", "/"])
+def test_a_place_that_is_none_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"is no place|has a name of more than 243 bytes"):
+        free_place(Path(path), "--to", marker="m", overwrite=False)
+    assert free_place(Path("x" * 243), "--to", marker="m", overwrite=False)
+
+
 def test_a_run_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
-    replaced = tmp_path / ".out.replaced"
-    replaced.mkdir()
-    (replaced / "file").write_text("old")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("old")
+    replace_and_die(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.partial", ".out.replaced"]
     StagedDirectory(tmp_path / "out", World.current(), overwrite=True).create(0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
     assert (tmp_path / "out" / "file").read_text() == "old"
 
 
-def run(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], **sections: dict) -> tuple[int, str]:
+def run(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], *overrides: str, **sections: dict
+) -> tuple[int, str]:
     data = save_data(tmp_path / "data.jsonl")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(config_tree(model, data, tmp_path / "out", **sections)))
-    code = init_main(["--config", str(config)])
+    code = init_main(["--config", str(config), *overrides])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraga-dist: ")]
     return code, "".join(lines)
 
@@ -146,6 +250,17 @@ def test_an_output_that_holds_the_data_is_refused(tmp_path: Path, capsys: pytest
     code, said = run(tmp_path, model, capsys, **sections)
     assert code == 2 and f"output.dir: '{tmp_path}/out': holds {data}, which is read" in said
     assert data.exists()
+
+
+def test_a_directory_with_the_name_of_the_checkpoint_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_model(tmp_path / "model")
+    (tmp_path / ".out.checkpoint" / "thesis").mkdir(parents=True)
+    for resume in ("auto", "never"):
+        code, said = run(tmp_path, model, capsys, "--resume", resume)
+        assert code == 2 and f"{tmp_path}/.out.checkpoint/thesis is not of one; move it away" in said
+    assert (tmp_path / ".out.checkpoint" / "thesis").is_dir() and not (tmp_path / ".out.partial").exists()
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

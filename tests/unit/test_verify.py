@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from handmade import edit, save_llama, write_output, write_report
 from outputs import read_report
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.artifacts.verify import VerifyResult, verify
+from loraga_dist.commands.rebuild import rebuild
+from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import check_checksums, write_checksums
 from loraga_dist.model.base import read_checkpoint_index
 from loraga_dist.ranks.world import World
@@ -55,14 +59,13 @@ def test_verify_accepts_a_finished_directory(llama: Path, output: Path) -> None:
     assert sum(num_bytes) == listed + sum(slot.num_bytes for slot in read_checkpoint_index(llama).values())
 
 
-def test_verify_with_the_base_elsewhere(llama: Path, output: Path, tmp_path: Path) -> None:
-    report = read_report(output)
-    report["config"]["model"]["name_or_path"] = str(tmp_path / "gone")
-    write_report(output, report)
-    write_checksums(output, World.alone())
-    result = verify(output)
-    assert not result.residual_checked and [str(tmp_path / "gone") in problem for problem in result.problems] == [True]
-    assert verify(output, base=llama).ok
+def test_verify_with_the_base_elsewhere(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    write_output(base, tmp_path / "out")
+    moved = base.rename(tmp_path / "moved")
+    result = verify(tmp_path / "out")
+    assert not result.residual_checked and [str(base) in problem for problem in result.problems] == [True]
+    assert verify(tmp_path / "out", base=moved).ok
 
 
 def test_verify_without_residual_base(llama: Path, tmp_path: Path) -> None:
@@ -165,7 +168,9 @@ def test_verify_sees_factors_of_another_target(output: Path) -> None:
         save_file(held, path, {"format": "pt"})
     write_checksums(output, World.alone())
     problems = verify(output).problems
-    assert len(problems) == 2 and all("down_proj.weight is" in p and "roundings away" in p for p in problems)
+    assert sum("down_proj.weight is" in problem and "roundings away" in problem for problem in problems) == 2
+    assert sum("down_proj.lora_" in problem and "is not made of factors" in problem for problem in problems) == 4
+    assert len(problems) == 7 and "loraga_init: its fingerprint is not the report's adapter_fingerprint" in problems
 
 
 def test_verify_sees_offset_that_is_not_minus_the_init(output: Path) -> None:
@@ -178,10 +183,12 @@ def test_verify_sees_another_scaling(output: Path) -> None:
         path = output / part / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": False}))
     write_checksums(output, World.alone())
-    assert len(verify(output).problems) == 6
+    problems = verify(output).problems
+    assert sum("has use_rslora 'False', and by loraga_report.json it is True" in problem for problem in problems) == 2
+    assert sum("scales model.layers.0.self_attn.q_proj by 4.0, loraga_report.json says" in it for it in problems) == 1
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
     write_checksums(output, World.alone())
-    assert any("init_lora_weights true" in problem for problem in verify(output).problems)
+    assert any("adapter_config.json has init_lora_weights 'pissa'" in problem for problem in verify(output).problems)
 
 
 def test_verify_sees_another_rank_in_the_report(output: Path) -> None:
@@ -213,6 +220,235 @@ def test_verify_sees_factors_that_are_no_svd(
 ) -> None:
     edit(output, "factors", f"model.layers.0.mlp.down_proj.{part}", change)
     assert problem in only(verify(output))
+
+
+def of_another_run(output: Path, tmp_path: Path) -> Path:
+    """An output on the same base whose gradients were others."""
+    other = tmp_path / "other"
+    write_output(Path(read_report(output)["config"]["model"]["name_or_path"]), other, max_shard_bytes=20_000, seed=2)
+    return other
+
+
+def test_verify_sees_factors_of_another_run(output: Path, tmp_path: Path) -> None:
+    """Whole, orthonormal, with fitting checksums: rebuild would make a start of other data of them."""
+    other = of_another_run(output, tmp_path)
+    shutil.rmtree(output / "factors")
+    shutil.copytree(other / "factors", output / "factors")
+    write_checksums(output, World.alone())
+    problems = verify(output).problems
+    assert len(problems) == 6 and all("S is not what loraga_report.json says" in problem for problem in problems)
+    # with the report's singular values, too
+    report, of_other = read_report(output), read_report(other)
+    for name, target in report["targets"].items():
+        target["singular_values"] = of_other["targets"][name]["singular_values"]
+    write_report(output, report | {"factors_fingerprint": of_other["factors_fingerprint"]})
+    write_checksums(output, World.alone())
+    problems = verify(output).problems
+    assert len(problems) == 12 and all("is not made of factors" in problem for problem in problems)
+    with pytest.raises(UserError, match="copy the output directory again"):
+        write_report(output, report)
+        rebuild(output, tmp_path / "rebuilt")
+
+
+def test_verify_sees_triplets_beyond_those_of_the_start(output: Path) -> None:
+    """No A0 and B0 are made of them, and a larger rank would be."""
+    name = "model.layers.0.self_attn.q_proj"  # of rank 2: four triplets, and four more
+    for part in ("U", "Vh"):
+        edit(output, "factors", f"{name}.{part}", flipped)
+    assert only(verify(output)) == "factors: its fingerprint is not the report's factors_fingerprint"
+    with pytest.raises(UserError, match="is not of the run that its loraga_report.json tells of"):
+        rebuild(output, output.parent / "rebuilt")
+
+
+def flipped(columns: torch.Tensor) -> torch.Tensor:
+    """The last singular vector with another sign."""
+    columns = columns.clone()
+    if columns.shape[0] == 8:
+        columns[7] *= -1
+    else:
+        columns[:, 7] *= -1
+    return columns
+
+
+@pytest.mark.parametrize("changes", [{"scale": "unit"}, {"direction": "A2rBr"}, {"stable_gamma": 4.0}])
+def test_verify_sees_another_way_to_start(output: Path, changes: dict[str, object]) -> None:
+    """In the report and in resolved_config.yaml alike."""
+    report = read_report(output)
+    report["config"]["init"] = changes
+    write_report(output, report)
+    (output / "resolved_config.yaml").write_text(yaml.safe_dump(report["config"]))
+    write_checksums(output, World.alone())
+    assert sum("is not made of factors" in problem for problem in verify(output).problems) >= 6
+
+
+def test_verify_sees_another_configuration_for_the_next_run(output: Path) -> None:
+    path = output / "resolved_config.yaml"
+    config = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(config | {"calibration": {"max_length": 17}}))
+    write_checksums(output, World.alone())
+    assert only(verify(output)) == "resolved_config.yaml: section calibration is not what loraga_report.json says"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("task_type", "SEQ_CLS"),
+        ("base_model_name_or_path", "/elsewhere"),
+        ("revision", "main"),
+        ("bias", "all"),
+        ("lora_dropout", 0.5),
+        ("modules_to_save", ["lm_head"]),
+        ("target_modules", ["q_proj"]),
+        ("layers_to_transform", [0]),
+        ("fan_in_fan_out", True),
+        ("lora_bias", True),
+        ("inference_mode", False),
+    ],
+)
+@pytest.mark.parametrize("part", ["loraga_init", "loraga_offset"])
+def test_verify_sees_another_adapter_config(output: Path, part: str, key: str, value: object) -> None:
+    path = output / part / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    write_checksums(output, World.alone())
+    assert any(f"{part}: adapter_config.json has {key} " in problem for problem in verify(output).problems)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "additional_chat_templates/tool.jinja"])
+def test_verify_sees_other_files_beside_the_weights(output: Path, name: str) -> None:
+    path = output / "residual_base" / name
+    path.write_text(path.read_text() + " ")
+    write_checksums(output, World.alone())
+    assert only(verify(output)) == f"residual_base/{name}: is not what loraga_report.json says"
+    path.unlink()
+    write_checksums(output, World.alone())
+    assert f"residual_base/{name}: is missing" in verify(output).problems
+
+
+@pytest.mark.parametrize(
+    "name", ["residual_base/custom.py", "loraga_init/adapter_model.bin", "factors/x.json", "loraga_offset/deep/x.json"]
+)
+def test_verify_sees_unknown_files_with_fitting_checksums(output: Path, name: str) -> None:
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("{}")
+    write_checksums(output, World.alone())
+    assert only(verify(output)) == f"{name}: is not of this output"
+
+
+def test_verify_names_what_stands_at_the_top_and_is_the_users(output: Path) -> None:
+    (output / "trained").mkdir()
+    (output / "trained" / "latest").symlink_to("gone")
+    result = verify(output)
+    assert result.ok and result.notes == ["trained is not of this output"]
+
+
+@pytest.mark.parametrize(
+    "name", ["loraga_report.json", "loraga_init/adapter_model.safetensors", "residual_base/config.json", "factors"]
+)
+def test_verify_names_links_and_does_not_follow_them(output: Path, tmp_path: Path, name: str) -> None:
+    (output / name).rename(tmp_path / "moved")
+    (output / name).symlink_to(tmp_path / "moved")
+    assert f"{name}: is a symbolic link, which is not followed" in verify(output).problems
+    assert all(name in problem for problem in verify(output).problems)
+
+
+def test_verify_names_pipes_and_does_not_wait_for_them(output: Path) -> None:
+    os.mkfifo(output / "residual_base" / "pipe")
+    (output / "SHA256SUMS").unlink()
+    os.mkfifo(output / "SHA256SUMS")
+    assert verify(output).problems == [
+        "SHA256SUMS: is neither a file nor a directory",
+        "residual_base/pipe: is neither a file nor a directory",
+    ]
+
+
+ODD_JSON = {
+    "deep": "[" * 100_000,
+    "deep_whole": '{"a":' * 300 + "1" + "}" * 300,
+    "list": "[]",
+    "number": "1" * 5000,
+    "surrogate": '{"\\ud800": 1}',
+    "nothing": "",
+    "null": "null",
+}
+
+
+@pytest.mark.parametrize("text", ODD_JSON.values(), ids=ODD_JSON.keys())
+def test_verify_of_odd_json_ends_in_a_line(output: Path, text: str) -> None:
+    for name in (
+        "loraga_report.json",
+        "resolved_config.yaml",
+        "loraga_init/adapter_config.json",
+        "loraga_offset/adapter_config.json",
+        "factors/factors.safetensors.index.json",
+        "residual_base/model.safetensors.index.json",
+        "residual_base/config.json",
+    ):
+        content = (output / name).read_bytes()
+        (output / name).write_text(text)
+        write_checksums(output, World.alone())
+        problems = verify(output).problems
+        assert problems and not any("\n" in problem for problem in problems), name
+        (output / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", 10**400),
+        ("lora_alpha", "8"),
+        ("r", -1),
+        ("r", 0),
+        ("rank_pattern", {"(": 3}),
+        ("rank_pattern", [1]),
+        ("alpha_pattern", {".*": None}),
+        ("target_modules", {"a": {"b": 1}}),
+        ("peft_type", ["LORA"]),
+        ("peft_type", "IA3"),
+        ("task_type", 7),
+        ("layer_replication", "x"),
+        ("corda_config", 3),
+        ("use_dora", "yes"),
+    ],
+)
+def test_verify_of_odd_adapter_configs_ends_in_a_line(output: Path, key: str, value: object) -> None:
+    path = output / "loraga_init" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    write_checksums(output, World.alone())
+    problems = verify(output).problems
+    assert problems and not any("\n" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"targets": {}},
+        {"targets": {"x" * 10_000: None}},
+        {"saved_parameters": {"a": "b"}},
+        {"model_files": {"../../x": "0", "x" * 300: "0", "": "0"}},
+        {"identity_check": {"max_abs_logit_diff": 0, "max_abs_logit": 0, "dtype": "int3"}},
+        {"rank_budget": {"parameters": 1, "spent": 10**30}},
+        {"config": {"model": {"name_or_path": "a\0b"}, "output": {"dir": "x"}}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_verify_of_odd_reports_ends_in_a_line(output: Path, changes: dict[str, object]) -> None:
+    write_report(output, read_report(output) | changes)
+    write_checksums(output, World.alone())
+    problems = verify(output).problems
+    assert problems and not any("\n" in problem for problem in problems)
+
+
+def test_verify_reads_outputs_of_earlier_versions_and_says_what_it_could_not_check(output: Path) -> None:
+    report = read_report(output)
+    for key in ("adapter_fingerprint", "factors_fingerprint", "model_files"):
+        del report[key]
+    write_report(output, report)
+    write_checksums(output, World.alone())
+    result = verify(output)
+    missing = "adapter_fingerprint, factors_fingerprint, model_files"
+    assert result.ok and result.notes == [
+        f"loraga_report.json is of an earlier version and has no {missing}: not checked"
+    ]
 
 
 def test_verify_of_something_else(tmp_path: Path) -> None:
