@@ -1,8 +1,18 @@
-"""The two ways a run ends badly, each with its exit code."""
+"""The two ways a run ends badly, each with its exit code, and how anything raised over a user's value becomes one."""
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
+
+
+def printable(text: str) -> str:
+    """Escape what moves a cursor, breaks a line or has no character: such text comes from files and other machines."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class LoragaError(Exception):
@@ -19,10 +29,13 @@ class UserError(LoragaError):
     exit_code = 2
 
     def __init__(self, key: str, value: Any, problem: str) -> None:
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except (ValueError, RecursionError):  # more digits than Python writes, more brackets than it nests
+            shown = f"<{type(value).__name__}>"
         if len(shown) > 200:
             shown = shown[:197] + "..."
-        super().__init__(f"{key}: {shown}: {' '.join(problem.split())}")
+        super().__init__(printable(f"{key}: {shown}: {' '.join(problem.split())}"))
         self.key = key
 
 
@@ -38,3 +51,47 @@ class RunError(LoragaError):
 
 class VerificationError(RunError):
     """What the run has written is not what it should be."""
+
+
+@contextmanager
+def blame(key: str, value: Any, problem: str, instead: str, *, limit_seconds: float | None = None) -> Iterator[None]:
+    """Turn whatever the block raises into a UserError for `key`: libraries raise anything over a user's value.
+
+    Our own errors pass. limit_seconds: raise TimeoutError in the block after so long, for patterns and templates that
+    never end; only in the main thread, and only where Python is asked between two steps.
+    """
+    try:
+        with _limited(limit_seconds):
+            yield
+    except (LoragaError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        raise UserError(key, value, f"{problem}: {reason(error)}; {instead}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Say in a few words why something was raised; the type's name where the words alone mean little."""
+    words = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+    if len(words) > 300:
+        words = words[:297] + "..."
+    if words and isinstance(error, OSError | ValueError | ImportError):
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+@contextmanager
+def _limited(seconds: float | None) -> Iterator[None]:
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def too_long(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again each second: code without a caller swallows what is raised
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

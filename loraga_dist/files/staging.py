@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from loraga_dist.errors import LoragaError, RunError, UserError
+from loraga_dist.errors import LoragaError, RunError, UserError, blame
 from loraga_dist.files.disk import sync
 from loraga_dist.ranks.world import World
+
+LONGEST_NAME = 255 - len("..checkpoint")
+"""In bytes, of a directory beside which there is a `.NAME.checkpoint`."""
 
 
 def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: Iterable[Path] = ()) -> Path:
@@ -23,16 +26,19 @@ def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: It
     marker: the file by which our own earlier output is known, the only thing `overwrite` replaces.
     inputs: what the command reads, and so must not write over.
     """
-    destination = path.expanduser().resolve()
-    if destination.exists():
-        if not overwrite:
-            raise _exists(key, path)
-        if not (destination / marker).is_file():
-            raise UserError(key, str(path), "exists and is no output of loraga-dist; write another directory")
-    for source in inputs:
-        if source.resolve().is_relative_to(destination):
-            raise UserError(key, str(path), f"holds {source}, which is read; write another directory")
-    return destination
+    with blame(key, str(path), "is no path to write to", "write another directory"):
+        destination = path.expanduser().resolve()
+        if len(os.fsencode(destination.name)) > LONGEST_NAME:
+            raise OSError(f"the files beside it have longer names, so that {LONGEST_NAME} bytes are left for its own")
+        if destination.exists():
+            if not overwrite:
+                raise _exists(key, path)
+            if not (destination / marker).is_file():
+                raise UserError(key, str(path), "exists and is no output of loraga-dist; write another directory")
+        for source in inputs:
+            if source.resolve().is_relative_to(destination):
+                raise UserError(key, str(path), f"holds {source}, which is read; write another directory")
+        return destination
 
 
 def _exists(key: str, path: Path) -> UserError:

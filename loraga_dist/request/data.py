@@ -9,7 +9,7 @@ from typing import Any
 from loraga_dist.config import InitConfig
 from loraga_dist.data.microbatches import Sample, SampleSharder
 from loraga_dist.data.samples import load_samples, padding_token_id
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame
 from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
 
@@ -76,9 +76,6 @@ def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Samp
 def _load_tokenizer(directory: Path, config: InitConfig) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    instead = "write a model whose tokenizer transformers loads"
+    with blame("model.name_or_path", config.model.name_or_path, "its tokenizer does not load", instead):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            "model.name_or_path", config.model.name_or_path, f"its tokenizer does not load: {error}"
-        ) from error

@@ -23,7 +23,7 @@ from loraga_dist.data.microbatches import (
     microbatches_from_batches,
 )
 from loraga_dist.data.samples import fingerprints
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries, TensorSlot
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model
 from loraga_dist.model.plan import Plan, make_plan
@@ -34,6 +34,9 @@ from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
 from loraga_dist.schemes import SCHEMES, Scheme
 from loraga_dist.sharding.settings import read_deepspeed_config
+
+META_SECONDS = 300
+"""To build a model without memory; the largest take a tenth of that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +120,14 @@ def understand(
         read_deepspeed_config(config.deepspeed)
     scheme = SCHEMES[config.init.scheme]
     base = find_base_model(config.model, config.lora.task_type, world.device, needs_weights=needs_weights)
-    try:
+    key, value = ("model.name_or_path", config.model.name_or_path)
+    if config.model.attn_implementation is not None:
+        key, value = ("model.attn_implementation", config.model.attn_implementation)
+    instead = "write another, or mend its config.json"
+    with blame(key, value, "the model cannot be built", instead, limit_seconds=META_SECONDS):
         meta_model = meta_copy(base.model_class, base.config)
-    except (ValueError, ImportError) as error:
-        raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
-    slots = base.slots_of(meta_model)
-    shape = ModelShape.of(meta_model, base.dtype)
+        slots = base.slots_of(meta_model)
+        shape = ModelShape.of(meta_model, base.dtype)
     weight_key = base.weight_keys if base.index else str
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     selection, targets = _choose_targets(meta_model, config, weight_key)

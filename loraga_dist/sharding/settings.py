@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame
 
 _ZERO = "deepspeed.zero_optimization"
 
@@ -35,14 +35,8 @@ class Holding:
 def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
     """The user's DeepSpeed settings as a dict; raises UserError when they are not ZeRO stage 3 or cannot be read."""
     if isinstance(value, str):
-        try:
+        with blame("deepspeed", value, "cannot be read", "write the path of a JSON file"):
             settings = json.loads(Path(value).read_text())
-        except OSError as error:
-            raise UserError(
-                "deepspeed", value, f"cannot be read ({error.strerror}); write the path of a JSON"
-            ) from error
-        except ValueError as error:
-            raise UserError("deepspeed", value, f"is not JSON: {error}") from error
     else:
         settings = dict(value or {})
     if not isinstance(settings, dict):

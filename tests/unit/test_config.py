@@ -241,9 +241,7 @@ def test_a_file_that_holds_no_sections_is_named(text: str, says: str, tmp_path: 
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"^--config: '.*': cannot be read \(No such file or directory\); write the path"
-    ):
+    with pytest.raises(UserError, match=r"^--config: '.*': cannot be read: No such file or directory; write the path"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match=r"^--config: '.*': is not YAML: "):
