@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,8 +27,9 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from loraga_dist.engines import ENGINES
-from loraga_dist.errors import UserError, blame
+from loraga_dist.errors import UserError
 from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
+from loraga_dist.yaml_tree import read_tree, require_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,86 +323,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> InitConfig:
 
     Raises UserError for an unreadable file, an unknown key, or a value of the wrong type or range.
     """
-    with blame("--config", str(path), "cannot be read", "write the path of a YAML file"):
-        content = Path(path).read_bytes()
-    with blame("--config", str(path), "is not YAML", "write sections such as 'model:' with 'key: value' below"):
-        tree = yaml.load(content.decode(), Loader=_Loader)
-    if not isinstance(tree, dict):
-        raise UserError("--config", str(path), "must hold sections such as 'model:' and 'lora:'")
-    _apply_overrides(tree, overrides)
-    return parse_config(InitConfig, tree)
+    return parse_config(InitConfig, read_tree(path, overrides))
 
 
 def parse_config(kind: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
     """Validate a plain dict; the first mistake becomes one UserError line."""
     for section, value in tree.items():
-        _require_plain(str(section), value)
+        require_plain(str(section), value)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise _user_error(kind, error) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one section: the last would win in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"{key.value} stands there twice, again in line {key.start_mark.line + 1}")
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-MOST_VALUES, DEEPEST = 100_000, 100
-"""In one section of a configuration; aliases can write 10**9 values in a few lines, or one that holds itself."""
-
-
-def _require_plain(section: str, tree: Any) -> None:
-    """Raise UserError for text that no file or file name can hold, and for what has no end."""
-    num_values, left = 0, [(tree, 0)]
-    while left:
-        value, depth = left.pop()
-        num_values += 1
-        if num_values > MOST_VALUES or depth > DEEPEST:
-            problem = f"holds more than {MOST_VALUES} values or {DEEPEST} levels; write what its keys are for"
-            raise UserError(section, f"<{type(tree).__name__}>", problem)
-        if isinstance(value, str):
-            if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
-                raise UserError(section, value, "holds a character that is none (NUL, or not UTF-8); write UTF-8")
-        elif isinstance(value, dict):
-            left += [(part, depth + 1) for pair in value.items() for part in pair]
-        elif isinstance(value, list | tuple | set):
-            left += [(part, depth + 1) for part in value]
-
-
-def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
-    words = list(overrides)
-    while words:
-        word = words.pop(0)
-        key, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not key:
-            raise UserError("command line", word, "is not understood; overrides are written --section.key value")
-        if not equals:
-            if not words:
-                raise UserError(f"--{key}", None, "has no value; write --section.key value")
-            text = words.pop(0)
-        with blame(f"--{key}", text, "is not understood", "write a number, a word, or [...] or {...} in YAML"):
-            try:
-                value = yaml.load(text, Loader=_Loader)
-            except yaml.YAMLError:
-                value = text
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise UserError(f"--{key}", text, f"{parent} is not a section")
-        node[leaf] = value
 
 
 def _user_error(kind: type[BaseModel], error: ValidationError) -> UserError:

@@ -6,7 +6,9 @@ Token ids and labels are those TRL's SFTTrainer would train on.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,25 @@ _ALPACA_PROMPT_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
+
+
+@contextmanager
+def clock_at(time: datetime) -> Iterator[None]:
+    """Let chat templates print this time while the block lasts; transformers gives them no other clock."""
+    from transformers.utils import chat_template_utils
+
+    module: Any = chat_template_utils
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return time
+
+    running, module.datetime = module.datetime, Stopped
+    try:
+        yield
+    finally:
+        module.datetime = running
 
 
 class BadRowError(ValueError):

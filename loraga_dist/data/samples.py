@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import torch
 
 from loraga_dist.config import CalibrationConfig, TaskType
-from loraga_dist.data.formats import BadRowError, data_error, data_source, encoder
+from loraga_dist.data.formats import BadRowError, clock_at, data_error, data_source, encoder
 from loraga_dist.data.microbatches import Sample, count_supervised_tokens
 from loraga_dist.errors import UserError, blame, reason
 
@@ -39,23 +40,25 @@ def load_samples(
     task_type: TaskType,
     max_positions: int | None,
     num_labels: int | None = None,
+    clock: datetime | None = None,
 ) -> list[Sample]:
     """Load, shuffle and tokenize the first `most_samples` of the calibration data: the same list on every rank.
 
     Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM; as there, samples that have
     nothing to learn from (after truncation) are left out, and the next ones take their place. Raises UserError, with
     the config key, for data that cannot be read, has the wrong columns or values, does not fit the model's positions,
-    or has no supervised token at all.
+    or has no supervised token at all. clock: the time that chat templates print; by default now, for all rows.
     """
     dataset = _load_dataset(config)
     encode = encoder(config, tokenizer, dataset, task_type, num_labels)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    samples, source = [], data_source(config)
+    samples, source, clock = [], data_source(config), clock or datetime.now()
     for position, row in enumerate(order.tolist()):
         # a data set in which so many samples in a row have no supervised token is taken to have none at all
         if len(samples) == config.most_samples or (not samples and position == config.most_samples):
             break
-        with blame(*source, f"sample {row} makes no tokens", "mend or remove it", limit_seconds=ROW_SECONDS):
+        limited = blame(*source, f"sample {row} makes no tokens", "mend or remove it", limit_seconds=ROW_SECONDS)
+        with limited, clock_at(clock):
             try:
                 inputs = encode(dataset[row])
             except BadRowError as problem:

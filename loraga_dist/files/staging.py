@@ -45,6 +45,11 @@ def _exists(key: str, path: Path) -> UserError:
     return UserError(key, str(path), "exists; write another directory, or add --overwrite")
 
 
+def checkpoint_path_of(destination: Path) -> Path:
+    """Where an interrupted run leaves what it has."""
+    return destination.with_name(f".{destination.name}.checkpoint")
+
+
 class StagedDirectory:
     """A hidden sibling of the destination, until `commit` puts it there."""
 
@@ -54,7 +59,7 @@ class StagedDirectory:
         self._key = key
         self.path = destination.with_name(f".{destination.name}.partial")
         self._old = destination.with_name(f".{destination.name}.replaced")
-        self.checkpoint_path = destination.with_name(f".{destination.name}.checkpoint")
+        self.checkpoint_path = checkpoint_path_of(destination)
         self._lock_path = destination.with_name(f".{destination.name}.lock")
         self._lock: BinaryIO | None = None
         self._world = world

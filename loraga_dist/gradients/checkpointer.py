@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from loraga_dist.files.checkpoint import CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World, dotted
+
+CLOCK = "clock"
+"""In a saved state: the time that the run's chat templates print."""
 
 _FORMAT = 4
 """Of saved states; one of another number is other work."""
@@ -31,9 +35,17 @@ class Checkpointer:
     """
 
     def __init__(
-        self, store: CheckpointStore, work: Mapping[str, Any], stop: StopRequest, minutes: float, world: World
+        self,
+        store: CheckpointStore,
+        work: Mapping[str, Any],
+        stop: StopRequest,
+        minutes: float,
+        world: World,
+        clock: datetime,
     ) -> None:
+        """clock: what chat templates took for now, which the next run takes, too."""
         self._store = store
+        self._clock = clock
         self.work = {"format": _FORMAT, **work}
         self._stop = stop
         self._seconds = 60 * minutes
@@ -79,14 +91,18 @@ class Checkpointer:
         asked, due = self._world.max_(wanted).tolist()
         if asked or due:
             made = state()
-            self._store.save(made.content | {"work": self.work}, made.tensors)
+            self._store.save(made.content | self._of_the_run, made.tensors)
             self._saved_at = time.monotonic()
         if asked:
             self.leave()
 
     def finish_group(self, state: EngineState) -> None:
-        self._store.finish(state.content | {"work": self.work}, state.tensors)
+        self._store.finish(state.content | self._of_the_run, state.tensors)
         self._saved_at = time.monotonic()
+
+    @property
+    def _of_the_run(self) -> dict[str, Any]:
+        return {"work": self.work, CLOCK: self._clock.isoformat()}
 
     def leave_here_if_asked(self) -> None:
         """Within `World.together`: raises Preempted if this rank was asked to stop; the others follow at its end."""

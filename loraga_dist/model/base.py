@@ -105,9 +105,8 @@ def find_base_model(
     if (directory / "adapter_config.json").is_file():
         problem = "has an adapter_config.json beside its weights, so that transformers would load that adapter, too"
         raise UserError("model.name_or_path", config.name_or_path, f"{problem}; write a copy without it")
-    with blame(
-        _MODEL_KEY, config.name_or_path, "its config.json does not load", "write a model that transformers loads"
-    ):
+    instead = "write a model that transformers loads"
+    with blame(_MODEL_KEY, config.name_or_path, "its config.json does not load", instead):
         hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
         if config.attn_implementation is not None:
             hf_config._attn_implementation = config.attn_implementation

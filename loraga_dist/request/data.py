@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
 
 
-def read_data(config: InitConfig, base: BaseModel, world: World) -> SampleSharder:
-    """Read, shuffle and tokenize the calibration data, and share it out. Raises UserError; no collective."""
+def read_data(config: InitConfig, base: BaseModel, world: World, clock: datetime | None = None) -> SampleSharder:
+    """Read, shuffle and tokenize the calibration data, and share it out. Raises UserError; no collective.
+
+    clock: what chat templates take for now.
+    """
     tokenizer = _load_tokenizer(base.directory, config)
     samples = load_samples(
         config.calibration,
@@ -23,6 +27,7 @@ def read_data(config: InitConfig, base: BaseModel, world: World) -> SampleSharde
         task_type=config.lora.task_type,
         max_positions=base.max_positions,
         num_labels=getattr(base.config, "num_labels", None),
+        clock=clock,
     )
     _check_token_ids(config, base, samples)
     return SampleSharder(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,18 @@ class CheckpointRequest(Request):
 
 
 def understand(
-    config: InitConfig, world: World, *, needs_weights: bool = True, reads_data: bool = True
+    config: InitConfig,
+    world: World,
+    *,
+    needs_weights: bool = True,
+    reads_data: bool = True,
+    clock: datetime | None = None,
 ) -> CheckpointRequest:
     """Understand a configuration: find the model, choose targets, plan, read the data. No collectives.
 
     needs_weights: without, a directory may hold a config.json alone, as a forecast may be made of.
     reads_data: without, data and DeepSpeed's settings, which only a run needs, are not looked at.
+    clock: what chat templates take for now: the same on every rank, and when a run goes on.
     Raises UserError for all that does not fit together.
     """
     if reads_data:
@@ -139,7 +146,7 @@ def understand(
     }
     data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
-        data = read_data(config, base, world)
+        data = read_data(config, base, world, clock)
     return CheckpointRequest(
         config=_resolved(config, base),
         plan=make_plan(targets, config.gradient, scheme, world.size),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -135,6 +136,17 @@ def test_the_sketch_loses_nothing(
     assert max(abs(with_stops[name] - without[name]) for name in without) < tolerance
     assert min(without.values()) > least
     require_same_data(out, uninterrupted)
+
+
+def test_ranks_and_the_next_run_render_at_one_time(config: Path, tmp_path: Path) -> None:
+    """A template that prints microseconds, where others print the date, which ranks meet at midnight."""
+    base, data = save_model(tmp_path / "base"), tmp_path / "chats.jsonl"
+    template = "{{ strftime_now('%H:%M:%S.%f') }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    rows = [{"messages": [{"role": "user", "content": "x" * length}]} for length in range(10, 31)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["--model.name_or_path", str(base), "--calibration.data_files", str(data), *small_batches((2, 1))]
+    start_and_stop(config, tmp_path, overrides, (4,), (2, 1))
 
 
 def small_batches(ranks: Sequence[int]) -> list[str]:
