@@ -22,6 +22,9 @@ class LoragaError(Exception):
     on_all_ranks: bool = False
     """Every rank raises it, so all can leave in an orderly way; otherwise this rank alone failed."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
 
 class UserError(LoragaError):
     """The user's input is wrong: the key, the value, and what to write instead (exit code 2)."""
@@ -35,7 +38,7 @@ class UserError(LoragaError):
             shown = f"<{type(value).__name__}>"
         if len(shown) > 200:
             shown = shown[:197] + "..."
-        super().__init__(printable(f"{key}: {shown}: {' '.join(problem.split())}"))
+        super().__init__(f"{key}: {shown}: {' '.join(problem.split())}")
         self.key = key
 
 

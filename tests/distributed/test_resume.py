@@ -15,43 +15,16 @@ from builders import config_tree, save_data, save_model
 from launching import Finished, succeed
 from outputs import flip_bit, read_factors, read_products, read_report, relative, write_config
 from ranks import finish_on_ranks
+from stopping import init_until
 
 from loraga_dist.artifacts import layout
 from loraga_dist.artifacts.residual import plan_model_files
 from loraga_dist.artifacts.verify import verify
-from loraga_dist.config import load_config
-from loraga_dist.ranks.session import StopRequest, leave_process, run_as_rank
-from loraga_dist.ranks.world import World
-from loraga_dist.run.pipeline import run
+from loraga_dist.ranks.session import leave_process
 
 SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
 IN_GROUPS = ("--gradient.max_targets_in_flight", "9")
 ONE_PASS = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "0")
-
-
-class StopAfter(StopRequest):
-    """Asked for by nobody: the request appears when it has been looked at often enough, or never (0)."""
-
-    def __init__(self, num_looks: int) -> None:
-        self._before = {}
-        self._num_looks = num_looks
-        self._looks = 0
-
-    @property
-    def signal_name(self) -> str | None:
-        self._looks += 1
-        return "SIGUSR1" if self._looks == self._num_looks else None
-
-
-def init_until(num_looks: int, config_path: Path, overrides: Sequence[str]) -> int:
-    """On every rank: `loraga-dist init`, asked to stop after so many looks, as by a scheduler; its exit code."""
-
-    def work(world: World, _: StopRequest) -> None:
-        with world.together():
-            config = load_config(config_path, overrides)
-        run(config, world, StopAfter(num_looks))
-
-    return run_as_rank(work)
 
 
 def leave_by_init(num_looks: int, config_path: Path, overrides: Sequence[str]) -> None:
