@@ -94,7 +94,7 @@ Rank = Annotated[int, Field(ge=1, le=2**20)]
 Alpha = Annotated[int | float, Field(gt=0, le=1e9)]
 """What float32 still multiplies with weights."""
 Amount = Annotated[float, Field(gt=0, le=1e9)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
@@ -167,7 +167,7 @@ class SchemeConfig(Section):
     scale: Annotated[str, NameIn(SCALES)] = "stable"
     stable_gamma: Amount | None = None
     """null is the scheme's own, as `schemes.py` has it."""
-    rank_budget: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    rank_budget: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     """Adapter parameters in all, sum of r (M + N), to spend on the targets whose gradients have most energy in further
     directions; each gets rank 1 at least and twice `lora.r` at most, and the scaling of `lora`."""
     seed: Seed = 0

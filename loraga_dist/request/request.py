@@ -34,7 +34,7 @@ from loraga_dist.model.targets import Selection, Target, meta_copy, require_targ
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
 from loraga_dist.schemes import SCHEMES, Scheme
-from loraga_dist.sharding.settings import read_deepspeed_config
+from loraga_dist.sharding.settings import require_usable
 
 META_SECONDS = 300
 """To build a model without memory; the largest take a tenth of that."""
@@ -124,7 +124,7 @@ def understand(
     Raises UserError for all that does not fit together.
     """
     if reads_data:
-        read_deepspeed_config(config.deepspeed)
+        require_usable(config.deepspeed)
     scheme = SCHEMES[config.init.scheme]
     base = find_base_model(config.model, config.lora.task_type, world.device, needs_weights=needs_weights)
     key, value = ("model.name_or_path", config.model.name_or_path)

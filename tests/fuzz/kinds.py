@@ -114,10 +114,11 @@ def template(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
     model, command = _copy_model(inputs, directory, calibration={"data_files": str(inputs / "chats.jsonl")})
     path = model / "chat_template.jinja"
     pieces = [
-        "{{ 1 / 0 }}", "{{ nothing.at.all }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-        "{{ strftime_now(3) }}", "{{ messages[99] }}", "{{ messages | sum }}", "{% if %}", "{{ 'x' * 10**5 }}",
-        "{{ raise_exception('\x1b[1m') }}", "{% include 'x' %}", "{{ ''.__class__ }}", "{% generation %}", "{{ '%s %s' % 1 }}", "{{ messages | tojson }}",
-        "{% for a in range(10**6) %}{% endfor %}", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{{ 1 / 0 }}", "{{ nothing.at.all }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% if %}",
+        "{{ strftime_now(3) }}", "{{ messages[99] }}", "{{ messages | sum }}", "{{ 'x' * 10**5 }}",
+        "{{ raise_exception('\x1b[1m') }}", "{% include 'x' %}", "{{ ''.__class__ }}", "{% generation %}",
+        "{{ '%s %s' % 1 }}", "{{ messages | tojson }}", "{% for a in range(10**6) %}{% endfor %}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     ]  # fmt: skip
     content = path.read_bytes()
     at = dice.randrange(len(content))
@@ -169,7 +170,9 @@ def deepspeed_file(inputs: Inputs, directory: Path, dice: random.Random) -> Case
     path = directory / "zero.json"
     offload = {"device": "cpu", "pin_memory": False}
     path.write_text(
-        json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload, "zero_hpz": 1}, "bf16": {}})
+        json.dumps(
+            {"zero_optimization": {"stage": 3, "offload_param": offload, "reduce_bucket_size": 1000}, "bf16": {}}
+        )
     )
     _change(path, dice)
     return Case(_init(directory, _tree(inputs, directory, deepspeed={}) | {"deepspeed": str(path)}))

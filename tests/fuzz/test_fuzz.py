@@ -35,7 +35,7 @@ TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['cont
 LINE = re.compile(r"loraga-dist( [a-z-]+)?: ")
 """Ours, or argparse's."""
 TOLD = re.compile(
-    r"loraga-dist: (checkpoint|going on from|the same command goes on)|usage: | +\[|warning: |[a-z]+: [0-9.k]+ of "
+    r"loraga-dist: (checkpoint: |going on from|the same command goes on)|usage: | +\[|warning: |[a-z]+: [0-9.k]+ of "
 )
 """What may stand beside it."""
 
@@ -76,7 +76,7 @@ def try_all(inputs: str, kind: str, seeds: Sequence[int]) -> tuple[list[int], li
         "transformers.models.llama.modeling_llama", "transformers.models.llama.configuration_llama", "loraga_dist.cli",
         "loraga_dist.commands.rebuild", "loraga_dist.commands.convert", "loraga_dist.commands.materialize",
         "loraga_dist.artifacts.verify", "loraga_dist.run.pipeline", "loraga_dist.publish.text",
-        "loraga_dist.ranks.watch",
+        "loraga_dist.ranks.watch", "deepspeed.runtime.zero.config",
     ):  # fmt: skip
         importlib.import_module(module)
     codes, problems = [], []
