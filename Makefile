@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-faults launchers lint format clean
+.PHONY: quickstart test test-faults test-fuzz launchers lint format clean
 
 PYTHON ?= python3
 PIP := .venv/bin/pip --disable-pip-version-check install --constraint constraints.txt
@@ -27,6 +27,10 @@ test: lint launchers
 # More of the kills that `make test` has a few of; half an hour.
 test-faults: .venv/.installed-dev
 	pytest tests/faults/test_kills.py --kills 200 --timeout 900
+
+# More of the wrong inputs that `make test` tries a few of; half an hour.
+test-fuzz: .venv/.installed-dev
+	pytest tests/fuzz --fuzz 5000 --numprocesses 2 --dist load --timeout 7200
 
 # SLURM for tests/launchers, where we may install it; elsewhere its tests are skipped and say why.
 launchers:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os.path
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,6 +29,7 @@ from pydantic_core import CoreSchema, core_schema
 from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
 from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
+from loraga_dist.yaml_tree import read_tree, require_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +64,37 @@ Tracker = Literal["tensorboard", "wandb"]
 def _expression(pattern: str) -> str:
     try:
         re.compile(rf"(.*\.)?({pattern})$")  # as PEFT puts it into its own
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"is no regular expression ({error}); write a target's name or the end of one") from error
     return pattern
 
 
+def _expand_user(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError("starts with the home of a user who is not known here; write the whole path, or ./~")
+    return expanded
+
+
+def _json_object(value: Any) -> Any:
+    if isinstance(value, dict):
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"must be what JSON can hold ({error})") from error
+    return value
+
+
 NamePattern = Annotated[str, AfterValidator(_expression)]
-PathOrId = Annotated[str, AfterValidator(os.path.expanduser)]
+PathOrId = Annotated[str, AfterValidator(_expand_user)]
+LARGEST_COUNT = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Rank = Annotated[int, Field(ge=1, le=2**20)]
+"""Above every side of a matrix; how large it may be is said when the matrices are known."""
+Alpha = Annotated[int | float, Field(gt=0, le=1e9)]
+"""What float32 still multiplies with weights."""
+Amount = Annotated[float, Field(gt=0, le=1e9)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
@@ -77,7 +102,9 @@ ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 class Section(BaseModel):
     """Base of all sections: typed strictly, closed, immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -95,18 +122,18 @@ class ModelConfig(Section):
 class LoraSection(Section):
     """The adapter, in `peft.LoraConfig`'s names. Ranks and alphas may differ by module through the patterns."""
 
-    r: int = Field(default=8, ge=1)
-    lora_alpha: int | float = Field(default=16, gt=0)
+    r: Rank = 8
+    lora_alpha: Alpha = 16
     use_rslora: bool = False
-    target_modules: str | list[str] = "all-linear"
-    exclude_modules: str | list[str] | None = None
+    target_modules: NamePattern | list[str] = "all-linear"
+    exclude_modules: NamePattern | list[str] | None = None
     rank_pattern: dict[NamePattern, int] = {}
     alpha_pattern: dict[NamePattern, int | float] = {}
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Written into the adapter's config for training; calibration never uses it."""
     modules_to_save: list[str] | None = None
     layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
+    layers_pattern: NamePattern | list[NamePattern] | None = None
     use_dora: bool = False
     """The adapter's magnitudes are the norms of the original weights, so that it starts where it would without."""
     task_type: TaskType = "CAUSAL_LM"
@@ -116,6 +143,8 @@ class LoraSection(Section):
     def _positive_ranks(cls, value: dict[str, int]) -> dict[str, int]:
         if any(r < 1 for r in value.values()):
             raise ValueError("ranks must be 1 or more; leave modules out with lora.exclude_modules")
+        if any(r > 2**20 for r in value.values()):
+            raise ValueError("ranks must be 1048576 or less")
         return value
 
     @field_validator("alpha_pattern")
@@ -123,6 +152,8 @@ class LoraSection(Section):
     def _positive_alphas(cls, value: dict[str, int | float]) -> dict[str, int | float]:
         if any(alpha <= 0 for alpha in value.values()):
             raise ValueError("alphas must be above 0")
+        if any(alpha > 1e9 for alpha in value.values()):
+            raise ValueError("alphas must be 1e9 or less")
         return value
 
 
@@ -134,12 +165,12 @@ class SchemeConfig(Section):
     from neither, is plain LoRA."""
     direction: Annotated[str, NameIn(DIRECTIONS)] = "ArB2r"
     scale: Annotated[str, NameIn(SCALES)] = "stable"
-    stable_gamma: float | None = Field(default=None, gt=0)
+    stable_gamma: Amount | None = None
     """null is the scheme's own, as `schemes.py` has it."""
-    rank_budget: int | None = Field(default=None, ge=1)
+    rank_budget: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     """Adapter parameters in all, sum of r (M + N), to spend on the targets whose gradients have most energy in further
     directions; each gets rank 1 at least and twice `lora.r` at most, and the scaling of `lora`."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seeds the randomized SVD, the `random` direction and `kaiming`."""
 
     @field_validator("scheme", mode="before")
@@ -176,16 +207,16 @@ class GradientConfig(Section):
     engine: Annotated[str, NameIn(ENGINES, words=("auto",))] = "auto"
     """`sketch` needs one pass and a few percent of the gradient's size; `auto` takes it for every target that is large
     enough to profit."""
-    max_targets_in_flight: int | None = Field(default=None, ge=1)
+    max_targets_in_flight: Count | None = None
     """Targets accumulated per sweep over the data: 1 is one parameter at a time, null as many as the budget holds."""
-    state_budget_gib: float = Field(default=4.0, gt=0)
+    state_budget_gib: Amount = 4.0
     """Memory per rank that gradient state may take; more targets than fit make more sweeps."""
     state_device: StateDevice = "auto"
     """Where that state lives between two uses; `host` is pinned host memory, at the price of copies in every backward.
     `auto` is the device, unless the state would fill half of what is free there."""
-    oversampling: int | None = Field(default=None, ge=1)
+    oversampling: Count | None = None
     """Extra columns beyond those the scheme uses; null is the engine's own rule. What `sketch` gains accuracy from."""
-    refine_passes: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    refine_passes: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | Literal["auto"] = "auto"
     """More passes of `sketch` over the same data: one makes it practically exact. `auto` takes one where a microbatch
     of all ranks has fewer supervised tokens than the sketch has columns."""
     checkpointing: Checkpointing = "non_reentrant"
@@ -204,21 +235,21 @@ class CalibrationConfig(Section):
     dataset_text_field: str = "text"
     label_field: str = "label"
     """SEQ_CLS: the column with the integer class."""
-    max_length: int = Field(default=1024, ge=2)
+    max_length: int = Field(default=1024, ge=2, le=LARGEST_COUNT)
     """Longer samples are truncated to this many tokens."""
-    max_samples: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
+    max_samples: Count | Literal["auto"] = 256
     """`auto` goes on over the shuffled data until two halves of what was seen agree on the gradient."""
     target_cosine: float = Field(default=0.9, gt=0, lt=1)
     """`max_samples: auto` stops where the median target's split-half cosine reaches this; with several sweeps the
     targets of the first one decide."""
-    sample_limit: int = Field(default=2048, ge=1)
+    sample_limit: Count = 2048
     """`max_samples: auto` stops here at the latest. The disagreement of halves falls as one over their size, so that
     data whose first 256 samples reach a cosine of 0.53 reaches 0.9 within 2048."""
-    per_device_batch_size: int = Field(default=1, ge=1)
+    per_device_batch_size: Count = 1
     assistant_only_loss: bool = False
     completion_only_loss: bool | None = None
     """null: True for prompt-completion data, as TRL does."""
-    seed: int = Field(default=42, ge=0)
+    seed: Seed = 42
     """Seed of the one shuffle of the data."""
 
     @property
@@ -270,7 +301,7 @@ class MethodConfig(Section):
     lora: LoraSection = LoraSection()
     init: SchemeConfig = SchemeConfig()
     gradient: GradientConfig = GradientConfig()
-    deepspeed: PathOrId | dict[str, Any] | None = None
+    deepspeed: PathOrId | Annotated[dict[str, Any], AfterValidator(_json_object)] | None = None
     """A DeepSpeed JSON file, or the same inline; ZeRO stage 3 without optimizer is what is taken from it."""
 
 
@@ -283,7 +314,7 @@ class InitConfig(MethodConfig):
     output: OutputConfig
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the checkpoint that an interrupted run of the same work left beside `output.dir`."""
-    checkpoint_minutes: float = Field(default=30.0, gt=0)
+    checkpoint_minutes: Amount = 30.0
     """A checkpoint is also saved when this much time has gone by since the last."""
 
 
@@ -292,52 +323,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> InitConfig:
 
     Raises UserError for an unreadable file, an unknown key, or a value of the wrong type or range.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(
-            "--config", str(path), f"cannot be read ({error.strerror}); write the path of a YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("--config", str(path), f"is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError("--config", str(path), "must hold sections such as 'model:' and 'lora:'")
-    _apply_overrides(tree, overrides)
-    return parse_config(InitConfig, tree)
+    return parse_config(InitConfig, read_tree(path, overrides))
 
 
 def parse_config(kind: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
     """Validate a plain dict; the first mistake becomes one UserError line."""
+    for section, value in tree.items():
+        require_plain(str(section), value)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise _user_error(kind, error) from error
-
-
-def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
-    words = list(overrides)
-    while words:
-        word = words.pop(0)
-        key, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not key:
-            raise UserError("command line", word, "is not understood; overrides are written --section.key value")
-        if not equals:
-            if not words:
-                raise UserError(f"--{key}", None, "has no value; write --section.key value")
-            text = words.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise UserError(f"--{key}", text, f"{parent} is not a section")
-        node[leaf] = value
 
 
 def _user_error(kind: type[BaseModel], error: ValidationError) -> UserError:

@@ -1,10 +1,15 @@
-"""The two ways a run ends badly, each with its exit code, and how their words are made safe to print."""
+"""The two ways a run ends badly, each with its exit code and words, and how whatever is raised becomes one of them."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 _MAX_FOREIGN = 500
@@ -40,6 +45,9 @@ class LoragaError(Exception):
     on_all_ranks: bool = False
     """Every rank raises it, so all can leave in an orderly way; otherwise this rank alone failed."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
 
 class UserError(LoragaError):
     """The user's input is wrong: the key, the value, and what to write instead (exit code 2)."""
@@ -47,7 +55,10 @@ class UserError(LoragaError):
     exit_code = 2
 
     def __init__(self, key: str, value: Any, problem: str) -> None:
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except (ValueError, RecursionError):  # more digits than Python writes, more brackets than it nests
+            shown = f"<{type(value).__name__}>"
         if len(shown) > 200:
             shown = shown[:197] + "..."
         super().__init__(f"{key}: {shown}: {' '.join(problem.split())}")
@@ -66,3 +77,47 @@ class RunError(LoragaError):
 
 class VerificationError(RunError):
     """What the run has written is not what it should be."""
+
+
+@contextmanager
+def blame(key: str, value: Any, problem: str, instead: str, *, limit_seconds: float | None = None) -> Iterator[None]:
+    """Turn whatever the block raises into a UserError for `key`: libraries raise anything over a user's value.
+
+    Our own errors pass. limit_seconds: raise TimeoutError in the block after so long, for patterns and templates that
+    never end; only in the main thread, and only where Python is asked between two steps.
+    """
+    try:
+        with _limited(limit_seconds):
+            yield
+    except (LoragaError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        raise UserError(key, value, f"{problem}: {reason(error)}; {instead}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Say in a few words why something was raised; the type's name where the words alone mean little."""
+    words = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+    if len(words) > 300:
+        words = words[:297] + "..."
+    if words and isinstance(error, OSError | ValueError | ImportError):
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+@contextmanager
+def _limited(seconds: float | None) -> Iterator[None]:
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def too_long(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again each second: code without a caller swallows what is raised
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

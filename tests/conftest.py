@@ -39,3 +39,5 @@ def matplotlib_for_those_who_ask(request: pytest.FixtureRequest) -> Iterator[Non
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=10, help="how many kills tests/faults makes, in fives")
+    parser.addoption("--fuzz", type=int, default=200, help="how many wrong inputs tests/fuzz tries")
+    parser.addoption("--fuzz_case", help="one of them again, as KIND:SEED")

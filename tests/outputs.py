@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from launching import INIT, succeed
 from peft import PeftModel
 from ranks import run_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loraga_dist.cli import init_main
@@ -101,6 +102,16 @@ def disturb(model: torch.nn.Module, size: float = 0.02) -> None:
             if "lora_" in name:
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
                 parameter += (10 * size if "magnitude" in name else size) * noise
+
+
+def disturbed_copy(adapter: Path, to: Path) -> Path:
+    """An adapter's directory with other factors, as a trainer would leave it."""
+    shutil.copytree(adapter, to)
+    generator = torch.Generator().manual_seed(0)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    moved = {key: held + 0.02 * torch.randn(held.shape, generator=generator) for key, held in factors.items()}
+    save_file(moved, to / "adapter_model.safetensors", {"format": "pt"})
+    return to
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

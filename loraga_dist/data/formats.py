@@ -6,13 +6,15 @@ Token ids and labels are those TRL's SFTTrainer would train on.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loraga_dist.config import CalibrationConfig, TaskType
 from loraga_dist.data.losses import IGNORED
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,14 +37,38 @@ _ALPACA_PROMPT_WITH_INPUT = (
 )
 
 
+@contextmanager
+def clock_at(time: datetime) -> Iterator[None]:
+    """Let chat templates print this time while the block lasts; transformers gives them no other clock."""
+    from transformers.utils import chat_template_utils
+
+    module: Any = chat_template_utils
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return time
+
+    running, module.datetime = module.datetime, Stopped
+    try:
+        yield
+    finally:
+        module.datetime = running
+
+
 class BadRowError(ValueError):
     """What is wrong with the row at hand; `load_samples` adds which one it is."""
 
 
-def data_error(config: CalibrationConfig, problem: str) -> UserError:
+def data_source(config: CalibrationConfig) -> tuple[str, Any]:
+    """The key that names the data, and its value."""
     if config.data_files:
-        return UserError("calibration.data_files", config.data_files, problem)
-    return UserError("calibration.dataset_name", config.dataset_name, problem)
+        return "calibration.data_files", config.data_files
+    return "calibration.dataset_name", config.dataset_name
+
+
+def data_error(config: CalibrationConfig, problem: str) -> UserError:
+    return UserError(*data_source(config), problem)
 
 
 def encoder(
@@ -66,7 +92,8 @@ def encoder(
         _refuse_assistant_only_loss(config, "belongs to CAUSAL_LM")
         return partial(_classification_inputs, config=config, tokenizer=tokenizer, num_labels=num_labels)
 
-    first = _trl_row(dataset[0], config.dataset_text_field)
+    with blame(*data_source(config), "sample 0 cannot be read", "mend or remove it"):
+        first = _trl_row(dataset[0], config.dataset_text_field)
     if task_type == "SEQ_2_SEQ_LM":
         if not _is_prompt_completion(first):
             raise data_error(
@@ -144,15 +171,17 @@ def _causal_inputs(
     """One row of `SFTTrainer._prepare_dataset` (TRL 1.16): its tokens, masks and truncation."""
     row = _trl_row(row, config.dataset_text_field)
     masks: list[list[int]] = []
-    render = partial(_render, tokenizer=tokenizer, row=row, chat_template=chat_template)
+    fill = partial(_fill, num_tokens=config.max_length + MARGIN)
+    plain = partial(fill, partial(tokenizer, verbose=False))
+    render = partial(fill, partial(_render, tokenizer=tokenizer, row=row, chat_template=chat_template))
     if _is_prompt_completion(row):
-        prompt_ids, tokens = _tokenize_prompt_completion(row, tokenizer, render, config.assistant_only_loss)
+        prompt_ids, tokens = _tokenize_prompt_completion(row, tokenizer, plain, render, config.assistant_only_loss)
         if config.completion_only_loss is not False:
             masks.append(_completion_mask(prompt_ids, tokens["input_ids"]))
     elif "messages" in row:
         tokens = render(_messages(row, "messages"), return_assistant_tokens_mask=config.assistant_only_loss)
     else:
-        tokens = tokenizer(_with_eos(_string(row, config.dataset_text_field), tokenizer), verbose=False)
+        tokens = plain(_with_eos(_string(row, config.dataset_text_field), tokenizer))
     if config.assistant_only_loss:
         masks.append(tokens["assistant_masks"])
 
@@ -162,8 +191,41 @@ def _causal_inputs(
     return {"input_ids": token_ids, "attention_mask": [1] * len(token_ids), "labels": labels}
 
 
+CHARACTERS_PER_TOKEN = 256
+MARGIN = 64
+"""Tokens behind the last one that is kept: those at a cut depend on what follows it."""
+
+
+def _fill(encode: Callable[..., Mapping[str, Any]], text: Any, *, num_tokens: int, **kwargs: Any) -> Mapping[str, Any]:
+    """Tokens of a text, or of a conversation's texts: only of their beginnings where these make so many already.
+
+    A text of 30 MB of which 32 tokens are kept would take a minute.
+    """
+    start = _cut(text, CHARACTERS_PER_TOKEN * num_tokens)
+    if start != text:
+        tokens = encode(start, **kwargs)
+        if len(tokens["input_ids"]) >= num_tokens:
+            return tokens
+    return encode(text, **kwargs)
+
+
+def _cut(value: Any, num_characters: int) -> Any:
+    """The same with shorter strings, whatever holds them."""
+    if isinstance(value, str):
+        return value[:num_characters]
+    if isinstance(value, list):
+        return [_cut(part, num_characters) for part in value]
+    if isinstance(value, dict):
+        return {key: _cut(part, num_characters) for key, part in value.items()}
+    return value
+
+
 def _tokenize_prompt_completion(
-    row: Row, tokenizer: PreTrainedTokenizerBase, render: Callable[..., Mapping[str, Any]], assistant_only_loss: bool
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    plain: Callable[[str], Mapping[str, Any]],
+    render: Callable[..., Mapping[str, Any]],
+    assistant_only_loss: bool,
 ) -> tuple[list[int], Mapping[str, Any]]:
     """Token ids of the prompt alone, and the tokens of prompt and completion together."""
     if isinstance(row["prompt"], list):
@@ -171,8 +233,8 @@ def _tokenize_prompt_completion(
         together = render(prompt + _messages(row, "completion"), return_assistant_tokens_mask=assistant_only_loss)
         return render(prompt, add_generation_prompt=True)["input_ids"], together
     prompt = _string(row, "prompt")
-    together = tokenizer(prompt + _with_eos(_string(row, "completion"), tokenizer), verbose=False)
-    return tokenizer(prompt, verbose=False)["input_ids"], together
+    together = plain(prompt + _with_eos(_string(row, "completion"), tokenizer))
+    return plain(prompt)["input_ids"], together
 
 
 def _completion_mask(prompt_ids: list[int], token_ids: list[int]) -> list[int]:
@@ -186,8 +248,6 @@ def _completion_mask(prompt_ids: list[int], token_ids: list[int]) -> list[int]:
 def _render(
     messages: list[Row], *, tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: str | None, **kwargs: Any
 ) -> Mapping[str, Any]:
-    from jinja2 import TemplateError
-
     tools = row.get("tools")
     try:
         tokens = tokenizer.apply_chat_template(
@@ -199,8 +259,8 @@ def _render(
             **(row.get("chat_template_kwargs") or {}),
             **kwargs,
         )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadRowError(f"does not go through the chat template: {error}") from error
+    except Exception as error:  # a template divides by zero, calls itself, or takes too long
+        raise BadRowError(f"does not go through the chat template: {reason(error)}") from error
     assert isinstance(tokens, Mapping)
     return tokens
 
@@ -209,7 +269,16 @@ def _sequence_to_sequence_inputs(row: Row, *, config: CalibrationConfig, tokeniz
     """Encoder inputs from the prompt, labels from the completion; the tokenizer truncates, to keep its end token."""
     row = _trl_row(row, config.dataset_text_field)
     source, target = _string(row, "prompt"), _string(row, "completion")
-    return dict(tokenizer(source, text_target=target, truncation=True, max_length=config.max_length))
+    encode = partial(tokenizer, truncation=True, max_length=config.max_length)
+    labels = _truncated(lambda text: encode(text_target=text), target, tokenizer, config)["input_ids"]
+    return {**_truncated(encode, source, tokenizer, config), "labels": labels}
+
+
+def _truncated(
+    encode: Callable[..., Mapping[str, Any]], text: str, tokenizer: PreTrainedTokenizerBase, config: CalibrationConfig
+) -> Mapping[str, Any]:
+    """Tokens of a text that the tokenizer truncates: of its beginning where that is what it keeps."""
+    return encode(text) if tokenizer.truncation_side != "right" else _fill(encode, text, num_tokens=config.max_length)
 
 
 def _classification_inputs(
@@ -224,7 +293,8 @@ def _classification_inputs(
         known = "" if num_labels is None else f" to {num_labels - 1}, the model's last"
         raise UserError("calibration.label_field", config.label_field, f"holds class {label}; classes go from 0{known}")
     text = _string(row, config.dataset_text_field)
-    return {**tokenizer(text, truncation=True, max_length=config.max_length), "labels": label}
+    encode = partial(tokenizer, truncation=True, max_length=config.max_length)
+    return {**_truncated(encode, text, tokenizer, config), "labels": label}
 
 
 def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import torch
 
 from loraga_dist.config import CalibrationConfig, TaskType
-from loraga_dist.data.formats import BadRowError, data_error, encoder
+from loraga_dist.data.formats import BadRowError, clock_at, data_error, data_source, encoder
 from loraga_dist.data.microbatches import Sample, count_supervised_tokens
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+ROW_SECONDS = 30
+"""For one row, which takes milliseconds; chat templates are programs, and may never end."""
+MOST_BRACKETS = 500
+"""In one line of JSON, one inside the other: pyarrow reads them by recursion and dies at some ten thousand."""
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -33,26 +40,29 @@ def load_samples(
     task_type: TaskType,
     max_positions: int | None,
     num_labels: int | None = None,
+    clock: datetime | None = None,
 ) -> list[Sample]:
     """Load, shuffle and tokenize the first `most_samples` of the calibration data: the same list on every rank.
 
     Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM; as there, samples that have
     nothing to learn from (after truncation) are left out, and the next ones take their place. Raises UserError, with
     the config key, for data that cannot be read, has the wrong columns or values, does not fit the model's positions,
-    or has no supervised token at all.
+    or has no supervised token at all. clock: the time that chat templates print; by default now, for all rows.
     """
     dataset = _load_dataset(config)
     encode = encoder(config, tokenizer, dataset, task_type, num_labels)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    samples = []
+    samples, source, clock = [], data_source(config), clock or datetime.now()
     for position, row in enumerate(order.tolist()):
         # a data set in which so many samples in a row have no supervised token is taken to have none at all
         if len(samples) == config.most_samples or (not samples and position == config.most_samples):
             break
-        try:
-            inputs = encode(dataset[row])
-        except BadRowError as problem:
-            raise data_error(config, f"sample {row} {problem}") from problem
+        limited = blame(*source, f"sample {row} makes no tokens", "mend or remove it", limit_seconds=ROW_SECONDS)
+        with limited, clock_at(clock):
+            try:
+                inputs = encode(dataset[row])
+            except BadRowError as problem:
+                raise data_error(config, f"sample {row} {problem}") from problem
         num_tokens = max(len(values) for values in inputs.values() if isinstance(values, list))
         if max_positions is not None and num_tokens > max_positions:
             raise UserError(
@@ -97,23 +107,45 @@ def _load_dataset(config: CalibrationConfig) -> Dataset:
     with _quiet_datasets():
         try:
             builder = datasets.load_dataset_builder(source, config.dataset_config, data_files=config.data_files)
+            if type(builder).__name__ == "Json" and not Path(builder.cache_dir).is_dir():
+                _refuse_deep_lines(config, builder.config.data_files or {})
             builder.download_and_prepare()
         except StopIteration as error:  # how the JSON builder meets an empty file
             raise data_error(config, "has no rows") from error
+        except UserError:
+            raise
         except Exception as error:  # datasets lets through whatever pyarrow, pandas, the hub and its builders raise
-            cause = error.__cause__ or error
-            reason = str(cause).rstrip(".") or type(cause).__name__
             raise data_error(
-                config, f"cannot be read: {reason}; write the path or hub id of data that `datasets` loads"
+                config,
+                f"cannot be read: {reason(error.__cause__ or error)}; "
+                "write the path or hub id of data that `datasets` loads",
             ) from error
-        try:
+        with blame("calibration.split", config.split, "is not in the data", "write one that is, or [:n] of one"):
             dataset = builder.as_dataset(split=config.split)
-        except ValueError as error:
-            raise UserError("calibration.split", config.split, f"is not in the data: {error}") from error
     assert isinstance(dataset, datasets.Dataset)
     if not len(dataset):
         raise data_error(config, f"has no rows in split {config.split}")
     return dataset
+
+
+def _refuse_deep_lines(config: CalibrationConfig, files: Mapping[str, Iterable[str]]) -> None:
+    """Raise UserError for lines of local JSON that pyarrow would die of."""
+    for path in {str(path) for of_split in files.values() for path in of_split}:
+        if not Path(path).is_file():
+            continue
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.count(b"[") + line.count(b"{") > MOST_BRACKETS and _depth(line) > MOST_BRACKETS:
+                    raise data_error(config, f"line {number} holds more than {MOST_BRACKETS} brackets in one another")
+
+
+def _depth(line: bytes) -> int:
+    """How deep brackets stand in one another, outside strings."""
+    depth = deepest = 0
+    for found in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', line):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(found[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -124,10 +156,8 @@ def _is_saved_dataset(path: Path) -> bool:
 def _load_saved_dataset(config: CalibrationConfig, path: str) -> Dataset:
     import datasets
 
-    try:
+    with blame(*data_source(config), "cannot be read", "write a directory that datasets' save_to_disk has written"):
         saved = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
-        raise data_error(config, f"cannot be read: {error}") from error
     splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
     if config.split not in splits:
         raise UserError(

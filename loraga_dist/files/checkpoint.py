@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.files.checksums import CHECKSUMS, check_checksums, write_checksums
+from loraga_dist.files.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
 from loraga_dist.files.disk import naming_write_errors, read_json, sync
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.files.shared_tensors import write_shared_tensors
@@ -145,6 +147,16 @@ class CheckpointStore:
             ):  # another version's is refused as other work
                 return Found(finished, state, problems)
         return Found(finished, None, problems)
+
+    def peek(self, key: str) -> Any:
+        """What the saved states say of something that is the same in all, before they are read; None if none does."""
+        found = None
+        for path in [*self._named(_FINISHED), *self._named(_GENERATION)]:
+            with suppress(OSError, ValueError, RecursionError, AttributeError):  # `read` tells of what is damaged
+                content = (path / _CONTENT).read_bytes()
+                if hashlib.sha256(content).hexdigest() == (read_checksums(path) or {}).get(_CONTENT):
+                    found = json.loads(content).get(key, found)
+        return self._world.all_json(found)[0]
 
     def clear(self) -> None:
         """Remove everything, on rank 0, when the run it belongs to is done or wanted no more."""

@@ -88,7 +88,7 @@ def check_checksums(directory: Path, world: World, on_progress: OnBytes = no_pro
     sizes = _sizes_seen_by_main(directory, world)
     problems: list[str] = []
     with world.together():
-        listed = _read_checksums(directory)
+        listed = read_checksums(directory)
         if listed is None:
             problems = [f"{CHECKSUMS}: cannot be read, or is not in sha256sum's format"]
         else:
@@ -119,7 +119,7 @@ def _check_share(
     return problems
 
 
-def _read_checksums(directory: Path) -> dict[str, str] | None:
+def read_checksums(directory: Path) -> dict[str, str] | None:
     """Digest by name, None where the file is not what `sha256sum` writes."""
     try:
         *lines, rest = (directory / CHECKSUMS).read_text().split("\n")

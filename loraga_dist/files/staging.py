@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraga_dist.errors import LoragaError, RunError, UserError
+from loraga_dist.errors import LoragaError, RunError, UserError, blame
 from loraga_dist.files.disk import UNFINISHED_MARK, sync
 from loraga_dist.ranks.world import World
 
-_MAX_NAME_BYTES = 255
+LONGEST_NAME = 255 - len("..checkpoint")
+"""In bytes, of a directory beside which there is a `.NAME.checkpoint`."""
 
 
 def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: Iterable[Path] = ()) -> Path:
@@ -25,29 +26,28 @@ def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: It
     marker: the file by which our own earlier output is known, the only thing `overwrite` replaces.
     inputs: what the command reads, and so must not write over.
     """
-    try:
+    with blame(key, str(path), "is no path to write to", "write another directory"):
         destination = path.expanduser().resolve()
-        # the longest of the names beside it
-        if len(os.fsencode(destination.with_name(f".{destination.name}.checkpoint").name)) > _MAX_NAME_BYTES:
-            raise UserError(
-                key, str(path), f"has a name of more than {_MAX_NAME_BYTES - 12} bytes; write a shorter one"
-            )
-        exists = destination.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(key, str(path), f"is no place for a directory ({error}); write another") from error
-    if exists:
-        if not overwrite:
-            raise _exists(key, path)
-        if not (destination / marker).is_file():
-            raise UserError(key, str(path), "exists and is no output of loraga-dist; write another directory")
-    for source in inputs:
-        if source.resolve().is_relative_to(destination):
-            raise UserError(key, str(path), f"holds {source}, which is read; write another directory")
-    return destination
+        if len(os.fsencode(destination.name)) > LONGEST_NAME:
+            raise OSError(f"the files beside it have longer names, so that {LONGEST_NAME} bytes are left for its own")
+        if destination.exists():
+            if not overwrite:
+                raise _exists(key, path)
+            if not (destination / marker).is_file():
+                raise UserError(key, str(path), "exists and is no output of loraga-dist; write another directory")
+        for source in inputs:
+            if source.resolve().is_relative_to(destination):
+                raise UserError(key, str(path), f"holds {source}, which is read; write another directory")
+        return destination
 
 
 def _exists(key: str, path: Path) -> UserError:
     return UserError(key, str(path), "exists; write another directory, or add --overwrite")
+
+
+def checkpoint_path_of(destination: Path) -> Path:
+    """Where an interrupted run leaves what it has."""
+    return destination.with_name(f".{destination.name}.checkpoint")
 
 
 class StagedDirectory:
@@ -59,7 +59,7 @@ class StagedDirectory:
         self._key = key
         self.path = destination.with_name(f".{destination.name}.partial")
         self._old = destination.with_name(f".{destination.name}.replaced")
-        self.checkpoint_path = destination.with_name(f".{destination.name}.checkpoint")
+        self.checkpoint_path = checkpoint_path_of(destination)
         self.lock_path = destination.with_name(f".{destination.name}.lock")
         self._lock: int | None = None
         self._world = world

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.saved import require_finished, require_state
 from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.world import World, dotted
+
+CLOCK = "clock"
+"""In a saved state: the time that the run's chat templates print."""
 
 _FORMAT = 4
 """Of saved states; one of another number is other work."""
@@ -36,11 +40,14 @@ class Checkpointer:
         store: CheckpointStore,
         work: Mapping[str, Any],
         groups: Sequence[Sequence[Matrix]],
+        clock: datetime,
         stop: StopRequest,
         minutes: float,
         world: World,
     ) -> None:
+        """clock: what chat templates took for now, which the next run takes, too."""
         self._store = store
+        self._clock = clock
         self.work = {"format": _FORMAT, **work}
         self._groups = groups
         self._stop = stop
@@ -98,14 +105,18 @@ class Checkpointer:
         asked, due = self._world.max_(wanted).tolist()
         if asked or due:
             made = state()
-            self._store.save(made.content | {"work": self.work}, made.tensors)
+            self._store.save(made.content | self._of_the_run, made.tensors)
             self._saved_at = time.monotonic()
         if asked:
             self.leave()
 
     def finish_group(self, state: EngineState) -> None:
-        self._store.finish(state.content | {"work": self.work}, state.tensors)
+        self._store.finish(state.content | self._of_the_run, state.tensors)
         self._saved_at = time.monotonic()
+
+    @property
+    def _of_the_run(self) -> dict[str, Any]:
+        return {"work": self.work, CLOCK: self._clock.isoformat()}
 
     def leave_here_if_asked(self) -> None:
         """Within `World.together`: raises Preempted if this rank was asked to stop; the others follow at its end."""

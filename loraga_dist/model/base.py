@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame
 from loraga_dist.files.disk import BrokenFileError
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
 
@@ -24,6 +24,10 @@ AUTO_CLASSES: dict[TaskType, str] = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
 }
 """What transformers loads a model for a task with."""
+
+_MODEL_KEY = "model.name_or_path"
+MOST_LAYERS = 10_000
+"""Where a config.json is all there is."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,20 +108,29 @@ def find_base_model(
     if (directory / "adapter_config.json").is_file():
         problem = "has an adapter_config.json beside its weights, so that transformers would load that adapter, too"
         raise UserError("model.name_or_path", config.name_or_path, f"{problem}; write a copy without it")
-    try:
+    instead = "write a model that transformers loads"
+    with blame(_MODEL_KEY, config.name_or_path, "its config.json does not load", instead):
         hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError("model.name_or_path", config.name_or_path, f"its config does not load: {error}") from error
-    if config.attn_implementation is not None:
-        hf_config._attn_implementation = config.attn_implementation
-    model_class = _model_class(config, hf_config, task_type, directory)
-    return BaseModel(
-        directory=directory,
-        index=index,
-        model_class=model_class,
-        config=hf_config,
-        dtype=_compute_dtype(config.dtype, hf_config, index, device),
-    )
+        if config.attn_implementation is not None:
+            hf_config._attn_implementation = config.attn_implementation
+        model_class = _model_class(config, hf_config, task_type, directory)
+        _require_countable_layers(config, hf_config, index)
+        return BaseModel(
+            directory=directory,
+            index=index,
+            model_class=model_class,
+            config=hf_config,
+            dtype=_compute_dtype(config.dtype, hf_config, index, device),
+        )
+
+
+def _require_countable_layers(config: ModelConfig, hf_config: Any, index: dict[str, TensorSlot]) -> None:
+    """Raise UserError for more layers than anyone has weights of: a copy of them would be built for ever."""
+    layers = getattr(hf_config.get_text_config(), "num_hidden_layers", 0)
+    most = len(index) or MOST_LAYERS
+    if isinstance(layers, int) and layers > most:
+        problem = f"its config.json says {layers} layers, and there are {most} tensors at most; write the right number"
+        raise UserError(_MODEL_KEY, config.name_or_path, problem)
 
 
 def _model_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directory: Path) -> type[nn.Module]:
@@ -180,8 +193,6 @@ MODEL_FILE_PATTERNS = (
 """What of a model directory, beside its weights, a copy of the model needs."""
 
 
-_MODEL_KEY = "model.name_or_path"
-
 _CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
 
 
@@ -213,11 +224,12 @@ def resolve_model_dir(name_or_path: str, revision: str | None = None, *, needs_w
     Raises UserError when there is neither. Weights other than safetensors are never downloaded; without
     `needs_weights` the config alone is.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(_MODEL_KEY, name_or_path, "is a file; write the directory that holds it")
+    with blame(_MODEL_KEY, name_or_path, "is no path", "write a model directory or a hub id"):
+        path = Path(name_or_path).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise UserError(_MODEL_KEY, name_or_path, "is a file; write the directory that holds it")
     try:
         snapshot = snapshot_download(
             name_or_path,
@@ -240,10 +252,11 @@ def resolve_model_dir(name_or_path: str, revision: str | None = None, *, needs_w
 
 def read_checkpoint_index(model_dir: Path) -> dict[str, TensorSlot]:
     """Every tensor of a model directory, from the headers alone. Raises UserError for anything not whole."""
-    try:
-        return scan_checkpoint(model_dir)
-    except BrokenFileError as error:
-        raise UserError(_MODEL_KEY, str(model_dir), str(error)) from error
+    with blame(_MODEL_KEY, str(model_dir), "its weights cannot be read", "write a model in safetensors files"):
+        try:
+            return scan_checkpoint(model_dir)
+        except BrokenFileError as error:
+            raise UserError(_MODEL_KEY, str(model_dir), str(error)) from error
 
 
 WIDE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

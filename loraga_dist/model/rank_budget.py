@@ -39,10 +39,10 @@ def planned_targets(targets: Sequence[Target], lora: LoraSection, init: SchemeCo
             "leave targets out with lora.exclude_modules",
         )
     num_triplets = SCHEMES[init.scheme].num_triplets
-    ranks = range(1, LARGEST * lora.r + 1)
     return [
-        _with_rank(target, lora, max(r for r in ranks if num_triplets(r) <= min(target.M, target.N)))
+        _with_rank(target, lora, max(r for r in range(1, most + 1) if num_triplets(r) <= min(target.M, target.N)))
         for target in targets
+        for most in [min(LARGEST * lora.r, target.M, target.N)]
     ]
 
 

@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from loraga_dist.config import LoraSection
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
 from loraga_dist.model.base import WIDE_FLOATS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+SELECTION_SECONDS = 120
+"""PEFT takes a few for the largest models; some regular expressions never end."""
 
 _LEAVE_OUT = "leave it out with lora.exclude_modules"
 
@@ -60,10 +63,8 @@ def peft_lora_config(lora: LoraSection) -> LoraConfig:
     """The user's section as PEFT's own config; raises UserError where PEFT refuses a value."""
     from peft import LoraConfig
 
-    try:
+    with blame("lora", lora.model_dump(exclude_defaults=True), "PEFT refuses it", "write what peft.LoraConfig takes"):
         return LoraConfig(**lora.model_dump())
-    except (ValueError, TypeError) as error:
-        raise UserError("lora", lora.model_dump(exclude_defaults=True), f"PEFT refuses it: {error}") from error
 
 
 def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
@@ -112,12 +113,13 @@ def select_targets(
 
     tied = _tied_parameters(meta_model)
     before = {name for name, _ in meta_model.named_modules()}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            peft_model: Any = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise refused(_first_sentence(str(error))) from error
+    instead = "write names of nn.Linear modules, or all-linear"
+    with (
+        blame("lora.target_modules", lora.target_modules, "PEFT refuses it", instead, limit_seconds=SELECTION_SECONDS),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        peft_model: Any = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
 
     targets: list[Target] = []
     saved_parameters: list[str] = []
@@ -187,11 +189,6 @@ def _tied_parameters(model: nn.Module) -> dict[str, str]:
         if len(names) > 1
         for name in names
     }
-
-
-def _first_sentence(message: str) -> str:
-    """PEFT's messages list whole models; the first lines say what is wrong."""
-    return " ".join(message.split())[:300].rstrip(".") + "; write names of nn.Linear modules, or all-linear"
 
 
 def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) -> None:

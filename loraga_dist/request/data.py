@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from loraga_dist.config import InitConfig
 from loraga_dist.data.microbatches import Sample, SampleSharder
 from loraga_dist.data.samples import load_samples, padding_token_id
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame
 from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
 
 
-def read_data(config: InitConfig, base: BaseModel, world: World) -> SampleSharder:
-    """Read, shuffle and tokenize the calibration data, and share it out. Raises UserError; no collective."""
+def read_data(config: InitConfig, base: BaseModel, world: World, clock: datetime | None = None) -> SampleSharder:
+    """Read, shuffle and tokenize the calibration data, and share it out. Raises UserError; no collective.
+
+    clock: what chat templates take for now.
+    """
     tokenizer = _load_tokenizer(base.directory, config)
     samples = load_samples(
         config.calibration,
@@ -23,6 +27,7 @@ def read_data(config: InitConfig, base: BaseModel, world: World) -> SampleSharde
         task_type=config.lora.task_type,
         max_positions=base.max_positions,
         num_labels=getattr(base.config, "num_labels", None),
+        clock=clock,
     )
     _check_token_ids(config, base, samples)
     return SampleSharder(
@@ -76,9 +81,6 @@ def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Samp
 def _load_tokenizer(directory: Path, config: InitConfig) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    instead = "write a model whose tokenizer transformers loads"
+    with blame("model.name_or_path", config.model.name_or_path, "its tokenizer does not load", instead):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            "model.name_or_path", config.model.name_or_path, f"its tokenizer does not load: {error}"
-        ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from loraga_dist.data.microbatches import (
     microbatches_from_batches,
 )
 from loraga_dist.data.samples import fingerprints
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries, TensorSlot
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.plan import Plan, make_plan
@@ -33,7 +34,10 @@ from loraga_dist.model.targets import Selection, Target, meta_copy, require_targ
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
 from loraga_dist.schemes import SCHEMES, Scheme
-from loraga_dist.sharding.settings import read_deepspeed_config
+from loraga_dist.sharding.settings import require_usable
+
+META_SECONDS = 300
+"""To build a model without memory; the largest take a tenth of that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,26 +109,34 @@ class CheckpointRequest(Request):
 
 
 def understand(
-    config: InitConfig, world: World, *, needs_weights: bool = True, reads_data: bool = True
+    config: InitConfig,
+    world: World,
+    *,
+    needs_weights: bool = True,
+    reads_data: bool = True,
+    clock: datetime | None = None,
 ) -> CheckpointRequest:
     """Understand a configuration: find the model, choose targets, plan, read the data. No collectives.
 
     needs_weights: without, a directory may hold a config.json alone, as a forecast may be made of.
     reads_data: without, data and DeepSpeed's settings, which only a run needs, are not looked at.
+    clock: what chat templates take for now: the same on every rank, and when a run goes on.
     Raises UserError for all that does not fit together.
     """
     if reads_data:
-        read_deepspeed_config(config.deepspeed)
+        require_usable(config.deepspeed)
     scheme = SCHEMES[config.init.scheme]
     base = find_base_model(config.model, config.lora.task_type, world.device, needs_weights=needs_weights)
     if scheme.changes_base:
         model_files(base.directory)  # refuses links, before the work that ends in a copy
-    try:
+    key, value = ("model.name_or_path", config.model.name_or_path)
+    if config.model.attn_implementation is not None:
+        key, value = ("model.attn_implementation", config.model.attn_implementation)
+    instead = "write another, or mend its config.json"
+    with blame(key, value, "the model cannot be built", instead, limit_seconds=META_SECONDS):
         meta_model = meta_copy(base.model_class, base.config)
-    except (ValueError, ImportError) as error:
-        raise UserError("model.attn_implementation", config.model.attn_implementation, f"{error}") from error
-    slots = base.slots_of(meta_model)
-    shape = ModelShape.of(meta_model, base.dtype)
+        slots = base.slots_of(meta_model)
+        shape = ModelShape.of(meta_model, base.dtype)
     weight_key = base.weight_keys if base.index else str
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     selection, targets = _choose_targets(meta_model, config, weight_key)
@@ -136,7 +148,7 @@ def understand(
     }
     data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
-        data = read_data(config, base, world)
+        data = read_data(config, base, world, clock)
     return CheckpointRequest(
         config=_resolved(config, base),
         plan=make_plan(targets, config.gradient, scheme, world.size),

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
-from loraga_dist.files.staging import StagedDirectory, free_place
+from loraga_dist.files.staging import StagedDirectory, checkpoint_path_of, free_place
 from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
 from loraga_dist.forecast.report import PlanReport, print_plan
-from loraga_dist.gradients.checkpointer import Checkpointer, base_identity
+from loraga_dist.gradients.checkpointer import CLOCK, Checkpointer, base_identity
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
@@ -57,7 +58,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
     return_freed_memory_at_once()
     _import_libraries()
     with PeakMemory(world.device) as memory:
-        request = _prepare(config, world)
+        request, clock = _prepare(config, world)
         forecaster = Forecaster.of(request, world)
         with world.together():
             planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
@@ -68,7 +69,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         stop.hold()  # from here on there is something to tidy up, and soon to save
         staged.create(max(0, sum(Layout.of(request).num_bytes.values()) - num_bytes_kept(finished_files)))
         try:
-            checkpointer = _checkpointer(request, staged.checkpoint_path, stop, world)
+            checkpointer = _checkpointer(request, clock, staged.checkpoint_path, stop, world)
             sharding = open_sharding(world, config.deepspeed)
             model = sharding.load(request.base, request.slots)
             seconds["load"] = time.monotonic() - started
@@ -105,7 +106,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
 
 def dry_run(config: InitConfig, world: World) -> None:
     """Check settings, model, data and memory as `run` does, then print the plan on rank 0; nothing is written."""
-    request = _prepare(config, world)
+    request, _ = _prepare(config, world)
     forecaster = Forecaster.of(request, world)
     with world.together():
         refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
@@ -147,8 +148,11 @@ def initialize(
     return start_in_place(model, request, sharding=sharding)
 
 
-def _prepare(config: InitConfig, world: World) -> CheckpointRequest:
-    """Understand the request and check it against files, model, data and services. Raises UserError; a collective."""
+def _prepare(config: InitConfig, world: World) -> tuple[CheckpointRequest, datetime]:
+    """Understand the request and check it against files, model, data and services. Raises UserError; a collective.
+
+    Also returns the time that chat templates take for now.
+    """
     with world.together():
         destination = free_place(
             Path(config.output.dir),
@@ -163,11 +167,24 @@ def _prepare(config: InitConfig, world: World) -> CheckpointRequest:
         if world.is_main:
             check_trackers(config.output)
             check_hub_access(config.output)
-        request = understand(config, world)
+    clock = _clock(config, destination, world)
+    with world.together():
+        request = understand(config, world, clock=clock)
         if request.base.directory.resolve().is_relative_to(destination):
             raise UserError("output.dir", config.output.dir, "holds the base model; write another directory")
     require_same_data(config, request.data_fingerprint, world)
-    return request
+    return request, clock
+
+
+def _clock(config: InitConfig, destination: Path, world: World) -> datetime:
+    """Rank 0's time, or that of the run to go on from: chat templates print it, and it would be other data."""
+    store = CheckpointStore(checkpoint_path_of(destination), world)
+    saved = store.peek(CLOCK) if config.resume == "auto" else None
+    now = world.all_texts(datetime.now().isoformat())[0]
+    try:
+        return datetime.fromisoformat(saved or now)
+    except (TypeError, ValueError):  # another version's, which is refused when it is read
+        return datetime.fromisoformat(now)
 
 
 def _local_inputs(config: InitConfig) -> list[Path]:
@@ -178,7 +195,9 @@ def _local_inputs(config: InitConfig) -> list[Path]:
     return [Path(name) for name in named]
 
 
-def _checkpointer(request: CheckpointRequest, directory: Path, stop: StopRequest, world: World) -> Checkpointer:
+def _checkpointer(
+    request: CheckpointRequest, clock: datetime, directory: Path, stop: StopRequest, world: World
+) -> Checkpointer:
     config = request.config
     work = {
         **config.model_dump(mode="json", include={"model", "lora", "init", "gradient", "calibration"}),
@@ -187,7 +206,7 @@ def _checkpointer(request: CheckpointRequest, directory: Path, stop: StopRequest
         "loraga_dist": version("loraga_dist"),
     }
     store, groups = CheckpointStore(directory, world), request.plan.groups
-    checkpointer = Checkpointer(store, work, groups, stop, config.checkpoint_minutes, world)
+    checkpointer = Checkpointer(store, work, groups, clock, stop, config.checkpoint_minutes, world)
     if config.resume == "auto":
         checkpointer.look()
     else:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame
 
 _ZERO = "deepspeed.zero_optimization"
 
@@ -35,14 +37,8 @@ class Holding:
 def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
     """The user's DeepSpeed settings as a dict; raises UserError when they are not ZeRO stage 3 or cannot be read."""
     if isinstance(value, str):
-        try:
+        with blame("deepspeed", value, "cannot be read", "write the path of a JSON file"):
             settings = json.loads(Path(value).read_text())
-        except OSError as error:
-            raise UserError(
-                "deepspeed", value, f"cannot be read ({error.strerror}); write the path of a JSON"
-            ) from error
-        except ValueError as error:
-            raise UserError("deepspeed", value, f"is not JSON: {error}") from error
     else:
         settings = dict(value or {})
     if not isinstance(settings, dict):
@@ -62,6 +58,29 @@ def read_deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any]:
     if zero.get("zero_hpz_partition_size", 1) not in (1, "auto"):
         raise UserError(f"{_ZERO}.zero_hpz_partition_size", zero["zero_hpz_partition_size"], "write 1")
     return settings
+
+
+def import_deepspeed() -> None:
+    """Import it, on a host without GPUs, too. Raises UserError where it is missing."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        importlib.import_module("deepspeed")
+    except ImportError as error:
+        problem = "is not installed, and several ranks or a deepspeed section need it; pip install deepspeed"
+        raise UserError("deepspeed", None, problem) from error
+
+
+def require_usable(value: str | dict[str, Any] | None) -> None:
+    """Raise UserError for settings that are not ZeRO stage 3, or that DeepSpeed itself refuses."""
+    user = read_deepspeed_config(value)
+    if "zero_optimization" not in user:
+        return
+    import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    with blame(_ZERO, user["zero_optimization"], "DeepSpeed refuses it", "write keys and values of its documentation"):
+        DeepSpeedZeroConfig(**calibration_settings(user, torch.float32)["zero_optimization"])
 
 
 def calibration_settings(user: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

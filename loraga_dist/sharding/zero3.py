@@ -22,7 +22,7 @@ from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding, pretrained
 from loraga_dist.sharding.gloo import all_gather_in_place
-from loraga_dist.sharding.settings import calibration_settings, read_deepspeed_config
+from loraga_dist.sharding.settings import calibration_settings, import_deepspeed, read_deepspeed_config
 from loraga_dist.sharding.slices import flat_range
 
 _HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
@@ -181,13 +181,8 @@ def _gather_under_gloo_by(all_gather: Callable[..., Any]) -> None:
 
 def _start_deepspeed() -> None:
     """Give DeepSpeed the process group that exists, or one of its own for a single process."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError as error:
-        problem = "is not installed, and several ranks or a deepspeed section need it; pip install deepspeed"
-        raise UserError("deepspeed", None, problem) from error
+    import_deepspeed()
+    import deepspeed
     from deepspeed.ops import __compatible_ops__
 
     # its shared-memory all-reduce is compiled at the first start, needs g++, and a killed build blocks all later runs;

@@ -158,6 +158,39 @@ def overwrite_of_something_else(attempt: Attempt) -> None:
     attempt.tree["output"]["overwrite"] = True
 
 
+def in_file(name: str, content: bytes | dict[str, Any]) -> Change:
+    """A file of the model replaced, or keys of its JSON."""
+
+    def change(attempt: Attempt) -> None:
+        path = attempt.copy_model() / name
+        if isinstance(content, dict):
+            path.write_text(json.dumps(json.loads(path.read_text()) | content))
+        else:
+            path.write_bytes(content)
+
+    return change
+
+
+def templated(template: str) -> Change:
+    def change(attempt: Attempt) -> None:
+        in_file("chat_template.jinja", template.encode())(attempt)
+        attempt.write_data(*({"messages": [{"role": "user", "content": "x" * 40}]} for _ in range(4)))
+
+    return change
+
+
+def data_of(content: bytes) -> Change:
+    def change(attempt: Attempt) -> None:
+        attempt.write_data()
+        Path(attempt.tree["calibration"]["data_files"]).write_bytes(content)
+
+    return change
+
+
+def output_is_a_loop(attempt: Attempt) -> None:
+    attempt.out.symlink_to(attempt.out)
+
+
 MODEL, TARGETS, DATA, OUT = "model.name_or_path", "lora.target_modules", "calibration.data_files", "output.dir"
 
 CASES = {
@@ -222,6 +255,40 @@ CASES = {
         "deepspeed.zero_optimization.offload_param", "'cpu'", "write {device: cpu}",
     ),
     "ZeRO stage": (deepspeed_stage_2, "deepspeed.zero_optimization.stage", "2", "must be 3"),
+    "DeepSpeed's own refusal": (
+        setting("deepspeed", zero_optimization={"stage3_max_live_params": 1}),
+        "deepspeed.zero_optimization", "{'stage3_max_live_params': 1}", "stage3_max_live_params Extra inputs",
+    ),
+    "layers that are no number": (
+        in_file("config.json", {"num_hidden_layers": "three"}), MODEL, "/model'", "its config.json does not load: ",
+    ),
+    "layers without end": (
+        in_file("config.json", {"num_hidden_layers": 10**9}), MODEL, "/model'", "says 1000000000 layers, and there are",
+    ),
+    "no heads": (in_file("config.json", {"num_attention_heads": 0}), MODEL, "/model'", "integer modulo by zero"),
+    "brackets": (in_file("config.json", b"[" * 50_000), MODEL, "/model'", "its config.json does not load: "),
+    "tokenizer's bracket": (
+        in_file("tokenizer.json", b"[" * 50_000), MODEL, "/model'", "its tokenizer does not load: ",
+    ),
+    "tokenizer's class": (
+        in_file("tokenizer_config.json", {"tokenizer_class": 5}), MODEL, "/model'", "its tokenizer does not load: ",
+    ),
+    "template divides by zero": (templated("{{ 1 / 0 }}"), DATA, "data.jsonl", "ZeroDivisionError: division by zero"),
+    "template calls itself": (
+        templated("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), DATA, "data.jsonl", "RecursionError: ",
+    ),
+    "latin-1": (data_of('{"text": "caf\xe9"}'.encode("latin-1")), DATA, "data.jsonl", "cannot be read: "),
+    "brackets in a line": (
+        data_of(b'{"text": "x"}\n{"text": "x", "a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}\n"),
+        DATA, "data.jsonl", "line 2 holds more than 500 brackets in one another",
+    ),
+    "link to itself": (output_is_a_loop, OUT, "/out'", "is no path to write to: "),
+    "no room for hidden names": (
+        setting("output", dir="x" * 250), OUT, "'xxx", "243 bytes are left for its own; write another directory",
+    ),
+    "rank beyond every matrix": (
+        setting("lora", r=2**20, target_modules=["k_proj"]), "lora.r", "1048576", "write 16 or less",
+    ),
     "DeepSpeed file missing": (deepspeed_file_missing, "deepspeed", "absent.json", "write the path of a JSON"),
 }  # fmt: skip
 

@@ -7,7 +7,6 @@ import inspect
 import io
 import json
 import shutil
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from launching import Finished, succeed
 from outputs import captured_shares, flip_bit, read_products, read_report, relative, write_config
 from ranks import finish_on_ranks
 from safetensors.torch import load_file, save_file
+from stopping import init_until
 
 from loraga_dist.artifacts import layout
 from loraga_dist.artifacts.residual import plan_model_files
@@ -28,42 +28,13 @@ from loraga_dist.config import load_config
 from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.gradients.saved import require_state
-from loraga_dist.ranks.session import run_as_rank
-from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import understand
-from loraga_dist.run.pipeline import run
 
 SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
 IN_GROUPS = ("--gradient.max_targets_in_flight", "9")
 ONE_PASS = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "0")
-
-
-class StopAfter(StopRequest):
-    """Asked for by nobody: the request appears when it has been looked at often enough, or never (0)."""
-
-    def __init__(self, num_looks: int) -> None:
-        self._before = {}
-        self._holding = threading.Lock()
-        self._num_looks = num_looks
-        self._looks = 0
-
-    @property
-    def signal_name(self) -> str | None:
-        self._looks += 1
-        return "SIGUSR1" if self._looks == self._num_looks else None
-
-
-def init_until(num_looks: int, config_path: Path, overrides: Sequence[str]) -> int:
-    """On every rank: `loraga-dist init`, asked to stop after so many looks, as by a scheduler; its exit code."""
-
-    def work(world: World, _: StopRequest) -> None:
-        with world.together():
-            config = load_config(config_path, overrides)
-        run(config, world, StopAfter(num_looks))
-
-    return run_as_rank(work)
 
 
 def leave_by_init(num_looks: int, config_path: Path, overrides: Sequence[str]) -> None:
@@ -137,6 +108,17 @@ def test_the_sketch_loses_nothing(
     assert max(abs(with_stops[name] - without[name]) for name in without) < tolerance
     assert min(without.values()) > least
     require_same_data(out, uninterrupted)
+
+
+def test_ranks_and_the_next_run_render_at_one_time(config: Path, tmp_path: Path) -> None:
+    """A template that prints microseconds, where others print the date, which ranks meet at midnight."""
+    base, data = save_model(tmp_path / "base"), tmp_path / "chats.jsonl"
+    template = "{{ strftime_now('%H:%M:%S.%f') }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    rows = [{"messages": [{"role": "user", "content": "x" * length}]} for length in range(10, 31)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["--model.name_or_path", str(base), "--calibration.data_files", str(data), *small_batches((2, 1))]
+    start_and_stop(config, tmp_path, overrides, (4,), (2, 1))
 
 
 def small_batches(ranks: Sequence[int]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,13 @@ def parsed(key: str = "", value: Any = None) -> InitConfig:
         ("lora.r", 0, "input should be greater than or equal to 1"),
         ("lora.r", "8", "input should be a valid integer"),
         ("lora.r", 8.0, "input should be a valid integer"),
+        ("lora.r", 2**31, "input should be less than or equal to 1048576"),
+        ("lora.lora_alpha", 1e308, "input should be less than or equal to 1000000000"),
+        ("lora.rank_pattern", {"q": 2**31}, "ranks must be 1048576 or less"),
+        ("init.seed", 2**63, "input should be less than or equal to 9223372036854775807"),
+        ("calibration.max_length", 2**31, "input should be less than or equal to 2147483647"),
+        ("gradient.state_budget_gib", float("inf"), "input should be a finite number"),
+        ("checkpoint_minutes", float("nan"), "input should be a finite number"),
         ("lora.lora_alpha", 0, "input should be greater than 0"),
         ("lora.lora_dropout", 1.0, "input should be less than 1"),
         ("lora.target_modules", 3, "input should be a valid string or input should be a valid list"),
@@ -231,6 +239,11 @@ def test_a_wrong_override_is_named(overrides: list[str], says: str, tmp_path: Pa
     ("text", "says"),
     [
         ("a: b: c", "is not YAML: "),
+        ("a: 2026-13-01", "is not YAML: month must be in 1..12"),
+        ("a: " + "9" * 5000, "is not YAML: Exceeds the limit"),
+        ("a: " + "[" * 3000, "is not YAML: RecursionError"),
+        ("lora:\n  r: 4\n  r: 8\n", "is not YAML: r stands there twice, again in line 3"),
+        ("? [a]\n: 1", "is not YAML: "),
         ("- model", "must hold sections such as 'model:' and 'lora:'"),
         ("", "must hold sections such as 'model:' and 'lora:'"),
     ],
@@ -241,13 +254,54 @@ def test_a_file_that_holds_no_sections_is_named(text: str, says: str, tmp_path: 
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"^--config: '.*': cannot be read \(No such file or directory\); write the path"
-    ):
+    with pytest.raises(UserError, match=r"^--config: '.*': cannot be read: No such file or directory; write the path"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match=r"^--config: '.*': is not YAML: "):
         load_config(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('model: {name_or_path: "a\\0b"}\noutput: {dir: out}', r"^model: 'a\\x00b': holds a character that is none"),
+        ('output: {dir: "\\ud800"}', r"^output: '\\ud800': holds a character that is none"),
+        ("deepspeed: &a [*a]", r"^deepspeed: '<list>': holds more than 100000 values or 100 levels"),
+        ("a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
+            f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+        ), "holds more than 100000 values"),
+        ("deepspeed: {a: 2026-01-01}", "must be what JSON can hold"),
+        ("model: 2026-01-01", r"^model: datetime\.date\(2026, 1, 1\): input should be a valid dictionary"),
+    ],
+)  # fmt: skip
+def test_values_that_no_file_or_name_can_hold_are_refused(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        loaded(tmp_path, text=text)
+
+
+def test_a_wrong_override_ends_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--lora\.r: '\[\[.*RecursionError"):
+        loaded(tmp_path, "--lora.r", "[" * 3000)
+    with pytest.raises(UserError, match=r"^--lora\.rank_pattern: .*q stands there twice"):
+        loaded(tmp_path, "--lora.rank_pattern", "{q: 1, q: 2}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("lora.lora_alpha", 10**400, "input should be less than or equal to 1000000000"),
+        ("lora.lora_alpha", float("inf"), "input should be"),
+        ("lora.target_modules", "(", r"is no regular expression \(missing \), unterminated subpattern"),
+        ("lora.target_modules", "a{99999999999}", "is no regular expression"),
+        ("lora.exclude_modules", "*", "is no regular expression"),
+        ("lora.layers_pattern", ["h", "["], "is no regular expression"),
+        ("calibration.seed", 10**400, "input should be less than or equal to 9223372036854775807"),
+        ("output.dir", "~nouser/out", "starts with the home of a user who is not known here"),
+    ],
+)
+def test_what_is_beyond_a_library_is_said(key: str, value: Any, says: str) -> None:
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}: .*{says}"):
+        parsed(key, value)
 
 
 def test_lora_keys_are_pefts() -> None:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "loraga_dist"
 # A wing, or a module beside the wings, imports only from floors below its own.
 FLOORS = [
     {"errors", "linalg"},
-    {"schemes", "engines", "ranks"},
+    {"schemes", "engines", "ranks", "yaml_tree"},
     {"config", "files"},
     {"data", "model"},
     {"sharding"},

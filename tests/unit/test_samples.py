@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ import datasets
 import datasets.config
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen2_5_chat_template
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from loraga_dist.config import CalibrationConfig
+from loraga_dist.data import samples
+from loraga_dist.data.formats import CHARACTERS_PER_TOKEN, MARGIN
 from loraga_dist.data.losses import IGNORED
 from loraga_dist.data.microbatches import Microbatch, Sample, SampleSharder, microbatches_from_batches
 from loraga_dist.data.samples import fingerprints, load_samples, padding_token_id
@@ -429,3 +433,88 @@ def test_unreadable_sources_are_named(
         load_samples(CalibrationConfig(**config), make_tokenizer(), task_type="CAUSAL_LM", max_positions=None)
     assert raised.value.key == key
     assert words in str(raised.value)
+
+
+FOR_EVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}" + (
+    "{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_never_ends_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "ROW_SECONDS", 0.3)
+    with pytest.raises(UserError, match=r"sample \d does not go through the chat template: it takes longer than 0.3 s"):
+        samples_of(tmp_path, CHATS, make_tokenizer(chat_template=FOR_EVER))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+LONG = "word " * 200_000
+"""A megabyte, of which the tests keep 32 tokens."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": LONG},
+        {"prompt": "x" * 20, "completion": LONG},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": LONG}]},
+    ],
+    ids=["text", "completion", "chat"],
+)
+def test_the_beginning_of_a_long_text_gives_the_tokens_of_the_whole(tmp_path: Path, row: dict[str, Any]) -> None:
+    tokenizer, normalizer = make_tokenizer(chat_template=CHATML), CountingNormalizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Normalizer.custom(normalizer)
+    (short,) = samples_of(tmp_path, [row], tokenizer, max_length=32)
+    assert normalizer.num_characters < 3 * CHARACTERS_PER_TOKEN * (32 + MARGIN)
+    whole = text_of_row(row, tokenizer)
+    assert short.inputs["input_ids"] == tokenizer(whole)["input_ids"][:32]
+
+
+class CountingNormalizer:
+    """Changes nothing."""
+
+    num_characters = 0
+
+    def normalize(self, text: Any) -> None:
+        self.num_characters += len(str(text))
+
+
+def text_of_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> str:
+    if "messages" in row:
+        rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        assert isinstance(rendered, str)
+        return rendered
+    return row.get("text") or row["prompt"] + row["completion"]
+
+
+def test_a_text_whose_beginning_makes_too_few_tokens_is_taken_whole(tmp_path: Path) -> None:
+    """As where a tokenizer drops what is blank."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    (sample,) = samples_of(tmp_path, [{"text": " " * 200_000 + "at last"}], tokenizer, max_length=32)
+    assert text_of(tokenizer, sample.inputs["input_ids"]) == "at last</s>"
+
+
+@pytest.mark.parametrize(("task_type", "columns"), [("SEQ_2_SEQ_LM", ("prompt", "completion")), ("SEQ_CLS", ("text",))])
+def test_truncating_tokenizers_see_the_beginning_alone(
+    tmp_path: Path, task_type: str, columns: tuple[str, ...]
+) -> None:
+    row = dict.fromkeys(columns, LONG) | ({"label": 1} if task_type == "SEQ_CLS" else {})
+    tokenizer = make_tokenizer(add_bos=True)
+    (sample,) = samples_of(tmp_path, [row], tokenizer, task_type=task_type, max_length=32)
+    expected = tokenizer(LONG, truncation=True, max_length=32)["input_ids"]
+    assert sample.inputs["input_ids"] == expected
+    assert sample.inputs["labels"] == (1 if task_type == "SEQ_CLS" else expected)
+
+
+def test_templates_print_the_time_they_are_told(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template="{{ strftime_now('%d.%m.%Y %H:%M:%S.%f') }}")
+    path = write_rows(tmp_path / "rows.jsonl", CHATS)
+    found = load_samples(
+        CalibrationConfig(data_files=path),
+        tokenizer,
+        task_type="CAUSAL_LM",
+        max_positions=None,
+        clock=datetime(2001, 2, 3, 4, 5, 6, 7),
+    )
+    assert {text_of(tokenizer, sample.inputs["input_ids"]) for sample in found} == {"03.02.2001 04:05:06.000007"}
+    assert tokenizer.apply_chat_template(CHATS[0]["messages"], tokenize=False) != "03.02.2001 04:05:06.000007"

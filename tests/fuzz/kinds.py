@@ -1,0 +1,234 @@
+"""What is made wrong: of each kind right input in a directory of its own, a change, and the command that reads it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from builders import config_tree
+from mutations import DEEP, as_json, as_yaml, change_bytes, change_json, change_tree, odd
+
+from loraga_dist.files.checksums import write_checksums
+from loraga_dist.ranks.world import World
+
+RIGHT_OR_REFUSED = frozenset({0, 2})
+OR_DAMAGED = frozenset({0, 2, 3})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command on wrong input."""
+
+    arguments: list[str]
+    codes: frozenset[int] = RIGHT_OR_REFUSED
+    num_lines: int = 1
+    """With which it may refuse, at most."""
+    makes: tuple[str, ...] = ()
+    """What may be in its directory afterwards."""
+
+
+Inputs = Path
+"""The directory of the right inputs: model/, data.jsonl, chats.jsonl, out/, trained/, stopped/."""
+
+
+def _tree(inputs: Inputs, directory: Path, **sections: Any) -> dict[str, Any]:
+    return config_tree(inputs / "model", inputs / "data.jsonl", directory / "out", **sections)
+
+
+def _init(directory: Path, tree: dict[str, Any], *options: str) -> list[str]:
+    (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+    return ["init", "--config", str(directory / "config.yaml"), *(options or ("--dry_run",))]
+
+
+def _copy_model(inputs: Inputs, directory: Path, **sections: Any) -> tuple[Path, list[str]]:
+    """A model of the case's own, and the command that reads it."""
+    model = directory / "model"
+    shutil.copytree(inputs / "model", model)
+    return model, _init(directory, _tree(inputs, directory, **sections) | {"model": {"name_or_path": str(model)}})
+
+
+def _change(path: Path, dice: random.Random) -> None:
+    path.write_bytes(change_json(path.read_bytes(), dice))
+
+
+def yaml_file(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    tree = _tree(inputs, directory, init={"seed": 1}, deepspeed={"zero_optimization": {"stage": 3}})
+    tree |= {"checkpoint_minutes": 2.5}
+    for _ in range(dice.choice([1, 1, 1, 2, 3])):
+        tree = change_tree(tree, dice)
+    content = as_yaml(tree, dice)
+    if dice.random() < 0.2:
+        content = change_bytes(content, dice)
+    (directory / "config.yaml").write_bytes(content)
+    return Case([dice.choice(["init", "init", "plan"]), "--config", str(directory / "config.yaml"), "--dry_run"])
+
+
+def command_line(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    from loraga_dist.config import InitConfig
+
+    keys = [
+        f"{name}.{leaf}" if hasattr(field.annotation, "model_fields") else name
+        for name, field in InitConfig.model_fields.items()
+        for leaf in getattr(field.annotation, "model_fields", [""])
+    ]
+    words = _init(directory, _tree(inputs, directory))
+    if dice.random() < 0.2:
+        words[0], words[-1] = (
+            "plan",
+            dice.choice(["--json", "--ranks", "--gib_per_rank", "--device", "--device_tflops"]),
+        )
+    for _ in range(dice.choice([1, 1, 2])):
+        value = odd(dice)
+        text = value if isinstance(value, str) else json.dumps(value)
+        words += [
+            f"--{dice.choice(keys)}",
+            text.replace(DEEP, "[" * 3000).replace("\0", "").replace("\ud800", "\udcff"),
+        ]
+    if dice.random() < 0.1:
+        words.insert(dice.randrange(1, len(words)), str(dice.choice(["--", "-", "--=", "x", "--lora", "--lora.r="])))
+    return Case(words)
+
+
+def data_lines(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    rows: list[Any] = [json.loads(line) for line in (inputs / dice.choice(["data.jsonl", "chats.jsonl"])).open()]
+    for _ in range(dice.choice([1, 1, 2, len(rows)])):
+        at = dice.randrange(len(rows))
+        rows[at] = change_tree(rows[at], dice)
+    content = b"\n".join(as_json(row, dice) for row in rows)
+    if dice.random() < 0.3:
+        content = change_bytes(content, dice)
+    if dice.random() < 0.1:
+        content = content.decode(errors="replace").encode("utf-16")
+    data = directory / f"data.{dice.choice(['jsonl', 'jsonl', 'json', 'csv', 'txt', 'parquet'])}"
+    data.write_bytes(content)
+    return Case(_init(directory, _tree(inputs, directory, calibration={"data_files": str(data)})))
+
+
+def template(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    model, command = _copy_model(inputs, directory, calibration={"data_files": str(inputs / "chats.jsonl")})
+    path = model / "chat_template.jinja"
+    pieces = [
+        "{{ 1 / 0 }}", "{{ nothing.at.all }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% if %}",
+        "{{ strftime_now(3) }}", "{{ messages[99] }}", "{{ messages | sum }}", "{{ 'x' * 10**5 }}",
+        "{{ raise_exception('\x1b[1m') }}", "{% include 'x' %}", "{{ ''.__class__ }}", "{% generation %}",
+        "{{ '%s %s' % 1 }}", "{{ messages | tojson }}", "{% for a in range(10**6) %}{% endfor %}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    ]  # fmt: skip
+    content = path.read_bytes()
+    at = dice.randrange(len(content))
+    if dice.random() < 0.6:
+        content = content[:at] + dice.choice(pieces).encode() + content[at:]
+    else:
+        content = change_bytes(content, dice)
+    path.write_bytes(content)
+    return Case(command)
+
+
+def weights_header(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    model, command = _copy_model(inputs, directory)
+    path = dice.choice(sorted(model.glob("*.safetensors")))
+    _change_header(path, dice)
+    return Case(command)
+
+
+def _change_header(path: Path, dice: random.Random) -> None:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = change_json(content[8 : 8 + length], dice)
+    said = len(header) if dice.random() < 0.8 else dice.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(header) - 1])
+    path.write_bytes(said.to_bytes(8, "little") + header + content[8 + length :])
+
+
+def weights_index(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    model, command = _copy_model(inputs, directory)
+    _change(model / "model.safetensors.index.json", dice)
+    return Case(command)
+
+
+def model_config(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    model, command = _copy_model(inputs, directory)
+    _change(model / dice.choice(["config.json", "config.json", "generation_config.json"]), dice)
+    if dice.random() < 0.3:
+        command[0] = "plan"
+        command.remove("--dry_run")
+    return Case(command)
+
+
+def tokenizer_files(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    model, command = _copy_model(inputs, directory)
+    _change(model / dice.choice(["tokenizer.json", "tokenizer_config.json"]), dice)
+    return Case(command)
+
+
+def deepspeed_file(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    path = directory / "zero.json"
+    offload = {"device": "cpu", "pin_memory": False}
+    path.write_text(
+        json.dumps(
+            {"zero_optimization": {"stage": 3, "offload_param": offload, "reduce_bucket_size": 1000}, "bf16": {}}
+        )
+    )
+    _change(path, dice)
+    return Case(_init(directory, _tree(inputs, directory, deepspeed={}) | {"deepspeed": str(path)}))
+
+
+def finished_output(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    """Report, configuration and adapter JSON, weights' headers and checksums, of an output that a command reads."""
+    out, to = directory / "out", directory / "to"
+    shutil.copytree(inputs / "out", out)
+    path = dice.choice(sorted(path for path in out.rglob("*") if path.suffix in {".json", ".yaml", ".safetensors"}))
+    if path.suffix == ".yaml":
+        path.write_bytes(as_yaml(change_tree(yaml.safe_load(path.read_text()), dice), dice))
+    elif path.suffix == ".safetensors":
+        _change_header(path, dice)
+    else:
+        _change(path, dice)
+    if dice.random() < 0.5:
+        write_checksums(out, World.alone())
+    adapter = str(out / "loraga_init")
+    command, num_lines = dice.choice(
+        [
+            (["verify", str(out)], 99),
+            (["rebuild", str(out), "--to", str(to), "--lora.r", "2"], 1),
+            (["convert", "--init", adapter, "--trained", str(inputs / "trained"), "--to", str(to)], 1),
+            (["convert", "--init", str(inputs / "out" / "loraga_init"), "--trained", adapter, "--merge", str(to)], 1),
+            (["materialize-base", str(out), "--to", str(to)], 1),
+        ]
+    )
+    return Case(command, OR_DAMAGED, num_lines, makes=("to",))
+
+
+def checkpoint(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+    """An interrupted run's state, which the same command goes on from."""
+    shutil.copytree(inputs / "stopped", directory, dirs_exist_ok=True)
+    saved = dice.choice(sorted((directory / ".out.checkpoint").iterdir()))
+    path = dice.choice(sorted(path for path in saved.iterdir() if path.suffix in {".json", ".safetensors"}))
+    if path.suffix == ".json":
+        _change(path, dice)
+    else:
+        _change_header(path, dice)
+    if dice.random() < 0.8:
+        write_checksums(saved, World.alone())
+    words = ["init", "--config", str(inputs / "stopped.yaml"), "--output.dir", str(directory / "out")]
+    return Case(words, OR_DAMAGED, makes=("out", ".out.checkpoint"))
+
+
+KINDS: dict[str, Callable[[Inputs, Path, random.Random], Case]] = {
+    "yaml": yaml_file,
+    "command line": command_line,
+    "data": data_lines,
+    "template": template,
+    "weights": weights_header,
+    "index": weights_index,
+    "config.json": model_config,
+    "tokenizer": tokenizer_files,
+    "deepspeed": deepspeed_file,
+    "output": finished_output,
+    "checkpoint": checkpoint,
+}
