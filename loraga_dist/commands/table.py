@@ -39,7 +39,7 @@ class Command:
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", required=True, help="YAML file; `loraga-dist config` prints one to fill in")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
     # the deepspeed launcher adds it; LOCAL_RANK says the same
@@ -67,7 +67,7 @@ def _init(options: argparse.Namespace, overrides: Sequence[str], world: World, s
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", required=True, help="YAML file; `loraga-dist config` prints one to fill in")
     parser.add_argument("--ranks", type=_positive(int), default=1, help="processes, one per device (default 1)")
     parser.add_argument("--gib_per_rank", type=_positive(float), help="memory of one device; says what fits")
     parser.add_argument("--device_tflops", type=_positive(float), help="peak of one device; gives a time range")
@@ -233,7 +233,14 @@ def _alone(
     return lambda options, overrides: run_alone(lambda: work(options, overrides))
 
 
+def _config(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from loraga_dist.commands.recipe import recipe
+
+    print(recipe(), end="")
+
+
 COMMANDS = {
+    "config": Command("print a configuration to copy, with every key's default", lambda parser: None, _alone(_config)),
     "init": Command("write a LoRA-GA start for a model", _add_init, _on_ranks(_init), takes_overrides=True),
     "plan": Command("say what init would take, and whether it fits", _add_plan, _alone(_plan), takes_overrides=True),
     "verify": Command("check an output directory from its files alone", _add_verify, _alone(_verify)),
