@@ -57,18 +57,19 @@ def readme(report: Report) -> str:
         adapter=adapter,
         start_base=start_base,
         auto_class=AUTO_CLASSES[config.lora.task_type],
-        trainers=_trainer_configs(start_base, adapter),
+        trainers=_trainer_configs(start_base, adapter, report.learning_rate),
     )
 
 
-def _trainer_configs(base: str, adapter: str) -> dict[str, str]:
+def _trainer_configs(base: str, adapter: str, learning_rate: float) -> dict[str, str]:
     """What to write into the configuration files of trainers, by their names."""
     configs = {
         "Axolotl": {"base_model": base, "adapter": "lora", "lora_model_dir": adapter},
         "LLaMA-Factory": {"model_name_or_path": base, "adapter_name_or_path": adapter, "finetuning_type": "lora"},
         "ms-swift": {"model": base, "adapters": [adapter], "tuner_type": "lora"},
     }
-    return {trainer: yaml.safe_dump(config, sort_keys=False) for trainer, config in configs.items()}
+    rate = {"learning_rate": learning_rate}
+    return {trainer: yaml.safe_dump(config | rate, sort_keys=False) for trainer, config in configs.items()}
 
 
 def _spread(values: Sequence[float | None]) -> str:
