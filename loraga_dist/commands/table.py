@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from loraga_dist.errors import UserError, VerificationError
+from loraga_dist.errors import UserError, VerificationError, printable
 from loraga_dist.ranks.session import run_alone, run_as_rank
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ class Command:
     run: Callable[[argparse.Namespace, Sequence[str]], int]
     """Returns the exit code; never raises for what a user or a machine did."""
     takes_overrides: bool = False
+
+
+def _say(line: str, file: TextIO | None = None) -> None:
+    """Print a line that has names in it."""
+    print(printable(line), file=file)
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +134,7 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             error.add_note(problem)
         raise error
     checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
-    print(f"{directory}: verified, {result.num_targets} targets{checked}")
+    _say(f"{directory}: verified, {result.num_targets} targets{checked}")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -156,17 +161,17 @@ def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         show_progress=sys.stderr.isatty(),
     )
     for warning in found.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        _say(f"warning: {warning}", file=sys.stderr)
     if found.r is not None:
         worst = min(found.kept_energy, key=found.kept_energy.__getitem__)
-        print(
+        _say(
             f"{options.to}: LoRA of rank {found.r} on {found.base}, {found.num_targets} targets; "
             f"kept energy {found.total_kept_energy:.6f}, least {found.kept_energy[worst]:.6f} in {worst}"
         )
         for line in how_to_serve(options.to, found.base, found.r, found.saved_parameters):
-            print(f"serve: {line}")
+            _say(f"serve: {line}")
     if options.merge is not None:
-        print(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in")
+        _say(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in")
 
 
 def how_to_serve(adapter: Path, base: str, r: int, saved_parameters: Sequence[str]) -> list[str]:
@@ -194,7 +199,7 @@ def _materialize_base(options: argparse.Namespace, overrides: Sequence[str]) -> 
     from loraga_dist.commands.materialize import materialize_base
 
     path = materialize_base(options.directory, to=options.to, base=options.base, show_progress=sys.stderr.isatty())
-    print(f"{path}: the base that loraga_init is trained on, verified")
+    _say(f"{path}: the base that loraga_init is trained on, verified")
 
 
 def _add_rebuild(parser: argparse.ArgumentParser) -> None:
@@ -217,8 +222,8 @@ def _rebuild(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         show_progress=sys.stderr.isatty(),
     )
     for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"{options.to}: from the factors of {options.directory}; verified: {verified}")
+        _say(f"warning: {warning}", file=sys.stderr)
+    _say(f"{options.to}: from the factors of {options.directory}; verified: {verified}")
 
 
 def _on_ranks(

@@ -61,7 +61,7 @@ def test_what_would_break_markdown_shell_and_python_does_not() -> None:
         config={"model": {"name_or_path": evil}, "init": {"scheme": "lora_one"}, "output": {"dir": "a b"}}
     )
     text = readme(Report.parse(json.dumps(tree)))
-    assert text.startswith('# LoRA-One start of company/\\<b>\\|`x`" # end\n')
+    assert text.startswith('# LoRA-One start of company/\\<b>\\|\\`x\\`"\\x0a# end\n')
     (line,) = [line for line in text.splitlines() if line.startswith("base = ")]
     call = ast.parse(line).body[0].value
     assert call.args[0].value == evil
