@@ -13,33 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
-from peft import PeftConfig, PeftModel
+from datasets import Dataset
+from from_start import WarnOfFirstLosses, base_of, read_samples
+from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
 )
+
+from loraga_dist.artifacts.report import Report
 
 
 def main() -> Trainer:
     parser = argparse.ArgumentParser()
     parser.add_argument("--loraga_dir", type=Path, required=True, help="output directory of loraga-dist init")
-    parser.add_argument("--data", required=True, help="JSONL with a column 'text'")
+    parser.add_argument("--data", required=True, help="a file in any format that calibration takes")
     parser.add_argument("--output", default="runs/trainer")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save_steps", type=int, default=10)
     parser.add_argument("--resume_from_checkpoint", help="for instance runs/trainer/checkpoint-10")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="as for full fine-tuning")
+    parser.add_argument("--learning_rate", type=float, help="by default the one that the start's README.md names")
     parser.add_argument(
         "--loraplus_lr_ratio", type=float, default=1.0, help="learning rate of B over that of A (LoRA+)"
     )
     parser.add_argument("--deepspeed", help="DeepSpeed's JSON, to shard the model by ZeRO-3")
     parser.add_argument("--local_rank", type=int, default=0)  # added by the deepspeed launcher
     options = parser.parse_args()
+    start = Report.read(options.loraga_dir)
+    learning_rate = options.learning_rate or start.learning_rate
 
     # before the model: from_pretrained shards it as these say
     arguments = TrainingArguments(
@@ -48,29 +53,26 @@ def main() -> Trainer:
         save_steps=options.save_steps,
         logging_steps=1,
         per_device_train_batch_size=4,
-        learning_rate=options.learning_rate,
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         deepspeed=options.deepspeed,
         use_cpu=not torch.cuda.is_available(),  # else accelerate takes each of several ranks for the only one
         report_to="none",
     )
-    adapter, base_name, revision = options.loraga_dir / "loraga_init", options.loraga_dir / "residual_base", None
-    if not base_name.exists():  # a scheme that leaves the base as it is
-        peft_config = PeftConfig.from_pretrained(adapter)
-        base_name, revision = peft_config.base_model_name_or_path, peft_config.revision
+    base_name, revision = base_of(options.loraga_dir)
     tokenizer = AutoTokenizer.from_pretrained(base_name, revision=revision)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     base = AutoModelForCausalLM.from_pretrained(base_name, revision=revision, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    model = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)
 
-    lines = load_dataset("json", data_files=options.data, split="train")
-    dataset = lines.map(
-        lambda line: tokenizer(line["text"], truncation=True, max_length=256), remove_columns=lines.column_names
-    )
+    num_samples = options.steps * arguments.train_batch_size * arguments.world_size
+    samples = read_samples(options.data, start.config.calibration, tokenizer, num_samples)
     trainer = LoraPlusTrainer(
         model=model,
         args=arguments,
-        train_dataset=dataset,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        train_dataset=Dataset.from_list([sample.inputs for sample in samples]),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads labels, too
+        callbacks=[WarnOfFirstLosses(learning_rate)],
     )
     trainer.loraplus_lr_ratio = options.loraplus_lr_ratio
     trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)

@@ -17,7 +17,6 @@ optimizer.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -27,24 +26,29 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
-from peft import PeftConfig, PeftModel
+from from_start import FirstLosses, base_of, read_samples
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
 import loraga_dist
+from loraga_dist.artifacts.report import Report
+from loraga_dist.config import CalibrationConfig
+from loraga_dist.data.microbatches import SampleSharder
+from loraga_dist.data.samples import padding_token_id
 
 
 def main() -> Any:
     parser = argparse.ArgumentParser()
     parser.add_argument("--loraga_dir", type=Path, help="output directory of loraga-dist init")
     parser.add_argument("--model", help="without --loraga_dir: the model to make a start of in memory")
-    parser.add_argument("--data", required=True, help="JSONL with a column 'text'")
+    parser.add_argument("--data", required=True, help="a file in any format that calibration takes")
     parser.add_argument("--output", type=Path, default=Path("runs/zero3"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save_steps", type=int, default=10)
     parser.add_argument("--resume_from_checkpoint", help="for instance step10; needs --loraga_dir")
     parser.add_argument("--batch_size", type=int, default=4, help="per rank")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="as for full fine-tuning")
+    parser.add_argument("--learning_rate", type=float, help="by default the one that the start's README.md names")
     parser.add_argument(
         "--loraplus_lr_ratio", type=float, default=1.0, help="learning rate of B over that of A (LoRA+)"
     )
@@ -70,12 +74,13 @@ def main() -> Any:
         "gradient_clipping": 1.0,
     }
     keep_alive = HfDeepSpeedConfig(settings)  # from_pretrained shards while it lives
-    base_name, revision = options.model or options.loraga_dir / "residual_base", None
-    if options.loraga_dir and not base_name.exists():  # a scheme that leaves the base as it is
-        peft_config = PeftConfig.from_pretrained(options.loraga_dir / "loraga_init")
-        base_name, revision = peft_config.base_model_name_or_path, peft_config.revision
+    if options.loraga_dir:
+        base_name, revision = base_of(options.loraga_dir)
+        calibration = Report.read(options.loraga_dir).config.calibration
+    else:
+        base_name, revision, calibration = options.model, None, CalibrationConfig(max_length=256)
     base = AutoModelForCausalLM.from_pretrained(base_name, revision=revision, dtype=torch.float32)
-    batches = read_batches(options, AutoTokenizer.from_pretrained(base_name, revision=revision))
+    batches = read_batches(options, calibration, AutoTokenizer.from_pretrained(base_name, revision=revision))
     if options.loraga_dir:
         model: Any = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)
     else:
@@ -84,20 +89,25 @@ def main() -> Any:
         say(f"convert later with --init {loraga_dist.save_start(start, start_directory)}/loraga_init")
         model = start.model
 
-    optimizer = torch.optim.AdamW(parameter_groups(model, options.learning_rate, options.loraplus_lr_ratio))
+    learning_rate = options.learning_rate or Report.read(options.loraga_dir or start_directory).learning_rate
+    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate, options.loraplus_lr_ratio))
     engine, *_ = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)
     del keep_alive
     if options.resume_from_checkpoint:
         # frozen parameters are not in it: they come from residual_base
         engine.load_checkpoint(options.output / "checkpoints", options.resume_from_checkpoint, load_module_strict=False)
     engine.train()
+    first_losses = FirstLosses(learning_rate)
     for step in range(engine.global_steps, options.steps):
         batch = {name: tensor.to(engine.device) for name, tensor in batches[step % len(batches)].items()}
         loss = engine(**batch).loss
         engine.backward(loss)
         engine.step()
         dist.all_reduce(loss := loss.detach().clone())
-        say(f"step {step + 1}: loss {loss.item() / dist.get_world_size():.4f}")
+        mean_loss = loss.item() / dist.get_world_size()
+        say(f"step {step + 1}: loss {mean_loss:.4f}")
+        if warning := first_losses.warning(mean_loss):
+            say(warning)
         if options.loraga_dir and (step + 1) % options.save_steps == 0:
             engine.save_checkpoint(options.output / "checkpoints", f"step{step + 1}", exclude_frozen_parameters=True)
     save_adapter(model, options.output / "trained")
@@ -117,23 +127,22 @@ def parameter_groups(model: torch.nn.Module, learning_rate: float, loraplus_lr_r
     ]
 
 
-def read_batches(options: argparse.Namespace, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
-    """This rank's batches: every rank takes its own lines."""
-    texts = [json.loads(line)["text"] for line in Path(options.data).read_text().strip().split("\n")]
-    texts = texts[dist.get_rank() :: dist.get_world_size()]
-    batches = []
-    for first in range(0, len(texts) - options.batch_size + 1, options.batch_size):
-        batch = tokenizer(
-            texts[first : first + options.batch_size],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=256,
-            return_token_type_ids=False,
-        )
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        batches.append(dict(batch))
-    return batches
+def read_batches(
+    options: argparse.Namespace, calibration: CalibrationConfig, tokenizer: Any
+) -> list[dict[str, torch.Tensor]]:
+    """This rank's batches, as many as the steps take; every rank reads the data and takes its own samples."""
+    num_samples = options.steps * options.batch_size * dist.get_world_size()
+    sharder = SampleSharder(
+        samples=read_samples(options.data, calibration, tokenizer, num_samples),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        per_device_batch_size=options.batch_size,
+        pad_token_id=padding_token_id(tokenizer),
+    )
+    num_whole = sharder.num_samples // sharder.samples_per_step * sharder.samples_per_step
+    if not num_whole:
+        sys.exit(f"{options.data} holds {sharder.num_samples} samples, one step takes {sharder.samples_per_step}")
+    return [microbatch.inputs for microbatch in sharder.microbatches(0, num_whole, 0)]
 
 
 def save_adapter(model: Any, directory: Path) -> None:

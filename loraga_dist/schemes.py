@@ -59,6 +59,21 @@ class Scale:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestRate:
+    """The learning rate that trained best in docs/BENCHMARKS.md, on the lower of its two tasks, at the scheme's own
+    gamma."""
+
+    times_full: float
+    """Over the best one of full fine-tuning."""
+    scaling: float
+    """s there."""
+
+
+FULL_RATE = 1e-4
+"""What stands for full fine-tuning's learning rate where nobody has tuned it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scheme:
     """One way to initialise: its function, what that needs, and what follows from it."""
 
@@ -81,8 +96,8 @@ class Scheme:
     """Where `init.stable_gamma` is null."""
     smaller_offset: str = "lower lora.lora_alpha"
     """What to change where s B0 A0 outweighs W, unless the scale says it."""
-    learning_rate_advice: str = ""
-    """A sentence, where training differs from plain LoRA's."""
+    best_rate: BestRate | None = None
+    """None where none was measured."""
     workspace_bytes: Callable[[int, int, int], int] = lambda M, N, r: 0
     """Taken by the factorization of a weight, beside the weight as the model holds it."""
     factorization_cost: Callable[[int, int, int], int] = lambda M, N, r: M * N * r
@@ -91,6 +106,18 @@ class Scheme:
     def smaller_offset_at(self, scale: str) -> str:
         """What to change where s B0 A0 outweighs W. scale: a key of SCALES."""
         return SCALES[scale].smaller_offset if "scale" in self.init_keys else self.smaller_offset
+
+
+def times_full_rate(scheme: Scheme, gamma: float, scaling: float) -> float:
+    """What full fine-tuning's learning rate is multiplied by for a first try; 1 where nothing was measured.
+
+    It goes as sqrt(gamma) / s: in docs/BENCHMARKS.md a fourfold gamma doubled LoRA-GA's best rate, and a 2.8-fold s
+    halved plain LoRA's.
+    """
+    best = scheme.best_rate
+    if best is None:
+        return 1.0
+    return best.times_full * math.sqrt(gamma / scheme.stable_gamma) * best.scaling / scaling
 
 
 def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -232,6 +259,8 @@ SCALES: dict[str, Scale] = {
     "peft": Scale(multipliers=_peft, smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA),
 }
 
+_RSLORA_SCALING = 16 / math.sqrt(8)
+
 SCHEMES: dict[str, Scheme] = {
     "lora_ga": Scheme(
         title="LoRA-GA",
@@ -243,8 +272,7 @@ SCHEMES: dict[str, Scheme] = {
         missing_directions="the missing columns of B start at zero, as in plain LoRA",
         init_keys=("direction", "scale", "stable_gamma", "rank_budget"),
         stable_gamma=16.0,
-        learning_rate_advice="LoRA-GA wants learning rates near those of full fine-tuning, which are lower than plain "
-        "LoRA's.",
+        best_rate=BestRate(times_full=0.5, scaling=_RSLORA_SCALING),
     ),
     "lora_one": Scheme(
         title="LoRA-One",
@@ -256,6 +284,7 @@ SCHEMES: dict[str, Scheme] = {
         missing_directions="the missing rows of A and columns of B start near zero and hardly learn",
         init_keys=("stable_gamma", "rank_budget"),
         stable_gamma=128.0,
+        best_rate=BestRate(times_full=4, scaling=_RSLORA_SCALING),
         smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA,
     ),
     "pissa": Scheme(
@@ -265,6 +294,7 @@ SCHEMES: dict[str, Scheme] = {
         num_triplets=lambda r: r,
         changes_base=True,
         starts_at_model=True,
+        best_rate=BestRate(times_full=2, scaling=2.0),
         workspace_bytes=_pissa_bytes,
     ),
     "olora": Scheme(
@@ -283,5 +313,6 @@ SCHEMES: dict[str, Scheme] = {
         num_triplets=lambda r: 0,
         changes_base=False,
         starts_at_model=True,
+        best_rate=BestRate(times_full=8, scaling=2.0),
     ),
 }

@@ -26,7 +26,7 @@ from loraga_dist.errors import RunError
 from loraga_dist.files.disk import write_json
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target
-from loraga_dist.schemes import SCHEMES, Scheme
+from loraga_dist.schemes import FULL_RATE, SCHEMES, Scheme, lora_scaling, times_full_rate
 
 SCHEMA_VERSION = 1
 
@@ -167,6 +167,18 @@ class Report(ReportPart):
     @property
     def scheme(self) -> Scheme:
         return SCHEMES[self.config.init.scheme]
+
+    @property
+    def times_full_rate(self) -> float:
+        """What full fine-tuning's learning rate is multiplied by for a first try at training from here."""
+        lora = self.config.lora
+        scaling = lora_scaling(lora.lora_alpha, lora.r, lora.use_rslora)
+        return times_full_rate(self.scheme, self.config.init.gamma, scaling)
+
+    @property
+    def learning_rate(self) -> float:
+        """To try first, of one digit, where full fine-tuning's is not known."""
+        return float(f"{self.times_full_rate * FULL_RATE:.0e}")
 
     @property
     def is_dora(self) -> bool:

@@ -213,7 +213,10 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
     old = load_config(source / RESOLVED_CONFIG)
     # the source's own push and trackers were its run's
     of_init = [word for key, value in _OF_INIT_ALONE.items() for word in (f"--output.{key}", value)]
-    new = load_config(source / RESOLVED_CONFIG, [*of_init, *overrides, "--output.dir", str(to.expanduser().resolve())])
+    words = [*of_init, *overrides, "--output.dir", str(to.expanduser().resolve())]
+    new = load_config(source / RESOLVED_CONFIG, ["--init.stable_gamma", "null", *words])
+    if new.init.scheme == old.init.scheme:  # another has a gamma of its own
+        new = load_config(source / RESOLVED_CONFIG, words)
     changed = {
         f"{section}.{key}": value
         for section in ("model", "calibration", "gradient", "lora")

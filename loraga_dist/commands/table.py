@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from loraga_dist.errors import UserError, VerificationError
+from loraga_dist.errors import UserError, VerificationError, printable
 from loraga_dist.ranks.session import run_alone, run_as_rank
 from loraga_dist.ranks.words import require_said
 
@@ -39,8 +39,13 @@ class Command:
     takes_overrides: bool = False
 
 
+def _say(line: str, file: TextIO | None = None) -> None:
+    """Print a line that has names in it."""
+    print(printable(line), file=file)
+
+
 def _add_init(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", required=True, help="YAML file; `loraga-dist config` prints one to fill in")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
     # the deepspeed launcher adds it; LOCAL_RANK says the same
@@ -68,7 +73,7 @@ def _init(options: argparse.Namespace, overrides: Sequence[str], world: World, s
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", required=True, help="YAML file; `loraga-dist config` prints one to fill in")
     parser.add_argument("--ranks", type=_positive(int), default=1, help="processes, one per device (default 1)")
     parser.add_argument("--gib_per_rank", type=_positive(float), help="memory of one device; says what fits")
     parser.add_argument("--device_tflops", type=_positive(float), help="peak of one device; gives a time range")
@@ -133,7 +138,7 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
-    print(f"{directory}: verified, {result.num_targets} targets{checked}")
+    _say(f"{directory}: verified, {result.num_targets} targets{checked}")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -160,17 +165,17 @@ def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         show_progress=sys.stderr.isatty(),
     )
     for warning in found.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        _say(f"warning: {warning}", file=sys.stderr)
     if found.r is not None:
         worst = min(found.kept_energy, key=found.kept_energy.__getitem__)
-        print(
+        _say(
             f"{options.to}: LoRA of rank {found.r} on {found.base}, {found.num_targets} targets; "
             f"kept energy {found.total_kept_energy:.6f}, least {found.kept_energy[worst]:.6f} in {worst}"
         )
         for line in how_to_serve(options.to, found.base, found.r, found.saved_parameters):
-            print(f"serve: {line}")
+            _say(f"serve: {line}")
     if options.merge is not None:
-        print(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in")
+        _say(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in")
 
 
 def how_to_serve(adapter: Path, base: str, r: int, saved_parameters: Sequence[str]) -> list[str]:
@@ -198,7 +203,7 @@ def _materialize_base(options: argparse.Namespace, overrides: Sequence[str]) -> 
     from loraga_dist.commands.materialize import materialize_base
 
     path = materialize_base(options.directory, to=options.to, base=options.base, show_progress=sys.stderr.isatty())
-    print(f"{path}: the base that loraga_init is trained on, verified")
+    _say(f"{path}: the base that loraga_init is trained on, verified")
 
 
 def _add_rebuild(parser: argparse.ArgumentParser) -> None:
@@ -221,8 +226,8 @@ def _rebuild(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         show_progress=sys.stderr.isatty(),
     )
     for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"{options.to}: from the factors of {options.directory}; verified: {verified}")
+        _say(f"warning: {warning}", file=sys.stderr)
+    _say(f"{options.to}: from the factors of {options.directory}; verified: {verified}")
 
 
 def _add_clean(parser: argparse.ArgumentParser) -> None:
@@ -259,7 +264,14 @@ def _alone(
     return lambda options, overrides: run_alone(lambda: work(options, overrides))
 
 
+def _config(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from loraga_dist.commands.recipe import recipe
+
+    print(recipe(), end="")
+
+
 COMMANDS = {
+    "config": Command("print a configuration to copy, with every key's default", lambda parser: None, _alone(_config)),
     "init": Command("write a LoRA-GA start for a model", _add_init, _on_ranks(_init), takes_overrides=True),
     "plan": Command("say what init would take, and whether it fits", _add_plan, _alone(_plan), takes_overrides=True),
     "verify": Command("check an output directory from its files alone", _add_verify, _alone(_verify)),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+
+import yaml
 
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_OFFSET
@@ -25,7 +28,7 @@ def model_card(report: Report, repo_id: str) -> str:
     return render(
         "card.md.j2",
         report=report,
-        metadata=metadata.to_yaml(),
+        metadata=yaml.safe_dump(metadata.to_dict(), sort_keys=False, width=math.inf).rstrip(),  # in ASCII, escaped
         base=name if on_hub else Path(name).name,
         revision=config.model.revision,
         auto_class=AUTO_CLASSES[config.lora.task_type],

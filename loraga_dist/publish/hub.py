@@ -15,7 +15,7 @@ from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, README, REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import OutputConfig
-from loraga_dist.errors import RunError, UserError
+from loraga_dist.errors import RunError, UserError, printable
 from loraga_dist.publish.card import model_card
 from loraga_dist.ranks.world import World
 
@@ -57,7 +57,7 @@ def push_output(directory: Path, report: Report, world: World) -> None:
             time.sleep(0.2)
     with world.together():
         if upload is not None:
-            print(f"pushed to {upload.result()}", flush=True)
+            print(printable(f"pushed to {upload.result()}"), flush=True)
 
 
 def _is_done(upload: Future[str] | None, world: World) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraga_dist.artifacts.report import Report, TargetReport
+from loraga_dist.errors import printable
 from loraga_dist.publish.rendering import DASH
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a $ in a name is none of TeX's
 }
 
 _Grid = dict[str, dict[int | None, list[TargetReport]]]
@@ -60,7 +62,7 @@ def draw(report: Report, directory: Path) -> list[tuple[str, str]] | None:
 
 
 def _by_kind_and_layer(targets: Mapping[str, TargetReport]) -> _Grid:
-    patterns = {name: re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in targets}
+    patterns = {name: re.sub(r"(?<![^.])\d+(?![^.])", "*", printable(name)) for name in targets}
     label = _short_names(dict.fromkeys(patterns.values()))
     kinds: _Grid = {}
     for name, target in targets.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report, TargetReport
+from loraga_dist.errors import printable
 from loraga_dist.model.base import AUTO_CLASSES
 from loraga_dist.publish.rendering import render
 
@@ -19,7 +21,7 @@ from loraga_dist.publish.rendering import render
 def print_summary(report: Report, directory: str, verified: str) -> None:
     """The closing table: per kind of module, seconds per phase, memory per rank, files, what to do next."""
     console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 110)
-    table = Table(title=f"{report.scheme.title} start of {report.config.model.name_or_path}")
+    table = Table(title=printable(f"{report.scheme.title} start of {report.config.model.name_or_path}"))
     for column in ("module", "targets", "M x N", "r", "captured energy", "split-half cosine", "offset ratio"):
         table.add_column(column, justify="left" if column == "module" else "right")
     kinds: dict[tuple[Any, ...], list[TargetReport]] = {}
@@ -28,7 +30,7 @@ def print_summary(report: Report, directory: str, verified: str) -> None:
     for (kind, M, N), members in kinds.items():
         ranks = sorted({member.r for member in members})
         table.add_row(
-            kind,
+            printable(kind),
             str(len(members)),
             f"{M} x {N}",
             str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
@@ -38,7 +40,7 @@ def print_summary(report: Report, directory: str, verified: str) -> None:
         )
     console.print(table)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        console.print(f"warning: {printable(warning)}", style="yellow", soft_wrap=True)
     text = render("summary.txt.j2", report=report, directory=directory, verified=verified)
     console.print(text, soft_wrap=True, end="")
 
@@ -57,18 +59,21 @@ def readme(report: Report) -> str:
         adapter=adapter,
         start_base=start_base,
         auto_class=AUTO_CLASSES[config.lora.task_type],
-        trainers=_trainer_configs(start_base, adapter),
+        trainers=_trainer_configs(start_base, adapter, report.learning_rate),
     )
 
 
-def _trainer_configs(base: str, adapter: str) -> dict[str, str]:
+def _trainer_configs(base: str, adapter: str, learning_rate: float) -> dict[str, str]:
     """What to write into the configuration files of trainers, by their names."""
     configs = {
         "Axolotl": {"base_model": base, "adapter": "lora", "lora_model_dir": adapter},
         "LLaMA-Factory": {"model_name_or_path": base, "adapter_name_or_path": adapter, "finetuning_type": "lora"},
         "ms-swift": {"model": base, "adapters": [adapter], "tuner_type": "lora"},
     }
-    return {trainer: yaml.safe_dump(config, sort_keys=False) for trainer, config in configs.items()}
+    rate = {"learning_rate": learning_rate}
+    return {
+        trainer: yaml.safe_dump(config | rate, sort_keys=False, width=math.inf) for trainer, config in configs.items()
+    }
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -76,7 +76,7 @@ class CheckpointRequest(Request):
     """A request for the model of a checkpoint, to be written to a directory."""
 
     config: InitConfig
-    """With absolute paths and the commit of a hub's model: right from any directory, at any time."""
+    """With absolute paths, the commit of a hub's model and the scheme's gamma: right from anywhere, at any time."""
     base: BaseModel
     slots: dict[str, TensorSlot] | None
     """The checkpoint's tensors by parameter name; None where transformers has to convert them."""
@@ -222,12 +222,15 @@ def _resolved(config: InitConfig, base: BaseModel) -> InitConfig:
     elif deepspeed is not None:
         deepspeed = _absolute(deepspeed)
     model = {"name_or_path": str(base.directory.resolve())} if is_local else {"revision": base.directory.name}
-    calibration = config.calibration
+    init, calibration = config.init, config.calibration
+    if "stable_gamma" in SCHEMES[init.scheme].init_keys:
+        init = init.model_copy(update={"stable_gamma": init.gamma})
     if calibration.dataset_name is None:  # else they lie in that dataset
         calibration = calibration.model_copy(update={"data_files": _absolute(calibration.data_files)})
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model),
+            "init": init,
             "calibration": calibration,
             "output": config.output.model_copy(update={"dir": str(Path(config.output.dir).expanduser().resolve())}),
             "deepspeed": deepspeed,

@@ -279,6 +279,8 @@ def test_rebuilding_goes_between_the_schemes_of_the_gradient(
     expected = logits_of(started(runs("lora_one")))
     assert (logits_of(started(new)) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert main(["rebuild", str(new), "--to", str(back), "--init.scheme", "lora_ga"]) == 0
+    gammas = [read_report(out)["config"]["init"]["stable_gamma"] for out in (source, new, back, runs("pissa"))]
+    assert gammas == [16, 128, 16, None], "each scheme's own, as it was used"
     for key, tensor in read_adapter(source).items():
         assert torch.equal(read_adapter(back)[key], tensor), key
     assert verify(back).residual_checked

@@ -66,7 +66,7 @@ def run_example(example: str, arguments: Sequence[str]) -> torch.Tensor:
     import torch.distributed as dist
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first start, which takes a minute
-    sys.argv = [example, *arguments]
+    sys.argv, sys.path[0] = [example, *arguments], str(Path(example).parent)
     trained = runpy.run_path(example)["main"]()
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     assert getattr(trained, "args", None) is None or trained.args.world_size == world_size, "ranks that share no work"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 from pathlib import Path
@@ -10,6 +11,11 @@ import pytest
 from launching import ROOT
 from test_import_floors import FLOORS
 
+from loraga_dist.commands.recipe import MEANINGS
+from loraga_dist.schemes import SCHEMES, times_full_rate
+
+RSLORA = 16 / math.sqrt(8)
+"""s of the methods that are measured with rsLoRA."""
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -26,10 +32,10 @@ def _rows(document: Path) -> list[list[str]]:
 
 
 def test_every_key_is_in_the_reference() -> None:
-    written = runpy.run_path(str(ROOT / "docs" / "config_reference.py"))
+    reference = runpy.run_path(str(ROOT / "docs" / "config_reference.py"))["reference"]
     text = (ROOT / "docs" / "CONFIG.md").read_text()
-    assert written["reference"]() == text, "run python docs/config_reference.py > docs/CONFIG.md"
-    assert not [key for key in written["MEANINGS"] if f"| `{key}` |" not in text]
+    assert reference() == text, "run python docs/config_reference.py > docs/CONFIG.md"
+    assert not [key for key in MEANINGS if f"| `{key}` |" not in text]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
@@ -64,3 +70,31 @@ def test_figures_in_the_readme_are_the_benchmarks() -> None:
     cosines = {row[0]: row[1].split()[0] for row in _rows(ROOT / "docs" / "BENCHMARKS.md") if len(row) == 4}
     words = " ".join((ROOT / "README.md").read_text().split())
     assert f"is {cosines['LoRA-GA, exact']}, plain LoRA's {cosines['LoRA']};" in words
+
+
+def _best_rates() -> dict[str, list[float]]:
+    """By method, over full fine-tuning's: on `help` and on `headers`."""
+    rows = [row for row in _rows(ROOT / "docs" / "BENCHMARKS.md") if len(row) == 8 and re.fullmatch(r"0\.\d+", row[2])]
+    first, second = ({name: float(rate) for name, _, rate, *_ in half} for half in (rows[:13], rows[13:]))
+    full = [half["full fine-tuning"] for half in (first, second)]
+    return {name: [round(first[name] / full[0], 4), round(second[name] / full[1], 4)] for name in first}
+
+
+def test_learning_rates_are_the_benchmarks() -> None:
+    best = _best_rates()
+    table = [row for row in _rows(ROOT / "docs" / "TRAINING.md") if len(row) == 4 and row[0] in best]
+    assert len(table) == 6
+    for name, _, *rates in table:
+        assert [float(rate) for rate in rates] == best[name], name
+
+    advised = {
+        "LoRA-GA, exact": times_full_rate(SCHEMES["lora_ga"], 16.0, RSLORA),
+        "LoRA-GA, exact, γ = 64": times_full_rate(SCHEMES["lora_ga"], 64.0, RSLORA),
+        "LoRA-One": times_full_rate(SCHEMES["lora_one"], 128.0, RSLORA),
+        "PiSSA": times_full_rate(SCHEMES["pissa"], 1.0, 2.0),
+        "LoRA": times_full_rate(SCHEMES["kaiming"], 1.0, 2.0),
+    }
+    assert advised == {name: pytest.approx(min(best[name])) for name in advised}
+    # the next of the rates that were tried, which are powers of two
+    assert math.log2(times_full_rate(SCHEMES["kaiming"], 1.0, RSLORA)) == pytest.approx(2, abs=0.51)
+    assert times_full_rate(SCHEMES["olora"], 1.0, 2.0) == 1

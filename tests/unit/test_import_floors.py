@@ -68,7 +68,7 @@ INSIDE = {
     "forecast": ["activations", "memory", "forecaster", "report"],
     "publish": ["rendering", "card", "text", "plots", "page", "hub", "tracking"],
     "run": ["finished", "writing", "pipeline"],
-    "commands": ["trained", "convert", "materialize", "rebuild", "save_start", "clean", "table"],
+    "commands": ["trained", "convert", "materialize", "rebuild", "save_start", "clean", "recipe", "table"],
 }
 MAY_IMPORT = {
     "linalg": set(),

@@ -21,7 +21,7 @@ from outputs import read_report
 
 from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import main
-from loraga_dist.errors import RunError
+from loraga_dist.errors import RunError, printable
 from loraga_dist.files.checksums import check_checksums
 from loraga_dist.publish.page import write_report_page
 from loraga_dist.ranks.world import World
@@ -159,6 +159,16 @@ def test_text_is_escaped(report: dict[str, Any], tmp_path: Path) -> None:
     _, page = read(tmp_path)
     assert "script" not in page.tags
     assert evil in page.texts
+
+
+def test_plots_are_drawn_of_any_name(report: dict[str, Any], tmp_path: Path) -> None:
+    nasty = "\x1b[2J\n<script>\u202e$\\frac{$ <a href=x>"
+    write_page(tmp_path, with_targets(report, [f"layers.{layer}.{kind}{nasty}" for layer in (0, 1) for kind in "ab"]))
+    text, page = read(tmp_path)
+    assert text.count("<svg") == len(PLOTS)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert len([tag for tag in page.tags if tag == "script"]) <= 1 and page.addresses.count("x") == 0
+    assert sum(printable(nasty) in words for words in page.texts) > 4, "in the table and in plots"
 
 
 def test_values_that_are_missing_are_dashes(report: dict[str, Any], tmp_path: Path) -> None:

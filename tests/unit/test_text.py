@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from builders import report_tree, target_tree
+from transformers import TrainingArguments
 
 from loraga_dist.artifacts.report import Report
 from loraga_dist.publish.text import readme
@@ -38,7 +41,9 @@ def test_lines_are_what_the_trainer_knows(trainer: str) -> None:
     assert block is not None
     config = yaml.safe_load(block[1])
     package, directories = EXPECTED[trainer]
-    assert set(config) <= set(KEYS[package]["keys"])
+    known = set(KEYS[package]["keys"]) | {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(config) <= known
+    assert config["learning_rate"] == 1e-4
     for key, directory in directories.items():
         assert config[key] in (f"{OUT}/{directory}", [f"{OUT}/{directory}"])
 
@@ -56,7 +61,7 @@ def test_what_would_break_markdown_shell_and_python_does_not() -> None:
         config={"model": {"name_or_path": evil}, "init": {"scheme": "lora_one"}, "output": {"dir": "a b"}}
     )
     text = readme(Report.parse(json.dumps(tree)))
-    assert text.startswith('# LoRA-One start of company/\\<b>\\|`x`" # end\n')
+    assert text.startswith('# LoRA-One start of company/\\<b>\\|\\`x\\`"\\x0a# end\n')
     (line,) = [line for line in text.splitlines() if line.startswith("base = ")]
     call = ast.parse(line).body[0].value
     assert call.args[0].value == evil
@@ -84,3 +89,19 @@ def test_ranks_of_a_budget_are_said() -> None:
     targets = {"t": target_tree(), "u": target_tree(r=5)}
     tree = report_tree(targets=targets, rank_budget={"parameters": 300, "spent": 210})
     assert "Ranks 2 to 5; 210 of 300 parameters spent.\n" in readme(Report.parse(json.dumps(tree)))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({}, "Learning rate: 1.4 times full fine-tuning's"),
+        ({"init": {"stable_gamma": 64}, "lora": {"use_rslora": True}}, "Learning rate: 1 times"),
+        ({"init": {"scheme": "kaiming"}}, "Learning rate: 8 times full fine-tuning's"),
+        ({"init": {"scheme": "olora"}}, "Learning rate: none was measured for OLoRA."),
+    ],
+)
+def test_the_learning_rate_follows_from_scheme_gamma_and_scaling(config: dict[str, Any], says: str) -> None:
+    report = Report.parse(json.dumps(report_tree(config=config)))
+    text = readme(report)
+    assert says in text and f"args=SFTConfig(learning_rate={report.learning_rate}, ...)" in text
+    assert f"The {report.learning_rate} above is for" in text
