@@ -14,6 +14,7 @@ from typing import Any
 
 from loraga_dist.artifacts.residual import PlannedFile
 from loraga_dist.files.checksums import TensorDigest
+from loraga_dist.files.disk import BrokenFileError, read_json
 from loraga_dist.files.safetensors_io import dtype_name
 
 Digests = dict[str, tuple[TensorDigest, TensorDigest]]
@@ -65,13 +66,14 @@ class FinishedFiles:
     def _digests(self, file: PlannedFile) -> Digests | None:
         kept, note = self._paths(file.name)
         try:
-            content = json.loads(note.read_bytes())
+            content = read_json(note)
             digests = {
                 key: (TensorDigest.of_json(base), TensorDigest.of_json(residual))
                 for key, (base, residual) in content["digests"].items()
             }
             same_work = content["work"] == self.work and kept.is_file()
-        except (OSError, ValueError, KeyError, TypeError):  # nothing is there, or no whole note of it
+        except (BrokenFileError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            # nothing is there, or no whole note of it
             return None
         held = {key: (residual.dtype, residual.shape) for key, (_, residual) in digests.items()}
         planned = {key: (dtype_name(dtype), shape) for key, (dtype, shape) in file.entries.items()}
