@@ -198,6 +198,7 @@ def make_report(
             targets,
             stopped_by=of_data.get("stopped_by"),
             refine_passes=of_data.get("refine_passes"),
+            identity=None if config.output.residual_dtype == "float32" else start.identity_check,
         ),
         **of_data,
     )

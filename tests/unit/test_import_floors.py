@@ -51,7 +51,7 @@ INSIDE = {
         "verify",
     ],
     "gradients": ["taps", "one_pass", "passes", "gradients", "checkpointer", "calibrate"],
-    "start": ["factors", "rounds", "place", "in_place"],
+    "start": ["factors", "rounds", "place", "identity", "in_place"],
     "forecast": ["activations", "memory", "forecaster", "report"],
     "publish": ["rendering", "card", "text", "plots", "page", "hub", "tracking"],
     "run": ["finished", "writing", "pipeline"],
