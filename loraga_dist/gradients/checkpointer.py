@@ -16,10 +16,11 @@ from loraga_dist.engines.base import EngineState
 from loraga_dist.errors import Preempted, UserError
 from loraga_dist.files.checkpoint import CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World, dotted
 
-_FORMAT = 4
+_FORMAT = 5
 """Of saved states; one of another number is other work."""
 
 
@@ -27,13 +28,21 @@ class Checkpointer:
     """Saves a run's state between microbatches, keeps the groups it has finished, and gives both to the next run of the
     same work.
 
-    work: what must be the same in both, as nested JSON. Every rank calls every method.
+    work: what must be the same in both, as nested JSON. clock: saved with each state, and set on to what it was.
+    Every rank calls every method.
     """
 
     def __init__(
-        self, store: CheckpointStore, work: Mapping[str, Any], stop: StopRequest, minutes: float, world: World
+        self,
+        store: CheckpointStore,
+        work: Mapping[str, Any],
+        stop: StopRequest,
+        minutes: float,
+        world: World,
+        clock: Clock,
     ) -> None:
         self._store = store
+        self.clock = clock
         self.work = {"format": _FORMAT, **work}
         self._stop = stop
         self._seconds = 60 * minutes
@@ -71,6 +80,7 @@ class Checkpointer:
         if self._world.is_main:
             print(f"loraga-dist: going on from {last.path}", file=sys.stderr)
         self.found = found
+        self.clock.go_on_from(last.content["seconds"])
 
     def after_microbatch(self, state: Callable[[], EngineState]) -> None:
         """Save if it is time. Raises Preempted, on all ranks at the same microbatch, when one was asked to stop."""
@@ -79,14 +89,18 @@ class Checkpointer:
         asked, due = self._world.max_(wanted).tolist()
         if asked or due:
             made = state()
-            self._store.save(made.content | {"work": self.work}, made.tensors)
+            self._store.save(made.content | self._of_run, made.tensors)
             self._saved_at = time.monotonic()
         if asked:
             self.leave()
 
     def finish_group(self, state: EngineState) -> None:
-        self._store.finish(state.content | {"work": self.work}, state.tensors)
+        self._store.finish(state.content | self._of_run, state.tensors)
         self._saved_at = time.monotonic()
+
+    @property
+    def _of_run(self) -> dict[str, Any]:
+        return {"work": self.work, "seconds": self.clock.seconds}
 
     def leave_here_if_asked(self) -> None:
         """Within `World.together`: raises Preempted if this rank was asked to stop; the others follow at its end."""

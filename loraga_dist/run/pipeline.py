@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from loraga_dist.gradients.checkpointer import Checkpointer, base_identity
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
+from loraga_dist.ranks.progress import Clock, phase, say
 from loraga_dist.ranks.session import StopRequest
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import require_same_data
@@ -36,6 +36,7 @@ from loraga_dist.request.request import CheckpointRequest, understand, understan
 from loraga_dist.run.finished import num_bytes_kept
 from loraga_dist.run.writing import finish_directory, make_report, write_weights
 from loraga_dist.schemes import SCHEMES
+from loraga_dist.sharding.base import Sharding
 from loraga_dist.sharding.open import open_sharding, sharding_of
 from loraga_dist.start.in_place import Start, start_in_place
 
@@ -52,35 +53,30 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
     Returns the report and what was verified. Raises UserError before weights are allocated wherever the mistake shows
     by then, RunError when the run fails; the output directory appears only when everything in it has been verified.
     """
-    started = time.monotonic()
-    seconds: dict[str, float] = {}
+    clock = Clock()
     return_freed_memory_at_once()
     _import_libraries()
-    with PeakMemory(world.device) as memory:
+    with clock.phase("load"):
         request = _prepare(config, world)
-        forecaster = Forecaster.of(request, world)
-        with world.together():
-            planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
-            refuse_what_cannot_fit(planned, forecaster, world)
-        config, destination = request.config, Path(request.config.output.dir)
-        staged = StagedDirectory(destination, world, overwrite=config.output.overwrite)
-        finished_files = staged.checkpoint_path / RESIDUAL_BASE
+    forecaster = Forecaster.of(request, world)
+    with world.together():
+        planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
+        refuse_what_cannot_fit(planned, forecaster, world)
+    config, destination = request.config, Path(request.config.output.dir)
+    staged = StagedDirectory(destination, world, overwrite=config.output.overwrite)
+    finished_files = staged.checkpoint_path / RESIDUAL_BASE
+    with PeakMemory(world.device) as memory:  # above what understanding took, as the plan is
         staged.create(max(0, sum(Layout.of(request).num_bytes.values()) - num_bytes_kept(finished_files)))
         try:
-            checkpointer = _checkpointer(request, staged.checkpoint_path, stop, world)
-            sharding = open_sharding(world, config.deepspeed)
-            model = sharding.load(request.base, request.slots)
-            seconds["load"] = time.monotonic() - started
+            checkpointer = _checkpointer(request, staged.checkpoint_path, stop, world, clock)
+            model, sharding = _load(request, clock, world)
             start = start_in_place(model, request, sharding=sharding, checkpointer=checkpointer)
-            seconds["calibrate"] = 0.0 if start.gradients is None else start.gradients.seconds_calibrate
-            seconds["factorize"] = start.seconds_factorize
             checkpointer.leave_if_asked()
-            write_started = time.monotonic()
-            fingerprints = write_weights(staged.path, request, start, finished_files, checkpointer, world)
-            checkpointer.leave_if_asked()
-            seconds["write"] = time.monotonic() - write_started
-            seconds["total"] = time.monotonic() - started
-            report = make_report(request, start, fingerprints, seconds, memory.peak_bytes, planned.peak_bytes, world)
+            with clock.phase("write"):
+                fingerprints = write_weights(staged.path, request, start, finished_files, checkpointer, world)
+                checkpointer.leave_if_asked()
+            peaks = memory.peak_bytes, planned.peak_bytes
+            report = make_report(request, start, fingerprints, clock.seconds, peaks, world)
             verified = finish_directory(staged.path, report, world)
             with world.together():
                 if world.is_main:
@@ -177,7 +173,19 @@ def _local_inputs(config: InitConfig) -> list[Path]:
     return [Path(name) for name in named]
 
 
-def _checkpointer(request: CheckpointRequest, directory: Path, stop: StopRequest, world: World) -> Checkpointer:
+def _load(request: CheckpointRequest, clock: Clock, world: World) -> tuple[nn.Module, Sharding]:
+    """The model, and what holds it; a collective. Says before what has been read and what is to come."""
+    if world.is_main:
+        read = f"{request.data.num_samples} sequences, " if request.data else ""
+        say(f"read: {read}{len(request.targets)} targets in {clock.seconds['load']:.1f} s")
+    sharding = open_sharding(world, request.config.deepspeed)
+    with clock.phase("load"), phase("load", request.shape.num_bytes, "B", shown=world.is_main, counted=False):
+        return sharding.load(request.base, request.slots), sharding
+
+
+def _checkpointer(
+    request: CheckpointRequest, directory: Path, stop: StopRequest, world: World, clock: Clock
+) -> Checkpointer:
     config = request.config
     work = {
         **config.model_dump(mode="json", include={"model", "lora", "init", "gradient", "calibration"}),
@@ -185,7 +193,8 @@ def _checkpointer(request: CheckpointRequest, directory: Path, stop: StopRequest
         "data": request.data_fingerprint,
         "loraga_dist": version("loraga_dist"),
     }
-    checkpointer = Checkpointer(CheckpointStore(directory, world), work, stop, config.checkpoint_minutes, world)
+    store = CheckpointStore(directory, world)
+    checkpointer = Checkpointer(store, work, stop, config.checkpoint_minutes, world, clock)
     if config.resume == "auto":
         checkpointer.look()
     else:

@@ -158,12 +158,11 @@ def make_report(
     start: Start,
     fingerprints: Fingerprints,
     seconds: Mapping[str, float],
-    peak_bytes: int,
-    planned_peak_bytes: int,
+    peaks: tuple[int, int],
     world: World,
 ) -> Report:
-    """What there is to say of a run; a collective."""
-    per_rank = world.all_json([peak_bytes, planned_peak_bytes])
+    """What there is to say of a run; a collective. peaks: bytes on this rank, measured and planned."""
+    per_rank = world.all_json(list(peaks))
     config, targets = request.config, start.reports
     of_data: dict[str, Any] = {}
     if start.gradients is not None:

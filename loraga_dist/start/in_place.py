@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,8 @@ from loraga_dist.gradients.gradients import Gradients
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
+from loraga_dist.ranks.memory import return_freed_memory
+from loraga_dist.ranks.progress import Clock
 from loraga_dist.request.request import Request
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
@@ -43,7 +44,6 @@ class Start:
     gradients: Gradients | None
     """None where the scheme takes none."""
     identity_check: IdentityCheck
-    seconds_factorize: float
 
 
 def start_in_place(
@@ -58,12 +58,13 @@ def start_in_place(
     4. Put them into an adapter, and what they take out of the base out of each rank's part of W.
     5. Compare the logits.
     """
+    clock = Clock() if checkpointer is None else checkpointer.clock
     probe = Probe.of(model, request)
     model.requires_grad_(False).eval()  # no dropout, also in the logits that are compared
     gradients = None
     with attached(model, sharding) as module:
         if request.scheme.source == "gradient":
-            gradients = calibrate(module, request, sharding=sharding, checkpointer=checkpointer)
+            gradients = calibrate(module, request, sharding=sharding, clock=clock, checkpointer=checkpointer)
         before = probe.logits(module, sharding)
         rerounded = None
         if request.scheme.changes_base:
@@ -71,20 +72,14 @@ def start_in_place(
 
     plan, lora = _settle_ranks(request, gradients)
 
-    started = time.monotonic()
-    owned = make_owned_factors(
-        model,
-        request,
-        plan,
-        {} if gradients is None else gradients.owned,
-        sharding=sharding,
-        checkpointer=checkpointer,
-    )
-    seconds_factorize = time.monotonic() - started + (0.0 if gradients is None else gradients.seconds_factorize)
+    triplets = {} if gradients is None else gradients.owned
+    with clock.phase("factorize"):
+        owned = make_owned_factors(model, request, plan, triplets, sharding=sharding, checkpointer=checkpointer)
 
     peft_model = add_adapter(model, lora, sharding)
     placed = place_factors(peft_model, plan, owned, sharding=sharding)
     del owned  # rank 0 has all of them now, and two copies would be one too many
+    return_freed_memory()
 
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     peft_model.requires_grad_(False)
@@ -111,7 +106,6 @@ def start_in_place(
         reports={target.name: _report(target, plan, gradients, placed) for target in plan.targets},
         gradients=gradients,
         identity_check=identity_check,
-        seconds_factorize=seconds_factorize,
     )
 
 
