@@ -52,7 +52,7 @@ INSIDE = {
     ],
     "gradients": ["taps", "one_pass", "passes", "gradients", "checkpointer", "calibrate"],
     "start": ["factors", "rounds", "place", "identity", "in_place"],
-    "forecast": ["activations", "memory", "forecaster", "report"],
+    "forecast": ["activations", "memory", "forecaster", "speed", "report"],
     "publish": ["rendering", "card", "text", "plots", "page", "hub", "tracking"],
     "run": ["finished", "writing", "pipeline"],
     "commands": ["trained", "convert", "materialize", "rebuild", "save_start", "table"],
