@@ -81,7 +81,6 @@ class _Calibrator:
         with phase("calibrate", num_left * self._num_steps, "batches", shown=self._world.is_main) as progress:
             while self._at.group < len(groups):
                 self._take_group(progress)
-                return_freed_memory()
         return Gradients(owned=self._owned, facts=self._facts, data=self._used)
 
     @property
@@ -166,6 +165,7 @@ class _Calibrator:
         ) as take:
             for microbatch in left:
                 totals = take(microbatch)
+                return_freed_memory()
                 progress.advance()
                 self._at = at = replace(
                     at,

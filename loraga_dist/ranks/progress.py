@@ -53,7 +53,8 @@ class Progress:
                 self._last_line = now
                 rate = self._done / max(now - self._start, 1e-9)
                 left = f"{(self._total - self._done) / rate:.0f} s left" if self._done else "no end in sight yet"
-                self._say(f"{self._amount(self._done)} of {self._amount(self._total)}, {self._amount(rate)}/s, {left}")
+                done = self._amount(self._done) if self._unit == "B" else self._done
+                self._say(f"{done} of {self._amount(self._total)}, {self._amount(rate)}/s, {left}")
 
     def extend(self, steps: int) -> None:
         """More steps than were announced, or fewer."""

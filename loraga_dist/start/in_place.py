@@ -65,6 +65,7 @@ def start_in_place(
     with attached(model, sharding) as module:
         if request.scheme.source == "gradient":
             gradients = calibrate(module, request, sharding=sharding, clock=clock, checkpointer=checkpointer)
+        return_freed_memory()  # engine state
         before = probe.logits(module, sharding)
         rerounded = None
         if request.scheme.changes_base:

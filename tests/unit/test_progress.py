@@ -27,7 +27,7 @@ def test_a_phase_says_when_it_begins_how_far_it_is_and_when_it_has_ended(
     with phase("calibrate", 8, "batches", shown=True) as steps:
         assert capsys.readouterr().err == "calibrate: 8 batches\n"
         steps.advance()
-        assert re.fullmatch(r"calibrate: 1 batches of 8 batches, .* batches/s, \d+ s left\n", capsys.readouterr().err)
+        assert re.fullmatch(r"calibrate: 1 of 8 batches, .* batches/s, \d+ s left\n", capsys.readouterr().err)
         steps.extend(-6)
         steps.note("split-half cosine 0.50 of 0.9")
         steps.advance()
