@@ -10,7 +10,7 @@ from outputs import make_output, read_report
 from transformers import LlamaForCausalLM
 
 OFF = 0.1
-"""The plan may be, either way. A second copy of this model's largest block, 125 MiB, would be seen in the peak as well as
+"""The plan may be, either way. A second copy of this model's largest block, 125 MiB, would be seen in the peak and
 in the plan."""
 
 
