@@ -23,6 +23,7 @@ from loraga_dist.gradients.one_pass import forward
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory
+from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import Request
 from loraga_dist.schemes import SCHEMES
@@ -192,13 +193,14 @@ class Bench:
             data=BatchSharder(self.microbatches),
             factor_dtypes={target.name: torch.bfloat16 for target in plan.targets},
         )
+        clock = Clock()
         with self._measured() as outcome:
-            found = calibrate(self.model, request, sharding=sharding)
+            found = calibrate(self.model, request, sharding=sharding, clock=clock)
         r = self.shape.r
         for name, svd in found.owned.items():
             outcome.directions[name] = (svd.U_MK[:, r : 2 * r], svd.Vh_KN[:r].T)
         outcome.details |= {
-            "seconds_factorize": found.seconds_factorize,
+            "seconds_factorize": clock.seconds["factorize"],
             "state_bytes": plan.state_bytes_per_rank,
             "reported_captured_energy": {name: facts.captured_energy for name, facts in found.facts.items()},
         }

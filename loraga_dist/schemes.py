@@ -56,6 +56,8 @@ class Scale:
     """What to change where s B0 A0 outweighs W."""
     needs_weight: bool = False
     """`SchemeInputs.weight_S_K` must be there."""
+    workspace_bytes: Callable[[int, int, int], int] = lambda M, N, r: 0
+    """Taken for that, beside the weight as the model holds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +257,12 @@ SCALES: dict[str, Scale] = {
         smaller_offset="raise lora.lora_alpha",
     ),
     # divides by s
-    "weight_svd": Scale(multipliers=_weight_svd, smaller_offset="write init.scale stable", needs_weight=True),
+    "weight_svd": Scale(
+        multipliers=_weight_svd,
+        smaller_offset="write init.scale stable",
+        needs_weight=True,
+        workspace_bytes=lambda M, N, r: 4 * M * N + truncated_svd_bytes(M, N, min(2 * r, M, N)),
+    ),
     "peft": Scale(multipliers=_peft, smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA),
 }
 

@@ -167,7 +167,15 @@ def report_tree(**changes: Any) -> dict[str, Any]:
         "targets": {"t": target_tree()},
         "rank_budget": None,
         "saved_parameters": {},
-        "identity_check": {"max_abs_logit_diff": 1e-6, "max_abs_logit": 3.0, "dtype": "float32"},
+        "identity_check": {
+            "max_abs_logit_diff": 1e-6,
+            "max_abs_logit": 3.0,
+            "dtype": "float32",
+            "kl": 1e-3,
+            "kl_of_rounding": 2e-3,
+            "mean_loss_before": 5.25,
+            "mean_loss_after": 5.5,
+        },  # fmt: skip
         "warnings": [],
     }
     return _merged(tree, changes)

@@ -84,6 +84,33 @@ class IdentityCheck(ReportPart):
     max_abs_logit_diff: Number
     max_abs_logit: Number
     dtype: str
+    """Of the model, in which both were computed."""
+    kl: Number = None
+    """KL(model || start), nats, mean per token."""
+    kl_of_rounding: Number = None
+    """KL(model || the model had its targets been rounded to `dtype` another way); None where no weight is rounded."""
+    mean_loss_before: Number = None
+    """Of the model, on the supervised of these tokens."""
+    mean_loss_after: Number = None
+
+    @property
+    def roundings(self) -> float | None:
+        """The start's divergence as a multiple of what another rounding makes."""
+        return self.kl / self.kl_of_rounding if self.kl is not None and self.kl_of_rounding else None
+
+    @property
+    def summary(self) -> str:
+        """All of it in a line."""
+        parts = []
+        if self.mean_loss_before is not None and self.mean_loss_after is not None:
+            parts.append(f"mean loss {self.mean_loss_before:.4f} -> {self.mean_loss_after:.4f}")
+        if self.kl is not None:
+            judged = "" if self.roundings is None else f", {self.roundings:.2g} x another {self.dtype} rounding"
+            parts.append(f"KL {self.kl:.2g} per token{judged}")
+        if self.max_abs_logit_diff is not None and self.max_abs_logit is not None:
+            largest = f"largest {self.max_abs_logit:.3g} ({self.dtype})"
+            parts.append(f"logits differ by {self.max_abs_logit_diff:.2e} at most, {largest}")
+        return "; ".join(parts) or "no logits were compared"
 
 
 class SpentBudget(ReportPart):

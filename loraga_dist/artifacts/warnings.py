@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loraga_dist.artifacts.report import TargetReport
+from loraga_dist.artifacts.report import IdentityCheck, TargetReport
 from loraga_dist.config import SchemeConfig
 from loraga_dist.schemes import SCHEMES
 
@@ -16,6 +16,9 @@ LOW_WINDOW_CAPTURE = 0.7
 
 LARGE_OFFSET_RATIO = 1
 """Above it the start changes a weight by more than its own size."""
+
+MANY_ROUNDINGS = 4
+"""Above it the residual base is further from the model than another rounding of its weights would be."""
 
 _MORE_DATA = {
     "max_samples": "raise calibration.max_samples, or write auto",
@@ -34,10 +37,12 @@ def find_warnings(
     *,
     stopped_by: str | None,
     refine_passes: int | None,
+    identity: IdentityCheck | None = None,
 ) -> list[str]:
     """What a user should look at before training: one line each, with the worst targets, and what to do.
 
-    stopped_by, refine_passes: None where no gradient was taken.
+    stopped_by, refine_passes: None where no gradient was taken. identity: None where no logits were compared, or files
+    are not rounded as the model in memory is.
     """
     scheme = SCHEMES[init.scheme]
 
@@ -57,6 +62,13 @@ def find_warnings(
         lines.append(
             f"offset_ratio above {LARGE_OFFSET_RATIO} (s*B0*A0 outweighs W) in {_worst(large, targets, highest=True)}: "
             f"{scheme.smaller_offset_at(init.scale)}{rounding}"
+        )
+    if identity is not None and identity.roundings is not None and identity.roundings > MANY_ROUNDINGS:
+        unchanged = " or ".join(name for name, other in SCHEMES.items() if not other.changes_base)
+        lines.append(
+            f"KL from the model {identity.kl:.2g} per token, {identity.roundings:.2g} x that of another "
+            f"{identity.dtype} rounding of the weights: write output.residual_dtype float32, or "
+            f"{scheme.smaller_offset_at(init.scale)}; init.scheme {unchanged} leaves the base as it is"
         )
     if stopped_by is None:
         return lines

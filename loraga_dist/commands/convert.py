@@ -135,7 +135,7 @@ def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, s
     from peft import LoraConfig
 
     kept, total = {}, {}
-    with phase("convert", 2 * len(update.targets), "target", shown=show_progress) as progress:
+    with phase("convert", 2 * len(update.targets), "targets", shown=show_progress) as progress:
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
             A_RN, B_MR, S_J = refactorize(*update.factors(name), r)

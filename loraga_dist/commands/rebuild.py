@@ -23,7 +23,7 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
-from loraga_dist.artifacts.report import Rebuilt, Report, SpentBudget, TargetReport, versions
+from loraga_dist.artifacts.report import IdentityCheck, Rebuilt, Report, SpentBudget, TargetReport, versions
 from loraga_dist.artifacts.residual import digest_base, start_magnitudes, write_model
 from loraga_dist.artifacts.tensors import read_chunks
 from loraga_dist.artifacts.warnings import find_warnings
@@ -117,8 +117,8 @@ class _NewStart:
                 "targets": self.reports,
                 "rank_budget": SpentBudget.of(self.config.init, targets),
                 # no model was loaded to compare logits
-                "identity_check": old.identity_check.model_copy(
-                    update={"max_abs_logit_diff": None, "max_abs_logit": None}
+                "identity_check": IdentityCheck(
+                    max_abs_logit_diff=None, max_abs_logit=None, dtype=old.identity_check.dtype
                 ),
                 "warnings": warnings + _beyond_convergence(self.reports),
                 "rebuilt": Rebuilt(source=str(source.resolve()), seconds=seconds),

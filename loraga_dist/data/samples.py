@@ -40,25 +40,25 @@ def load_samples(
     task_type: TaskType,
     max_positions: int | None,
     num_labels: int | None = None,
-    clock: datetime | None = None,
+    began: datetime | None = None,
 ) -> list[Sample]:
     """Load, shuffle and tokenize the first `most_samples` of the calibration data: the same list on every rank.
 
     Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM; as there, samples that have
     nothing to learn from (after truncation) are left out, and the next ones take their place. Raises UserError, with
     the config key, for data that cannot be read, has the wrong columns or values, does not fit the model's positions,
-    or has no supervised token at all. clock: the time that chat templates print; by default now, for all rows.
+    or has no supervised token at all. began: the time that chat templates print; by default now, for all rows.
     """
     dataset = _load_dataset(config)
     encode = encoder(config, tokenizer, dataset, task_type, num_labels)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    samples, source, clock = [], data_source(config), clock or datetime.now()
+    samples, source, began = [], data_source(config), began or datetime.now()
     for position, row in enumerate(order.tolist()):
         # a data set in which so many samples in a row have no supervised token is taken to have none at all
         if len(samples) == config.most_samples or (not samples and position == config.most_samples):
             break
         limited = blame(*source, f"sample {row} makes no tokens", "mend or remove it", limit_seconds=ROW_SECONDS)
-        with limited, clock_at(clock):
+        with limited, clock_at(began):
             try:
                 inputs = encode(dataset[row])
             except BadRowError as problem:

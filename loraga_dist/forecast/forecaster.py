@@ -17,7 +17,7 @@ from loraga_dist.engines import ENGINES
 from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
 from loraga_dist.forecast.activations import Activations, Shapes, forecast_activations
-from loraga_dist.forecast.memory import RankMemory, Setting, rank_memory
+from loraga_dist.forecast.memory import RankMemory, Setting, rank_memory, weight_workspace_bytes
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
@@ -110,8 +110,15 @@ class Forecaster:
 
     def memory(self, rank: int, shapes: Shapes) -> RankMemory:
         """What a rank will hold. shapes: of its largest microbatch."""
-        num_tokens = math.prod(shapes["input_ids"])
-        return rank_memory(rank, self.plan, self.request.shape, self.activations(shapes), num_tokens, self.setting)
+        return rank_memory(
+            rank,
+            self.plan,
+            self.request.shape,
+            self.activations(shapes),
+            self.setting,
+            num_tokens=math.prod(shapes["input_ids"]),
+            scale=self.config.init.scale,
+        )
 
     def worst(self, shapes: Shapes) -> RankMemory:
         """Of the rank that needs most."""
@@ -119,7 +126,8 @@ class Forecaster:
         for target in plan.targets:
             width = plan.matrices[target.name].width if plan.groups else target.r
             work[plan.owners[target.name]] += width * (target.M + target.N)
-        workspace = {target.name: plan.scheme.workspace_bytes(target.M, target.N, target.r) for target in plan.targets}
+        scale = self.config.init.scale
+        workspace = {target.name: weight_workspace_bytes(plan, scale, target) or 0 for target in plan.targets}
         ranks = {0, work.index(max(work)), plan.owners[max(workspace, key=workspace.__getitem__)]}
         return max((self.memory(rank, shapes) for rank in ranks), key=lambda found: found.peak_bytes)
 

@@ -9,6 +9,8 @@ from loraga_dist.engines import ENGINES, Matrix
 from loraga_dist.forecast.activations import Activations
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.shape import ModelShape
+from loraga_dist.model.targets import Target
+from loraga_dist.schemes import SCALES
 from loraga_dist.sharding.slices import BLOCK_ELEMENTS
 
 RUNTIME_BYTES = 40 * 2**20
@@ -67,12 +69,28 @@ class RankMemory:
         return max(map(_total, self.host.values()), default=0)
 
 
+def weight_workspace_bytes(plan: Plan, scale: str, target: Target) -> int | None:
+    """What the factorization of a target's weight takes beside the weight; None where no weight is factorized."""
+    if plan.scheme.source == "weight":
+        return plan.scheme.workspace_bytes(target.M, target.N, target.r)
+    if plan.scheme.source == "gradient" and SCALES[scale].needs_weight:
+        return SCALES[scale].workspace_bytes(target.M, target.N, target.r)
+    return None
+
+
 def rank_memory(
-    rank: int, plan: Plan, shape: ModelShape, activations: Activations | None, num_tokens: int, setting: Setting
+    rank: int,
+    plan: Plan,
+    shape: ModelShape,
+    activations: Activations | None,
+    setting: Setting,
+    *,
+    num_tokens: int,
+    scale: str,
 ) -> RankMemory:
     """The peak of every phase on one rank. Where activations are None they count as nothing.
 
-    num_tokens: of the largest microbatch.
+    num_tokens: of the largest microbatch. scale: a key of SCALES.
     """
     W = setting.world_size
     gathered = shape.largest_module_numel * shape.num_bytes_each if setting.sharded else 0
@@ -115,11 +133,11 @@ def rank_memory(
 
     if not plan.groups:
         factorize.append(({}, owned_factors))
-    if plan.scheme.source == "weight":
-        for target in owned_targets:
+    for target in owned_targets:
+        workspace = weight_workspace_bytes(plan, scale, target)
+        if workspace is not None:
             whole = shape.num_bytes_each * target.M * target.N if setting.sharded else 0
-            workspace = plan.scheme.workspace_bytes(target.M, target.N, target.r)
-            factorize.append(({"gathered": whole, "workspace": workspace}, owned_factors))
+            factorize.append(({"gathered": whole, "workspace": workspace}, found_host | owned_factors))
 
     largest_target = max(target.adapter_bytes for target in plan.targets)
     largest_block = min(BLOCK_ELEMENTS, max(target.M * target.N for target in plan.targets))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ from loraga_dist.config import Checkpointing
 from loraga_dist.forecast.activations import Shapes
 from loraga_dist.forecast.forecaster import Forecaster, advice, verdict
 from loraga_dist.forecast.memory import RankMemory, Work, work
+from loraga_dist.forecast.speed import measured_tflops
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target
@@ -25,7 +28,16 @@ from loraga_dist.model.targets import Target
 UTILISATION = (0.5, 0.2)
 """Shares of a device's peak flops between which the time range is drawn."""
 
+MEASURED_UTILISATION = (1.0, 0.4)
+"""The same of a measured product: what is not a product (docs/BENCHMARKS.md) takes the rest."""
+
 _GIB = 2**30
+_SECONDS_UNTIL_MINUTES = 120
+_LABEL = 16
+"""Columns of the names of the text's lines."""
+_LEAST_COLUMNS = 80
+_COLUMNS = 110
+"""Where there is no terminal."""
 
 
 class Kind(NamedTuple):
@@ -115,13 +127,35 @@ class PlanReport:
         )
 
     @property
-    def seconds(self) -> dict[str, float] | None:
+    def is_measured(self) -> bool:
+        """The speed is that of this machine's processors: the plan is for CPUs, and nothing else was said."""
+        return self.device_tflops is None and self.forecaster.on_host
+
+    @cached_property
+    def tflops_per_rank(self) -> float | None:
+        if not self.is_measured:
+            return self.device_tflops
+        largest = max(self.plan.targets, key=lambda target: target.M * target.N)
+        num_tokens = self.sequences_per_microbatch * self.tokens_per_sequence
+        return measured_tflops(largest, num_tokens, self.forecaster.request.base.dtype, self.forecaster.world_size)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        return MEASURED_UTILISATION if self.is_measured else UTILISATION
+
+    @property
+    def seconds(self) -> dict[str, float | bool] | None:
         """Of arithmetic; None where the devices are not known."""
-        if self.device_tflops is None:
+        if self.tflops_per_rank is None:
             return None
-        flops, peak = sum(self.work.flops.values()), self.forecaster.world_size * self.device_tflops * 1e12
-        at_least, at_most = (flops / (peak * share) for share in UTILISATION)
-        return {"at_least": at_least, "at_most": at_most, "device_tflops": self.device_tflops}
+        flops, peak = sum(self.work.flops.values()), self.forecaster.world_size * self.tflops_per_rank * 1e12
+        at_least, at_most = (flops / (peak * share) for share in self.shares)
+        return {
+            "at_least": at_least,
+            "at_most": at_most,
+            "device_tflops": self.tflops_per_rank,
+            "measured": self.is_measured,
+        }
 
     @property
     def kinds(self) -> dict[Kind, int]:
@@ -225,13 +259,16 @@ def print_plan(report: PlanReport) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"gib": _gib, "spread": _spread}
+    environment.filters |= {"gib": _gib, "spread": _spread, "duration": _duration}
     lines = environment.get_template("plan.txt.j2")
-    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 110)
+    width = max(_LEAST_COLUMNS, shutil.get_terminal_size((_COLUMNS, 24)).columns)
+    console = Console(highlight=False, markup=False, width=width)
     console.print(_targets_table(report))
     console.print(_memory_table(report.memory))
-    text = lines.render(report=report, base=request.base, shape=request.shape, shares=UTILISATION)
-    console.print(text, soft_wrap=True, end="")
+    text = lines.render(report=report, base=request.base, shape=request.shape)
+    for line in text.splitlines():
+        indent = " " * (4 if line.startswith(" ") else _LABEL)
+        print(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 
 
 def _targets_table(report: PlanReport) -> Table:
@@ -269,3 +306,11 @@ def _spread(numbers: Iterable[int]) -> str:
 
 def _gib(num_bytes: float) -> str:
     return f"{num_bytes / _GIB:.1f}" if num_bytes >= _GIB else f"{num_bytes / _GIB:.3f}"
+
+
+def _duration(seconds: Mapping[str, float]) -> str:
+    """From the least to the most."""
+    least, most = seconds["at_least"], seconds["at_most"]
+    if most < _SECONDS_UNTIL_MINUTES:
+        return f"{least:.2g} to {most:.2g} seconds"
+    return f"{least / 60:.1f} to {most / 60:.1f} minutes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 
@@ -20,30 +19,43 @@ from loraga_dist.files.checkpoint import Checkpoint
 from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
 from loraga_dist.gradients.one_pass import full_float32_matmul, one_pass
-from loraga_dist.gradients.passes import Position, halves_agree
+from loraga_dist.gradients.passes import Position, is_time_to_look, median_cosine, steps_to_reach
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.plan import Plan
-from loraga_dist.ranks.progress import Progress, phase
+from loraga_dist.ranks.memory import return_freed_memory
+from loraga_dist.ranks.progress import Clock, Progress, phase
 from loraga_dist.request.request import Request
 from loraga_dist.sharding.base import Sharding
 
 
 def calibrate(
-    model: nn.Module, request: Request, *, sharding: Sharding, checkpointer: Checkpointer | None = None
+    model: nn.Module,
+    request: Request,
+    *,
+    sharding: Sharding,
+    clock: Clock,
+    checkpointer: Checkpointer | None = None,
 ) -> Gradients:
     """Take the mean gradient of every target, reduced to its owner and factorized there. Every rank calls this.
+
+    clock: gets the phases `calibrate` and `factorize`.
 
     Raises RunError for a loss or gradient that is not finite, or a target whose gradient is zero; UserError for a
     target outside the loss. On every rank alike.
     """
-    return _Calibrator(model, request, sharding, checkpointer).run()
+    return _Calibrator(model, request, sharding, clock, checkpointer).run()
 
 
 class _Calibrator:
     """One calibration on its way: where it stands, what it has found, and when that is saved."""
 
     def __init__(
-        self, model: nn.Module, request: Request, sharding: Sharding, checkpointer: Checkpointer | None
+        self,
+        model: nn.Module,
+        request: Request,
+        sharding: Sharding,
+        clock: Clock,
+        checkpointer: Checkpointer | None,
     ) -> None:
         assert request.data is not None, "a scheme that takes gradients has data"
         self._model = model
@@ -56,33 +68,45 @@ class _Calibrator:
         self._used = DataUsed(num_samples=request.data.num_samples)
         self._owned: dict[str, TruncatedSVD] = {}
         self._facts: dict[str, GradientFacts] = {}
-        self._seconds = (0.0, 0.0)
+        self._clock = clock
         self._within_group: Checkpoint | None = None
+        self._expected_steps = 0
 
     @full_float32_matmul()
     def run(self) -> Gradients:
         self._restore()
+        self._expected_steps = self._num_steps
         groups = self._request.plan.groups
         num_left = len(groups) - self._at.group
-        with phase("calibrate", num_left * self._num_steps, "batch", shown=self._world.is_main) as progress:
+        with phase("calibrate", num_left * self._num_steps, "batches", shown=self._world.is_main) as progress:
             while self._at.group < len(groups):
                 self._take_group(progress)
-        return Gradients(
-            owned=self._owned,
-            facts=self._facts,
-            data=self._used,
-            seconds_calibrate=self._seconds[0],
-            seconds_factorize=self._seconds[1],
-        )
+        return Gradients(owned=self._owned, facts=self._facts, data=self._used)
 
     @property
     def _num_steps(self) -> int:
         """Global microbatches in a pass over the data that is used."""
         return -(-self._used.num_samples // self._batches.samples_per_step)
 
+    def _expect(self, num_steps: int, progress: Progress) -> None:
+        """Have the progress count on so many steps in this and every later group's first pass."""
+        progress.extend((num_steps - self._expected_steps) * (len(self._request.plan.groups) - self._at.group))
+        self._expected_steps = num_steps
+
     def _take_group(self, progress: Progress) -> None:
         """Accumulate the gradients of one group, refine them, factorize them, and keep the result."""
-        started = time.monotonic()
+        with self._clock.phase("calibrate"):
+            engines = self._accumulate(progress)
+        with self._clock.phase("factorize"):
+            facts, owned = self._factorize(engines)
+        self._facts |= facts
+        self._owned |= owned
+        self._at = Position(group=self._at.group + 1)
+        if self._checkpointer is not None:
+            self._checkpointer.finish_group(_finished_state(facts, owned, self._used))
+
+    def _accumulate(self, progress: Progress) -> EngineGroup:
+        """All passes of one group."""
         config, plan = self._request.config, self._request.plan
         engines = EngineGroup.of(
             plan.groups[self._at.group],
@@ -102,21 +126,12 @@ class _Calibrator:
             if self._at.num_microbatches == 0:
                 refining.begin_refinement(self._world)
             self._pass(engines, refining, progress)
-        taken = time.monotonic()
-        facts, owned = self._factorize(engines)
-        self._facts |= facts
-        self._owned |= owned
-        seconds = (taken - started, time.monotonic() - taken)
-        self._seconds = (self._seconds[0] + seconds[0], self._seconds[1] + seconds[1])
-        self._at = Position(group=self._at.group + 1)
-        if self._checkpointer is not None:
-            self._checkpointer.finish_group(_finished_state(facts, owned, self._used, seconds))
+        return engines
 
     def _first_pass(self, engines: EngineGroup, progress: Progress) -> None:
         """The first group's decides how much data there is for all passes to come."""
-        num_steps = self._num_steps
         self._pass(engines, engines, progress, self._request.target_cosine if self._at.group == 0 else None)
-        progress.extend((self._num_steps - num_steps) * (len(self._request.plan.groups) - self._at.group))
+        self._expect(self._num_steps, progress)
         totals, config = self._at.totals, self._request.config.gradient
         self._used = replace(
             self._used,
@@ -150,6 +165,7 @@ class _Calibrator:
         ) as take:
             for microbatch in left:
                 totals = take(microbatch)
+                return_freed_memory()
                 progress.advance()
                 self._at = at = replace(
                     at,
@@ -157,16 +173,24 @@ class _Calibrator:
                     num_samples=min(at.num_samples + self._batches.samples_per_step, self._used.num_samples),
                     totals=at.totals + totals if at.refinement == 0 else at.totals,
                 )
-                is_last = microbatch is left[-1]
-                if target_cosine is not None and halves_agree(
-                    observing, target_cosine, at.num_microbatches, self._world, is_last=is_last
-                ):
-                    self._used = replace(self._used, reached_target=True, num_samples=at.num_samples)
+                looks = is_time_to_look(at.num_microbatches) or microbatch is left[-1]
+                if target_cosine is not None and looks:
+                    self._look(observing, target_cosine, progress)
                 if self._checkpointer is not None:
                     self._checkpointer.after_microbatch(lambda: self._state_within(engines))
                 if at.num_samples == self._used.num_samples:
                     break
         self._at = replace(at, refinement=at.refinement + 1, num_samples=0, num_microbatches=0)
+
+    def _look(self, engines: EngineGroup, target_cosine: float, progress: Progress) -> None:
+        """See whether this was data enough, or else how much there may be to come."""
+        at = self._at
+        cosine = median_cosine(engines, self._world)
+        if cosine >= target_cosine:
+            self._used = replace(self._used, reached_target=True, num_samples=at.num_samples)
+        else:
+            self._expect(steps_to_reach(target_cosine, cosine, at.num_microbatches, self._num_steps), progress)
+        progress.note(f"split-half cosine {cosine:.2f} of {target_cosine:g}")
 
     def _factorize(self, engines: EngineGroup) -> tuple[dict[str, GradientFacts], dict[str, TruncatedSVD]]:
         """The facts of all the group's targets, and this rank's triplets, on the host: they must not crowd the device.
@@ -175,12 +199,18 @@ class _Calibrator:
         """
         matrices, world = self._request.plan.matrices, self._world
         mine, owned = {}, {}
-        with world.together():  # by the first failure of an owner all collectives are done
+        num_owned = sum(matrices[name].owner == world.rank for name in engines.engine_of)
+        # by the first failure of an owner all collectives are done
+        with (
+            world.together(),
+            phase("factorize", num_owned, "targets", shown=world.is_main, nested=True) as progress,
+        ):
             try:
                 for name, found in engines.factorize(world, self._used.num_supervised_tokens):
                     svd = found.svd
                     owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
                     mine[name] = asdict(GradientFacts.of(matrices[name], found))
+                    progress.advance()
             except (RuntimeError, ValueError) as error:
                 if which := getattr(error, "__notes__", None):  # else a collective, which another rank has left
                     raise RunError(f"factorize: the gradient {' '.join(which)}: {error}") from error
@@ -213,8 +243,6 @@ class _Calibrator:
                 if self._request.plan.owners[name] == self._world.rank:
                     parts = {part.name: saved.tensors[f"{name}.{part.name}"] for part in fields(TruncatedSVD)}
                     self._owned[name] = TruncatedSVD(**parts)
-            calibrate_seconds, factorize_seconds = saved.content["seconds"]
-            self._seconds = (self._seconds[0] + calibrate_seconds, self._seconds[1] + factorize_seconds)
             self._used = DataUsed(**saved.content["data"])
         self._at, self._within_group = Position(group=len(found.finished)), found.newest
         if self._within_group is not None:
@@ -226,13 +254,11 @@ def _finished_state(
     facts: Mapping[str, GradientFacts],
     owned: Mapping[str, TruncatedSVD],
     used: DataUsed,
-    seconds: tuple[float, float],
 ) -> EngineState:
     """A group's results, as a later run takes them."""
     content = {
         "facts": {name: asdict(of_target) for name, of_target in facts.items()},
         "data": asdict(used),
-        "seconds": seconds,
     }
     tensors = {f"{name}.{part}": tensor for name, svd in owned.items() for part, tensor in vars(svd).items()}
     return EngineState(content, tensors)

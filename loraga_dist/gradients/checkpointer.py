@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from loraga_dist.errors import Preempted, UserError
 from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.saved import require_finished, require_state
+from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.world import World, dotted
 
-CLOCK = "clock"
-"""In a saved state: the time that the run's chat templates print."""
+BEGAN = "began"
+"""In a saved state: when the work began, as its clock has it."""
 
-_FORMAT = 4
+_FORMAT = 5
 """Of saved states; one of another number is other work."""
 
 
@@ -32,7 +32,8 @@ class Checkpointer:
     """Saves a run's state between microbatches, keeps the groups it has finished, and gives both to the next run of the
     same work.
 
-    work: what must be the same in both, as nested JSON. groups: of the plan. Every rank calls every method.
+    work: what must be the same in both, as nested JSON. groups: of the plan. clock: saved with each state, and set on
+    to what it was. Every rank calls every method.
     """
 
     def __init__(
@@ -40,14 +41,13 @@ class Checkpointer:
         store: CheckpointStore,
         work: Mapping[str, Any],
         groups: Sequence[Sequence[Matrix]],
-        clock: datetime,
+        clock: Clock,
         stop: StopRequest,
         minutes: float,
         world: World,
     ) -> None:
-        """clock: what chat templates took for now, which the next run takes, too."""
         self._store = store
-        self._clock = clock
+        self.clock = clock
         self.work = {"format": _FORMAT, **work}
         self._groups = groups
         self._stop = stop
@@ -88,6 +88,7 @@ class Checkpointer:
         if self._world.is_main:
             print(f"loraga-dist: going on from {last.path}", file=sys.stderr)
         self.found = found
+        self.clock.go_on_from(last.content["seconds"])
 
     def _check(self, saved: Checkpoint, num_finished: int | None) -> None:
         """Raise an exception for what this work did not write; of other work nothing is known, and it is refused."""
@@ -105,18 +106,18 @@ class Checkpointer:
         asked, due = self._world.max_(wanted).tolist()
         if asked or due:
             made = state()
-            self._store.save(made.content | self._of_the_run, made.tensors)
+            self._store.save(made.content | self._of_run, made.tensors)
             self._saved_at = time.monotonic()
         if asked:
             self.leave()
 
     def finish_group(self, state: EngineState) -> None:
-        self._store.finish(state.content | self._of_the_run, state.tensors)
+        self._store.finish(state.content | self._of_run, state.tensors)
         self._saved_at = time.monotonic()
 
     @property
-    def _of_the_run(self) -> dict[str, Any]:
-        return {"work": self.work, CLOCK: self._clock.isoformat()}
+    def _of_run(self) -> dict[str, Any]:
+        return {"work": self.work, BEGAN: self.clock.began.isoformat(), "seconds": self.clock.seconds}
 
     def leave_here_if_asked(self) -> None:
         """Within `World.together`: raises Preempted if this rank was asked to stop; the others follow at its end."""

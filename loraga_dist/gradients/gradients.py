@@ -66,5 +66,3 @@ class Gradients:
     facts: dict[str, GradientFacts]
     """Of all targets, the same on every rank."""
     data: DataUsed
-    seconds_calibrate: float
-    seconds_factorize: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,18 +29,27 @@ class Position:
         return cls(**numbers)
 
 
-def halves_agree(
-    engines: EngineGroup, target_cosine: float, num_microbatches: int, world: World, *, is_last: bool
-) -> bool:
-    """Tell whether the median split-half cosine over all ranks' matrices reaches `target_cosine`; a collective.
-
-    Looks after 4, 6, 8, 12, 16, 24, ... microbatches and after the last one: few collectives, and at most half too many
-    microbatches.
-    """
+def is_time_to_look(num_microbatches: int) -> bool:
+    """After 4, 6, 8, 12, 16, 24, ... microbatches: few collectives, and at most half too many microbatches."""
     step = 2
     while 4 * step <= num_microbatches:
         step *= 2
-    if not is_last and (num_microbatches < 4 or num_microbatches % step):
-        return False
+    return num_microbatches >= 4 and not num_microbatches % step
+
+
+def median_cosine(engines: EngineGroup, world: World) -> float:
+    """The median split-half cosine over all ranks' matrices; a collective."""
     everyone = world.all_json(engines.split_half_cosines(world))
-    return statistics.median(cosine or 0.0 for cosines in everyone for cosine in cosines) >= target_cosine
+    return statistics.median(cosine or 0.0 for cosines in everyone for cosine in cosines)
+
+
+def steps_to_reach(target_cosine: float, cosine: float, num_steps: int, most: int) -> int:
+    """At which look halves will agree by `target_cosine`, if after `num_steps` microbatches they do by `cosine`.
+
+    A half's gradient is the mean one and noise, whose energy falls as one over the data n: cosine = 1 / (1 + c / n).
+    """
+    wanted = num_steps * (1 / cosine - 1) / (1 / target_cosine - 1) if cosine > 0 else most
+    steps = max(num_steps + 1, math.ceil(min(wanted, most)))
+    while not is_time_to_look(steps):
+        steps += 1
+    return min(steps, most)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import FiniteFloat, TypeAdapter
 
 from loraga_dist.engines.base import Entries, Matrix, require_entries
 from loraga_dist.engines.group import EngineGroup
@@ -26,7 +26,7 @@ def require_finished(part: Checkpoint, group: Sequence[Matrix]) -> None:
     if found.keys() != {matrix.name for matrix in group}:
         raise ValueError("its targets are not those of the group")
     _used(part.content["data"])
-    TypeAdapter(tuple[float, float]).validate_json(json.dumps(part.content["seconds"]), strict=True)
+    _require_seconds(part)
     saved = _entries(part)
     for matrix in group:
         M, N, K = matrix.M, matrix.N, matrix.width
@@ -39,11 +39,16 @@ def require_state(state: Checkpoint, groups: Sequence[Sequence[Matrix]], num_fin
     content: dict[str, Any] = state.content["position"]
     position, used = _typed(Position, content), _used(state.content["data"])
     _typed(LossTotals, content["totals"])
+    _require_seconds(state)
     if position.group != num_finished or not 0 <= position.num_samples <= used.num_samples:
         raise ValueError(f"its position is {content}")
     if min(position.refinement, position.num_microbatches, position.totals.num_tokens) < 0:
         raise ValueError(f"its position is {content}")
     EngineGroup.check_state(groups[num_finished], state.content["engines"], _entries(state))
+
+
+def _require_seconds(saved: Checkpoint) -> None:
+    TypeAdapter(dict[str, FiniteFloat]).validate_json(json.dumps(saved.content["seconds"]), strict=True)
 
 
 def _used(content: Any) -> DataUsed:

@@ -80,7 +80,8 @@ def figures(report: Report) -> Iterator[tuple[str, float]]:
     for name in ("peak_bytes_per_rank", "planned_peak_bytes_per_rank"):
         numbers |= {f"{name}/{rank}": number for rank, number in enumerate(getattr(report, name))}
     if report.identity_check:
-        numbers["identity_check/max_abs_logit_diff"] = report.identity_check.max_abs_logit_diff
+        for name in ("max_abs_logit_diff", "kl", "kl_of_rounding", "mean_loss_before", "mean_loss_after"):
+            numbers[f"identity_check/{name}"] = getattr(report.identity_check, name)
     for target, found in report.targets.items():
         numbers |= {f"{name}/{target}": getattr(found, name) for name in _PER_TARGET}
     yield from ((name, number) for name, number in numbers.items() if number is not None)

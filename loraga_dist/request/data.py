@@ -15,10 +15,10 @@ from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
 
 
-def read_data(config: InitConfig, base: BaseModel, world: World, clock: datetime | None = None) -> SampleSharder:
+def read_data(config: InitConfig, base: BaseModel, world: World, began: datetime | None = None) -> SampleSharder:
     """Read, shuffle and tokenize the calibration data, and share it out. Raises UserError; no collective.
 
-    clock: what chat templates take for now.
+    began: what chat templates take for now.
     """
     tokenizer = _load_tokenizer(base.directory, config)
     samples = load_samples(
@@ -27,7 +27,7 @@ def read_data(config: InitConfig, base: BaseModel, world: World, clock: datetime
         task_type=config.lora.task_type,
         max_positions=base.max_positions,
         num_labels=getattr(base.config, "num_labels", None),
-        clock=clock,
+        began=began,
     )
     _check_token_ids(config, base, samples)
     return SampleSharder(

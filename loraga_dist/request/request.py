@@ -114,13 +114,13 @@ def understand(
     *,
     needs_weights: bool = True,
     reads_data: bool = True,
-    clock: datetime | None = None,
+    began: datetime | None = None,
 ) -> CheckpointRequest:
     """Understand a configuration: find the model, choose targets, plan, read the data. No collectives.
 
     needs_weights: without, a directory may hold a config.json alone, as a forecast may be made of.
     reads_data: without, data and DeepSpeed's settings, which only a run needs, are not looked at.
-    clock: what chat templates take for now: the same on every rank, and when a run goes on.
+    began: what chat templates take for now: the same on every rank, and when a run goes on.
     Raises UserError for all that does not fit together.
     """
     if reads_data:
@@ -148,7 +148,7 @@ def understand(
     }
     data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
-        data = read_data(config, base, world, clock)
+        data = read_data(config, base, world, began)
     return CheckpointRequest(
         config=_resolved(config, base),
         plan=make_plan(targets, config.gradient, scheme, world.size),

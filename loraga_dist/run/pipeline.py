@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -26,10 +25,11 @@ from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import StagedDirectory, checkpoint_path_of, free_place
 from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
 from loraga_dist.forecast.report import PlanReport, print_plan
-from loraga_dist.gradients.checkpointer import CLOCK, Checkpointer, base_identity
+from loraga_dist.gradients.checkpointer import BEGAN, Checkpointer, base_identity
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
+from loraga_dist.ranks.progress import Clock, phase, say
 from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import require_same_data
@@ -37,6 +37,7 @@ from loraga_dist.request.request import CheckpointRequest, understand, understan
 from loraga_dist.run.finished import num_bytes_kept
 from loraga_dist.run.writing import finish_directory, make_report, write_weights
 from loraga_dist.schemes import SCHEMES
+from loraga_dist.sharding.base import Sharding
 from loraga_dist.sharding.open import open_sharding, sharding_of
 from loraga_dist.start.in_place import Start, start_in_place
 
@@ -53,36 +54,31 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
     Returns the report and what was verified. Raises UserError before weights are allocated wherever the mistake shows
     by then, RunError when the run fails; the output directory appears only when everything in it has been verified.
     """
-    started = time.monotonic()
-    seconds: dict[str, float] = {}
+    clock = Clock()
     return_freed_memory_at_once()
     _import_libraries()
-    with PeakMemory(world.device) as memory:
-        request, clock = _prepare(config, world)
-        forecaster = Forecaster.of(request, world)
-        with world.together():
-            planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
-            refuse_what_cannot_fit(planned, forecaster, world)
-        config, destination = request.config, Path(request.config.output.dir)
-        staged = StagedDirectory(destination, world, overwrite=config.output.overwrite)
-        finished_files = staged.checkpoint_path / RESIDUAL_BASE
-        stop.hold()  # from here on there is something to tidy up, and soon to save
+    with clock.phase("load"):
+        request = _prepare(config, world, clock)
+    forecaster = Forecaster.of(request, world)
+    with world.together():
+        planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
+        refuse_what_cannot_fit(planned, forecaster, world)
+    config, destination = request.config, Path(request.config.output.dir)
+    staged = StagedDirectory(destination, world, overwrite=config.output.overwrite)
+    finished_files = staged.checkpoint_path / RESIDUAL_BASE
+    stop.hold()  # from here on there is something to tidy up, and soon to save
+    with PeakMemory(world.device) as memory:  # above what understanding took, as the plan is
         staged.create(max(0, sum(Layout.of(request).num_bytes.values()) - num_bytes_kept(finished_files)))
         try:
             checkpointer = _checkpointer(request, clock, staged.checkpoint_path, stop, world)
-            sharding = open_sharding(world, config.deepspeed)
-            model = sharding.load(request.base, request.slots)
-            seconds["load"] = time.monotonic() - started
+            model, sharding = _load(request, clock, world)
             start = start_in_place(model, request, sharding=sharding, checkpointer=checkpointer)
-            seconds["calibrate"] = 0.0 if start.gradients is None else start.gradients.seconds_calibrate
-            seconds["factorize"] = start.seconds_factorize
             checkpointer.leave_if_asked()
-            write_started = time.monotonic()
-            fingerprints = write_weights(staged.path, request, start, finished_files, checkpointer, world)
-            checkpointer.leave_if_asked()
-            seconds["write"] = time.monotonic() - write_started
-            seconds["total"] = time.monotonic() - started
-            report = make_report(request, start, fingerprints, seconds, memory.peak_bytes, planned.peak_bytes, world)
+            with clock.phase("write"):
+                fingerprints = write_weights(staged.path, request, start, finished_files, checkpointer, world)
+                checkpointer.leave_if_asked()
+            peaks = memory.peak_bytes, planned.peak_bytes
+            report = make_report(request, start, fingerprints, clock.seconds, peaks, world)
             verified = finish_directory(staged.path, report, world)
             with world.together():
                 if world.is_main:
@@ -106,7 +102,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
 
 def dry_run(config: InitConfig, world: World) -> None:
     """Check settings, model, data and memory as `run` does, then print the plan on rank 0; nothing is written."""
-    request, _ = _prepare(config, world)
+    request = _prepare(config, world, Clock())
     forecaster = Forecaster.of(request, world)
     with world.together():
         refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
@@ -148,10 +144,10 @@ def initialize(
     return start_in_place(model, request, sharding=sharding)
 
 
-def _prepare(config: InitConfig, world: World) -> tuple[CheckpointRequest, datetime]:
+def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointRequest:
     """Understand the request and check it against files, model, data and services. Raises UserError; a collective.
 
-    Also returns the time that chat templates take for now.
+    clock: set to when the work began, if an earlier run did.
     """
     with world.together():
         destination = free_place(
@@ -167,19 +163,19 @@ def _prepare(config: InitConfig, world: World) -> tuple[CheckpointRequest, datet
         if world.is_main:
             check_trackers(config.output)
             check_hub_access(config.output)
-    clock = _clock(config, destination, world)
+    clock.began = _began(config, destination, world)
     with world.together():
-        request = understand(config, world, clock=clock)
+        request = understand(config, world, began=clock.began)
         if request.base.directory.resolve().is_relative_to(destination):
             raise UserError("output.dir", config.output.dir, "holds the base model; write another directory")
     require_same_data(config, request.data_fingerprint, world)
-    return request, clock
+    return request
 
 
-def _clock(config: InitConfig, destination: Path, world: World) -> datetime:
-    """Rank 0's time, or that of the run to go on from: chat templates print it, and it would be other data."""
+def _began(config: InitConfig, destination: Path, world: World) -> datetime:
+    """When the work began: now, by rank 0, or when the run to go on from did. Another would make other data."""
     store = CheckpointStore(checkpoint_path_of(destination), world)
-    saved = store.peek(CLOCK) if config.resume == "auto" else None
+    saved = store.peek(BEGAN) if config.resume == "auto" else None
     now = world.all_texts(datetime.now().isoformat())[0]
     try:
         return datetime.fromisoformat(saved or now)
@@ -195,8 +191,18 @@ def _local_inputs(config: InitConfig) -> list[Path]:
     return [Path(name) for name in named]
 
 
+def _load(request: CheckpointRequest, clock: Clock, world: World) -> tuple[nn.Module, Sharding]:
+    """The model, and what holds it; a collective. Says before what has been read and what is to come."""
+    if world.is_main:
+        read = f"{request.data.num_samples} sequences, " if request.data else ""
+        say(f"read: {read}{len(request.targets)} targets in {clock.seconds['load']:.1f} s")
+    sharding = open_sharding(world, request.config.deepspeed)
+    with clock.phase("load"), phase("load", request.shape.num_bytes, "B", shown=world.is_main, counted=False):
+        return sharding.load(request.base, request.slots), sharding
+
+
 def _checkpointer(
-    request: CheckpointRequest, clock: datetime, directory: Path, stop: StopRequest, world: World
+    request: CheckpointRequest, clock: Clock, directory: Path, stop: StopRequest, world: World
 ) -> Checkpointer:
     config = request.config
     work = {

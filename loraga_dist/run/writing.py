@@ -181,12 +181,11 @@ def make_report(
     start: Start,
     fingerprints: Fingerprints,
     seconds: Mapping[str, float],
-    peak_bytes: int,
-    planned_peak_bytes: int,
+    peaks: tuple[int, int],
     world: World,
 ) -> Report:
-    """What there is to say of a run; a collective."""
-    per_rank = world.all_json([peak_bytes, planned_peak_bytes])
+    """What there is to say of a run; a collective. peaks: bytes on this rank, measured and planned."""
+    per_rank = world.all_json(list(peaks))
     config, targets = request.config, start.reports
     of_data: dict[str, Any] = {}
     if start.gradients is not None:
@@ -224,6 +223,7 @@ def make_report(
             targets,
             stopped_by=of_data.get("stopped_by"),
             refine_passes=of_data.get("refine_passes"),
+            identity=None if config.output.residual_dtype == "float32" else start.identity_check,
         ),
         **of_data,
     )

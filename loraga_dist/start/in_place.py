@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from loraga_dist.artifacts.report import IdentityCheck, TargetReport
 from loraga_dist.config import LoraSection, SchemeName
-from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch, seeded_microbatch
-from loraga_dist.errors import RunError
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.gradients import Gradients
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
-from loraga_dist.ranks.world import World
+from loraga_dist.ranks.memory import return_freed_memory
+from loraga_dist.ranks.progress import Clock
 from loraga_dist.request.request import Request
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.start.place import Placed, add_adapter, place_factors, probe_logits
+from loraga_dist.start.identity import Probe, compare_logits
+from loraga_dist.start.place import Placed, add_adapter, place_factors
 from loraga_dist.start.rounds import make_owned_factors
-
-_FLOAT32_TOLERANCE = 1e-3
-"""Of the largest logit; runs that are right stay below 1e-5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +44,6 @@ class Start:
     gradients: Gradients | None
     """None where the scheme takes none."""
     identity_check: IdentityCheck
-    seconds_factorize: float
 
 
 def start_in_place(
@@ -58,45 +51,53 @@ def start_in_place(
 ) -> Start:
     """Turn a frozen model into its own start. Every rank calls this; none holds the model.
 
-    1. Take gradients over the calibration data, where the scheme wants them, and the logits to compare with.
+    1. Take gradients over the calibration data, where the scheme wants them, and the logits to compare with: the
+       model's, and those of its weights under another rounding, where the start rounds them.
     2. Settle the ranks, where there is a budget for them.
     3. Make A0 and B0, every owner those of its targets.
     4. Put them into an adapter, and what they take out of the base out of each rank's part of W.
     5. Compare the logits.
     """
-    probe = _probe(model, request)
+    clock = Clock() if checkpointer is None else checkpointer.clock
+    probe = Probe.of(model, request)
     model.requires_grad_(False).eval()  # no dropout, also in the logits that are compared
     gradients = None
     with attached(model, sharding) as module:
         if request.scheme.source == "gradient":
-            gradients = calibrate(module, request, sharding=sharding, checkpointer=checkpointer)
-        before = probe_logits(module, probe, sharding)
+            gradients = calibrate(module, request, sharding=sharding, clock=clock, checkpointer=checkpointer)
+        return_freed_memory()  # engine state
+        before = probe.logits(module, sharding)
+        rerounded = None
+        if request.scheme.changes_base:
+            rerounded = probe.rerounded_logits(module, model, request.targets, sharding)
 
     plan, lora = _settle_ranks(request, gradients)
 
-    started = time.monotonic()
-    owned = make_owned_factors(
-        model,
-        request,
-        plan,
-        {} if gradients is None else gradients.owned,
-        sharding=sharding,
-        checkpointer=checkpointer,
-    )
-    seconds_factorize = time.monotonic() - started + (0.0 if gradients is None else gradients.seconds_factorize)
+    triplets = {} if gradients is None else gradients.owned
+    with clock.phase("factorize"):
+        owned = make_owned_factors(model, request, plan, triplets, sharding=sharding, checkpointer=checkpointer)
 
     peft_model = add_adapter(model, lora, sharding)
     placed = place_factors(peft_model, plan, owned, sharding=sharding)
     del owned  # rank 0 has all of them now, and two copies would be one too many
+    return_freed_memory()
 
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     peft_model.requires_grad_(False)
     with attached(peft_model, sharding) as module:
-        after = probe_logits(module.eval(), probe, sharding)
+        after = probe.logits(module.eval(), sharding)
     for parameter in trainable:
         parameter.requires_grad_(True)
     peft_model.train()
-    dtype = next(model.parameters()).dtype
+    identity_check = compare_logits(
+        probe,
+        before,
+        rerounded,
+        after,
+        dtype=next(model.parameters()).dtype,
+        scheme=plan.scheme,
+        world=sharding.world,
+    )
     return Start(
         model=peft_model,
         scheme=request.config.init.scheme,
@@ -105,8 +106,7 @@ def start_in_place(
         factors=placed.factors,
         reports={target.name: _report(target, plan, gradients, placed) for target in plan.targets},
         gradients=gradients,
-        identity_check=_compare_logits(before, after, sharding.world, dtype, must_agree=plan.scheme.starts_at_model),
-        seconds_factorize=seconds_factorize,
+        identity_check=identity_check,
     )
 
 
@@ -117,13 +117,6 @@ def attached(model: nn.Module, sharding: Sharding) -> Iterator[nn.Module]:
         yield sharding.attach(model)
     finally:
         sharding.detach()
-
-
-def _probe(model: nn.Module, request: Request) -> Microbatch:
-    """What logits are compared on: this rank's first microbatch, or seeded token ids where there is no data."""
-    if request.data is None:
-        return seeded_microbatch(model.config, request.config.lora.task_type, PROBE_TOKENS)
-    return request.data.microbatches(0, request.data.samples_per_step, 0)[0]
 
 
 def _settle_ranks(request: Request, gradients: Gradients | None) -> tuple[Plan, LoraSection]:
@@ -143,19 +136,3 @@ def _report(target: Target, plan: Plan, gradients: Gradients | None, placed: Pla
     return TargetReport.of(
         target, owner_rank=plan.owners[target.name], offset_ratio=placed.offset_ratios[target.name], **facts
     )
-
-
-def _compare_logits(
-    before: torch.Tensor, after: torch.Tensor, world: World, dtype: torch.dtype, *, must_agree: bool
-) -> IdentityCheck:
-    largest = torch.tensor([(after - before).abs().max(), before.abs().max()], device=world.device)
-    # a maximum over ranks may lose a NaN
-    diff, scale = world.max_(largest.nan_to_num_(nan=math.inf)).tolist()
-    # lower precisions round W_res, by as much as the offset is large; float32 has no such excuse
-    differs = must_agree and dtype == torch.float32 and diff > _FLOAT32_TOLERANCE * scale
-    if differs or math.isinf(diff):
-        with world.together():
-            raise RunError(
-                f"place: the start's logits differ from the model's by {diff:.3g} (largest logit {scale:.3g})"
-            )
-    return IdentityCheck(max_abs_logit_diff=diff, max_abs_logit=scale, dtype=str(dtype).removeprefix("torch."))

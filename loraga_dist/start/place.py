@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from loraga_dist.config import LoraSection
-from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch
-from loraga_dist.gradients.one_pass import forward, full_float32_matmul
+from loraga_dist.gradients.one_pass import full_float32_matmul
 from loraga_dist.model.factors import product_norm
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target, peft_lora_config
@@ -88,11 +87,3 @@ def _put_magnitudes(layer: Any, target: Target, factors: LoraFactors, *, changes
         V_MN = torch.addmm(V_MN, factors.B_MR, factors.A_RN, alpha=target.scaling)
     norms_M = torch.linalg.vector_norm(V_MN, dim=1, dtype=torch.float64)
     layer.lora_magnitude_vector["default"].weight.copy_(norms_M)
-
-
-@torch.no_grad()
-def probe_logits(model: nn.Module, microbatch: Microbatch, sharding: Sharding) -> torch.Tensor:
-    """Logits at the first positions of this rank's first sequence, float32 on the host; a collective under ZeRO-3."""
-    logits = forward(model, microbatch, sharding.world.device)
-    sharding.release()
-    return logits[:1, :PROBE_TOKENS].float().cpu()

@@ -41,7 +41,9 @@ def make_owned_factors(
     world, config, dtypes = sharding.world, request.config.init, request.factor_dtypes
     rounds = list(zip_longest(*(plan.owned(rank) for rank in range(world.size))))
     made: dict[str, LoraFactors] = {}
-    with phase("factorize", len(plan.targets), "target", shown=world.is_main and not plan.groups) as progress:
+    # what the gradients' triplets are made into is there at once
+    shown = world.is_main and (not plan.groups or needs_weight(config))
+    with phase("factorize", len(plan.targets), "targets", shown=shown) as progress:
         for of_ranks in rounds:
             weight = _own_weight(model, of_ranks, sharding) if needs_weight(config) else None
             mine = of_ranks[world.rank]

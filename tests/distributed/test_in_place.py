@@ -15,13 +15,17 @@ import torch
 from builders import save_model
 from outputs import relative
 from peft import LoraConfig, get_peft_model
+from pieces import PROJECTIONS, load
 from ranks import finish_on_ranks, run_on_ranks
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import loraga_dist
+from loraga_dist.data.microbatches import microbatches_from_batches
+from loraga_dist.gradients.one_pass import forward
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.zero3 import Zero3
+from loraga_dist.start.identity import flip_last_bits
 
 GLOBAL_BATCH = 6
 STEPS = 10
@@ -184,6 +188,32 @@ def test_loss_falls_faster_than_from_default_lora(trained: dict) -> None:
     assert torch.isclose(ours[0], default[0], atol=1e-4), "both start at the pretrained model"
     assert default[0] - default[-1] > 0
     assert ours[0] - ours[-1] > 1.5 * (default[0] - default[-1]), (ours, default)
+
+
+def flip_and_flip_back(model_dir: Path) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of every target's weight in bfloat16: as it was, with bits flipped, and with these flipped back."""
+    world = World.start()
+    loaded = load(model_dir, world)
+    targets, model = loaded.targets(PROJECTIONS), loaded.model
+    names = [target.parameter_name for target in targets]
+    (microbatch, *_) = microbatches_from_batches(batches(1, 1, world), "CAUSAL_LM")
+    seen, module = [whole(model)], loaded.sharding.attach(model)
+    for _ in range(2):
+        with torch.no_grad():
+            forward(module, microbatch, world.device)
+        loaded.sharding.release()
+        flip_last_bits(model, targets, loaded.sharding)
+        seen.append(whole(model))
+    loaded.sharding.detach()
+    return [(seen[0][name], seen[1][name], seen[2][name]) for name in names]
+
+
+def test_ranks_flip_the_bits_that_one_process_does_and_flip_them_back(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", dtype=torch.bfloat16)
+    alone, sharded = (run_on_ranks(flip_and_flip_back, world_size, model)[0] for world_size in (1, 3))
+    for (W, flipped, W_again), (W_3, flipped_3, W_3_again) in zip(alone, sharded, strict=True):
+        assert torch.equal(W, W_again) and not torch.equal(W, flipped)
+        assert torch.equal(W, W_3) and torch.equal(flipped, flipped_3) and torch.equal(W, W_3_again)
 
 
 REFUSED = {

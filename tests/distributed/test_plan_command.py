@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from builders import byte_tokenizer, config_tree, llama_config, save_data, save_model
 from launching import INIT, ROOT, Finished, succeed
@@ -77,6 +78,22 @@ def test_json_of_a_small_plan(tmp_path: Path) -> None:
     assert report["verdict"] == "fits"
     assert report["advice"] == []
     assert not (tmp_path / "out").exists()
+
+
+def test_on_a_cpu_the_time_is_measured_and_the_text_fits_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--config", str(small_config(tmp_path, gradient={"engine": "sketch"})), "--device", "cpu")
+    seconds = json.loads(plan(*command, "--json").stdout)["seconds"]
+    assert seconds["measured"] and 0 < seconds["at_least"] < seconds["at_most"]
+    shared = json.loads(plan(*command, "--ranks", "8", "--json").stdout)["seconds"]
+    assert shared["device_tflops"] < seconds["device_tflops"], "eight ranks share this machine"
+    for columns, most in ((60, 80), (100, 100)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        result = plan(*command)
+        succeed(result)
+        assert max(map(len, result.stdout.splitlines())) <= most
+        assert re.search(r"time: +[\d.]+ to [\d.]+ seconds of arithmetic, .*measured", " ".join(result.stdout.split()))
 
 
 def test_schemes_without_gradients_plan_no_sweep(tmp_path: Path) -> None:

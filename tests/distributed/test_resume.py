@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -156,6 +157,19 @@ def stopped(config: Path) -> Path:
     out = config.parent / "stopped" / "out"
     assert [rank.code for rank in start(config, out, 1, stop=4)] == [143]
     return out.parent
+
+
+def test_seconds_are_those_of_all_runs(config: Path, stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "again")
+    (saved,) = (json.loads(path.read_text())["seconds"] for path in (tmp_path / "again").glob(".out.*/*/state.json"))
+    started = time.monotonic()
+    succeed(start(config, tmp_path / "again" / "out", 1))
+    seconds_here = time.monotonic() - started
+    found = read_report(tmp_path / "again" / "out")["seconds"]
+    assert saved["calibrate"] > 0 and saved["total"] >= saved["load"] + saved["calibrate"]
+    assert all(found[phase] > saved[phase] for phase in ("load", "calibrate", "total"))
+    total = found.pop("total")
+    assert sum(found.values()) <= total <= saved["total"] + seconds_here
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from loraga_dist.gradients.one_pass import forward
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory
+from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import Request
 from loraga_dist.schemes import SCHEMES
@@ -189,7 +190,7 @@ def test_calibrate_against_autograd(kind: str, checkpointing: str, state_device:
         data=BatchSharder(microbatches),
         factor_dtypes={},
     )
-    found = calibrate(model, request, sharding=SingleProcess(World(0, 1, 0, DEVICE)))
+    found = calibrate(model, request, sharding=SingleProcess(World(0, 1, 0, DEVICE)), clock=Clock())
     # a random model's gradients have flat spectra, the hardest for a sketch
     least = {"exact": 0.9999, "sketch": 0.99}[kind]
     reference = model.double()

@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 from loraga_dist.config import GradientConfig, LoraSection
 from loraga_dist.engines import ENGINES
 from loraga_dist.forecast.forecaster import verdict
-from loraga_dist.forecast.memory import Setting, rank_memory, work
+from loraga_dist.forecast.memory import Setting, rank_memory, weight_workspace_bytes, work
+from loraga_dist.linalg.randomized_svd import _CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -55,7 +56,7 @@ def test_shapes_by_hand() -> None:
 
 def test_memory_by_hand() -> None:
     plan, shape = tiny_plan(2, engine="exact", oversampling=8)
-    found = rank_memory(1, plan, shape, None, 16, on_device(2))
+    found = rank_memory(1, plan, shape, None, on_device(2), num_tokens=16, scale="stable")
     block = [(64, 64)] * 2 + [(32, 64)] * 2 + [(112, 64)] * 2 + [(64, 112)]
     gradients = 3 * sum(4 * (M * N + 32 * M + 16 * N) for M, N in block)
     assert found.device["calibrate"]["weights"] == shape.partition_bytes(2)
@@ -67,14 +68,30 @@ def test_memory_by_hand() -> None:
     assert found.device["factorize"]["workspace"] == max(
         ENGINES["exact"].factorization_bytes(matrix) for matrix in mine
     )
-    assert "all A and B" in rank_memory(0, plan, shape, None, 16, on_device(2)).host["write"]
+    assert "all A and B" in rank_memory(0, plan, shape, None, on_device(2), num_tokens=16, scale="stable").host["write"]
+
+
+def test_a_scale_by_the_weights_singular_values_takes_gathered_weights() -> None:
+    plan, shape = tiny_plan(2, engine="sketch", oversampling=8)
+    (down,) = [target for target in plan.owned(0) if (target.M, target.N) == (64, 112)][:1]
+    copy, sixteen_bits = 4 * 64 * 112, 2 * 64 * 112
+    assert weight_workspace_bytes(plan, "stable", down) is None
+    # the SVD of 8 columns: 12 of them in float64 on either side, and a chunk
+    svd = 96 * 8 * (64 + 112) + 8 * CHUNK_ELEMENTS
+    assert weight_workspace_bytes(plan, "weight_svd", down) == copy + svd
+    found = rank_memory(0, plan, shape, None, on_device(2), num_tokens=16, scale="weight_svd")
+    assert found.device["factorize"] == found.device["factorize"] | {"gathered": sixteen_bits, "workspace": copy + svd}
+    assert found.host["factorize"]["owned triplets"] > 0
 
 
 def test_a_small_budget_makes_sweeps_and_less_state() -> None:
     whole, shape = tiny_plan(1, engine="sketch")
     half, _ = tiny_plan(1, engine="sketch", state_budget_gib=whole.state_bytes_per_rank / 2 / 2**30)
     assert len(half.groups) > len(whole.groups) == 1
-    peaks = [rank_memory(0, plan, shape, None, 16, on_device(1)).peak_bytes for plan in (whole, half)]
+    peaks = [
+        rank_memory(0, plan, shape, None, on_device(1), num_tokens=16, scale="stable").peak_bytes
+        for plan in (whole, half)
+    ]
     assert peaks[1] < peaks[0]
     matrix = whole.groups[0][0]
     assert matrix.triplet_bytes == 4 * matrix.width * (matrix.M + matrix.N + 1)

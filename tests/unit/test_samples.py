@@ -514,7 +514,7 @@ def test_templates_print_the_time_they_are_told(tmp_path: Path) -> None:
         tokenizer,
         task_type="CAUSAL_LM",
         max_positions=None,
-        clock=datetime(2001, 2, 3, 4, 5, 6, 7),
+        began=datetime(2001, 2, 3, 4, 5, 6, 7),
     )
     assert {text_of(tokenizer, sample.inputs["input_ids"]) for sample in found} == {"03.02.2001 04:05:06.000007"}
     assert tokenizer.apply_chat_template(CHATS[0]["messages"], tokenize=False) != "03.02.2001 04:05:06.000007"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from builders import target_tree
 
-from loraga_dist.artifacts.report import TargetReport
-from loraga_dist.artifacts.warnings import find_warnings
+from loraga_dist.artifacts.report import IdentityCheck, TargetReport
+from loraga_dist.artifacts.warnings import MANY_ROUNDINGS, find_warnings
 from loraga_dist.config import SchemeConfig
 from loraga_dist.schemes import SCALES, SchemeInputs
 
@@ -114,3 +114,19 @@ def test_the_advice_makes_the_offset_smaller(scale: str) -> None:
     assert ("raise lora.lora_alpha" in line) == (size(scaling=4.0) < 0.9 * size())
     assert ("raise init.stable_gamma" in line) == (size(stable_gamma=64.0) < 0.9 * size())
     assert ("write init.scale" in line) == (size(scaling=1.0) == pytest.approx(size()))
+
+
+def test_a_start_that_is_further_off_than_another_rounding_is_warned_of() -> None:
+    def warned(kl: float, scheme: str = "lora_ga") -> list[str]:
+        check = IdentityCheck(
+            max_abs_logit_diff=1.0, max_abs_logit=9.0, dtype="bfloat16", kl=kl, kl_of_rounding=2.0**-10
+        )
+        init = SchemeConfig.model_validate({"scheme": scheme})
+        return find_warnings(init, {}, stopped_by=None, refine_passes=None, identity=check)
+
+    assert warned(MANY_ROUNDINGS * 2.0**-10) == []
+    (line,) = warned(8 * 2.0**-10)
+    assert "KL from the model 0.0078 per token, 8 x that of another bfloat16 rounding" in line
+    assert "output.residual_dtype float32" in line and "raise init.stable_gamma" in line
+    assert "init.scheme lora_one or kaiming" in line
+    assert "lower lora.lora_alpha" in warned(8 * 2.0**-10, "pissa")[0]
