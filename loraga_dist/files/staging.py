@@ -30,6 +30,8 @@ def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: It
         destination = path.expanduser().resolve()
         if len(os.fsencode(destination.name)) > LONGEST_NAME:
             raise OSError(f"the files beside it have longer names, so that {LONGEST_NAME} bytes are left for its own")
+        if not destination.name:
+            raise OSError("it has no name")
         if destination.exists():
             if not overwrite:
                 raise _exists(key, path)
