@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -82,6 +83,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _OVERRIDES
 
 
+def _path(text: str) -> Path:
+    path = Path(text)
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise argparse.ArgumentTypeError(f"{text!r}: {error.strerror}; write another path") from error
+    return path
+
+
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
@@ -114,8 +125,8 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
+    parser.add_argument("directory", type=_path)
+    parser.add_argument("--base", type=_path, help="directory of the original model, if it is not where it was")
 
 
 def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -142,12 +153,12 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--init", type=Path, required=True, help="loraga_init in its output directory")
-    parser.add_argument("--trained", type=Path, required=True, help="the adapter as the trainer saved it")
-    parser.add_argument("--to", type=Path, help="where the adapter for the original base goes")
+    parser.add_argument("--init", type=_path, required=True, help="loraga_init in its output directory")
+    parser.add_argument("--trained", type=_path, required=True, help="the adapter as the trainer saved it")
+    parser.add_argument("--to", type=_path, help="where the adapter for the original base goes")
     parser.add_argument("--rank", type=int, help="truncate to this rank; by default all that the update has")
-    parser.add_argument("--merge", type=Path, help="where a merged model goes")
-    parser.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
+    parser.add_argument("--merge", type=_path, help="where a merged model goes")
+    parser.add_argument("--base", type=_path, help="directory of the original model, if it is not where it was")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results of convert")
 
 
@@ -194,9 +205,9 @@ def how_to_serve(adapter: Path, base: str, r: int, saved_parameters: Sequence[st
 
 
 def _add_materialize_base(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, help="an output directory without residual_base")
-    parser.add_argument("--to", type=Path, help="by default residual_base/ in that directory")
-    parser.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
+    parser.add_argument("directory", type=_path, help="an output directory without residual_base")
+    parser.add_argument("--to", type=_path, help="by default residual_base/ in that directory")
+    parser.add_argument("--base", type=_path, help="directory of the original model, if it is not where it was")
 
 
 def _materialize_base(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -207,9 +218,9 @@ def _materialize_base(options: argparse.Namespace, overrides: Sequence[str]) -> 
 
 
 def _add_rebuild(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, help="an output directory with its factors/")
-    parser.add_argument("--to", type=Path, required=True, help="the new output directory")
-    parser.add_argument("--base", type=Path, help="directory of the original model, if it is not where it was")
+    parser.add_argument("directory", type=_path, help="an output directory with its factors/")
+    parser.add_argument("--to", type=_path, required=True, help="the new output directory")
+    parser.add_argument("--base", type=_path, help="directory of the original model, if it is not where it was")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     parser.epilog = "Keys of lora, init and output can be given as --section.key value."
 

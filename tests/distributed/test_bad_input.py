@@ -430,6 +430,20 @@ def test_verify_refuses_a_directory_that_is_not_there(tmp_path: Path) -> None:
     ]
 
 
+def test_a_path_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, why in ((str(tmp_path / ("x" * 300)), "File name too long"), (str(tmp_path / "loop"), "Too many levels")):
+        for command in (
+            ["verify", path],
+            ["rebuild", path, "--to", "y"],
+            ["materialize-base", str(tmp_path), "--to", path],
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                main(command)
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraga-dist")]
+            assert why in line and line.endswith("; write another path")
+
+
 def test_overwrite_replaces_an_earlier_output(prepare: Prepare) -> None:
     attempt = prepare(setting("lora", target_modules=["q_proj"]))
     init = [INIT, *attempt.arguments]

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from builders import config_tree
-from mutations import DEEP, as_json, as_yaml, change_bytes, change_json, change_tree, odd
+from mutations import DEEP, DIGITS, as_json, as_yaml, change_bytes, change_json, change_tree, odd
 
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.ranks.world import World
@@ -66,7 +66,8 @@ def yaml_file(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
     if dice.random() < 0.2:
         content = change_bytes(content, dice)
     (directory / "config.yaml").write_bytes(content)
-    return Case([dice.choice(["init", "init", "plan"]), "--config", str(directory / "config.yaml"), "--dry_run"])
+    command = dice.choice([["init", "--dry_run"], ["init", "--dry_run"], ["plan"]])
+    return Case([*command, "--config", str(directory / "config.yaml")])
 
 
 def command_line(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
@@ -79,16 +80,14 @@ def command_line(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
     ]
     words = _init(directory, _tree(inputs, directory))
     if dice.random() < 0.2:
-        words[0], words[-1] = (
-            "plan",
-            dice.choice(["--json", "--ranks", "--gib_per_rank", "--device", "--device_tflops"]),
-        )
+        option = dice.choice(["--ranks", "--gib_per_rank", "--device", "--device_tflops"])
+        words = ["plan", *words[1:-1], *dice.choice([["--json"], [option, str(odd(dice)).replace("\0", "")[:99]]])]
     for _ in range(dice.choice([1, 1, 2])):
         value = odd(dice)
         text = value if isinstance(value, str) else json.dumps(value)
         words += [
             f"--{dice.choice(keys)}",
-            text.replace(DEEP, "[" * 3000).replace("\0", "").replace("\ud800", "\udcff"),
+            text.replace(DEEP, "[" * 3000).replace(DIGITS, "9" * 5000).replace("\0", "").replace("\ud800", "\udcff"),
         ]
     if dice.random() < 0.1:
         words.insert(dice.randrange(1, len(words)), str(dice.choice(["--", "-", "--=", "x", "--lora", "--lora.r="])))
