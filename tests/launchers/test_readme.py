@@ -130,3 +130,21 @@ def test_command(quickstarted: Clone, command: str) -> None:
 @pytest.mark.parametrize("program", programs(), ids=lambda program: program.splitlines()[0])
 def test_program(quickstarted: Clone, program: str) -> None:
     succeed(quickstarted.shell(f"python -c {shlex.quote(program)}"))
+
+
+def test_the_readmes_way_on_a_model_of_ones_own(quickstarted: Clone) -> None:
+    """A recipe of defaults, `init`, an example at its own rate and steps, `convert`: the loss falls, and all fits."""
+    for line in commands():
+        if line.startswith(("loraga-dist config", "loraga-dist init --config my.yaml")):
+            succeed(quickstarted.once(line))
+    assert read_report(quickstarted.root / "runs" / "mine")["config"]["gradient"]["engine"] == "auto"
+    data = "build/quickstart/calibration.jsonl"
+    trained = quickstarted.shell(
+        f"python examples/train_trainer.py --loraga_dir runs/mine --data {data} --output runs/mine-trained"
+    )
+    succeed(trained)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", trained.stdout)]
+    assert len(losses) == 20 and sum(losses[10:]) / 10 < losses[0]
+    assert sum(losses[10:]) < sum(losses[:10]) and "warning: the loss rises" not in trained.stdout
+    words = "--init runs/mine/loraga_init --trained runs/mine-trained/trained --to runs/mine-converted"
+    succeed(quickstarted.shell(f"loraga-dist convert {words}"))
