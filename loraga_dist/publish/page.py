@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 
 from loraga_dist.artifacts.names import PLOTS, REPORT_PAGE
-from loraga_dist.artifacts.report import Report
+from loraga_dist.artifacts.report import Report, TargetReport
+from loraga_dist.config import CalibrationConfig
 from loraga_dist.files.disk import naming_write_errors
 from loraga_dist.publish.plots import draw
-from loraga_dist.publish.rendering import render
+from loraga_dist.publish.rendering import DASH, render
 
 
 def write_report_page(directory: Path, report: Report) -> None:
@@ -17,5 +20,27 @@ def write_report_page(directory: Path, report: Report) -> None:
     Raises RunError when a file cannot be written.
     """
     with naming_write_errors(directory, "write: "):
-        page = render("report.html.j2", report=report, drawings=draw(report, directory / PLOTS))
+        engines = Counter(target.engine for target in report.targets.values() if target.engine is not None)
+        page = render(
+            "report.html.j2",
+            report=report,
+            drawings=draw(report, directory / PLOTS),
+            rows=sorted(report.targets.items(), key=lambda row: _goodness(row[1])),
+            engines=", ".join(f"{number} {engine}" for engine, number in engines.items()),
+            data=_data(report.config.calibration),
+            versions=", ".join(f"{package} {version}" for package, version in report.versions.items()),
+            dash=DASH,
+        )
         (directory / REPORT_PAGE).write_text(page, encoding="utf-8")
+
+
+def _goodness(target: TargetReport) -> tuple[float, float]:
+    """What the table is sorted by at first: captured energy, and where no gradient says it, how small the offset is."""
+    energy, offset = target.captured_energy, target.offset_ratio
+    return (math.inf if energy is None else energy, math.inf if offset is None else -offset)
+
+
+def _data(calibration: CalibrationConfig) -> str:
+    files = [calibration.data_files] if isinstance(calibration.data_files, str) else calibration.data_files or []
+    named = [calibration.dataset_name, calibration.dataset_config, *files, calibration.split]
+    return ", ".join(name for name in named if name)

@@ -25,6 +25,8 @@ _LAYER_COLORS = ("#2f7ed8", "#9b6bcc", "#e0732e")
 """From the first layer to the last: of one lightness, so that lines show on white and on black."""
 _WIDTH_INCHES = 5.0  # 480 px: two plots side by side on a desktop, and still legible when a phone shrinks them
 _MAX_NUMBERED_COLUMNS = 8
+_LEAST_LACKING = 1e-6
+"""Less than this is the same to the eye."""
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 8.5,
@@ -106,30 +108,30 @@ def _plots(report: Report) -> Iterator[tuple[str, Figure, str]]:
             "The singular values of each target's gradient, divided by its largest: one line a layer. The steeper, the "
             "less a low rank leaves out.",
         )
-    for field, title, cmap, caption in (
+    for field, title, is_share, caption in (
         (
             "captured_energy",
             "Captured energy",
-            "viridis",
+            True,
             "The share of the squared gradient in the leading directions that the start uses; darker is less.",
         ),
         (
             "split_half_cosine",
             "Split-half cosine",
-            "viridis",
+            True,
             "How far two halves of the calibration data agree on the gradient; dark asks for more samples.",
         ),
         (
             "offset_ratio",
             "Offset ratio",
-            "viridis_r",
+            False,
             "‖s B0 A0‖ / ‖W‖, how much of each weight moves into the adapter; dark asks for a smaller scale."
             if report.scheme.changes_base
             else "‖s B0 A0‖ / ‖W‖, how far each weight starts from the original; dark asks for a smaller scale.",
         ),
     ):
         if any(getattr(target, field) is not None for target in report.targets.values()):
-            yield field, _heatmap(grid, field, title, cmap), caption
+            yield field, _heatmap(grid, field, title, is_share=is_share), caption
     yield (
         "memory",
         _memory(report.peak_bytes_per_rank, report.planned_peak_bytes_per_rank),
@@ -208,17 +210,24 @@ def _spectra(grid: _Grid) -> Figure:
     return figure
 
 
-def _heatmap(grid: _Grid, field: str, title: str, cmap: str) -> Figure:
+def _heatmap(grid: _Grid, field: str, title: str, *, is_share: bool) -> Figure:
+    """Shades go by what is lacking, on a logarithmic scale, dark is most: 0.99 and 0.999 are as far apart as 0.9 and
+    0.99. is_share: 1 is best and what lacks is the rest; else 0 is best and it is the value itself."""
     from matplotlib import colormaps
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     layers = _layers(grid)
     values = [[_mean(by_layer.get(layer, []), field) for layer in layers] for by_layer in grid.values()]
-    scale = Normalize(0, max([1.0, *(value for row in values for value in row if not math.isnan(value))]))
-    shade = colormaps[cmap]
+    lacking = [[max(1 - value if is_share else value, _LEAST_LACKING) for value in row] for row in values]
+    known = [value for row in lacking for value in row if not math.isnan(value)]
+    # equal values are of one shade, and noise in the last digit does not look like a difference
+    least, most = min(known), max(*known, 1.5 * min(known))
+    scale = LogNorm(least, most)
+    shade = colormaps["viridis_r"]
     figure = _new_figure(title, 1.0 + 0.34 * len(values))
     axis = figure.add_subplot()
-    image = axis.imshow(values, cmap=shade, norm=scale, aspect="auto", interpolation="nearest")
+    image = axis.imshow(lacking, cmap=shade, norm=scale, aspect="auto", interpolation="nearest")
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
     axis.set_yticks(range(len(values)), [_two_lines(kind, 26) for kind in grid])
@@ -226,14 +235,22 @@ def _heatmap(grid: _Grid, field: str, title: str, cmap: str) -> Figure:
     ticks = range(0, len(layers), step)
     axis.set_xticks(ticks, [DASH if layers[tick] is None else str(layers[tick]) for tick in ticks])
     axis.set_xlabel("layer")
-    bar = figure.colorbar(image, ax=axis, pad=0.02)
+    decades = math.log10(most / least)
+    bar = figure.colorbar(
+        image,
+        ax=axis,
+        pad=0.02,
+        ticks=LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9) if decades < 0.5 else (1, 2, 5)),
+        format=FuncFormatter(lambda lacks, _: f"{1 - lacks if is_share else lacks:.4g}"),
+    )
+    bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.outline.set_visible(False)
     if len(layers) <= _MAX_NUMBERED_COLUMNS:
         for row, by_layer in enumerate(grid.values()):
             for column, layer in enumerate(layers):
                 value = values[row][column]
                 if not math.isnan(value):
-                    red, green, blue, _ = shade(scale(value))
+                    red, green, blue, _ = shade(scale(lacking[row][column]))
                     color = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
                     axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
                 elif layer in by_layer:

@@ -130,3 +130,22 @@ def test_command(quickstarted: Clone, command: str) -> None:
 @pytest.mark.parametrize("program", programs(), ids=lambda program: program.splitlines()[0])
 def test_program(quickstarted: Clone, program: str) -> None:
     succeed(quickstarted.shell(f"python -c {shlex.quote(program)}"))
+
+
+def test_the_readmes_way_on_a_model_of_ones_own(quickstarted: Clone) -> None:
+    """A recipe of defaults, `init`, an example at its own rate and steps, `convert`: the loss falls, and all fits."""
+    for line in commands():
+        if line.startswith(("loraga-dist config", "loraga-dist init --config my.yaml")):
+            succeed(quickstarted.once(line))
+    assert read_report(quickstarted.root / "runs" / "mine")["config"]["gradient"]["engine"] == "auto"
+    few = "head -n 16 build/quickstart/calibration.jsonl > few.jsonl"  # seen five times: epochs compare, batches do not
+    trained = quickstarted.shell(
+        f"{few} && python examples/train_trainer.py --loraga_dir runs/mine --data few.jsonl --output runs/mine-trained"
+    )
+    succeed(trained)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", trained.stdout)]
+    epochs = [sum(losses[first : first + 4]) / 4 for first in range(0, 20, 4)]
+    assert len(losses) == 20 and epochs == sorted(epochs, reverse=True)
+    assert "warning: the loss rises" not in trained.stdout
+    words = "--init runs/mine/loraga_init --trained runs/mine-trained/trained --to runs/mine-converted"
+    succeed(quickstarted.shell(f"loraga-dist convert {words}"))
