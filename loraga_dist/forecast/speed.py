@@ -18,10 +18,10 @@ def measured_tflops(target: Target, num_tokens: int, dtype: torch.dtype, ranks: 
     """Measure x W^T of a target's shape in `dtype`; 10^12 flops a second of each of so many ranks on this machine."""
     x_TN = torch.randn(min(num_tokens, _MOST_TOKENS), target.N).to(dtype)
     W_MN = torch.randn(target.M, target.N).to(dtype)
-    x_TN @ W_MN.t()  # the first takes its kernel from disk
+    torch.mm(x_TN, W_MN.t())  # the first takes its kernel from disk
     started, products = time.perf_counter(), 0
     while (seconds := time.perf_counter() - started) < _SECONDS:
-        x_TN @ W_MN.t()
+        torch.mm(x_TN, W_MN.t())
         products += 1
     # other ranks will want the processors that this product had to itself
     share = min(1.0, len(os.sched_getaffinity(0)) / (ranks * torch.get_num_threads()))
