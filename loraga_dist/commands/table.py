@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from loraga_dist.errors import UserError, VerificationError, printable
+from loraga_dist.errors import UserError, VerificationError
 from loraga_dist.ranks.session import run_alone, run_as_rank
-from loraga_dist.ranks.words import require_said
+from loraga_dist.ranks.words import require_said, say
 
 if TYPE_CHECKING:
     from loraga_dist.ranks.stop import StopRequest
@@ -38,11 +38,6 @@ class Command:
     run: Callable[[argparse.Namespace, Sequence[str]], int]
     """Returns the exit code; never raises for what a user or a machine did."""
     takes_overrides: bool = False
-
-
-def _say(line: str, file: TextIO | None = None) -> None:
-    """Print a line that has names in it."""
-    print(printable(line), file=file)
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
@@ -147,9 +142,9 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             error.add_note(problem)
         raise error
     for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
-    _say(f"{directory}: verified, {result.num_targets} targets{checked}")
+    say(f"{directory}: verified, {result.num_targets} targets{checked}", sys.stdout)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -176,17 +171,18 @@ def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         show_progress=sys.stderr.isatty(),
     )
     for warning in found.warnings:
-        _say(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}")
     if found.r is not None:
         worst = min(found.kept_energy, key=found.kept_energy.__getitem__)
-        _say(
+        say(
             f"{options.to}: LoRA of rank {found.r} on {found.base}, {found.num_targets} targets; "
-            f"kept energy {found.total_kept_energy:.6f}, least {found.kept_energy[worst]:.6f} in {worst}"
+            f"kept energy {found.total_kept_energy:.6f}, least {found.kept_energy[worst]:.6f} in {worst}",
+            sys.stdout,
         )
         for line in how_to_serve(options.to, found.base, found.r, found.saved_parameters):
-            _say(f"serve: {line}")
+            say(f"serve: {line}", sys.stdout)
     if options.merge is not None:
-        _say(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in")
+        say(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in", sys.stdout)
 
 
 def how_to_serve(adapter: Path, base: str, r: int, saved_parameters: Sequence[str]) -> list[str]:
@@ -214,7 +210,7 @@ def _materialize_base(options: argparse.Namespace, overrides: Sequence[str]) -> 
     from loraga_dist.commands.materialize import materialize_base
 
     path = materialize_base(options.directory, to=options.to, base=options.base, show_progress=sys.stderr.isatty())
-    _say(f"{path}: the base that loraga_init is trained on, verified")
+    say(f"{path}: the base that loraga_init is trained on, verified", sys.stdout)
 
 
 def _add_rebuild(parser: argparse.ArgumentParser) -> None:
@@ -237,8 +233,8 @@ def _rebuild(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         show_progress=sys.stderr.isatty(),
     )
     for warning in report.warnings:
-        _say(f"warning: {warning}", file=sys.stderr)
-    _say(f"{options.to}: from the factors of {options.directory}; verified: {verified}")
+        say(f"warning: {warning}")
+    say(f"{options.to}: from the factors of {options.directory}; verified: {verified}", sys.stdout)
 
 
 def _add_clean(parser: argparse.ArgumentParser) -> None:
@@ -252,13 +248,13 @@ def _clean(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     was_there = options.directory.exists()
     found = clean(options.directory, remove=options.yes)
     for path, num_bytes in found:
-        print(f"{path}: {num_bytes} bytes")
+        say(f"{path}: {num_bytes} bytes", sys.stdout)
     if not found:
-        print(f"{options.directory}: nothing is left beside it")
+        say(f"{options.directory}: nothing is left beside it", sys.stdout)
     elif not options.yes:
         print("add --yes to remove all of it; a run that was interrupted would start over")
     elif options.directory.exists() and not was_there:
-        print(f"removed; {options.directory} is put back, which a run was about to replace")
+        say(f"removed; {options.directory} is put back, which a run was about to replace", sys.stdout)
     else:
         print("removed")
 

@@ -75,6 +75,10 @@ class SampleSharder:
     def num_samples(self) -> int:
         return len(self.samples)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample.inputs["input_ids"]) for sample in self.samples)
+
     def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
         """This rank's of samples [start, stop); the first global microbatch gets this number."""
         samples, microbatches = self.samples[start:stop], []

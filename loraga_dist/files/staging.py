@@ -7,13 +7,13 @@ import fcntl
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from loraga_dist.errors import LoragaError, RunError, UserError, blame
 from loraga_dist.files.disk import UNFINISHED_MARK, sync
+from loraga_dist.ranks.words import say
 from loraga_dist.ranks.world import World
 
 LONGEST_NAME = 255 - len("..checkpoint")
@@ -112,10 +112,7 @@ class StagedDirectory:
                 if leftover.exists():
                     num_bytes = tree_bytes(leftover)
                     shutil.rmtree(leftover)
-                    print(
-                        f"loraga-dist: removed {leftover} ({num_bytes} bytes), which a run that died had left",
-                        file=sys.stderr,
-                    )
+                    say(f"loraga-dist: removed {leftover} ({num_bytes} bytes), which a run that died had left")
             self._replaces = self.destination.exists()
             if self._replaces and not self._overwrite:  # another run has finished since this one began
                 raise _exists(self._key, self.destination)
@@ -200,10 +197,9 @@ class StagedDirectory:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            print(
+            say(
                 f"loraga-dist: the file system of {self.destination.parent} has no locks ({error.strerror}): no other "
-                "run may write the same output",
-                file=sys.stderr,
+                "run may write the same output"
             )
 
     def drop_lock(self, *, keep_file: bool = False) -> None:

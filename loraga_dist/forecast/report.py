@@ -17,6 +17,7 @@ from rich.table import Table
 
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.config import Checkpointing
+from loraga_dist.errors import printable
 from loraga_dist.forecast.activations import Shapes
 from loraga_dist.forecast.forecaster import Forecaster, advice, verdict
 from loraga_dist.forecast.memory import RankMemory, Work, work
@@ -62,12 +63,14 @@ class Kind(NamedTuple):
 class PlanReport:
     """Everything the plan says; what it asks the forecaster for is asked once. Memory is of the rank that needs most.
 
-    shapes, num_sequences: of the calibration data where it has been read; else the most that the config allows.
+    shapes, num_sequences, num_tokens: of the calibration data where it has been read; else the most that the config
+    allows.
     """
 
     forecaster: Forecaster
     shapes: Shapes | None = None
     num_sequences: int | None = None
+    num_tokens: int | None = None
     gib_per_rank: float | None = None
     device_tflops: float | None = None
 
@@ -119,7 +122,7 @@ class PlanReport:
         return work(
             self.plan,
             self.forecaster.request.shape,
-            num_tokens=self.num_used * self.tokens_per_sequence,
+            num_tokens=self.num_tokens or self.num_used * self.tokens_per_sequence,
             microbatches_per_rank=self.microbatches_per_rank,
             world_size=self.forecaster.world_size,
             checkpointed=gradient.checkpointing != "none",
@@ -156,6 +159,12 @@ class PlanReport:
             "device_tflops": self.tflops_per_rank,
             "measured": self.is_measured,
         }
+
+    @property
+    def calibration(self) -> str:
+        """In a line: what is done, and how long it takes."""
+        microbatches = f"{self.microbatches_per_rank} microbatches per rank in each of {len(self.plan.groups)} sweeps"
+        return microbatches if self.seconds is None else f"{microbatches}, {_duration(self.seconds)} of arithmetic"
 
     @property
     def kinds(self) -> dict[Kind, int]:
@@ -256,6 +265,7 @@ def print_plan(report: PlanReport) -> None:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -273,12 +283,16 @@ def print_plan(report: PlanReport) -> None:
 
 def _targets_table(report: PlanReport) -> Table:
     model = report.forecaster.config.model.name_or_path
-    table = Table(title=f"{report.plan.scheme.title} plan of {model} on {report.forecaster.world_size} ranks")
+    table = Table(
+        title=f"{report.plan.scheme.title} plan of {printable(model)} on {report.forecaster.world_size} ranks"
+    )
     for column in ("module", "targets", "M x N", "r", "engine", "K", "state MiB each"):
         table.add_column(column, justify="left" if column in ("module", "engine") else "right")
     for kind, count in report.kinds.items():
         shape, state = f"{kind.M} x {kind.N}", f"{kind.state_bytes_each / 2**20:.1f}"
-        table.add_row(kind.module, str(count), shape, str(kind.r), kind.engine or "-", str(kind.width or "-"), state)
+        table.add_row(
+            printable(kind.module), str(count), shape, str(kind.r), kind.engine or "-", str(kind.width or "-"), state
+        )
     return table
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.saved import require_finished, require_state
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.stop import StopRequest
+from loraga_dist.ranks.words import say
 from loraga_dist.ranks.world import World, dotted
 
 BEGAN = "began"
@@ -69,7 +69,7 @@ class Checkpointer:
         found = self._store.read(self._check)
         if self._world.is_main:
             for line in found.problems:
-                print(f"loraga-dist: checkpoint: {line}", file=sys.stderr)
+                say(f"loraga-dist: checkpoint: {line}")
         last = found.newest or (found.finished[-1] if found.finished else None)
         if last is None:
             return
@@ -86,7 +86,7 @@ class Checkpointer:
                     "resume: never to start over, or the old value to go on",
                 )
         if self._world.is_main:
-            print(f"loraga-dist: going on from {last.path}", file=sys.stderr)
+            say(f"loraga-dist: going on from {last.path}")
         self.found = found
         self.clock.go_on_from(last.content["seconds"])
 

@@ -12,6 +12,8 @@ from datetime import datetime
 
 from tqdm import tqdm
 
+from loraga_dist.ranks.words import say
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -88,11 +90,6 @@ def phase(
         progress.begin()
         yield progress
     progress.end()
-
-
-def say(line: str) -> None:
-    """Print a line of progress at once, not when the buffer of a batch job's log is full."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class Clock:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPriva
 from loraga_dist.errors import unforeseen
 from loraga_dist.ranks.rendezvous import addresses_of, listen
 from loraga_dist.ranks.sealed import SealedStore
-from loraga_dist.ranks.words import leave_process, say_why
+from loraga_dist.ranks.words import leave_process, say, say_why
 from loraga_dist.ranks.world import World
 
 BEAT_SECONDS = 1.0
@@ -157,7 +156,7 @@ class Watch:
             if self._store.strangers and not has_warned:
                 has_warned = True
                 at = f"{self._place['host']}:{self._place['port']}"
-                print(f"loraga-dist: what no rank has written at {at} is ignored", file=sys.stderr, flush=True)
+                say(f"loraga-dist: what no rank has written at {at} is ignored")
         return None
 
     def _beat(self, number: int) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from loraga_dist.errors import RunError, printable
 
@@ -76,10 +76,15 @@ def require_said() -> None:
         raise RunError(f"standard output: {lost.strerror}")
 
 
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line at once, on standard error by default, without what a terminal would obey."""
+    print(printable(line), file=sys.stderr if file is None else file, flush=True)
+
+
 def say_why(*lines: str) -> None:
     """Print why this process ends, and leave it to torchrun, too, whose own long summary comes after."""
     for line in lines:
-        print(f"loraga-dist: {printable(line)}", file=sys.stderr, flush=True)
+        say(f"loraga-dist: {line}")
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun shows the earliest failure last; ranks without such a file count from when it sees their end
         before_others = str(int(time.time()) - 1)

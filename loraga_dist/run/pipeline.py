@@ -29,8 +29,9 @@ from loraga_dist.gradients.checkpointer import BEGAN, Checkpointer, base_identit
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
-from loraga_dist.ranks.progress import Clock, phase, say
+from loraga_dist.ranks.progress import Clock, phase
 from loraga_dist.ranks.stop import StopRequest
+from loraga_dist.ranks.words import say
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import require_same_data
 from loraga_dist.request.request import CheckpointRequest, understand, understand_model
@@ -63,6 +64,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
     with world.together():
         planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
         refuse_what_cannot_fit(planned, forecaster, world)
+        if world.is_main:
+            _say_what_comes(request, forecaster, clock)
     config, destination = request.config, Path(request.config.output.dir)
     staged = StagedDirectory(destination, world, overwrite=config.output.overwrite)
     finished_files = staged.checkpoint_path / RESIDUAL_BASE
@@ -107,9 +110,7 @@ def dry_run(config: InitConfig, world: World) -> None:
     with world.together():
         refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
         if world.is_main:
-            num_sequences = None if request.data is None else request.data.num_samples
-            shapes = forecaster.largest_microbatch()
-            print_plan(PlanReport(forecaster=forecaster, shapes=shapes, num_sequences=num_sequences))
+            print_plan(_plan_report(request, forecaster))
 
 
 def initialize(
@@ -191,11 +192,24 @@ def _local_inputs(config: InitConfig) -> list[Path]:
     return [Path(name) for name in named]
 
 
+def _plan_report(request: CheckpointRequest, forecaster: Forecaster) -> PlanReport:
+    known = (
+        {}
+        if request.data is None
+        else {"num_sequences": request.data.num_samples, "num_tokens": request.data.num_tokens}
+    )
+    return PlanReport(forecaster=forecaster, shapes=forecaster.largest_microbatch(), **known)
+
+
+def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: Clock) -> None:
+    read = f"{request.data.num_samples} sequences, " if request.data else ""
+    say(f"read: {read}{len(request.targets)} targets in {clock.seconds['load']:.1f} s")
+    if request.plan.groups:
+        say(f"plan: {_plan_report(request, forecaster).calibration}")
+
+
 def _load(request: CheckpointRequest, clock: Clock, world: World) -> tuple[nn.Module, Sharding]:
-    """The model, and what holds it; a collective. Says before what has been read and what is to come."""
-    if world.is_main:
-        read = f"{request.data.num_samples} sequences, " if request.data else ""
-        say(f"read: {read}{len(request.targets)} targets in {clock.seconds['load']:.1f} s")
+    """The model, and what holds it; a collective."""
     sharding = open_sharding(world, request.config.deepspeed)
     with clock.phase("load"), phase("load", request.shape.num_bytes, "B", shown=world.is_main, counted=False):
         return sharding.load(request.base, request.slots), sharding

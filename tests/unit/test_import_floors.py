@@ -33,9 +33,9 @@ INSIDE = {
     "engines": ["home", "base", "exact", "sketch_state", "sketch", "__init__", "group"],
     "ranks": [
         "balance",
+        "words",
         "progress",
         "memory",
-        "words",
         "launcher",
         "rendezvous",
         "sealed",
