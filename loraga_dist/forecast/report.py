@@ -163,8 +163,9 @@ class PlanReport:
     @property
     def calibration(self) -> str:
         """In a line: what is done, and how long it takes."""
-        microbatches = f"{self.microbatches_per_rank} microbatches per rank in each of {len(self.plan.groups)} sweeps"
-        return microbatches if self.seconds is None else f"{microbatches}, {_duration(self.seconds)} of arithmetic"
+        sweeps = f" in each of {len(self.plan.groups)} sweeps" if len(self.plan.groups) > 1 else ""
+        time = "" if self.seconds is None else f", {_duration(self.seconds)} of arithmetic"
+        return f"{self.microbatches_per_rank} microbatches per rank{sweeps}{time}"
 
     @property
     def kinds(self) -> dict[Kind, int]:

@@ -9,6 +9,7 @@ import importlib
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -193,12 +194,8 @@ def _local_inputs(config: InitConfig) -> list[Path]:
 
 
 def _plan_report(request: CheckpointRequest, forecaster: Forecaster) -> PlanReport:
-    known = (
-        {}
-        if request.data is None
-        else {"num_sequences": request.data.num_samples, "num_tokens": request.data.num_tokens}
-    )
-    return PlanReport(forecaster=forecaster, shapes=forecaster.largest_microbatch(), **known)
+    report, data = PlanReport(forecaster=forecaster, shapes=forecaster.largest_microbatch()), request.data
+    return report if data is None else replace(report, num_sequences=data.num_samples, num_tokens=data.num_tokens)
 
 
 def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: Clock) -> None:

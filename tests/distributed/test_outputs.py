@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,3 +248,21 @@ def test_a_deepspeed_section_needs_no_launcher(tmp_path: Path) -> None:
     config = write_config(tree | {"deepspeed": {"zero_optimization": {"stage": 3}}})
     succeed(run([sys.executable, INIT, "--config", str(config)]))
     assert verify(tmp_path / "out").problems == []
+
+
+def test_each_phase_is_said_with_what_it_has_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, data = save_model(tmp_path / "base"), save_data(tmp_path / "data.jsonl")
+    make_output(config_tree(base, data, tmp_path / "out"))
+    said = capsys.readouterr().err
+    expected = [
+        r"read: 24 sequences, 21 targets in \d+\.\d s",
+        r"plan: 12 microbatches per rank, \d[\d.e-]* to \d[\d.e-]* seconds of arithmetic",
+        r"load: [\d.]+kB",
+        "calibrate: 12 batches",
+        r"calibrate: 12 batches in \d+\.\d s",
+        r"write: [\d.]+kB in \d+\.\d s",
+        r"verify: [\d.]+[kM]B in \d+\.\d s",
+    ]
+    at = [re.search(rf"^{line}$", said, flags=re.MULTILINE) for line in expected]
+    assert all(at), said
+    assert sorted(at, key=lambda found: found.start() if found else 0) == at, said
