@@ -35,7 +35,8 @@ TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['cont
 LINE = re.compile(r"loraga-dist( [a-z-]+)?: ")
 """Ours, or argparse's."""
 TOLD = re.compile(
-    r"loraga-dist: (checkpoint: |going on from|the same command goes on)|usage: | +\[|warning: |[a-z]+: [0-9.k]+ of "
+    r"loraga-dist: (checkpoint: |going on from|the same command goes on)|usage: | +\[|warning: |"
+    r"[a-z]+: [0-9.]+ ?(k?M?B|batches|sequences)\b|Loading weights: |$"
 )
 """What may stand beside it."""
 
