@@ -74,7 +74,8 @@ def neighbour(value: Any, dice: Dice) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        return dice.choice([-value, value + 1, value - 1, value * 2, value * 10**6, float(value), str(value)])
+        as_float = float(value) if abs(value) < 1e300 else value  # 10**400 has none
+        return dice.choice([-value, value + 1, value - 1, value * 2, value * 10**6, as_float, str(value)])
     if isinstance(value, str):
         at = dice.randrange(len(value) + 1)
         return value[:at] + dice.choice(["", "\x07", "x", "/", "(", " "]) + value[at + dice.randrange(2) :]
