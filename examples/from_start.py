@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 
 from loraga_dist.config import CalibrationConfig
 from loraga_dist.data.samples import Sample, load_samples
+from loraga_dist.errors import LoragaError
 
 
 def base_of(loraga_dir: Path) -> tuple[str, str | None]:
@@ -27,10 +29,14 @@ def read_samples(data: str, calibration: CalibrationConfig, tokenizer: Any, num_
     """The file's first samples, shuffled, with the token ids and labels that calibration would make of them.
 
     calibration: of the start, which says what columns mean, where there is a loss, and what is too long.
+    Ends the script with one line where the file holds none.
     """
     here = {"data_files": data, "dataset_name": None, "dataset_config": None, "split": "train"}
     config = calibration.model_copy(update={**here, "max_samples": num_samples})
-    return load_samples(config, tokenizer, task_type="CAUSAL_LM", max_positions=None)
+    try:
+        return load_samples(config, tokenizer, task_type="CAUSAL_LM", max_positions=None)
+    except LoragaError as error:
+        sys.exit(str(error))
 
 
 class FirstLosses:

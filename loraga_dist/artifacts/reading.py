@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +76,8 @@ def read_lora_config(directory: Path) -> LoraConfig:
 
     read_json(directory / ADAPTER_CONFIG)  # where it is missing, PEFT would go and ask the hub
     try:
-        config = PeftConfig.from_pretrained(str(directory))
+        with warnings.catch_warnings(action="ignore"):  # it warns of keys that it passes over
+            config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # whatever PEFT makes of values that are not its own
         raise RunError(f"PEFT cannot load {ADAPTER_CONFIG} ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(config, LoraConfig):

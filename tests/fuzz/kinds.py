@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any
 
 import yaml
 from builders import config_tree
-from mutations import DEEP, DIGITS, as_json, as_yaml, change_bytes, change_json, change_tree, odd
+from mutations import DEEP, DIGITS, Dice, as_json, as_yaml, change_bytes, change_json, change_tree, neighbour, odd
 
+from loraga_dist.artifacts.names import RESOLVED_CONFIG
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.ranks.world import World
 
@@ -41,6 +41,12 @@ def _tree(inputs: Inputs, directory: Path, **sections: Any) -> dict[str, Any]:
     return config_tree(inputs / "model", inputs / "data.jsonl", directory / "out", **sections)
 
 
+def _every_key(inputs: Inputs, directory: Path) -> dict[str, Any]:
+    """A configuration that names all of its keys, as a finished run has written it."""
+    tree = yaml.safe_load((inputs / "out" / RESOLVED_CONFIG).read_text())
+    return tree | {"output": tree["output"] | {"dir": str(directory / "out")}}
+
+
 def _init(directory: Path, tree: dict[str, Any], *options: str) -> list[str]:
     (directory / "config.yaml").write_text(yaml.safe_dump(tree))
     return ["init", "--config", str(directory / "config.yaml"), *(options or ("--dry_run",))]
@@ -53,63 +59,60 @@ def _copy_model(inputs: Inputs, directory: Path, **sections: Any) -> tuple[Path,
     return model, _init(directory, _tree(inputs, directory, **sections) | {"model": {"name_or_path": str(model)}})
 
 
-def _change(path: Path, dice: random.Random) -> None:
+def _change(path: Path, dice: Dice) -> None:
     path.write_bytes(change_json(path.read_bytes(), dice))
 
 
-def yaml_file(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
-    tree = _tree(inputs, directory, init={"seed": 1}, deepspeed={"zero_optimization": {"stage": 3}})
-    tree |= {"checkpoint_minutes": 2.5}
-    for _ in range(dice.choice([1, 1, 1, 2, 3])):
+def yaml_file(inputs: Inputs, directory: Path, dice: Dice) -> Case:
+    tree = _every_key(inputs, directory)
+    for _ in range(dice.choice([1, 1, 1, 2])):
         tree = change_tree(tree, dice)
     content = as_yaml(tree, dice)
-    if dice.random() < 0.2:
+    if dice.happens(0.1):
         content = change_bytes(content, dice)
     (directory / "config.yaml").write_bytes(content)
     command = dice.choice([["init", "--dry_run"], ["init", "--dry_run"], ["plan"]])
     return Case([*command, "--config", str(directory / "config.yaml")])
 
 
-def command_line(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
-    from loraga_dist.config import InitConfig
-
-    keys = [
-        f"{name}.{leaf}" if hasattr(field.annotation, "model_fields") else name
-        for name, field in InitConfig.model_fields.items()
-        for leaf in getattr(field.annotation, "model_fields", [""])
-    ]
+def command_line(inputs: Inputs, directory: Path, dice: Dice) -> Case:
+    tree = _every_key(inputs, directory)
+    values = {key: value for key, value in tree.items() if not isinstance(value, dict)}
+    for section in tree.keys() - values.keys():
+        values |= {f"{section}.{key}": value for key, value in tree[section].items()}
     words = _init(directory, _tree(inputs, directory))
-    if dice.random() < 0.2:
+    if dice.happens(0.2):
         option = dice.choice(["--ranks", "--gib_per_rank", "--device", "--device_tflops"])
         words = ["plan", *words[1:-1], *dice.choice([["--json"], [option, str(odd(dice)).replace("\0", "")[:99]]])]
-    for _ in range(dice.choice([1, 1, 2])):
-        value = odd(dice)
+    for key in dice.sample(sorted(values), dice.choice([1, 1, 2])):
+        value = values[key]
+        if dice.happens(0.95):
+            value = neighbour(value, dice) if dice.happens(0.7) else odd(dice)
         text = value if isinstance(value, str) else json.dumps(value)
-        words += [
-            f"--{dice.choice(keys)}",
-            text.replace(DEEP, "[" * 3000).replace(DIGITS, "9" * 5000).replace("\0", "").replace("\ud800", "\udcff"),
-        ]
-    if dice.random() < 0.1:
+        text = text.replace(DEEP, "[" * 3000).replace(DIGITS, "9" * 5000).replace("\0", "").replace("\ud800", "\udcff")
+        words += [f"--{key}", text]
+    if dice.happens(0.05):
         words.insert(dice.randrange(1, len(words)), str(dice.choice(["--", "-", "--=", "x", "--lora", "--lora.r="])))
     return Case(words)
 
 
-def data_lines(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+def data_lines(inputs: Inputs, directory: Path, dice: Dice) -> Case:
     rows: list[Any] = [json.loads(line) for line in (inputs / dice.choice(["data.jsonl", "chats.jsonl"])).open()]
     for _ in range(dice.choice([1, 1, 2, len(rows)])):
         at = dice.randrange(len(rows))
         rows[at] = change_tree(rows[at], dice)
     content = b"\n".join(as_json(row, dice) for row in rows)
-    if dice.random() < 0.3:
+    if dice.happens(0.3):
         content = change_bytes(content, dice)
-    if dice.random() < 0.1:
+    if dice.happens(0.1):
         content = content.decode(errors="replace").encode("utf-16")
-    data = directory / f"data.{dice.choice(['jsonl', 'jsonl', 'json', 'csv', 'txt', 'parquet'])}"
+    name = dice.choice(["csv", "txt", "parquet"]) if dice.happens(0.3) else dice.choice(["jsonl", "json"])
+    data = directory / f"data.{name}"
     data.write_bytes(content)
     return Case(_init(directory, _tree(inputs, directory, calibration={"data_files": str(data)})))
 
 
-def template(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+def template(inputs: Inputs, directory: Path, dice: Dice) -> Case:
     model, command = _copy_model(inputs, directory, calibration={"data_files": str(inputs / "chats.jsonl")})
     path = model / "chat_template.jinja"
     pieces = [
@@ -121,7 +124,7 @@ def template(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
     ]  # fmt: skip
     content = path.read_bytes()
     at = dice.randrange(len(content))
-    if dice.random() < 0.6:
+    if dice.happens(0.6):
         content = content[:at] + dice.choice(pieces).encode() + content[at:]
     else:
         content = change_bytes(content, dice)
@@ -129,43 +132,45 @@ def template(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
     return Case(command)
 
 
-def weights_header(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+def weights_header(inputs: Inputs, directory: Path, dice: Dice) -> Case:
     model, command = _copy_model(inputs, directory)
     path = dice.choice(sorted(model.glob("*.safetensors")))
     _change_header(path, dice)
     return Case(command)
 
 
-def _change_header(path: Path, dice: random.Random) -> None:
+def _change_header(path: Path, dice: Dice) -> None:
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = change_json(content[8 : 8 + length], dice)
-    said = len(header) if dice.random() < 0.8 else dice.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(header) - 1])
+    said = len(header)
+    if dice.happens(0.2):
+        said = dice.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(header) - 1])
     path.write_bytes(said.to_bytes(8, "little") + header + content[8 + length :])
 
 
-def weights_index(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+def weights_index(inputs: Inputs, directory: Path, dice: Dice) -> Case:
     model, command = _copy_model(inputs, directory)
     _change(model / "model.safetensors.index.json", dice)
     return Case(command)
 
 
-def model_config(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+def model_config(inputs: Inputs, directory: Path, dice: Dice) -> Case:
     model, command = _copy_model(inputs, directory)
     _change(model / dice.choice(["config.json", "config.json", "generation_config.json"]), dice)
-    if dice.random() < 0.3:
+    if dice.happens(0.3):
         command[0] = "plan"
         command.remove("--dry_run")
     return Case(command)
 
 
-def tokenizer_files(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+def tokenizer_files(inputs: Inputs, directory: Path, dice: Dice) -> Case:
     model, command = _copy_model(inputs, directory)
     _change(model / dice.choice(["tokenizer.json", "tokenizer_config.json"]), dice)
     return Case(command)
 
 
-def deepspeed_file(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+def deepspeed_file(inputs: Inputs, directory: Path, dice: Dice) -> Case:
     path = directory / "zero.json"
     offload = {"device": "cpu", "pin_memory": False}
     path.write_text(
@@ -177,33 +182,34 @@ def deepspeed_file(inputs: Inputs, directory: Path, dice: random.Random) -> Case
     return Case(_init(directory, _tree(inputs, directory, deepspeed={}) | {"deepspeed": str(path)}))
 
 
-def finished_output(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+def finished_output(inputs: Inputs, directory: Path, dice: Dice) -> Case:
     """Report, configuration and adapter JSON, weights' headers and checksums, of an output that a command reads."""
-    out, to = directory / "out", directory / "to"
+    out, trained, to = directory / "out", directory / "trained", directory / "to"
     shutil.copytree(inputs / "out", out)
-    path = dice.choice(sorted(path for path in out.rglob("*") if path.suffix in {".json", ".yaml", ".safetensors"}))
+    shutil.copytree(inputs / "trained", trained)
+    convert = ["convert", "--init", str(out / "loraga_init"), "--trained", str(trained)]
+    changed, command, num_lines = dice.choice(
+        [
+            (out, ["verify", str(out)], 99),
+            (out, ["rebuild", str(out), "--to", str(to), "--lora.r", "2"], 1),
+            (out, ["materialize-base", str(out), "--to", str(to)], 1),
+            (out, [*convert, "--to", str(to)], 1),
+            (trained, [*convert, "--merge", str(to)], 1),
+        ]
+    )
+    path = dice.choice(sorted(path for path in changed.rglob("*") if path.suffix in {".json", ".yaml", ".safetensors"}))
     if path.suffix == ".yaml":
         path.write_bytes(as_yaml(change_tree(yaml.safe_load(path.read_text()), dice), dice))
     elif path.suffix == ".safetensors":
         _change_header(path, dice)
     else:
         _change(path, dice)
-    if dice.random() < 0.5:
+    if changed == out and dice.random() < 0.5:
         write_checksums(out, World.alone())
-    adapter = str(out / "loraga_init")
-    command, num_lines = dice.choice(
-        [
-            (["verify", str(out)], 99),
-            (["rebuild", str(out), "--to", str(to), "--lora.r", "2"], 1),
-            (["convert", "--init", adapter, "--trained", str(inputs / "trained"), "--to", str(to)], 1),
-            (["convert", "--init", str(inputs / "out" / "loraga_init"), "--trained", adapter, "--merge", str(to)], 1),
-            (["materialize-base", str(out), "--to", str(to)], 1),
-        ]
-    )
     return Case(command, OR_DAMAGED, num_lines, makes=("to",))
 
 
-def checkpoint(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
+def checkpoint(inputs: Inputs, directory: Path, dice: Dice) -> Case:
     """An interrupted run's state, which the same command goes on from."""
     shutil.copytree(inputs / "stopped", directory, dirs_exist_ok=True)
     saved = dice.choice(sorted((directory / ".out.checkpoint").iterdir()))
@@ -218,7 +224,7 @@ def checkpoint(inputs: Inputs, directory: Path, dice: random.Random) -> Case:
     return Case(words, OR_DAMAGED, makes=("out", ".out.checkpoint"))
 
 
-KINDS: dict[str, Callable[[Inputs, Path, random.Random], Case]] = {
+KINDS: dict[str, Callable[[Inputs, Path, Dice], Case]] = {
     "yaml": yaml_file,
     "command line": command_line,
     "data": data_lines,

@@ -21,25 +21,39 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
-def odd(dice: random.Random) -> Any:
+class Dice(random.Random):
+    """What a case throws. changes: else its input stays right."""
+
+    def __init__(self, seed: str, *, changes: bool = True) -> None:
+        super().__init__(seed)
+        self.changes = changes
+
+    def happens(self, chance: float) -> bool:
+        """Whether a change is made that has this chance."""
+        return self.random() < chance and self.changes
+
+
+def odd(dice: Dice) -> Any:
     return dice.choice(ODD)
 
 
-def change_tree(tree: Any, dice: random.Random) -> Any:
+def change_tree(tree: Any, dice: Dice) -> Any:
     """The same JSON or YAML tree with a value or a key changed, at a random place."""
+    if not dice.changes:
+        return tree
     places = list(_places(tree))
-    if not places or dice.random() < 0.02:
+    if not places or dice.happens(0.02):
         return odd(dice)
     holder, key = dice.choice(places)
-    how = dice.randrange(8)
-    if how <= 3:
+    how = dice.randrange(10)
+    if how <= 2:
         holder[key] = odd(dice)
-    elif how == 4:
+    elif how <= 4:
         del holder[key]
     elif how == 5 and isinstance(holder, dict):
         holder[str(odd(dice))] = holder.pop(key)
-    elif how == 6:
-        holder[key] = _neighbour(holder[key], dice)
+    elif how <= 8:
+        holder[key] = neighbour(holder[key], dice)
     elif isinstance(holder, dict):
         holder[dice.choice(list(holder)) + dice.choice("sx_")] = odd(dice)
     else:
@@ -55,30 +69,31 @@ def _places(tree: Any) -> Any:
         yield from _places(value)
 
 
-def _neighbour(value: Any, dice: random.Random) -> Any:
+def neighbour(value: Any, dice: Dice) -> Any:
     """Something like it."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        return dice.choice([-value, value + 1, value - 1, value * 2, value * 10**6, float(value), str(value)])
+        as_float = float(value) if abs(value) < 1e300 else value  # 10**400 has none
+        return dice.choice([-value, value + 1, value - 1, value * 2, value * 10**6, as_float, str(value)])
     if isinstance(value, str):
         at = dice.randrange(len(value) + 1)
         return value[:at] + dice.choice(["", "\x07", "x", "/", "(", " "]) + value[at + dice.randrange(2) :]
     if isinstance(value, list):
         return dice.choice([value * 2, value[::-1], value[:1], {str(i): part for i, part in enumerate(value)}])
-    return [value]
+    return 1 if value is None else [value]
 
 
-def as_json(tree: Any, dice: random.Random) -> bytes:
+def as_json(tree: Any, dice: Dice) -> bytes:
     text = json.dumps(tree, ensure_ascii=dice.random() < 0.8)
     return _with_monsters(text, dice, quote='"')
 
 
-def as_yaml(tree: Any, dice: random.Random) -> bytes:
+def as_yaml(tree: Any, dice: Dice) -> bytes:
     return _with_monsters(yaml.safe_dump(tree), dice, quote="'")
 
 
-def _with_monsters(text: str, dice: random.Random, quote: str) -> bytes:
+def _with_monsters(text: str, dice: Dice, quote: str) -> bytes:
     depth = dice.choice([40, 600, 3000, 50_000])
     brackets = dice.choice(["[" * depth + "]" * depth, "[" * depth, '{"a":' * depth + "1" + "}" * depth])
     for name, monster in ((DEEP, brackets), (DIGITS, "9" * dice.choice([30, 5000]))):
@@ -86,8 +101,10 @@ def _with_monsters(text: str, dice: random.Random, quote: str) -> bytes:
     return text.encode(errors="surrogatepass")
 
 
-def change_bytes(content: bytes, dice: random.Random) -> bytes:
+def change_bytes(content: bytes, dice: Dice) -> bytes:
     """A few bits flipped, or a piece cut out, doubled, or put in."""
+    if not dice.changes:
+        return content
     at = dice.randrange(len(content) + 1)
     piece = content[at : at + dice.randrange(1, 40)]
     noise = dice.choice([b"\0", b"\xff\xfe", b"\x1b[2J", b"\r", b"{", b"[" * 99, b'"', dice.randbytes(9)])
@@ -107,9 +124,11 @@ def change_bytes(content: bytes, dice: random.Random) -> bytes:
     return changes[how - 1]()
 
 
-def change_json(content: bytes, dice: random.Random) -> bytes:
+def change_json(content: bytes, dice: Dice) -> bytes:
     """A file of JSON, changed as a tree or as bytes."""
-    if dice.random() < 0.2:
+    if not dice.changes:
+        return content
+    if dice.happens(0.2):
         return change_bytes(content, dice)
     tree = json.loads(content)
     for _ in range(dice.choice([1, 1, 1, 2, 4])):

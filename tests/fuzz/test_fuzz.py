@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import random
 import re
 import shutil
 import sys
@@ -20,11 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from builders import config_tree, save_data, save_model
+from builders import byte_tokenizer, config_tree, llama_config, save_data
 from kinds import KINDS, Case
+from mutations import Dice
 from outputs import disturbed_copy, make_output, write_config
 from ranks import run_on_ranks
 from stopping import init_until
+from transformers import LlamaForCausalLM
 
 from loraga_dist.cli import main
 
@@ -35,7 +36,8 @@ TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['cont
 LINE = re.compile(r"loraga-dist( [a-z-]+)?: ")
 """Ours, or argparse's."""
 TOLD = re.compile(
-    r"loraga-dist: (checkpoint: |going on from|the same command goes on)|usage: | +\[|warning: |[a-z]+: [0-9.k]+ of "
+    r"loraga-dist: (checkpoint: |going on from|the same command goes on)|usage: | +\[|warning: |"
+    r"[a-z]+: [0-9.]+ ?(k?M?B|batches|sequences)\b|Loading weights: |$"
 )
 """What may stand beside it."""
 
@@ -44,13 +46,15 @@ TOLD = re.compile(
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Right ones: a model, data, a finished output, a trained adapter, and what a stopped run left."""
     root = tmp_path_factory.mktemp("inputs")
-    model, data = save_model(root / "model"), save_data(root / "data.jsonl", rows=12)
+    model, data = root / "model", save_data(root / "data.jsonl", rows=12)
+    LlamaForCausalLM(llama_config(num_hidden_layers=1)).save_pretrained(model, max_shard_size="100KB")
+    byte_tokenizer().save_pretrained(model)
     (model / "chat_template.jinja").write_text(TEMPLATE)
     chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
     (root / "chats.jsonl").write_text((json.dumps({"messages": chat, "tag": 1}) + "\n") * 6)
     make_output(config_tree(model, data, root / "out", lora={"target_modules": ["q_proj", "down_proj"]}))
     disturbed_copy(root / "out" / "loraga_init", root / "trained")
-    tree = config_tree(model, data, root / "stopped" / "out", gradient={"max_targets_in_flight": 11})
+    tree = config_tree(model, data, root / "stopped" / "out", gradient={"max_targets_in_flight": 4})
     (root / "stopped").mkdir()
     assert init_until(9, write_config(tree | {"resume": "auto"}), []) == 143
     shutil.move(root / "stopped" / "out.yaml", root / "stopped.yaml")
@@ -69,7 +73,15 @@ def test_wrong_inputs_are_refused_in_one_line(
     assert contents(inputs) == before
 
 
-def try_all(inputs: str, kind: str, seeds: Sequence[int]) -> tuple[list[int], list[str]]:
+@pytest.mark.parametrize("right_kind", KINDS)
+def test_right_inputs_are_accepted(inputs: Path, right_kind: str) -> None:
+    """Else the wrong ones would be refused for what is wrong in all of them."""
+    seeds = range(8 if right_kind == "output" else 1)  # of several commands
+    ((_, problems),) = run_on_ranks(try_all, 1, str(inputs), right_kind, seeds, False)
+    assert not problems, "\n".join(problems)
+
+
+def try_all(inputs: str, kind: str, seeds: Sequence[int], changes: bool = True) -> tuple[list[int], list[str]]:
     """Every case in a child of this process, which has imported what they need; exit codes, and what is wrong."""
     for module in (
         "datasets.packaged_modules.json.json", "pyarrow.json", "trl.data_utils", "trl.chat_template_utils",
@@ -82,17 +94,17 @@ def try_all(inputs: str, kind: str, seeds: Sequence[int]) -> tuple[list[int], li
     codes, problems = [], []
     for seed in seeds:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
-            code, found = try_one(Path(inputs), kind, seed, Path(directory))
+            code, found = try_one(Path(inputs), kind, Dice(f"{kind}:{seed}", changes=changes), Path(directory))
         codes.append(code)
         problems += [f"{kind}:{seed} ({code}): {problem}" for problem in found]
     return codes, problems
 
 
-def try_one(inputs: Path, kind: str, seed: int, root: Path) -> tuple[int, list[str]]:
+def try_one(inputs: Path, kind: str, dice: Dice, root: Path) -> tuple[int, list[str]]:
     case_directory, temporary, words = root / "case", root / "tmp", (root / "stdout", root / "stderr")
     case_directory.mkdir()
     temporary.mkdir()
-    case = KINDS[kind](inputs, case_directory, random.Random(f"{kind}:{seed}"))
+    case = KINDS[kind](inputs, case_directory, dice)
     before = contents(case_directory)
     started = time.monotonic()
     child = os.fork()
@@ -102,6 +114,8 @@ def try_one(inputs: Path, kind: str, seed: int, root: Path) -> tuple[int, list[s
     after = contents(case_directory)
     out, err = (path.read_text(errors="backslashreplace") for path in words)
     problems = judge(case, code, out, err)
+    if not dice.changes and (code or " is damaged" in err):
+        problems.append("right input is refused")
     for name in sorted(before.keys() | after.keys()):
         if before.get(name, b"") != after.get(name, b"") and not name.startswith(case.makes):
             problems.append(f"{name} is changed, left or gone")

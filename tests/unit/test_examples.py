@@ -61,6 +61,11 @@ def test_settings_of_the_start_hold_for_training(tmp_path: Path) -> None:
     assert byte_tokenizer().decode(sample.inputs["input_ids"]) == "a lo"
 
 
+def test_data_that_is_not_there_ends_a_script_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^calibration\.data_files: .*nowhere\.jsonl.*$"):
+        FROM_START["read_samples"](str(tmp_path / "nowhere.jsonl"), CalibrationConfig(), byte_tokenizer(), 5)
+
+
 FALLS = [2.3, 2.0, 1.8, 2.1, 1.8, 2.0, 1.8, 1.9, 1.9, 2.0, 9.0, 9.0]
 
 

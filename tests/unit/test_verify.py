@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -311,6 +312,14 @@ def test_verify_sees_another_adapter_config(output: Path, part: str, key: str, v
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     write_checksums(output, World.alone())
     assert any(f"{part}: adapter_config.json has {key} " in problem for problem in verify(output).problems)
+
+
+def test_keys_of_a_newer_peft_are_passed_over_without_a_word(output: Path) -> None:
+    path = output / "loraga_init" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"two\nlines": 1}))
+    write_checksums(output, World.alone())
+    with warnings.catch_warnings(action="error"):
+        assert verify(output).ok
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "additional_chat_templates/tool.jinja"])
