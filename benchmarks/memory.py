@@ -1,6 +1,7 @@
 """Peak memory per rank of `loraga-dist init` on random Llamas, beside what the plan said before.
 
-usage: python benchmarks/memory.py [--size-gib 0.5,1] [--ranks 1,2,4] [--engine auto] [--directory DIR] [--json FILE]
+usage: python benchmarks/memory.py [--size-gib 0.5,1] [--ranks 1,2,4] [--engine auto] [--large-vocabulary]
+       [--directory DIR] [--json FILE]
 
 The peak is what the run itself reports: resident host memory above the process's level after imports, over the whole
 run from loading to the written residual base; on GPUs device memory. A single process maps the weights from the
@@ -10,6 +11,7 @@ checkpoint's files; their pages count.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,6 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
 SEQUENCE_TOKENS = 256
 SEQUENCES = 8
+LARGE_VOCABULARY = 49152
+"""Of a small, tied model of SmolLM2-135M's widths, with 10 of its layers and sequences of different lengths."""
 TIME_LIMIT_SECONDS = 1200
 
 _PAD, _END = 256, 257
@@ -44,42 +48,58 @@ def layers_for(num_bytes: float) -> int:
     return max(1, math.ceil((num_bytes / torch.bfloat16.itemsize - embeddings) / per_layer))
 
 
-def make_model(directory: Path, num_layers: int) -> None:
-    """A random bfloat16 Llama in several files, a byte tokenizer, and text to calibrate on; kept for the next run."""
-    if directory.exists():
-        return
-    partial = directory.with_name(f"{directory.name}.partial")
-    config = LlamaConfig(
+def large_llama(num_layers: int) -> LlamaConfig:
+    return _llama(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=num_layers,
         num_attention_heads=HEADS,
         num_key_value_heads=KEY_VALUE_HEADS,
-        max_position_embeddings=2048,
-        pad_token_id=_PAD,
-        bos_token_id=_END,
-        eos_token_id=_END,
         tie_word_embeddings=False,
     )
+
+
+def small_llama() -> LlamaConfig:
+    return _llama(
+        vocab_size=LARGE_VOCABULARY,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=10,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+
+
+def make_model(directory: Path, config: LlamaConfig, lengths: Sequence[int]) -> None:
+    """A random bfloat16 Llama in several files, a byte tokenizer, and texts to calibrate on; kept for the next run."""
+    if directory.exists():
+        return
+    partial = directory.with_name(f"{directory.name}.partial")
     torch.manual_seed(0)
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="200MB")
     _byte_tokenizer().save_pretrained(partial)
-    letters = torch.randint(97, 123, (SEQUENCES, SEQUENCE_TOKENS)).tolist()
+    letters = [torch.randint(97, 123, (length,)).tolist() for length in lengths]
     (partial / "calibration.jsonl").write_text(
         "".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters)
     )
     partial.rename(directory)
 
 
-def measure(model: Path, num_ranks: int, engine: str, scratch: Path) -> dict[str, Any]:
+def measure(model: Path, num_ranks: int, start: str, batch_size: int, scratch: Path) -> dict[str, Any]:
     """The report of one run of `launch/init.py` on `num_ranks` ranks of this machine."""
     output = scratch / f"{num_ranks}-ranks"
     config = scratch / f"{num_ranks}-ranks.yaml"
+    method = {"init": {"scheme": start}} if start == "pissa" else {"gradient": {"engine": start}}
     tree = {
+        **method,
         "model": {"name_or_path": str(model)},
-        "gradient": {"engine": engine},
-        "calibration": {"data_files": str(model / "calibration.jsonl"), "max_length": SEQUENCE_TOKENS},
+        "calibration": {
+            "data_files": str(model / "calibration.jsonl"),
+            "max_length": SEQUENCE_TOKENS,
+            "per_device_batch_size": batch_size,
+        },
         "output": {"dir": str(output), "residual_base": "full"},
     }
     config.write_text(yaml.safe_dump(tree))
@@ -112,7 +132,16 @@ def hardware() -> dict[str, Any]:
 
 def print_table(runs: Sequence[dict[str, Any]]) -> None:
     table = Table(title="MiB per rank")
-    for column in ("model", "ranks", "rank", "engine state", "planned peak", "measured peak", "planned / measured"):
+    for column in (
+        "model",
+        "start",
+        "ranks",
+        "rank",
+        "engine state",
+        "planned peak",
+        "measured peak",
+        "planned / measured",
+    ):
         table.add_column(column, justify="right")
     for run in runs:
         rows = zip(run["planned_peak_bytes_per_rank"], run["peak_bytes_per_rank"], strict=True)
@@ -120,7 +149,7 @@ def print_table(runs: Sequence[dict[str, Any]]) -> None:
             sizes = (run["state_bytes_per_rank"], planned, peak)
             amounts = [f"{num_bytes / 2**20:.0f}" for num_bytes in sizes]
             model_mib = f"{run['model_bytes'] / 2**20:.0f}"
-            table.add_row(model_mib, str(run["ranks"]), str(rank), *amounts, f"{planned / peak:.3f}")
+            table.add_row(model_mib, run["start"], str(run["ranks"]), str(rank), *amounts, f"{planned / peak:.3f}")
     Console().print(table)
 
 
@@ -129,31 +158,43 @@ def main() -> None:
     parser.add_argument("--size-gib", default="0.5,1", help="least sizes of the models (default 0.5,1)")
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to run on (default 1,2,4)")
     parser.add_argument("--engine", default="auto", choices=("auto", "sketch", "exact"))
+    parser.add_argument("--large-vocabulary", action="store_true", help="a small model with 49152 tokens instead")
     parser.add_argument("--directory", type=Path, default=ROOT / "build" / "benchmarks", help="where the model is kept")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
 
     runs = []
     versions: dict[str, str] = {}
-    for size_gib in map(float, options.size_gib.split(",")):
-        num_layers = layers_for(size_gib * 2**30)
-        model = options.directory / f"llama-{num_layers}-layers-{SEQUENCES}-texts"
-        make_model(model, num_layers)
+    if options.large_vocabulary:
+        config, starts = small_llama(), ["sketch", "exact", "pissa"]
+        generator = torch.Generator().manual_seed(0)
+        models = [(config, [SEQUENCE_TOKENS, *torch.randint(64, SEQUENCE_TOKENS, (11,), generator=generator).tolist()])]
+    else:
+        sizes, starts = map(float, options.size_gib.split(",")), [options.engine]
+        models = [(large_llama(layers_for(size * 2**30)), [SEQUENCE_TOKENS] * SEQUENCES) for size in sizes]
+    for config, lengths in models:
+        model = options.directory / f"llama-{config.num_hidden_layers}-{config.hidden_size}-{len(lengths)}-texts"
+        make_model(model, config, lengths)
         model_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        for num_ranks in map(int, options.ranks.split(",")):
+        for start, num_ranks in itertools.product(starts, map(int, options.ranks.split(","))):
             with tempfile.TemporaryDirectory(dir=options.directory, prefix="memory-") as scratch:
-                report = measure(model, num_ranks, options.engine, Path(scratch))
-            runs.append({"model_bytes": model_bytes, "num_layers": num_layers, **figures(report)})
+                report = measure(model, num_ranks, start, 1 + options.large_vocabulary, Path(scratch))
+            runs.append({
+                "model_bytes": model_bytes, "num_layers": config.num_hidden_layers, "start": start, **figures(report)
+            })  # fmt: skip
             versions = report["versions"]
     print_table(runs)
     if options.json:
         content = {
-            "engine": options.engine,
             "hardware": hardware(),
             "versions": versions,
             "runs": runs,
         }
         options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _llama(**shapes: Any) -> LlamaConfig:
+    return LlamaConfig(max_position_embeddings=2048, pad_token_id=_PAD, bos_token_id=_END, eos_token_id=_END, **shapes)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

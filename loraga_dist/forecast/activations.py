@@ -8,6 +8,7 @@ gathers.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 import weakref
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import LossSum
-from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch
 from loraga_dist.gradients.one_pass import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
@@ -45,6 +46,8 @@ class Activations:
     """Forward and backward: activations, gathered parameters, the loss, what the sink takes."""
     forward_bytes: int
     """A forward without gradients: what comparing logits takes."""
+    probe_bytes: int
+    """Logits that are kept to be compared, of one forward."""
 
 
 def forecast_activations(
@@ -86,15 +89,18 @@ def forecast_activations(
                 torch.empty(sink_bytes(stack.originals[name]), dtype=torch.uint8)
 
             with _Ledger(gathered, unsharded) as ledger, torch.no_grad():
-                forward(model, microbatch, device)
+                logits = forward(model, microbatch, device)
+            probe_bytes = 4 * logits.shape[-1] * min(PROBE_TOKENS, math.prod(logits.shape[1:-1]))
+            del logits
             forward_bytes = ledger.peak_bytes
             if not names:
-                return Activations(backward_bytes=0, forward_bytes=forward_bytes)
+                return Activations(backward_bytes=0, forward_bytes=forward_bytes, probe_bytes=probe_bytes)
 
             taps = tapped(model, list(stack.originals), sink, checkpointing=checkpointing)
             with _Ledger(gathered, unsharded) as ledger, stack.watched(ledger), taps:
                 loss_sum(forward(model, microbatch, device), microbatch.inputs["labels"]).backward()
-            return Activations(backward_bytes=ledger.peak_with(stack.num_left_out), forward_bytes=forward_bytes)
+            backward_bytes = ledger.peak_with(stack.num_left_out)
+            return Activations(backward_bytes=backward_bytes, forward_bytes=forward_bytes, probe_bytes=probe_bytes)
     except (RuntimeError, TypeError, ValueError):  # data-dependent shapes, kernels without a shape function
         return None
 

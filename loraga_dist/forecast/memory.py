@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from loraga_dist.engines import ENGINES, Matrix
 from loraga_dist.forecast.activations import Activations
 from loraga_dist.model.plan import Plan
@@ -15,6 +17,10 @@ from loraga_dist.sharding.slices import BLOCK_ELEMENTS
 
 RUNTIME_BYTES = 40 * 2**20
 """What DeepSpeed and gloo take on a rank beside tensors, on CPUs; measured on a model of 2 MiB."""
+
+ALONE_BYTES = 30 * 2**20
+"""What a single process on CPUs takes beside tensors, measured on a model of 3 MiB: code run for the first time,
+and what torch keeps."""
 
 _WRITE_BYTES = 64 * 2**20
 """Chunks of the residual base on their way from file to file."""
@@ -96,6 +102,7 @@ def rank_memory(
     gathered = shape.largest_module_numel * shape.num_bytes_each if setting.sharded else 0
     backward = gathered if activations is None else activations.backward_bytes
     forward = gathered if activations is None else activations.forward_bytes
+    probe = 0 if activations is None else activations.probe_bytes
     factors = sum(target.adapter_bytes for target in plan.targets)
     adapter = factors if not setting.sharded else math.ceil(factors / 4 * shape.num_bytes_each / W)
     owned_targets = plan.owned(rank)
@@ -104,6 +111,8 @@ def rank_memory(
         found_host["owned triplets"] = sum(plan.matrices[target.name].triplet_bytes for target in owned_targets)
     owned_factors = {"owned A and B": sum(target.adapter_bytes for target in owned_targets)}
     all_factors = {"all A and B": factors} if rank == 0 else {}
+    # the model's, and those of other roundings
+    logits = {"logits": 2 * probe if plan.scheme.changes_base and shape.dtype != torch.float32 else probe}
 
     calibrate: list[tuple[Parts, Parts]] = []
     factorize: list[tuple[Parts, Parts]] = []
@@ -132,22 +141,23 @@ def rank_memory(
         triplets_before += sum(matrix.triplet_bytes for _, matrix in owned)
 
     if not plan.groups:
-        factorize.append(({}, owned_factors))
+        factorize.append(({}, owned_factors | logits))
     for target in owned_targets:
         workspace = weight_workspace_bytes(plan, scale, target)
         if workspace is not None:
             whole = shape.num_bytes_each * target.M * target.N if setting.sharded else 0
-            factorize.append(({"gathered": whole, "workspace": workspace}, found_host | owned_factors))
+            factorize.append(({"gathered": whole, "workspace": workspace}, found_host | owned_factors | logits))
 
     largest_target = max(target.adapter_bytes for target in plan.targets)
     largest_block = min(BLOCK_ELEMENTS, max(target.M * target.N for target in plan.targets))
-    placing = found_host | owned_factors | all_factors
+    placing = found_host | owned_factors | all_factors | logits
+    comparing = found_host | all_factors | {"logits": logits["logits"] + probe}
     phases: dict[str, tuple[Parts, Parts]] = {
         "load": ({"gathered": gathered}, {}),
         **({"calibrate": max(calibrate, key=lambda parts: _total(parts[0]))} if calibrate else {}),
         "factorize": max(factorize, key=lambda parts: _total(parts[0])),
         "place": ({"adapter": adapter, "workspace": largest_target + 12 * largest_block}, placing),
-        "compare logits": ({"adapter": adapter, "microbatch": forward}, found_host | all_factors),
+        "compare logits": ({"adapter": adapter, "microbatch": max(forward, 2 * probe)}, comparing),
         "write": ({"adapter": adapter}, found_host | all_factors | {"workspace": _WRITE_BYTES}),
     }
     device: dict[str, Parts] = {}
@@ -156,8 +166,8 @@ def rank_memory(
         where = host if setting.weights_on_host and not setting.on_host else device
         device[phase], host[phase] = {}, {}
         where[phase] |= _weights(plan, shape, setting, phase)
-        if setting.on_host and setting.sharded:
-            device[phase]["runtime"] = RUNTIME_BYTES
+        if setting.on_host:
+            device[phase]["runtime"] = RUNTIME_BYTES if setting.sharded else ALONE_BYTES
         device[phase] |= {part: num_bytes for part, num_bytes in on_device.items() if num_bytes}
         rest = device if setting.on_host else host
         rest[phase] |= {part: num_bytes for part, num_bytes in on_host.items() if num_bytes}

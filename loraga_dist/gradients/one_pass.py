@@ -20,6 +20,7 @@ from loraga_dist.engines import GradientEngine
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.gradients.taps import tapped
+from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
 
@@ -56,7 +57,10 @@ def one_pass(
 
     def take(microbatch: Microbatch) -> LossTotals:
         engine.begin_microbatch(microbatch.index)
-        loss = loss_sum(forward(model, microbatch, world.device), microbatch.inputs["labels"])
+        logits = forward(model, microbatch, world.device)
+        return_freed_memory()  # holes that blocks left; the logits and their loss are often the peak
+        loss = loss_sum(logits, microbatch.inputs["labels"])
+        del logits
         loss.backward()
         sharding.release()
         tokens_here = torch.tensor(microbatch.num_supervised_tokens, dtype=torch.float64, device=world.device)

@@ -86,7 +86,7 @@ def truncated_svd(G_MN: Tensor, *, rank: int, oversampling: int, generator: torc
 def truncated_svd_bytes(M: int, N: int, width: int) -> int:
     """What `truncated_svd` of `width` columns takes beside G: about 12 K (M + N) float64 numbers and a chunk, or, where
     the exact SVD is taken, 3.5 M N float64 numbers."""
-    return 28 * M * N if _is_dense(M, N, width) else 96 * width * (M + N) + 8 * _CHUNK_ELEMENTS
+    return 28 * M * N if _is_dense(M, N, width) else 96 * width * (M + N) + 8 * min(M * N, _CHUNK_ELEMENTS)
 
 
 def _is_dense(M: int, N: int, width: int) -> bool:

@@ -24,7 +24,7 @@ def return_freed_memory_at_once() -> None:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give back what is free between blocks that are not: engine state of small targets, between triplets.
+    """Have glibc give back what is free between blocks that are not: activations and engine state of small targets.
 
     Mapping these one by one, too, would make a microbatch of a small model a fifth slower.
     """

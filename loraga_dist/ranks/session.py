@@ -84,6 +84,8 @@ def prepare_libraries() -> None:
     """Set what torch, transformers and DeepSpeed read when they are imported, unless the user has."""
     # threads that spin while they wait slow down every rank on the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # compiled for every length of sequence, and kept; one microbatch of a model without experts has about 20
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")

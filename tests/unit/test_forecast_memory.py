@@ -8,9 +8,9 @@ from transformers import LlamaForCausalLM
 
 from loraga_dist.config import GradientConfig, LoraSection
 from loraga_dist.engines import ENGINES
+from loraga_dist.forecast.activations import Activations
 from loraga_dist.forecast.forecaster import verdict
 from loraga_dist.forecast.memory import Setting, rank_memory, weight_workspace_bytes, work
-from loraga_dist.linalg.randomized_svd import _CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -72,16 +72,29 @@ def test_memory_by_hand() -> None:
 
 
 def test_a_scale_by_the_weights_singular_values_takes_gathered_weights() -> None:
-    plan, shape = tiny_plan(2, engine="sketch", oversampling=8)
+    plan, shape = tiny_plan(2, engine="sketch", oversampling=8, max_targets_in_flight=1)
     (down,) = [target for target in plan.owned(0) if (target.M, target.N) == (64, 112)][:1]
     copy, sixteen_bits = 4 * 64 * 112, 2 * 64 * 112
     assert weight_workspace_bytes(plan, "stable", down) is None
-    # the SVD of 8 columns: 12 of them in float64 on either side, and a chunk
-    svd = 96 * 8 * (64 + 112) + 8 * CHUNK_ELEMENTS
+    # the SVD of 8 columns: 12 of them in float64 on either side, and all of a small weight
+    svd = 96 * 8 * (64 + 112) + 8 * 64 * 112
     assert weight_workspace_bytes(plan, "weight_svd", down) == copy + svd
     found = rank_memory(0, plan, shape, None, on_device(2), num_tokens=16, scale="weight_svd")
     assert found.device["factorize"] == found.device["factorize"] | {"gathered": sixteen_bits, "workspace": copy + svd}
     assert found.host["factorize"]["owned triplets"] > 0
+
+
+def test_logits_are_kept_until_they_are_compared() -> None:
+    plan, shape = tiny_plan(1, engine="sketch", oversampling=8)
+    activations = Activations(backward_bytes=5000, forward_bytes=3000, probe_bytes=1000)
+    found = rank_memory(0, plan, shape, activations, on_device(1), num_tokens=16, scale="stable")
+    # the model's and the rerounded model's, then the start's, too
+    assert [found.host[phase].get("logits") for phase in ("calibrate", "place", "compare logits", "write")] == [
+        None,
+        2000,
+        3000,
+        None,
+    ]
 
 
 def test_a_small_budget_makes_sweeps_and_less_state() -> None:
