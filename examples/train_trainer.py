@@ -44,7 +44,7 @@ def main() -> Trainer:
     parser.add_argument("--local_rank", type=int, default=0)  # added by the deepspeed launcher
     options = parser.parse_args()
     start = Report.read(options.loraga_dir)
-    learning_rate = options.learning_rate or start.learning_rate
+    learning_rate = start.learning_rate if options.learning_rate is None else options.learning_rate
 
     # before the model: from_pretrained shards it as these say
     arguments = TrainingArguments(

@@ -89,7 +89,9 @@ def main() -> Any:
         say(f"convert later with --init {loraga_dist.save_start(start, start_directory)}/loraga_init")
         model = start.model
 
-    learning_rate = options.learning_rate or Report.read(options.loraga_dir or start_directory).learning_rate
+    learning_rate = options.learning_rate
+    if learning_rate is None:
+        learning_rate = Report.read(options.loraga_dir or start_directory).learning_rate
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate, options.loraplus_lr_ratio))
     engine, *_ = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)
     del keep_alive

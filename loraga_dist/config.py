@@ -96,6 +96,9 @@ Alpha = Annotated[int | float, Field(gt=0, le=1e9)]
 Amount = Annotated[float, Field(gt=0, le=1e9)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
+FILL_IN = "FILL_IN"
+"""Where a recipe has a value that only its user knows."""
+
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
 
@@ -127,8 +130,8 @@ class LoraSection(Section):
     use_rslora: bool = False
     target_modules: NamePattern | list[str] = "all-linear"
     exclude_modules: NamePattern | list[str] | None = None
-    rank_pattern: dict[NamePattern, int] = {}
-    alpha_pattern: dict[NamePattern, int | float] = {}
+    rank_pattern: dict[NamePattern, Rank] = {}
+    alpha_pattern: dict[NamePattern, Alpha] = {}
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Written into the adapter's config for training; calibration never uses it."""
     modules_to_save: list[str] | None = None
@@ -137,24 +140,6 @@ class LoraSection(Section):
     use_dora: bool = False
     """The adapter's magnitudes are the norms of the original weights, so that it starts where it would without."""
     task_type: TaskType = "CAUSAL_LM"
-
-    @field_validator("rank_pattern")
-    @classmethod
-    def _positive_ranks(cls, value: dict[str, int]) -> dict[str, int]:
-        if any(r < 1 for r in value.values()):
-            raise ValueError("ranks must be 1 or more; leave modules out with lora.exclude_modules")
-        if any(r > 2**20 for r in value.values()):
-            raise ValueError("ranks must be 1048576 or less")
-        return value
-
-    @field_validator("alpha_pattern")
-    @classmethod
-    def _positive_alphas(cls, value: dict[str, int | float]) -> dict[str, int | float]:
-        if any(alpha <= 0 for alpha in value.values()):
-            raise ValueError("alphas must be above 0")
-        if any(alpha > 1e9 for alpha in value.values()):
-            raise ValueError("alphas must be 1e9 or less")
-        return value
 
 
 class SchemeConfig(Section):
@@ -166,7 +151,6 @@ class SchemeConfig(Section):
     direction: Annotated[str, NameIn(DIRECTIONS)] = "ArB2r"
     scale: Annotated[str, NameIn(SCALES)] = "stable"
     stable_gamma: Amount | None = None
-    """null is the scheme's own, as `schemes.py` has it."""
     rank_budget: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     """Adapter parameters in all, sum of r (M + N), to spend on the targets whose gradients have most energy in further
     directions; each gets rank 1 at least and twice `lora.r` at most, and the scaling of `lora`."""
@@ -316,6 +300,15 @@ class InitConfig(MethodConfig):
     """`auto` goes on from the checkpoint that an interrupted run of the same work left beside `output.dir`."""
     checkpoint_minutes: Amount = 30.0
     """A checkpoint is also saved when this much time has gone by since the last."""
+
+
+def require_filled_in(config: InitConfig, *sections: str) -> None:
+    """Raise UserError for the keys of a recipe that are still to be filled in; of these sections, or of all."""
+    tree = config.model_dump(include=set(sections) or None)
+    keys = [(name, key) for name, section in tree.items() if isinstance(section, dict) for key in section]
+    left = [f"{name}.{key}" for name, key in keys if tree[name][key] == FILL_IN]
+    if left:
+        raise UserError(left[0], FILL_IN, "is to be filled in" + "".join(f", and {key}" for key in left[1:]))
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> InitConfig:

@@ -1,4 +1,4 @@
-"""The two ways a run ends badly, each with its exit code and words, and how whatever is raised becomes one of them."""
+"""The ways a run ends badly, each with its exit code and words, and how whatever is raised becomes one of them."""
 
 from __future__ import annotations
 

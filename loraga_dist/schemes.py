@@ -71,6 +71,9 @@ class BestRate:
     """s there."""
 
 
+MEASURED_SCALE = "stable"
+"""Of SCALES, the one that the rates were measured at."""
+
 FULL_RATE = 1e-4
 """What stands for full fine-tuning's learning rate where nobody has tuned it."""
 
@@ -110,15 +113,15 @@ class Scheme:
         return SCALES[scale].smaller_offset if "scale" in self.init_keys else self.smaller_offset
 
 
-def times_full_rate(scheme: Scheme, gamma: float, scaling: float) -> float:
-    """What full fine-tuning's learning rate is multiplied by for a first try; 1 where nothing was measured.
+def times_full_rate(scheme: Scheme, scale: str, gamma: float, scaling: float) -> float | None:
+    """What full fine-tuning's learning rate is multiplied by for a first try; None where nothing was measured.
 
     It goes as sqrt(gamma) / s: in docs/BENCHMARKS.md a fourfold gamma doubled LoRA-GA's best rate, and a 2.8-fold s
-    halved plain LoRA's.
+    halved plain LoRA's, so that this errs to the low side.
     """
     best = scheme.best_rate
-    if best is None:
-        return 1.0
+    if best is None or ("scale" in scheme.init_keys and scale != MEASURED_SCALE):
+        return None
     return best.times_full * math.sqrt(gamma / scheme.stable_gamma) * best.scaling / scaling
 
 

@@ -29,13 +29,15 @@ def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice in one section: the last would win in silence."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # as it is written: what `<<` brings in stands behind what it is merged into
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise ValueError(f"{key.value} stands there twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def require_plain(section: str, tree: Any) -> None:

@@ -94,7 +94,7 @@ def _known_names(layout: Layout) -> set[str]:
 def check_resolved_config(directory: Path, report: Report) -> list[str]:
     """`resolved_config.yaml`, which another run or `rebuild` starts from, is the configuration of the report."""
     config = load_config(directory / RESOLVED_CONFIG)
-    # as the report would say it: JSON has no infinity
+    # as the report would say it
     as_said = Report.parse(report.model_copy(update={"config": config}).model_dump_json()).config
     if as_said == report.config:
         return []

@@ -103,7 +103,7 @@ class IdentityCheck(ReportPart):
         """All of it in a line."""
         parts = []
         if self.mean_loss_before is not None and self.mean_loss_after is not None:
-            parts.append(f"mean loss {self.mean_loss_before:.4f} -> {self.mean_loss_after:.4f}")
+            parts.append(f"mean loss of the tokens compared {self.mean_loss_before:.4f} -> {self.mean_loss_after:.4f}")
         if self.kl is not None:
             judged = "" if self.roundings is None else f", {self.roundings:.2g} x another {self.dtype} rounding"
             parts.append(f"KL {self.kl:.2g} per token{judged}")
@@ -183,7 +183,7 @@ class Report(ReportPart):
     @field_validator("config", mode="before")
     @classmethod
     def _null_is_the_default(cls, config: Any) -> Any:
-        # what YAML calls .inf is null in JSON, and no key has null for a value and another default
+        # earlier versions took .inf, which is null in JSON; no key has null for a value and another default
         return _without_nulls(config)
 
     @field_serializer("config")
@@ -196,16 +196,16 @@ class Report(ReportPart):
         return SCHEMES[self.config.init.scheme]
 
     @property
-    def times_full_rate(self) -> float:
+    def times_full_rate(self) -> float | None:
         """What full fine-tuning's learning rate is multiplied by for a first try at training from here."""
         lora = self.config.lora
         scaling = lora_scaling(lora.lora_alpha, lora.r, lora.use_rslora)
-        return times_full_rate(self.scheme, self.config.init.gamma, scaling)
+        return times_full_rate(self.scheme, self.config.init.scale, self.config.init.gamma, scaling)
 
     @property
     def learning_rate(self) -> float:
         """To try first, of one digit, where full fine-tuning's is not known."""
-        return float(f"{self.times_full_rate * FULL_RATE:.0e}")
+        return float(f"{(self.times_full_rate or 1) * FULL_RATE:.0e}")
 
     @property
     def is_dora(self) -> bool:

@@ -10,10 +10,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from loraga_dist.config import InitConfig
-
-FILL_IN = "FILL_IN"
-"""Where a recipe has a value that only its user knows."""
+from loraga_dist.config import FILL_IN, InitConfig
+from loraga_dist.schemes import SCHEMES
 
 _TO_FILL_IN = ("model.name_or_path", "calibration.data_files", "output.dir")
 _SHOWN = (
@@ -65,6 +63,9 @@ MEANINGS = {
     "calibration.per_device_batch_size": "Sequences in a microbatch of one rank.",
     "calibration.assistant_only_loss": "Chats: loss on the assistant's turns alone.",
     # entries of the tables in schemes.py
+    "init.stable_gamma": "null is the scheme's own: "
+    + ", ".join(f"{it.stable_gamma:g} for `{name}`" for name, it in SCHEMES.items() if "stable_gamma" in it.init_keys)
+    + ".",
     "init.direction": "How A and B share out the 2r leading directions: A the first r and B the others (`ArB2r`), the "
     "reverse (`A2rBr`), in turns (`ArBr`), or by lot (`random`).",
     "init.scale": "What unit vectors are multiplied by in A and B: M^(1/4) / sqrt(gamma) (`stable`, the paper's), 1 "

@@ -40,8 +40,12 @@ class Command:
     takes_overrides: bool = False
 
 
-def _add_init(parser: argparse.ArgumentParser) -> None:
+def _add_config_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file; `loraga-dist config` prints one to fill in")
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    _add_config_file(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
     # the deepspeed launcher adds it; LOCAL_RANK says the same
@@ -69,11 +73,15 @@ def _init(options: argparse.Namespace, overrides: Sequence[str], world: World, s
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file; `loraga-dist config` prints one to fill in")
+    _add_config_file(parser)
     parser.add_argument("--ranks", type=_positive(int), default=1, help="processes, one per device (default 1)")
     parser.add_argument("--gib_per_rank", type=_positive(float), help="memory of one device; says what fits")
     parser.add_argument("--device_tflops", type=_positive(float), help="peak of one device; gives a time range")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what will compute (default cuda)")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="what will compute; by default what this machine has, or a GPU where it is described",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.epilog = _OVERRIDES
 
@@ -102,13 +110,16 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     import torch
 
-    from loraga_dist.config import load_config
+    from loraga_dist.config import load_config, require_filled_in
     from loraga_dist.forecast.forecaster import Forecaster
     from loraga_dist.forecast.report import PlanReport, print_plan
 
     config = load_config(options.config, overrides)
+    require_filled_in(config, "model")
+    is_cpu = not (torch.cuda.is_available() or options.gib_per_rank or options.device_tflops)
+    device = options.device or ("cpu" if is_cpu else "cuda")
     report = PlanReport(
-        forecaster=Forecaster.of_config(config, options.ranks, torch.device(options.device)),
+        forecaster=Forecaster.of_config(config, options.ranks, torch.device(device)),
         gib_per_rank=options.gib_per_rank,
         device_tflops=options.device_tflops,
     )
@@ -145,6 +156,7 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         say(f"note: {note}")
     checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
     say(f"{directory}: verified, {result.num_targets} targets{checked}", sys.stdout)
+    require_said()
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -238,7 +250,7 @@ def _rebuild(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _add_clean(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, help="the output directory that a run was to write")
+    parser.add_argument("directory", type=_path, help="the output directory that a run was to write")
     parser.add_argument("--yes", action="store_true", help="remove it; without, it is only shown")
 
 
@@ -248,7 +260,7 @@ def _clean(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     was_there = options.directory.exists()
     found = clean(options.directory, remove=options.yes)
     for path, num_bytes in found:
-        say(f"{path}: {num_bytes} bytes", sys.stdout)
+        say(f"{path}: {num_bytes / 2**20:.1f} MiB", sys.stdout)
     if not found:
         say(f"{options.directory}: nothing is left beside it", sys.stdout)
     elif not options.yes:
@@ -257,6 +269,7 @@ def _clean(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         say(f"removed; {options.directory} is put back, which a run was about to replace", sys.stdout)
     else:
         print("removed")
+    require_said()
 
 
 def _on_ranks(
@@ -275,6 +288,7 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from loraga_dist.commands.recipe import recipe
 
     print(recipe(), end="")
+    require_said()
 
 
 COMMANDS = {

@@ -33,10 +33,10 @@ def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: It
         if not destination.name:
             raise OSError("it has no name")
         if destination.exists():
-            if not overwrite:
-                raise _exists(key, path)
             if not (destination / marker).is_file():
                 raise UserError(key, str(path), "exists and is no output of loraga-dist; write another directory")
+            if not overwrite:
+                raise _exists(key, path)
         for source in inputs:
             if source.resolve().is_relative_to(destination):
                 raise UserError(key, str(path), f"holds {source}, which is read; write another directory")

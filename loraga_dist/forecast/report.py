@@ -284,9 +284,9 @@ def print_plan(report: PlanReport) -> None:
 
 def _targets_table(report: PlanReport) -> Table:
     model = report.forecaster.config.model.name_or_path
-    table = Table(
-        title=f"{report.plan.scheme.title} plan of {printable(model)} on {report.forecaster.world_size} ranks"
-    )
+    num_ranks = report.forecaster.world_size
+    device = ("CPU" if report.forecaster.on_host else "GPU") + ("s" if num_ranks > 1 else "")
+    table = Table(title=f"{report.plan.scheme.title} plan of {printable(model)} on {num_ranks} {device}")
     for column in ("module", "targets", "M x N", "r", "engine", "K", "state MiB each"):
         table.add_column(column, justify="left" if column in ("module", "engine") else "right")
     for kind, count in report.kinds.items():
@@ -298,18 +298,16 @@ def _targets_table(report: PlanReport) -> Table:
 
 
 def _memory_table(memory: RankMemory) -> Table:
+    """A column for each phase, which are fewer than what is held in them."""
     table = Table(title="GiB on the rank that needs most")
-    table.add_column("phase")
-    held = {"": memory.device, "host: ": memory.host}
-    found = ((side, part) for side, phases in held.items() for parts in phases.values() for part in parts)
-    columns = list(dict.fromkeys(found))
-    for side, part in columns:
-        table.add_column(side + part, justify="right")
-    table.add_column("sum", justify="right")
-    for phase, parts in memory.device.items():
-        values = [held[side].get(phase, {}).get(part) for side, part in columns]
-        texts = ["" if value is None else f"{value / _GIB:.2f}" for value in values]
-        table.add_row(phase, *texts, f"{sum(parts.values()) / _GIB:.2f}")
+    table.add_column("in phase")
+    for phase in memory.device:
+        table.add_column(phase, justify="right", no_wrap=True)
+    for side, phases in (("", memory.device), ("host: ", memory.host)):
+        for part in dict.fromkeys(part for parts in phases.values() for part in parts):
+            values = [phases.get(phase, {}).get(part) for phase in memory.device]
+            table.add_row(side + part, *("" if value is None else f"{value / _GIB:.2f}" for value in values))
+    table.add_row("sum", *(f"{sum(parts.values()) / _GIB:.2f}" for parts in memory.device.values()))
     return table
 
 

@@ -77,8 +77,9 @@ class _Calibrator:
         self._restore()
         self._expected_steps = self._num_steps
         groups = self._request.plan.groups
-        num_left = len(groups) - self._at.group
-        with phase("calibrate", num_left * self._num_steps, "batches", shown=self._world.is_main) as progress:
+        first = self._steps_left if self._at.refinement == 0 and self._at.group < len(groups) else 0
+        later = max(0, len(groups) - self._at.group - 1) * self._num_steps
+        with phase("calibrate", first + later, "microbatches", shown=self._world.is_main) as progress:
             while self._at.group < len(groups):
                 self._take_group(progress)
         return Gradients(owned=self._owned, facts=self._facts, data=self._used)
@@ -87,6 +88,11 @@ class _Calibrator:
     def _num_steps(self) -> int:
         """Global microbatches in a pass over the data that is used."""
         return -(-self._used.num_samples // self._batches.samples_per_step)
+
+    @property
+    def _steps_left(self) -> int:
+        """Of the pass that goes on; earlier runs' microbatches may have been larger or smaller."""
+        return -(-(self._used.num_samples - self._at.num_samples) // self._batches.samples_per_step)
 
     def _expect(self, num_steps: int, progress: Progress) -> None:
         """Have the progress count on so many steps in this and every later group's first pass."""
@@ -117,12 +123,11 @@ class _Calibrator:
         if self._within_group is not None:
             engines.load_state(self._within_group.content["engines"], self._within_group.tensors, self._world)
             self._within_group = None
-            progress.extend(-self._at.num_microbatches)
         if self._at.refinement == 0:
             self._first_pass(engines, progress)
         refining = engines.refining
         while refining is not None and self._at.refinement <= self._used.refine_passes:
-            progress.extend(self._num_steps)
+            progress.extend(self._steps_left)
             if self._at.num_microbatches == 0:
                 refining.begin_refinement(self._world)
             self._pass(engines, refining, progress)
@@ -189,7 +194,9 @@ class _Calibrator:
         if cosine >= target_cosine:
             self._used = replace(self._used, reached_target=True, num_samples=at.num_samples)
         else:
-            self._expect(steps_to_reach(target_cosine, cosine, at.num_microbatches, self._num_steps), progress)
+            self._expect(
+                steps_to_reach(target_cosine, cosine, self._num_steps - self._steps_left, self._num_steps), progress
+            )
         progress.note(f"split-half cosine {cosine:.2f} of {target_cosine:g}")
 
     def _factorize(self, engines: EngineGroup) -> tuple[dict[str, GradientFacts], dict[str, TruncatedSVD]]:

@@ -17,12 +17,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from loraga_dist.errors import Preempted
 from loraga_dist.ranks.words import say_why
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """What schedulers send some time before they kill, and a terminal that goes away."""
 
-STOPPED = 143
+STOPPED = Preempted.exit_code
 INTERRUPTED = 130
 
 _LOOK_SECONDS = 1.0
@@ -135,7 +136,7 @@ class StopRequest:
 
 def say_interrupted() -> None:
     if is_first_of_its_node():
-        say_why("interrupted")
+        say_why("interrupted; the same command goes on from the last checkpoint, if there was one")
 
 
 def is_first_of_its_node() -> bool:

@@ -24,7 +24,7 @@ from typing import NoReturn, TypeVar
 
 from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from loraga_dist.errors import unforeseen
+from loraga_dist.errors import Preempted, RunError, UserError, unforeseen
 from loraga_dist.ranks.rendezvous import addresses_of, listen
 from loraga_dist.ranks.sealed import SealedStore
 from loraga_dist.ranks.words import leave_process, say, say_why
@@ -36,7 +36,7 @@ SILENT_BEATS = 40
 GONE_BEATS = 4
 """Missed in a row before a rank counts as gone, when a collective has failed already."""
 
-EXIT_CODES = (2, 3, 143)
+EXIT_CODES = tuple(kind.exit_code for kind in (UserError, RunError, Preempted))
 """How a run may end for all ranks by the word of one: never well."""
 
 _FAILURE, _SAID = "failure", "said"

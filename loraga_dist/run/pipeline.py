@@ -20,7 +20,7 @@ from torch import nn
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
-from loraga_dist.config import InitConfig, MethodConfig, parse_config
+from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import StagedDirectory, checkpoint_path_of, free_place
@@ -152,6 +152,7 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointReques
     clock: set to when the work began, if an earlier run did.
     """
     with world.together():
+        require_filled_in(config)
         destination = free_place(
             Path(config.output.dir),
             "output.dir",
@@ -208,7 +209,7 @@ def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: C
 def _load(request: CheckpointRequest, clock: Clock, world: World) -> tuple[nn.Module, Sharding]:
     """The model, and what holds it; a collective."""
     sharding = open_sharding(world, request.config.deepspeed)
-    with clock.phase("load"), phase("load", request.shape.num_bytes, "B", shown=world.is_main, counted=False):
+    with clock.phase("load"), phase("load weights", request.shape.num_bytes, "B", shown=world.is_main, counted=False):
         return sharding.load(request.base, request.slots), sharding
 
 

@@ -257,9 +257,9 @@ def test_each_phase_is_said_with_what_it_has_to_do(tmp_path: Path, capsys: pytes
     expected = [
         r"read: 24 sequences, 21 targets in \d+\.\d s",
         r"plan: 12 microbatches per rank, \d[\d.e-]* to \d[\d.e-]* seconds of arithmetic",
-        r"load: [\d.]+kB",
-        "calibrate: 12 batches",
-        r"calibrate: 12 batches in \d+\.\d s",
+        r"load weights: [\d.]+kB",
+        "calibrate: 12 microbatches",
+        r"calibrate: 12 microbatches in \d+\.\d s",
         r"write: [\d.]+kB in \d+\.\d s",
         r"verify: [\d.]+[kM]B in \d+\.\d s",
     ]

@@ -164,7 +164,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     succeed(results)
     said = " ".join(results[0].stdout.split())  # a long path wraps
     assert "24 sequences" in said
-    assert "on 2 ranks" in said
+    assert "on 2 CPUs" in said
     assert not results[1].stdout
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -33,7 +33,7 @@ def test_it_shows_first_and_removes_with_yes(left: Path, capsys: pytest.CaptureF
     before = names(left)
     assert main(["clean", str(left / "out")]) == 0
     said = capsys.readouterr().out
-    assert f"{left}/.out.partial: 4321 bytes" in said and f"{left}/.out.lock: 0 bytes" in said and "--yes" in said
+    assert f"{left}/.out.partial: 0.0 MiB" in said and f"{left}/.out.lock: 0.0 MiB" in said and "--yes" in said
     assert f"{left}/.out.checkpoint: " in said
     assert names(left) == before
     assert main(["clean", str(left / "out"), "--yes"]) == 0

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 import loraga_dist
-from loraga_dist.config import InitConfig, MethodConfig, SchemeConfig, load_config, parse_config
+from loraga_dist.config import InitConfig, MethodConfig, SchemeConfig, load_config, parse_config, require_filled_in
 from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
 from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
@@ -43,7 +43,6 @@ def parsed(key: str = "", value: Any = None) -> InitConfig:
         ("lora.r", 8.0, "input should be a valid integer"),
         ("lora.r", 2**31, "input should be less than or equal to 1048576"),
         ("lora.lora_alpha", 1e308, "input should be less than or equal to 1000000000"),
-        ("lora.rank_pattern", {"q": 2**31}, "ranks must be 1048576 or less"),
         ("init.seed", 2**63, "input should be less than or equal to 9223372036854775807"),
         ("calibration.max_length", 2**31, "input should be less than or equal to 2147483647"),
         ("gradient.state_budget_gib", float("inf"), "input should be a finite number"),
@@ -51,8 +50,6 @@ def parsed(key: str = "", value: Any = None) -> InitConfig:
         ("lora.lora_alpha", 0, "input should be greater than 0"),
         ("lora.lora_dropout", 1.0, "input should be less than 1"),
         ("lora.target_modules", 3, "input should be a valid string or input should be a valid list"),
-        ("lora.rank_pattern", {"q": 0}, "ranks must be 1 or more; leave modules out with lora.exclude_modules"),
-        ("lora.alpha_pattern", {"q": 0}, "alphas must be above 0"),
         ("lora.task_type", "LM", "input should be 'CAUSAL_LM', 'SEQ_2_SEQ_LM' or 'SEQ_CLS'"),
         ("init.scheme", "pizza", "input should be 'lora_ga', 'lora_one', 'pissa', 'olora' or 'kaiming'"),
         ("init.scheme", {"lora_ga": 1}, "input should be 'lora_ga', 'lora_one', 'pissa', 'olora' or 'kaiming'"),
@@ -318,3 +315,39 @@ def test_the_package_gives_its_names_when_asked_and_torch_not_before() -> None:
     # the command line tells libraries how to behave before they are imported
     program = "import loraga_dist.cli, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "value", "said"),
+    [
+        ("rank_pattern", 0, "input should be greater than or equal to 1"),
+        ("rank_pattern", 2**31, "input should be less than or equal to 1048576"),
+        ("alpha_pattern", 0, "input should be greater than 0"),
+        ("alpha_pattern", 10**10, "input should be less than or equal to 1000000000"),
+    ],
+)
+def test_ranks_and_alphas_of_patterns_have_the_bounds_of_all(
+    tmp_path: Path, pattern: str, value: float, said: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^lora\.{pattern}: .*: {said}"):
+        loaded(tmp_path, f"--lora.{pattern}", f"{{q: {value!r}}}")
+
+
+def test_what_yaml_merges_is_no_key_twice(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "model: {name_or_path: m}\noutput: {dir: o}\ninit: &A {seed: 1}\n"
+        "calibration: &B {<<: *A, seed: 2}\ngradient: {}\n"
+    )
+    assert load_config(path).calibration.seed == 2
+
+
+def test_a_recipe_that_is_not_filled_in_names_all_that_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {name_or_path: FILL_IN}\ncalibration: {data_files: FILL_IN}\noutput: {dir: out}\n")
+    config = load_config(path)
+    with pytest.raises(
+        UserError, match="^model.name_or_path: 'FILL_IN': is to be filled in, and calibration.data_files"
+    ):
+        require_filled_in(config)
+    require_filled_in(config, "output")

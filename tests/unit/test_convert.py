@@ -417,7 +417,7 @@ def test_mistaken_directories_are_refused(
         (("--to", tmp_path / "x", "--init", run.out), f"write {run.out / 'loraga_init'}"),
         (("--to", tmp_path / "x", "--init", run.adapter), "has no loraga_report.json beside it"),
         (("--to", tmp_path / "x", "--trained", run.out / "loraga_init"), "is the start itself"),
-        (("--to", own), "exists; write another directory, or add --overwrite"),
+        (("--to", own), "exists and is no output of loraga-dist; write another directory"),
         (("--to", own, "--overwrite"), "exists and is no output of loraga-dist"),
         (("--to", tmp_path / "x", "--merge", tmp_path / "x"), "share a place"),
         (("--to", tmp_path / "x" / "adapter", "--merge", tmp_path / "x"), "share a place"),

@@ -88,13 +88,13 @@ def test_learning_rates_are_the_benchmarks() -> None:
         assert [float(rate) for rate in rates] == best[name], name
 
     advised = {
-        "LoRA-GA, exact": times_full_rate(SCHEMES["lora_ga"], 16.0, RSLORA),
-        "LoRA-GA, exact, γ = 64": times_full_rate(SCHEMES["lora_ga"], 64.0, RSLORA),
-        "LoRA-One": times_full_rate(SCHEMES["lora_one"], 128.0, RSLORA),
-        "PiSSA": times_full_rate(SCHEMES["pissa"], 1.0, 2.0),
-        "LoRA": times_full_rate(SCHEMES["kaiming"], 1.0, 2.0),
+        "LoRA-GA, exact": times_full_rate(SCHEMES["lora_ga"], "stable", 16.0, RSLORA),
+        "LoRA-GA, exact, γ = 64": times_full_rate(SCHEMES["lora_ga"], "stable", 64.0, RSLORA),
+        "LoRA-One": times_full_rate(SCHEMES["lora_one"], "stable", 128.0, RSLORA),
+        "PiSSA": times_full_rate(SCHEMES["pissa"], "stable", 1.0, 2.0),
+        "LoRA": times_full_rate(SCHEMES["kaiming"], "stable", 1.0, 2.0),
     }
     assert advised == {name: pytest.approx(min(best[name])) for name in advised}
     # the next of the rates that were tried, which are powers of two
-    assert math.log2(times_full_rate(SCHEMES["kaiming"], 1.0, RSLORA)) == pytest.approx(2, abs=0.51)
-    assert times_full_rate(SCHEMES["olora"], 1.0, 2.0) == 1
+    assert math.log2(times_full_rate(SCHEMES["kaiming"], "stable", 1.0, RSLORA)) == pytest.approx(2, abs=0.51)
+    assert times_full_rate(SCHEMES["olora"], "stable", 1.0, 2.0) is None

@@ -151,7 +151,8 @@ def test_two_ranks_that_end_well_leave_without_a_word() -> None:
 
 def test_an_interrupt_ends_at_once() -> None:
     (result,) = finish_on_ranks(run_on_two, 1, "interrupt", 0)
-    assert (result.code, result.stderr) == (130, "loraga-dist: interrupted\n")
+    said = "loraga-dist: interrupted; the same command goes on from the last checkpoint, if there was one\n"
+    assert (result.code, result.stderr) == (130, said)
 
 
 def gather_and_warn() -> None:

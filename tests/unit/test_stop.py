@@ -21,6 +21,7 @@ from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World
 
+INTERRUPTED = "loraga-dist: interrupted; the same command goes on from the last checkpoint, if there was one\n"
 BEFORE = "before its work began; start the same command again"
 
 
@@ -36,7 +37,10 @@ def test_while_ranks_meet(waits_for: str, number: signal.Signals, tmp_path: Path
             os.kill(ranks[0].pid, number)
             (result,) = finish(ranks, 30)
     if number == signal.SIGINT:
-        assert (result.code, result.stderr) == (130, "loraga-dist: interrupted\n")
+        assert (result.code, result.stderr) == (
+            130,
+            INTERRUPTED,
+        )
     else:
         assert (result.code, result.stderr) == (143, f"loraga-dist: stopped by {number.name} {BEFORE}\n")
 
@@ -85,7 +89,10 @@ def test_ctrl_c_while_one_waits_for_another(tmp_path: Path) -> None:
         for rank in ranks:
             os.kill(rank.pid, signal.SIGINT)
         results = finish(ranks, 30)
-    assert [(result.code, result.stderr) for result in results] == [(130, "loraga-dist: interrupted\n"), (130, "")]
+    assert [(result.code, result.stderr) for result in results] == [
+        (130, INTERRUPTED),
+        (130, ""),
+    ]
 
 
 def test_a_dead_rank_is_named_although_its_launcher_stops_the_others(tmp_path: Path) -> None:

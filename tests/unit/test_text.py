@@ -97,11 +97,12 @@ def test_ranks_of_a_budget_are_said() -> None:
         ({}, "Learning rate: 1.4 times full fine-tuning's"),
         ({"init": {"stable_gamma": 64}, "lora": {"use_rslora": True}}, "Learning rate: 1 times"),
         ({"init": {"scheme": "kaiming"}}, "Learning rate: 8 times full fine-tuning's"),
-        ({"init": {"scheme": "olora"}}, "Learning rate: none was measured for OLoRA."),
+        ({"init": {"scale": "unit", "stable_gamma": 64.0}}, "Learning rate: none was measured for this start."),
+        ({"init": {"scheme": "olora"}}, "Learning rate: none was measured for this start."),
     ],
 )
 def test_the_learning_rate_follows_from_scheme_gamma_and_scaling(config: dict[str, Any], says: str) -> None:
     report = Report.parse(json.dumps(report_tree(config=config)))
     text = readme(report)
     assert says in text and f"args=SFTConfig(learning_rate={report.learning_rate}, ...)" in text
-    assert f"The {report.learning_rate} above is for" in text
+    assert f"The {report.learning_rate} above is " in text
