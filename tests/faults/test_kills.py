@@ -85,7 +85,8 @@ def run_and_kill(
             assert time.monotonic() < deadline, f"no {phase}: {finish(ranks, 0)}"
             time.sleep(0.002)
         time.sleep(delay_seconds)
-        begun = [name for name in BEGINNINGS if marks(directory, name) - before[name]]
+        # what began may be gone again: the state before a sweep, once the sweep is done
+        begun = [name for name in BEGINNINGS if marks(directory, name) - before[name]] or [phase]
         killed_at = time.monotonic()
         for victim in victims:
             if ranks[victim].poll() is None:

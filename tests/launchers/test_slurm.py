@@ -73,7 +73,7 @@ def test_a_failed_run_is_a_failed_job(cluster: Cluster, tiny: TinyRun, tmp_path:
     arguments = [*tiny.options(tmp_path / "out"), "--lora.rank", "4"]
     done = submit(cluster, "launch/slurm/torchrun_per_node.sbatch", *arguments, log=tmp_path / "log")
     assert done.code != 0
-    assert done.stdout.count("loraga-dist: lora.rank: 4: unknown key") == 1
+    assert done.stdout.count("loraga-dist: lora.rank: 4: unknown key") == 2, "said, and repeated by torchrun"
 
 
 def test_plain_srun_is_one_run(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:
@@ -97,7 +97,8 @@ def test_one_torchrun_per_task_that_knows_no_other_is_refused(cluster: Cluster, 
     torchrun = ["torchrun", "--standalone", "--nproc_per_node", "1"]
     done = cluster.run(["srun", *TWO_NODES, *torchrun, *tiny.arguments(tmp_path / "out")])
     assert done.code != 0
-    assert done.stderr.count("srun started 2 launchers, and this one's run has 1") == 2
+    # by each of the two runs, and repeated by its torchrun
+    assert done.stderr.count("srun started 2 launchers, and this one's run has 1") == 4
     assert not (tmp_path / "out").exists()
 
 
