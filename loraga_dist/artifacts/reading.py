@@ -71,17 +71,22 @@ def targets_under(config: LoraConfig, report: Report) -> list[Target]:
 
 
 def read_lora_config(directory: Path) -> LoraConfig:
-    """`adapter_config.json` as PEFT reads it; raises RunError when it is not one of LoRA."""
-    from peft import LoraConfig, PeftConfig
+    """`adapter_config.json` as PEFT reads it; raises RunError for one that is not of LoRA, or that PEFT half ignores."""
+    from peft import LoraConfig, PeftConfig, __version__
 
-    read_json(directory / ADAPTER_CONFIG)  # where it is missing, PEFT would go and ask the hub
+    content = read_json(directory / ADAPTER_CONFIG)  # where it is missing, PEFT would go and ask the hub
     try:
-        with warnings.catch_warnings(action="ignore"):  # it warns of keys that it passes over
+        with warnings.catch_warnings(action="ignore"):  # it warns of all keys that it does not know
             config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # whatever PEFT makes of values that are not its own
         raise RunError(f"PEFT cannot load {ADAPTER_CONFIG} ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(config, LoraConfig):
         raise RunError(f"{ADAPTER_CONFIG} is of {config.peft_type}, not of LORA")
+    unknown = [key for key, value in content.items() if value and not hasattr(config, key)]
+    if unknown:
+        raise RunError(
+            f"{ADAPTER_CONFIG} has {unknown[0]}, which PEFT {__version__} does not know; install a newer one"
+        )
     return config
 
 

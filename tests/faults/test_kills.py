@@ -22,13 +22,13 @@ from ranks import be_script, finish, run_script, started_on_ranks
 from loraga_dist.artifacts.verify import verify
 
 BEGINNINGS = {
-    "load": ".out.partial",
-    "calibrate": ".out.checkpoint/[0-9]*",
-    "later sweep": ".out.checkpoint/finished-*",
-    "write": ".out.partial/factors",
+    "load": ".out.partial/.unfinished*",
+    "calibrate": ".out.checkpoint/[0-9]*/state.json",
+    "later sweep": ".out.checkpoint/finished-*/state.json",
+    "write": ".out.partial/factors/*",
     "verify": ".out.partial/loraga_report.json",
 }
-"""By phase, in their order: what appears when it begins."""
+"""By phase, in their order: the file that appears when it begins."""
 
 LONGEST_SECONDS = {"load": 1.0, "calibrate": 1.0, "later sweep": 1.0, "write": 0.2, "verify": 0.2}
 
@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return Undisturbed(write_config(tree), outputs)
 
 
-def marks(directory: Path, phase: str) -> set[tuple[str, int, int]]:
+def marks(directory: Path, phase: str) -> set[tuple[str, int]]:
     """What a phase's beginning has left, told from what an earlier run left under the same name."""
     found = set()
     for path in directory.glob(BEGINNINGS[phase]):
@@ -69,7 +69,7 @@ def marks(directory: Path, phase: str) -> set[tuple[str, int, int]]:
             stat = path.stat()
         except FileNotFoundError:  # renamed, or removed, meanwhile
             continue
-        found.add((path.name, stat.st_ino, stat.st_ctime_ns if path.is_file() else 0))
+        found.add((str(path), stat.st_ctime_ns))
     return found
 
 
