@@ -71,7 +71,7 @@ def targets_under(config: LoraConfig, report: Report) -> list[Target]:
 
 
 def read_lora_config(directory: Path) -> LoraConfig:
-    """`adapter_config.json` as PEFT reads it; raises RunError for one that is not of LoRA, or that PEFT half ignores."""
+    """`adapter_config.json` as PEFT reads it; raises RunError for one that is not of LoRA, or half unknown to PEFT."""
     from peft import LoraConfig, PeftConfig, __version__
 
     content = read_json(directory / ADAPTER_CONFIG)  # where it is missing, PEFT would go and ask the hub
