@@ -71,10 +71,10 @@ def targets_under(config: LoraConfig, report: Report) -> list[Target]:
 
 
 def read_lora_config(directory: Path) -> LoraConfig:
-    """`adapter_config.json` as PEFT reads it; raises RunError for one that is not of LoRA, or half unknown to PEFT."""
-    from peft import LoraConfig, PeftConfig, __version__
+    """`adapter_config.json` as PEFT reads it; raises RunError when it is not one of LoRA."""
+    from peft import LoraConfig, PeftConfig
 
-    content = read_json(directory / ADAPTER_CONFIG)  # where it is missing, PEFT would go and ask the hub
+    read_json(directory / ADAPTER_CONFIG)  # where it is missing, PEFT would go and ask the hub
     try:
         with warnings.catch_warnings(action="ignore"):  # it warns of all keys that it does not know
             config = PeftConfig.from_pretrained(str(directory))
@@ -82,12 +82,13 @@ def read_lora_config(directory: Path) -> LoraConfig:
         raise RunError(f"PEFT cannot load {ADAPTER_CONFIG} ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(config, LoraConfig):
         raise RunError(f"{ADAPTER_CONFIG} is of {config.peft_type}, not of LORA")
-    unknown = [key for key, value in content.items() if value and not hasattr(config, key)]
-    if unknown:
-        raise RunError(
-            f"{ADAPTER_CONFIG} has {unknown[0]}, which PEFT {__version__} does not know; install a newer one"
-        )
     return config
+
+
+def keys_passed_over(directory: Path, config: LoraConfig) -> list[str]:
+    """What stands in `adapter_config.json` with a value and is nothing to this version of PEFT, which read `config`."""
+    content = read_json(directory / ADAPTER_CONFIG)
+    return sorted(key for key, value in content.items() if value and not hasattr(config, key))
 
 
 def open_base(report: Report, base: Path | None) -> tuple[Path, dict[str, TensorSlot]]:

@@ -7,18 +7,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, adapter_keys, magnitude_key, saved_key
 from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT, RESIDUAL_BASE
-from loraga_dist.artifacts.reading import load_adapter, read_lora_config, targets_under
+from loraga_dist.artifacts.reading import keys_passed_over, load_adapter, read_lora_config, targets_under
 from loraga_dist.artifacts.report import Report
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.disk import BrokenFileError
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, dtype_name
 from loraga_dist.model.targets import Target
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin")
@@ -98,7 +102,7 @@ def open_update(init: Path, trained: Path) -> Update:
         saved={key.removeprefix(_PREFIX): slot for key, slot in sorted(adapter.slots.items()) if key not in expected},
         task_type=config.task_type,
         modules_to_save=sorted(config.modules_to_save) if config.modules_to_save else None,
-        warnings=_find_warnings(config.base_model_name_or_path, init, [adapter.slots[key] for key in expected], report),
+        warnings=_find_warnings(trained, config, init, [adapter.slots[key] for key in expected], report),
         trained=adapter,
         init=init_adapter,
         init_targets={target.name: target for target in init_targets},
@@ -190,8 +194,12 @@ def _problem_of_values(adapter: AdapterFile, init: AdapterFile, targets: list[Ta
     return "is the start itself, nothing was trained; load loraga_init with is_trainable=True and train"
 
 
-def _find_warnings(trained_on: str | None, init: Path, factors: Iterable[TensorSlot], report: Report) -> list[str]:
-    lines = []
+def _find_warnings(
+    trained: Path, config: LoraConfig, init: Path, factors: Iterable[TensorSlot], report: Report
+) -> list[str]:
+    lines, trained_on = [], config.base_model_name_or_path
+    if unknown := keys_passed_over(trained, config):
+        lines.append(f"the trained adapter's config has {', '.join(unknown)}, which this version of PEFT passes over")
     if report.scheme.changes_base and trained_on:
         belongs_on = [str(init.resolve().with_name(RESIDUAL_BASE)), read_lora_config(init).base_model_name_or_path]
         if _same_place(trained_on, report.config.model.name_or_path):

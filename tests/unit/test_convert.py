@@ -446,3 +446,13 @@ def test_training_on_the_original_base_is_warned_of(
     edit_config(wrong, base_model_name_or_path=str(run.base))
     assert run.convert("--to", tmp_path / "plain", "--trained", wrong) == 0
     assert "names the original base" in capsys.readouterr().err
+
+
+def test_keys_that_peft_passes_over_are_said(
+    trained: Callable[[str], Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained("plain")
+    newer = shutil.copytree(run.adapter, tmp_path / "newer")
+    edit_config(newer, new_kind=16, other_kind=None)
+    assert run.convert("--to", tmp_path / "plain", "--trained", newer) == 0
+    assert "config has new_kind, which this version of PEFT passes over" in capsys.readouterr().err

@@ -314,14 +314,12 @@ def test_verify_sees_another_adapter_config(output: Path, part: str, key: str, v
     assert any(f"{part}: adapter_config.json has {key} " in problem for problem in verify(output).problems)
 
 
-def test_keys_of_a_newer_peft_pass_as_long_as_they_say_nothing(output: Path) -> None:
+def test_keys_of_a_newer_peft_are_passed_over_without_a_word(output: Path) -> None:
     path = output / "loraga_init" / "adapter_config.json"
-    for value, says in ((None, []), (False, []), (1, ["adapter_config.json has new_kind, which PEFT "])):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"new_kind": value}))
-        write_checksums(output, World.alone())
-        with warnings.catch_warnings(action="error"):
-            problems = verify(output).problems
-        assert [any(line in problem for problem in problems) for line in says] == [True] * len(problems[:1]), problems
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"two\nlines": 1}))
+    write_checksums(output, World.alone())
+    with warnings.catch_warnings(action="error"):
+        assert verify(output).ok
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "additional_chat_templates/tool.jinja"])
