@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
-from loraga_dist.files.disk import naming_write_errors, read_json, sync
+from loraga_dist.files.disk import BrokenFileError, naming_write_errors, parse_json, read_json, sync
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.files.shared_tensors import write_shared_tensors
 from loraga_dist.ranks.world import World
@@ -142,9 +142,8 @@ class CheckpointStore:
             state = self._open(name, problems, lambda saved: check(saved, len(finished)))
             if state is None:
                 self._damaged.add(name)
-            elif state.content.get(_AFTER, len(finished)) == len(
-                finished
-            ):  # another version's is refused as other work
+            # one that does not say is another version's, which is refused as other work
+            elif state.content.get(_AFTER, len(finished)) == len(finished):
                 return Found(finished, state, problems)
         return Found(finished, None, problems)
 
@@ -152,10 +151,10 @@ class CheckpointStore:
         """What the saved states say of something that is the same in all, before they are read; None if none does."""
         found = None
         for path in [*self._named(_FINISHED), *self._named(_GENERATION)]:
-            with suppress(OSError, ValueError, RecursionError, AttributeError):  # `read` tells of what is damaged
+            with suppress(OSError, BrokenFileError, AttributeError):  # `read` tells of what is damaged
                 content = (path / _CONTENT).read_bytes()
                 if hashlib.sha256(content).hexdigest() == (read_checksums(path) or {}).get(_CONTENT):
-                    found = json.loads(content).get(key, found)
+                    found = parse_json(content, _CONTENT).get(key, found)
         return self._world.all_json(found)[0]
 
     def clear(self) -> None:
