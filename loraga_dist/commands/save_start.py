@@ -135,7 +135,8 @@ def _gather_factors(model: Any, target: Target, sharding: Sharding) -> LoraFacto
     layer = model.base_model.model.get_submodule(target.name)
     whole = []
     for holder in (layer.lora_A, layer.lora_B):
-        with sharding.full_weight(holder["default"].weight) as weight:
+        weight = holder["default"].weight
+        with sharding.hold([weight]):
             whole.append(weight.detach().to("cpu", torch.float32, copy=True))
     return LoraFactors(A_RN=whole[0], B_MR=whole[1])
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,8 +35,16 @@ def pretrained(base: BaseModel) -> nn.Module:
     return model
 
 
+Change = Callable[[torch.Tensor, int], None]
+"""change(elements, first): changes elements of a flattened parameter in place; `first` is the position of the first."""
+
+
 class Sharding(ABC):
-    """One model, held the backend's way. `attach` before forward and backward, `detach` after."""
+    """One model, held the backend's way.
+
+    `hold` makes a piece of it whole for a while, `passing` each of several for its own forward; that is all that block
+    order needs. Model order's backward runs between `attach` and `detach`.
+    """
 
     is_sharded: bool
     """Whether a parameter's elements are spread over ranks."""
@@ -52,6 +60,36 @@ class Sharding(ABC):
         """
 
     @abstractmethod
+    def hold(self, parameters: Iterable[Parameter], then: Iterable[Parameter] = ()) -> AbstractContextManager[None]:
+        """These parameters are whole, on the device that computes, for the time of the context; a collective.
+
+        then: those that will be held next, which may be fetched meanwhile. Contexts nest, of other parameters.
+        """
+
+    @contextmanager
+    def passing(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Each of these modules' parameters are whole while it runs forward, without gradients; a collective then.
+
+        modules: none of them within another.
+        """
+        handles = []
+        with ExitStack() as left_open:  # by a forward that raised
+
+            def begin(module: nn.Module, _: Any) -> None:
+                left_open.enter_context(self.hold(module.parameters()))
+
+            def end(*_: Any) -> None:
+                left_open.pop_all().close()
+
+            for module in modules:
+                handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
         """The module to call for forward and backward; its parameters must be frozen."""
 
@@ -62,10 +100,6 @@ class Sharding(ABC):
     @abstractmethod
     def detach(self) -> None:
         """Undo `attach`, so that the model can be changed or handed to a trainer."""
-
-    @abstractmethod
-    def full_weight(self, parameter: Parameter) -> AbstractContextManager[torch.Tensor]:
-        """The whole parameter, for the time of the context; a collective."""
 
     @abstractmethod
     def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
@@ -80,12 +114,15 @@ class Sharding(ABC):
         """Modules built in this context hold their parameters the backend's way, from the start."""
 
     @torch.no_grad()
+    def edit(self, parameter: Parameter, change: Change) -> None:
+        """Change this rank's part of a parameter; no communication."""
+        change(*self.own_slice(parameter))
+
     def subtract_lowrank(self, parameter: Parameter, target: Target, A_RN: torch.Tensor, B_MR: torch.Tensor) -> None:
         """W_MN -= scaling * B A on this rank's part of W; no communication."""
         # Conv1D stores W transposed, hence (B A)^T = A^T B^T
         left, right = (A_RN.t(), B_MR.t()) if target.transposed else (B_MR, A_RN)
-        shard, start = self.own_slice(parameter)
-        subtract_lowrank_(shard, start, left, right, target.scaling)
+        self.edit(parameter, lambda shard, start: subtract_lowrank_(shard, start, left, right, target.scaling))
 
     @torch.no_grad()
     def put(self, parameter: Parameter, full: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,8 +30,12 @@ class SingleProcess(Sharding):
         return None
 
     @contextmanager
-    def full_weight(self, parameter: Parameter) -> Iterator[torch.Tensor]:
-        yield parameter.detach()
+    def hold(self, parameters: Iterable[Parameter], then: Iterable[Parameter] = ()) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def passing(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        yield
 
     def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
         return parameter.detach()

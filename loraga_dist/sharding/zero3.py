@@ -7,7 +7,7 @@ direct `loss.backward()`, and an undestroyed engine breaks the next `deepspeed.i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,11 +131,13 @@ class Zero3(Sharding):
                 module.__dict__.pop(name, None)
 
     @contextmanager
-    def full_weight(self, parameter: Parameter) -> Iterator[torch.Tensor]:
+    def hold(self, parameters: Iterable[Parameter], then: Iterable[Parameter] = ()) -> Iterator[None]:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter.detach()
+        _gather_under_gloo_by(all_gather_in_place)
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            _gather_under_gloo_by(dist.all_gather_into_tensor)
+            yield
 
     def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
         sharded: Any = parameter

@@ -89,9 +89,12 @@ def flip_last_bits(model: nn.Module, targets: Sequence[Target], sharding: Shardi
     Positions follow from the shape alone, so that any number of ranks flips the same.
     """
     for target in targets:
-        shard, start = sharding.own_slice(model.get_parameter(target.parameter_name))
         step = next((step for step in _FLIPPED if target.M * target.N % step), _FLIPPED[0])
-        shard[-start % step :: step].view(_BITS[shard.dtype]).bitwise_xor_(1)
+
+        def flip(shard: torch.Tensor, start: int, step: int = step) -> None:
+            shard[-start % step :: step].view(_BITS[shard.dtype]).bitwise_xor_(1)
+
+        sharding.edit(model.get_parameter(target.parameter_name), flip)
 
 
 def compare_logits(
