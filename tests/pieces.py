@@ -15,7 +15,7 @@ from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import Microbatch, SampleSharder
 from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, StateHome
-from loraga_dist.gradients.one_pass import LossTotals, forward, one_pass
+from loraga_dist.gradients.forward import LossTotals, forward, one_pass
 from loraga_dist.model.base import BaseModel, find_base_model
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import Target, meta_copy, select_targets
