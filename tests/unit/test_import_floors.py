@@ -47,7 +47,7 @@ INSIDE = {
     "files": ["parallel", "disk", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
     "data": ["losses", "formats", "microbatches", "samples"],
     "model": ["base", "shape", "targets", "factors", "rank_budget", "plan"],
-    "sharding": ["slices", "settings", "gloo", "base", "single", "zero3", "open"],
+    "sharding": ["slices", "settings", "gloo", "base", "single", "from_disk", "zero3", "open"],
     "request": ["data", "request"],
     "artifacts": [
         "names",
