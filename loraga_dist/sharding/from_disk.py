@@ -127,8 +127,9 @@ class FromDisk(Sharding):
     def _read_ahead(self, parameters: Sequence[Parameter]) -> None:
         if not parameters or self._ahead is not None and self._ahead.is_of(parameters):
             return
-        if self._ahead is not None:
-            self._recycle(self._ahead)
+        superseded, self._ahead = self._ahead, None
+        if superseded is not None:
+            self._recycle(superseded)
         self._ahead = self._begin(parameters)
 
     def _begin(self, parameters: Sequence[Parameter]) -> _Piece:
