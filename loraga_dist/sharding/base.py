@@ -35,6 +35,17 @@ def pretrained(base: BaseModel) -> nn.Module:
     return model
 
 
+def without_values(base: BaseModel) -> Any:
+    """The model of the checkpoint's config, its weights tied; whoever asks for it fills the parameters."""
+    from transformers.initialization import no_init_weights
+
+    model_class: Any = base.model_class
+    with no_init_weights():
+        model = model_class._from_config(base.config, dtype=base.dtype)
+    model.tie_weights()  # transformers leaves that out together with the initialization
+    return model
+
+
 def slot_for(name: str, shape: Sequence[int], slots: Mapping[str, TensorSlot]) -> TensorSlot:
     """Where the parameter's elements lie. Raises UserError unless they have its shape."""
     slot = slots[name]

@@ -23,7 +23,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot, read_into, read_range
 from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding.base import Change, Sharding, read_buffers, slot_for
+from loraga_dist.sharding.base import Change, Sharding, read_buffers, slot_for, without_values
 from loraga_dist.sharding.slices import BLOCK_ELEMENTS, elements_of, square_norm
 
 _ALIGNMENT_BYTES = 64
@@ -64,9 +64,7 @@ class FromDisk(Sharding):
         Raises UserError where tensors would have to be converted, or have another shape than the config says.
         """
         if slots is None:
-            problem = (
-                "transformers converts its tensors, for which they have to be in memory; write a copy that it saved"
-            )
+            problem = "transformers has to convert its tensors, all of them in memory; write a copy that it saved"
             raise UserError("model.name_or_path", str(base.directory), problem)
         model = _model_on_meta(base)
         plan: Mapping[str, torch.dtype] = model._get_dtype_plan(base.dtype)
@@ -205,8 +203,7 @@ class FromDisk(Sharding):
 
 
 def _model_on_meta(base: BaseModel) -> Any:
-    """The model of a config, tied, its parameters on the meta device; buffers, also those of no file, are real."""
-    from transformers.initialization import no_init_weights
+    """The model of a config, its parameters on the meta device; buffers, also those of no file, are real."""
 
     def without_memory(module: nn.Module, name: str, parameter: Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
@@ -215,12 +212,9 @@ def _model_on_meta(base: BaseModel) -> Any:
 
     hook = register_module_parameter_registration_hook(without_memory)
     try:
-        with no_init_weights():
-            model: Any = base.model_class._from_config(base.config, dtype=base.dtype)  # type: ignore[attr-defined]
+        return without_values(base)
     finally:
         hook.remove()
-    model.tie_weights()  # transformers leaves that out together with the initialization
-    return model
 
 
 def _read_all(slots: Sequence[TensorSlot], wholes: Sequence[torch.Tensor]) -> None:

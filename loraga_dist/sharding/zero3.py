@@ -20,7 +20,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot, read_range
 from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding.base import Sharding, pretrained, read_buffers, slot_for
+from loraga_dist.sharding.base import Sharding, pretrained, read_buffers, slot_for, without_values
 from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.settings import calibration_settings, import_deepspeed, read_deepspeed_config
 from loraga_dist.sharding.slices import flat_range
@@ -68,11 +68,8 @@ class Zero3(Sharding):
         return model.requires_grad_(False).eval()
 
     def _load_slices(self, base: BaseModel, slots: dict[str, TensorSlot]) -> nn.Module:
-        from transformers.initialization import no_init_weights
-
-        with self.new_parameters(base.dtype), no_init_weights():
-            model: Any = base.model_class._from_config(base.config, dtype=base.dtype)  # type: ignore[attr-defined]
-        model.tie_weights()  # transformers leaves that out together with the initialization
+        with self.new_parameters(base.dtype):
+            model = without_values(base)
         with self.world.together():
             self._read_slices(model, slots)
         return model

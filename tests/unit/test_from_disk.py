@@ -252,7 +252,7 @@ def test_weights_that_do_not_fit_are_refused(llama: Path) -> None:
     base = find_base_model(ModelConfig(name_or_path=str(llama)), "CAUSAL_LM", torch.device("cpu"))
     slots = slots_of(base)
     assert slots is not None
-    with pytest.raises(UserError, match="transformers converts its tensors"):
+    with pytest.raises(UserError, match="transformers has to convert its tensors"):
         FromDisk(World.alone()).load(base, None)
     name = "model.norm.weight"
     wrong = slots | {name: replace(slots[name], shape=(8, 8))}
