@@ -90,9 +90,11 @@ class FromDisk(Sharding):
 
     @contextmanager
     def hold(self, parameters: Iterable[Parameter], then: Iterable[Parameter] = ()) -> Iterator[None]:
-        """As Sharding's; raises RunError when a file has become shorter. Those not of the checkpoint are left alone."""
-        wanted = self._stored(parameters)
-        assert self._held.isdisjoint(wanted), "held already"
+        """As Sharding's; raises RunError when a file has become shorter.
+
+        Parameters that are not the checkpoint's, or are held already, tied ones for instance, are left alone.
+        """
+        wanted = [parameter for parameter in self._stored(parameters) if parameter not in self._held]
         if self._ahead is not None and self._ahead.is_of(wanted):
             piece, self._ahead = self._ahead, None
         else:

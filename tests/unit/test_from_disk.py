@@ -14,13 +14,14 @@ import torch
 from builders import llama_config, save_model
 from launching import run
 from safetensors.torch import save_file
-from torch import nn
+from torch.nn import Parameter
 from transformers import LlamaForCausalLM
 
 from loraga_dist.config import Dtype, LoraSection, ModelConfig
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.safetensors_io import TensorSlot, read_header
 from loraga_dist.model.base import BaseModel, find_base_model
+from loraga_dist.model.blocks import find_blocks, pieces_of
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import pretrained
@@ -43,23 +44,23 @@ class Pair:
     in_memory: Any
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        return list(next(module for module in self.model.modules() if isinstance(module, nn.ModuleList)))
+    def blocks(self) -> list[list[Parameter]]:
+        blocks = find_blocks(self.model)
+        assert blocks is not None
+        return [list(block.parameters()) for block in blocks.of(self.model)]
 
     @property
-    def pieces(self) -> list[nn.Module]:
-        """Blocks, and the modules outside of them that have parameters."""
-        inside = {module for block in self.blocks for module in block.modules()}
-        others = [module for module in self.model.modules() if module not in inside and [*module._parameters.values()]]
-        return [*self.blocks, *others]
+    def outside(self) -> list[Parameter]:
+        """Tied ones twice."""
+        return [parameter for piece in pieces_of(self.model)[len(self.blocks) :] for parameter in piece.parameters]
 
     def assert_same(self) -> None:
         """Of all parameters, read piece by piece."""
         expected, seen = dict(self.in_memory.named_parameters()), set()
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for piece in self.pieces:
-            with self.disk.hold(piece.parameters()):
-                for parameter in piece.parameters():
+        for piece in pieces_of(self.model):
+            with self.disk.hold(piece.parameters):
+                for parameter in piece.parameters:
                     wanted = expected[names[parameter]]
                     assert parameter.dtype == wanted.dtype and torch.equal(parameter, wanted), names[parameter]
                     seen.add(names[parameter])
@@ -124,7 +125,7 @@ def test_parameters_have_shapes_and_no_memory(saved: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_passing_gives_the_same_logits(saved: Path, dtype: Dtype) -> None:
     pair = load(saved, dtype)
-    with torch.no_grad(), pair.disk.passing(pair.pieces):
+    with torch.no_grad(), pair.disk.passing(pieces_of(pair.model)):
         logits = pair.model(input_ids=IDS).logits
     assert torch.equal(logits, pair.in_memory(input_ids=IDS).logits)
 
@@ -133,7 +134,7 @@ def test_bytes_read_are_counted(llama: Path) -> None:
     pair = load(llama)
     model_bytes = sum(parameter.nbytes for parameter in pair.in_memory.parameters())
     assert pair.disk.num_bytes_read == 0
-    with torch.no_grad(), pair.disk.passing(pair.pieces):
+    with torch.no_grad(), pair.disk.passing(pieces_of(pair.model)):
         pair.model(input_ids=IDS)
     assert pair.disk.num_bytes_read == model_bytes
 
@@ -141,11 +142,11 @@ def test_bytes_read_are_counted(llama: Path) -> None:
 def test_reading_ahead_gives_the_same(saved: Path) -> None:
     """Also beside others that are held, and when what was read ahead is not what comes next. All is read once."""
     pair = load(saved)
-    first, second = (list(block.parameters()) for block in pair.blocks[:2])
-    outside = [parameter for piece in pair.pieces[len(pair.blocks) :] for parameter in piece.parameters()]
+    first, second, *_ = pair.blocks
+    outside = pair.outside
     names = {parameter: name for name, parameter in pair.model.named_parameters()}
 
-    def check(parameters: list[nn.Parameter]) -> None:
+    def check(parameters: list[Parameter]) -> None:
         for parameter in parameters:
             assert torch.equal(parameter, pair.in_memory.get_parameter(names[parameter])), names[parameter]
 
@@ -162,6 +163,8 @@ def test_reading_ahead_gives_the_same(saved: Path) -> None:
             check([*first, *outside])
         check(first)
     with pair.disk.hold(first, then=outside):
+        with pair.disk.hold([*first, *second]):
+            check(second)
         check(first)
     with pair.disk.hold(second):
         check(second)
@@ -194,7 +197,7 @@ def test_edits_are_made_whenever_a_weight_is_read(saved: Path, dtype: Dtype) -> 
 
 def test_an_edit_after_reading_ahead_is_seen(llama: Path) -> None:
     pair = load(llama)
-    first, second = (list(block.parameters()) for block in pair.blocks[:2])
+    first, second, *_ = pair.blocks
     with pair.disk.hold(first, then=second):
         pair.disk.edit(second[0], lambda elements, start: elements.zero_())
         with pytest.raises(AssertionError, match="held"):
@@ -218,7 +221,7 @@ def test_an_adapter_is_in_memory(saved: Path) -> None:
             in_memory.get_parameter(name).data.copy_(2 * values)
         else:
             assert parameter.untyped_storage().nbytes() == parameter.dtype.itemsize, name
-    with torch.no_grad(), pair.disk.passing(pair.pieces):
+    with torch.no_grad(), pair.disk.passing(pieces_of(pair.model)):
         logits = on_disk(input_ids=IDS).logits
     assert torch.equal(logits, in_memory(input_ids=IDS).logits)
 
@@ -270,7 +273,7 @@ def test_a_file_that_becomes_shorter_is_named(tmp_path: Path) -> None:
     """By the hold that wants it, also where a thread had read ahead; others go on."""
     pair = load(save_model(tmp_path))
     path = pair.base.index["model.layers.1.mlp.down_proj.weight"].path
-    blocks = [list(block.parameters()) for block in pair.blocks]
+    blocks = pair.blocks
     expected = pair.disk.weight_on(blocks[0][0], 0)
     with path.open("r+b") as file:
         file.truncate(1000)
@@ -291,6 +294,7 @@ from pathlib import Path
 import torch
 from loraga_dist.config import ModelConfig
 from loraga_dist.model.base import find_base_model
+from loraga_dist.model.blocks import find_blocks, pieces_of
 from loraga_dist.model.targets import meta_copy
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.from_disk import FromDisk
