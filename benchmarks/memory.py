@@ -36,8 +36,11 @@ SEQUENCES = 8
 LARGE_VOCABULARY = 49152
 """Of a small, tied model of SmolLM2-135M's widths, with 10 of its layers and sequences of different lengths."""
 TIME_LIMIT_SECONDS = 1200
+DATA = "calibration.jsonl"
+"""Beside the model."""
 
-_PAD, _END = 256, 257
+PAD, END = 256, 257
+"""The byte tokenizer's."""
 
 
 def layers_for(num_bytes: float) -> int:
@@ -79,12 +82,15 @@ def make_model(directory: Path, config: LlamaConfig, lengths: Sequence[int]) -> 
     partial = directory.with_name(f"{directory.name}.partial")
     torch.manual_seed(0)
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="200MB")
-    _byte_tokenizer().save_pretrained(partial)
-    letters = [torch.randint(97, 123, (length,)).tolist() for length in lengths]
-    (partial / "calibration.jsonl").write_text(
-        "".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters)
-    )
+    write_texts(partial, lengths)
     partial.rename(directory)
+
+
+def write_texts(directory: Path, lengths: Sequence[int]) -> None:
+    """A byte tokenizer, and random texts of so many tokens to calibrate on."""
+    _byte_tokenizer().save_pretrained(directory)
+    letters = [torch.randint(97, 123, (length,)).tolist() for length in lengths]
+    (directory / DATA).write_text("".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters))
 
 
 def measure(model: Path, num_ranks: int, start: str, batch_size: int, scratch: Path) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def measure(model: Path, num_ranks: int, start: str, batch_size: int, scratch: P
         **method,
         "model": {"name_or_path": str(model)},
         "calibration": {
-            "data_files": str(model / "calibration.jsonl"),
+            "data_files": str(model / DATA),
             "max_length": SEQUENCE_TOKENS,
             "per_device_batch_size": batch_size,
         },
@@ -194,7 +200,7 @@ def main() -> None:
 
 
 def _llama(**shapes: Any) -> LlamaConfig:
-    return LlamaConfig(max_position_embeddings=2048, pad_token_id=_PAD, bos_token_id=_END, eos_token_id=_END, **shapes)
+    return LlamaConfig(max_position_embeddings=2048, pad_token_id=PAD, bos_token_id=END, eos_token_id=END, **shapes)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

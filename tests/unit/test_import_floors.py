@@ -46,8 +46,8 @@ INSIDE = {
     ],
     "files": ["parallel", "disk", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
     "data": ["losses", "formats", "microbatches", "samples"],
-    "model": ["base", "shape", "blocks", "targets", "factors", "rank_budget", "plan"],
-    "sharding": ["slices", "settings", "gloo", "base", "single", "zero3", "open"],
+    "model": ["base", "blocks", "shape", "targets", "factors", "rank_budget", "plan"],
+    "sharding": ["slices", "settings", "gloo", "base", "single", "from_disk", "zero3", "open"],
     "request": ["data", "request"],
     "artifacts": [
         "names",
