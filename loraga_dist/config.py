@@ -189,8 +189,8 @@ class GradientConfig(Section):
     """How gradients are gathered, by schemes that take them."""
 
     engine: Annotated[str, NameIn(ENGINES, words=("auto",))] = "auto"
-    """`sketch` needs one pass and a few percent of the gradient's size; `auto` takes it for every target that is large
-    enough to profit."""
+    """`exact` forms a target's gradient, `sketch` a few percent of its size; `auto` takes for every target the one that
+    costs less time, if its state fits the budget."""
     max_targets_in_flight: Count | None = None
     """Targets accumulated per sweep over the data: 1 is one parameter at a time, null as many as the budget holds."""
     state_budget_gib: Amount = 4.0

@@ -84,7 +84,8 @@ def exact_gradients(
             checkpointing=checkpointing,
         ) as take:
             totals = sum(map(take, microbatches), LossTotals())
-        yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(world, totals.num_tokens))
+        engine.collect(world)
+        yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(totals.num_tokens))
     loaded.sharding.detach()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loraga_dist.config import GradientConfig
-from loraga_dist.engines import ENGINES, Matrix
+from loraga_dist.engines import ENGINES, USUAL_AMOUNT, Amount, Matrix
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.balance import balance
 from loraga_dist.schemes import Scheme
@@ -70,7 +70,7 @@ def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme,
     return Plan(scheme=scheme, targets=list(targets), groups=groups, owners=owners, costs=costs)
 
 
-def _matrix(target: Target, config: GradientConfig, scheme: Scheme) -> Matrix:
+def _matrix(target: Target, config: GradientConfig, scheme: Scheme, amount: Amount = USUAL_AMOUNT) -> Matrix:
     num_triplets = scheme.num_triplets(target.r)
 
     def with_engine(name: str) -> Matrix:
@@ -86,7 +86,11 @@ def _matrix(target: Target, config: GradientConfig, scheme: Scheme) -> Matrix:
 
     if config.engine != "auto":
         return with_engine(config.engine)
-    return next(matrix for matrix in map(with_engine, ENGINES) if ENGINES[matrix.engine].suits(matrix))
+    suiting = [matrix for matrix in map(with_engine, ENGINES) if ENGINES[matrix.engine].suits(matrix)]
+    fitting = [matrix for matrix in suiting if Plan.state_bytes([matrix]) <= config.state_budget_gib * 2**30]
+    if not fitting:
+        return min(suiting, key=lambda matrix: Plan.state_bytes([matrix]))
+    return min(fitting, key=lambda matrix: ENGINES[matrix.engine].cost(matrix, amount))
 
 
 def _cut(matrices: Sequence[Matrix], config: GradientConfig) -> list[list[Matrix]]:
