@@ -36,7 +36,7 @@ from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import Microbatch, SampleSharder, count_supervised_tokens
 from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
-from loraga_dist.gradients.one_pass import LossTotals, one_pass
+from loraga_dist.gradients.forward import LossTotals, one_pass
 from loraga_dist.model.base import find_base_model
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.session import run_as_rank

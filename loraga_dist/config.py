@@ -57,6 +57,7 @@ SchemeName = Annotated[str, NameIn(SCHEMES)]
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpointing = Literal["none", "non_reentrant"]
+OrderName = Literal["auto", "block", "model"]
 StateDevice = Literal["auto", "device", "host"]
 Tracker = Literal["tensorboard", "wandb"]
 
@@ -191,10 +192,20 @@ class GradientConfig(Section):
     engine: Annotated[str, NameIn(ENGINES, words=("auto",))] = "auto"
     """`exact` forms a target's gradient, `sketch` a few percent of its size; `auto` takes for every target the one that
     costs less time, if its state fits the budget."""
+    order: OrderName = "auto"
+    """`block` holds one block of the model at a time and takes all microbatches through it; `model` takes each
+    microbatch through the whole model. `auto` is `block` wherever no process holds the model whole on its device."""
+    chunk_microbatches: Count | Literal["auto"] = "auto"
+    """Block order: how many microbatches of a rank go through the blocks together; `auto` is as many as there is room
+    for, if possible all. Each chunk gathers the model twice."""
+    activations_dir: PathOrId | None = None
+    """Block order: a directory for the inputs of blocks, instead of host memory. By default they go to files only
+    where memory has no room for them, beside the checkpoint."""
     max_targets_in_flight: Count | None = None
-    """Targets accumulated per sweep over the data: 1 is one parameter at a time, null as many as the budget holds."""
+    """Targets accumulated at a time: 1 is one parameter at a time, null as many as the budget holds."""
     state_budget_gib: Amount = 4.0
-    """Memory per rank that gradient state may take; more targets than fit make more sweeps."""
+    """Memory per rank that gradient state may take; what does not fit takes another turn: of its block, or, in model
+    order and with several chunks, of the data."""
     state_device: StateDevice = "auto"
     """Where that state lives between two uses; `host` is pinned host memory, at the price of copies in every backward.
     `auto` is the device, unless the state would fill half of what is free there."""

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraga_dist.config import CalibrationConfig, Checkpointing, GradientConfig, LoraSection, ModelConfig
-from loraga_dist.data.losses import causal_lm
+from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, ModelConfig
+from loraga_dist.data.losses import Loss, causal_lm
 from loraga_dist.data.microbatches import Microbatch, SampleSharder
 from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, StateHome
-from loraga_dist.gradients.one_pass import LossTotals, forward, one_pass
+from loraga_dist.gradients.block_order import BlockOrder, OnWay
+from loraga_dist.gradients.forward import forward
+from loraga_dist.gradients.kept import Keeping
+from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.model.base import BaseModel, find_base_model
+from loraga_dist.model.blocks import Blocks, choose_order, find_blocks
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import Target, meta_copy, select_targets
 from loraga_dist.ranks.world import World
@@ -62,31 +66,35 @@ def microbatches_of(model_dir: Path, data: Path, rank: int = 0, world_size: int 
 
 
 def exact_gradients(
-    loaded: Loaded,
-    targets: list[Target],
-    microbatches: list[Microbatch],
-    *,
-    checkpointing: Checkpointing,
-    in_flight: int | None,
+    loaded: Loaded, targets: list[Target], microbatches: list[Microbatch], config: GradientConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Mean gradients of the targets that this rank owns, by the exact engine. A collective."""
-    world = loaded.sharding.world
-    plan = make_plan(targets, GradientConfig(max_targets_in_flight=in_flight), SCHEMES["lora_ga"], world.size)
-    module = loaded.sharding.attach(loaded.model)
-    for matrices in plan.groups:
-        engine = ExactEngine(matrices, home=StateHome(world.device), seed=0, dtype=torch.float32)
-        with one_pass(
-            module,
-            [matrix.name for matrix in matrices],
-            engine,
-            sharding=loaded.sharding,
-            loss_sum=causal_lm,
-            checkpointing=checkpointing,
-        ) as take:
-            totals = sum(map(take, microbatches), LossTotals())
-        engine.collect(world)
-        yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(totals.num_tokens))
-    loaded.sharding.detach()
+    world, names = loaded.sharding.world, [target.name for target in targets]
+    model_class = type(loaded.model).__name__
+    order = choose_order(config.order, model_class, find_blocks(loaded.model), names, in_pieces=world.size > 1)
+    plan = make_plan(targets, config, SCHEMES["lora_ga"], world.size, order)
+    route: Route = ModelOrder(loaded.model, causal_lm, sharding=loaded.sharding, checkpointing=config.checkpointing)
+    if order.blocks is not None:
+        route = block_order(loaded.model, order.blocks, names, loaded.sharding)
+    with route.opened():
+        for matrices in plan.groups:
+            engine = ExactEngine(matrices, home=StateHome(world.device), seed=0, dtype=torch.float32)
+            with route.showing(microbatches, [matrix.name for matrix in matrices], engine.observe) as take:
+                for microbatch in microbatches:
+                    engine.begin_microbatch(microbatch.index)
+                    take(microbatch)
+            tokens = torch.tensor(sum(microbatch.num_supervised_tokens for microbatch in microbatches))
+            num_tokens = int(world.sum_(tokens.to(world.device)))
+            engine.collect(world)
+            yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(num_tokens))
+
+
+def block_order(
+    model: nn.Module, blocks: Blocks, names: list[str], sharding: Sharding, loss: Loss = causal_lm
+) -> BlockOrder:
+    """The route through blocks, all microbatches at a time."""
+    on_way = OnWay(pause=lambda: None, advance=lambda: None)
+    return BlockOrder(model, blocks, loss, targets=names, sharding=sharding, keeping=Keeping(), on_way=on_way)
 
 
 def autograd_gradients(model_dir: Path, microbatches: list[Microbatch]) -> dict[str, Tensor]:

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 IGNORED = -100
 
-LossSum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A cross-entropy, summed."""
+
+    shifts: bool
+    """Position t predicts label t + 1."""
+    by_token: bool
+    """Every position has logits and a label of its own."""
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """logits: (..., V). labels: (...), -100 where there is no loss."""
+        return cross_entropy_sum(logits, self.predicted(labels))
+
+    def predicted(self, labels: torch.Tensor) -> torch.Tensor:
+        """What the logits at each position are to predict; -100 for nothing."""
+        return F.pad(labels[..., 1:], (0, 1), value=IGNORED) if self.shifts else labels
 
 
-def causal_lm(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy: position t predicts label t + 1."""
-    return cross_entropy_sum(logits_BTV[:, :-1], labels_BT[:, 1:])
-
-
-def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits (..., V) at the labels (...): of classes, and of a decoder that shifts labels itself."""
+def cross_entropy_sum(logits: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits (..., V) at the classes (...), in float32."""
     return F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, -2).float(), predicted.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum"
     )
 
 
-LOSSES: dict[str, LossSum] = {
+causal_lm = Loss(shifts=True, by_token=True)
+
+LOSSES = {
     "CAUSAL_LM": causal_lm,
-    "SEQ_2_SEQ_LM": cross_entropy_sum,
-    "SEQ_CLS": cross_entropy_sum,
+    "SEQ_2_SEQ_LM": Loss(shifts=False, by_token=True),  # the decoder's inputs are shifted instead
+    "SEQ_CLS": Loss(shifts=False, by_token=False),
 }

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from loraga_dist.config import Checkpointing
-from loraga_dist.data.losses import LossSum
+from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch
-from loraga_dist.gradients.one_pass import forward
+from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
 
@@ -55,7 +55,7 @@ def forecast_activations(
     shapes: Shapes,
     names: Sequence[str],
     *,
-    loss_sum: LossSum,
+    loss: Loss,
     checkpointing: Checkpointing,
     gathers: bool,
     sink_bytes: Callable[[str], int],
@@ -98,7 +98,7 @@ def forecast_activations(
 
             taps = tapped(model, list(stack.originals), sink, checkpointing=checkpointing)
             with _Ledger(gathered, unsharded) as ledger, stack.watched(ledger), taps:
-                loss_sum(forward(model, microbatch, device), microbatch.inputs["labels"]).backward()
+                loss(forward(model, microbatch, device), microbatch.inputs["labels"]).backward()
             backward_bytes = ledger.peak_with(stack.num_left_out)
             return Activations(backward_bytes=backward_bytes, forward_bytes=forward_bytes, probe_bytes=probe_bytes)
     except (RuntimeError, TypeError, ValueError):  # data-dependent shapes, kernels without a shape function

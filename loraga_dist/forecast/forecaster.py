@@ -18,6 +18,7 @@ from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
 from loraga_dist.forecast.activations import Activations, Shapes, forecast_activations
 from loraga_dist.forecast.memory import RankMemory, Setting, rank_memory, weight_workspace_bytes
+from loraga_dist.model.blocks import choose_order
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
@@ -63,7 +64,13 @@ class Forecaster:
 
     @cached_property
     def plan(self) -> Plan:
-        return make_plan(self.request.targets, self.config.gradient, self.request.scheme, self.world_size)
+        request, gradient = self.request, self.config.gradient
+        names = [target.name for target in request.targets]
+        in_pieces = Holding.of(self.config.deepspeed, self.world_size).is_sharded
+        order = choose_order(
+            gradient.order, request.base.model_class.__name__, request.blocks, names, in_pieces=in_pieces
+        )
+        return make_plan(request.targets, gradient, request.scheme, self.world_size, order)
 
     @cached_property
     def setting(self) -> Setting:
@@ -101,7 +108,7 @@ class Forecaster:
                 base,
                 shapes,
                 names,
-                loss_sum=LOSSES[self.config.lora.task_type],
+                loss=LOSSES[self.config.lora.task_type],
                 checkpointing=checkpointing,
                 gathers=self.setting.sharded,
                 sink_bytes=observation_bytes,

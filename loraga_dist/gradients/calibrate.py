@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 
 import torch
@@ -10,18 +11,23 @@ from torch import nn
 
 from loraga_dist.config import GradientConfig
 from loraga_dist.data.losses import LOSSES
+from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines import ENGINES
 from loraga_dist.engines.base import EngineState
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError
 from loraga_dist.files.checkpoint import Checkpoint
+from loraga_dist.gradients.block_order import BlockOrder, OnWay
 from loraga_dist.gradients.checkpointer import Checkpointer
+from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
-from loraga_dist.gradients.one_pass import full_float32_matmul, one_pass
-from loraga_dist.gradients.passes import Position, is_time_to_look, median_cosine, steps_to_reach
+from loraga_dist.gradients.kept import Keeping
+from loraga_dist.gradients.observer import Observer
+from loraga_dist.gradients.passes import Position, chunks_of, is_time_to_look, median_cosine, steps_to_reach
+from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.linalg import TruncatedSVD
-from loraga_dist.model.plan import Plan
+from loraga_dist.model.plan import Plan, sweep_end
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.ranks.progress import Clock, Progress, phase
 from loraga_dist.request.request import Request
@@ -35,15 +41,17 @@ def calibrate(
     sharding: Sharding,
     clock: Clock,
     checkpointer: Checkpointer | None = None,
+    keeping: Keeping = Keeping(),  # noqa: B008
 ) -> Gradients:
     """Take the mean gradient of every target, reduced to its owner and factorized there. Every rank calls this.
 
-    clock: gets the phases `calibrate` and `factorize`.
+    clock: gets the phases `calibrate` and `factorize`. keeping: of block order, the same chunks on all ranks.
 
     Raises RunError for a loss or gradient that is not finite, or a target whose gradient is zero; UserError for a
-    target outside the loss. On every rank alike.
+    target outside the loss. On every rank alike. NotInBlocks before anything is found, where the model is not what
+    block order takes it for.
     """
-    return _Calibrator(model, request, sharding, clock, checkpointer).run()
+    return _Calibrator(model, request, sharding, clock, checkpointer, keeping).run()
 
 
 class _Calibrator:
@@ -56,33 +64,53 @@ class _Calibrator:
         sharding: Sharding,
         clock: Clock,
         checkpointer: Checkpointer | None,
+        keeping: Keeping,
     ) -> None:
         assert request.data is not None, "a scheme that takes gradients has data"
         self._model = model
         self._request = request
+        self._plan = request.plan
         self._sharding = sharding
         self._world = sharding.world
         self._checkpointer = checkpointer
+        self._keeping = keeping
         self._batches = request.data
         self._at = Position()
         self._used = DataUsed(num_samples=request.data.num_samples)
         self._owned: dict[str, TruncatedSVD] = {}
         self._facts: dict[str, GradientFacts] = {}
         self._clock = clock
-        self._within_group: Checkpoint | None = None
-        self._expected_steps = 0
+        self._within_sweep: Checkpoint | None = None
+        self._engines: list[EngineGroup] = []
+        """Of the groups of the sweep."""
+        self._announced = self._expected_steps = 0
 
     @full_float32_matmul()
     def run(self) -> Gradients:
         self._restore()
-        self._expected_steps = self._num_steps
-        groups = self._request.plan.groups
-        first = self._steps_left if self._at.refinement == 0 and self._at.group < len(groups) else 0
-        later = max(0, len(groups) - self._at.group - 1) * self._num_steps
-        with phase("calibrate", first + later, "microbatches", shown=self._world.is_main) as progress:
-            while self._at.group < len(groups):
-                self._take_group(progress)
-        return Gradients(owned=self._owned, facts=self._facts, data=self._used)
+        unit = "microbatches" if self._plan.order.blocks is None else "block passes"
+        self._announced = self._expected_steps = self._steps_to_come()
+        with phase("calibrate", self._expected_steps, unit, shown=self._world.is_main) as progress:
+            route = self._route(progress)
+            with route.opened():
+                while self._at.group < len(self._plan.groups):
+                    self._take_sweep(route, progress)
+        return Gradients(owned=self._owned, facts=self._facts, data=self._used, order=self._plan.order)
+
+    def _route(self, progress: Progress) -> Route:
+        config, order = self._request.config, self._plan.order
+        loss = LOSSES[config.lora.task_type]
+        if order.blocks is None:
+            return ModelOrder(self._model, loss, sharding=self._sharding, checkpointing=config.gradient.checkpointing)
+        return BlockOrder(
+            self._model,
+            order.blocks,
+            loss,
+            targets=list(self._plan.matrices),
+            sharding=self._sharding,
+            keeping=self._keeping,
+            on_way=OnWay(pause=self._save_if_due, advance=progress.advance),
+        )
 
     @property
     def _num_steps(self) -> int:
@@ -94,109 +122,146 @@ class _Calibrator:
         """Of the pass that goes on; earlier runs' microbatches may have been larger or smaller."""
         return -(-(self._used.num_samples - self._at.num_samples) // self._batches.samples_per_step)
 
-    def _expect(self, num_steps: int, progress: Progress) -> None:
-        """Have the progress count on so many steps in this and every later group's first pass."""
-        progress.extend((num_steps - self._expected_steps) * (len(self._request.plan.groups) - self._at.group))
-        self._expected_steps = num_steps
+    @property
+    def _chunk(self) -> int | None:
+        """Microbatches at a time; None for all."""
+        return 1 if self._plan.order.blocks is None else self._keeping.chunk_microbatches
 
-    def _take_group(self, progress: Progress) -> None:
-        """Accumulate the gradients of one group, refine them, factorize them, and keep the result."""
+    def _sweep_end(self, first: int) -> int:
+        """Up to which group a sweep from `first` on goes. All data in one chunk is kept for one group after the other;
+        else groups that see the data together save passes."""
+        looks = first == 0 and self._request.target_cosine is not None
+        if not looks and (self._chunk is None or self._chunk >= self._num_steps):
+            return first + 1
+        return sweep_end(self._plan, self._request.config.gradient, first)
+
+    def _steps_to_come(self) -> int:
+        """Steps of progress of all first passes that are not over."""
+        blocks, steps, group = self._plan.order.blocks, 0, self._at.group
+        while group < len(self._plan.groups):
+            end = self._sweep_end(group)
+            forward = 0 if blocks is None or (group > self._at.group and end == group + 1) else blocks.count
+            is_now = group == self._at.group
+            left = (self._steps_left if self._at.refinement == 0 else 0) if is_now else self._num_steps
+            steps += left * (forward + end - group)
+            group = end
+        return steps
+
+    def _take_sweep(self, route: Route, progress: Progress) -> None:
+        """Accumulate the gradients of some groups, refine them, factorize them, and keep the result."""
+        first = self._at.group
         with self._clock.phase("calibrate"):
-            engines = self._accumulate(progress)
-        with self._clock.phase("factorize"):
-            facts, owned = self._factorize(engines)
-        self._facts |= facts
-        self._owned |= owned
-        self._at = Position(group=self._at.group + 1)
-        if self._checkpointer is not None:
-            self._checkpointer.finish_group(_finished_state(facts, owned, self._used))
+            self._accumulate(route, progress)
+        for index, engines in enumerate(self._engines, first):
+            with self._clock.phase("factorize"):
+                facts, owned = self._factorize(engines)
+            self._facts |= facts
+            self._owned |= owned
+            self._at = Position(group=index + 1)
+            if self._checkpointer is not None:
+                self._checkpointer.finish_group(_finished_state(facts, owned, self._used))
+        self._engines = []
+        self._save_if_due()
 
-    def _accumulate(self, progress: Progress) -> EngineGroup:
-        """All passes of one group."""
-        config, plan = self._request.config, self._request.plan
-        engines = EngineGroup.of(
-            plan.groups[self._at.group],
-            home=StateHome.choose(config.gradient.state_device, self._world.device, plan.state_bytes_per_rank),
-            seed=config.init.seed,
-            dtype=next(self._model.parameters()).dtype,
-        )
-        if self._within_group is not None:
-            engines.load_state(self._within_group.content["engines"], self._within_group.tensors, self._world)
-            self._within_group = None
+    def _accumulate(self, route: Route, progress: Progress) -> None:
+        """All passes of one sweep."""
+        config, plan, at = self._request.config, self._plan, self._at
+        if not at.num_groups:
+            self._at = at = replace(at, num_groups=self._sweep_end(at.group) - at.group)
+        groups = plan.groups[at.group : at.group + at.num_groups]
+        home = StateHome.choose(config.gradient.state_device, self._world.device, sum(map(plan.state_bytes, groups)))
+        dtype = next(self._model.parameters()).dtype
+        self._engines = [EngineGroup.of(group, home=home, seed=config.init.seed, dtype=dtype) for group in groups]
+        if self._within_sweep is not None:
+            saved, self._within_sweep = self._within_sweep, None
+            for engines, content in zip(self._engines, saved.content["engines"], strict=True):
+                engines.load_state(content, saved.tensors, self._world)
         if self._at.refinement == 0:
-            self._first_pass(engines, progress)
-        refining = engines.refining
-        while refining is not None and self._at.refinement <= self._used.refine_passes:
-            progress.extend(self._steps_left)
-            if self._at.num_microbatches == 0:
-                refining.begin_refinement(self._world)
-            self._pass(engines, refining, progress)
-        return engines
+            self._first_pass(route, progress)
+        refining = [engines.refining for engines in self._engines]
+        while any(refining) and self._at.refinement <= self._used.refine_passes:
+            progress.extend(self._steps_left * sum(each is not None for each in refining))
+            if self._at.num_microbatches == 0 and not self._at.num_groups_ahead:
+                for each in refining:
+                    if each is not None:
+                        each.begin_refinement(self._world)
+            self._pass(route, refining, progress)
 
-    def _first_pass(self, engines: EngineGroup, progress: Progress) -> None:
-        """The first group's decides how much data there is for all passes to come."""
-        self._pass(engines, engines, progress, self._request.target_cosine if self._at.group == 0 else None)
-        self._expect(self._num_steps, progress)
+    def _first_pass(self, route: Route, progress: Progress) -> None:
+        """The first sweep's decides how much data there is for all passes to come."""
+        self._pass(route, self._engines, progress, self._request.target_cosine if self._at.group == 0 else None)
         totals, config = self._at.totals, self._request.config.gradient
         self._used = replace(
             self._used,
             num_supervised_tokens=totals.num_tokens,
             mean_loss=totals.loss_sum / totals.num_tokens,
-            refine_passes=_refine_passes(config, self._request.plan, totals.num_tokens / self._num_steps),
+            refine_passes=_refine_passes(config, self._plan, totals.num_tokens / self._num_steps),
         )
 
     def _pass(
         self,
-        engines: EngineGroup,
-        observing: EngineGroup,
+        route: Route,
+        observing: Sequence[EngineGroup | None],
         progress: Progress,
         target_cosine: float | None = None,
     ) -> None:
-        """Show `observing`, one or more of the group's engines, the rest of the data of this pass.
+        """Show the sweep's engines, or those of each that refine, the rest of the data of this pass.
 
         target_cosine: once the median split-half cosine reaches it, no new microbatch is looked at.
         """
-        at, config = self._at, self._request.config
-        left = []
-        if at.num_samples < self._used.num_samples:
-            left = self._batches.microbatches(at.num_samples, self._used.num_samples, at.num_microbatches)
-        with one_pass(
-            self._model,
-            list(observing.engine_of) if left else [],
-            observing,
-            sharding=self._sharding,
-            loss_sum=LOSSES[config.lora.task_type],
-            checkpointing=config.gradient.checkpointing,
-        ) as take:
-            for microbatch in left:
-                totals = take(microbatch)
+        observers = [each and Observer(each, self._model, self._sharding) for each in observing]
+        while self._at.num_samples < self._used.num_samples:
+            at, stop = self._at, self._at.chunk_end or self._used.num_samples
+            left = self._batches.microbatches(at.num_samples, stop, at.num_microbatches)
+            most = None if at.chunk_end else self._chunk
+            chunk = next(chunks_of(left, most, at_looks=target_cosine is not None))
+            end = min(at.num_samples + len(chunk) * self._batches.samples_per_step, stop)
+            for index, observer in enumerate(observers):
+                if index >= at.num_groups_ahead and observer is not None:
+                    self._show(route, chunk, observer, progress, counts=index == 0 and at.refinement == 0)
+                if index + 1 < len(observers):
+                    self._at = replace(self._at, num_groups_ahead=index + 1, chunk_end=end)
+                    self._save_if_due()
+            num_microbatches = at.num_microbatches + len(chunk)
+            self._at = replace(
+                self._at, num_samples=end, num_microbatches=num_microbatches, chunk_end=0, num_groups_ahead=0
+            )
+            looks = is_time_to_look(num_microbatches) or end == self._used.num_samples
+            if target_cosine is not None and looks:
+                self._look(target_cosine, progress)
+            if end < self._used.num_samples:
+                self._save_if_due()
+        for observer in observers:
+            if observer is not None:
+                observer.require_all_seen(self._world)
+        self._at = replace(self._at, refinement=self._at.refinement + 1, num_samples=0, num_microbatches=0)
+        self._save_if_due()
+
+    def _show(
+        self, route: Route, chunk: Sequence[Microbatch], observer: Observer, progress: Progress, *, counts: bool
+    ) -> None:
+        """Show one group's engines a chunk. counts: its loss and tokens do."""
+        with route.showing(chunk, observer.names, observer.observe) as take:
+            for microbatch in chunk:
+                observer.begin(microbatch)
+                totals = observer.end(microbatch, take(microbatch))
                 return_freed_memory()
                 progress.advance()
-                self._at = at = replace(
-                    at,
-                    num_microbatches=at.num_microbatches + 1,
-                    num_samples=min(at.num_samples + self._batches.samples_per_step, self._used.num_samples),
-                    totals=at.totals + totals if at.refinement == 0 else at.totals,
-                )
-                looks = is_time_to_look(at.num_microbatches) or microbatch is left[-1]
-                if target_cosine is not None and looks:
-                    self._look(observing, target_cosine, progress)
-                if self._checkpointer is not None:
-                    self._checkpointer.after_microbatch(lambda: self._state_within(engines))
-                if at.num_samples == self._used.num_samples:
-                    break
-        self._at = replace(at, refinement=at.refinement + 1, num_samples=0, num_microbatches=0)
+                if counts:
+                    self._at = replace(self._at, totals=self._at.totals + totals)
 
-    def _look(self, engines: EngineGroup, target_cosine: float, progress: Progress) -> None:
+    def _look(self, target_cosine: float, progress: Progress) -> None:
         """See whether this was data enough, or else how much there may be to come."""
-        at = self._at
-        cosine = median_cosine(engines, self._world)
+        cosine = median_cosine(self._engines, self._world)
+        whole, left = self._num_steps, self._steps_left
         if cosine >= target_cosine:
-            self._used = replace(self._used, reached_target=True, num_samples=at.num_samples)
+            self._used = replace(self._used, reached_target=True, num_samples=self._at.num_samples)
+            expected = whole - left
         else:
-            self._expect(
-                steps_to_reach(target_cosine, cosine, self._num_steps - self._steps_left, self._num_steps), progress
-            )
+            expected = steps_to_reach(target_cosine, cosine, whole - left, whole)
+        # in proportion: the whole was announced
+        progress.extend(math.ceil(self._announced * expected / whole) - self._expected_steps)
+        self._expected_steps = math.ceil(self._announced * expected / whole)
         progress.note(f"split-half cosine {cosine:.2f} of {target_cosine:g}")
 
     def _factorize(self, engines: EngineGroup) -> tuple[dict[str, GradientFacts], dict[str, TruncatedSVD]]:
@@ -204,7 +269,7 @@ class _Calibrator:
 
         Raises RunError, on every rank, where a gradient is zero or its owner cannot factorize it.
         """
-        matrices, world = self._request.plan.matrices, self._world
+        matrices, world = self._plan.matrices, self._world
         mine, owned = {}, {}
         num_owned = sum(matrices[name].owner == world.rank for name in engines.engine_of)
         # by the first failure of an owner all collectives are done
@@ -232,11 +297,20 @@ class _Calibrator:
                 )
         return facts, owned
 
-    def _state_within(self, engines: EngineGroup) -> EngineState:
-        """All that a later run needs to go on from between two microbatches; a collective."""
-        state = engines.save_state(self._world)
-        content = {"position": asdict(self._at), "data": asdict(self._used), "engines": state.content}
-        return EngineState(content, state.tensors)
+    def _save_if_due(self) -> None:
+        """Where nothing is half done: save if it is time, leave if that was asked for. A collective."""
+        if self._checkpointer is not None:
+            self._checkpointer.save_if_due(self._state_within if self._engines else None)
+
+    def _state_within(self) -> EngineState:
+        """All that a later run needs to go on within a sweep; a collective."""
+        states = [engines.save_state(self._world) for engines in self._engines]
+        content = {
+            "position": asdict(self._at),
+            "data": asdict(self._used),
+            "engines": [state.content for state in states],
+        }
+        return EngineState(content, {name: tensor for state in states for name, tensor in state.tensors.items()})
 
     def _restore(self) -> None:
         """Go on from what an earlier run of the same work left."""
@@ -247,14 +321,14 @@ class _Calibrator:
             facts = {name: GradientFacts(**it) for name, it in saved.content["facts"].items()}
             self._facts |= facts
             for name in facts:
-                if self._request.plan.owners[name] == self._world.rank:
+                if self._plan.owners[name] == self._world.rank:
                     parts = {part.name: saved.tensors[f"{name}.{part.name}"] for part in fields(TruncatedSVD)}
                     self._owned[name] = TruncatedSVD(**parts)
             self._used = DataUsed(**saved.content["data"])
-        self._at, self._within_group = Position(group=len(found.finished)), found.newest
-        if self._within_group is not None:
-            self._at = Position.of_json(self._within_group.content["position"])
-            self._used = DataUsed(**self._within_group.content["data"])
+        self._at, self._within_sweep = Position(group=len(found.finished)), found.newest
+        if self._within_sweep is not None:
+            self._at = Position.of_json(self._within_sweep.content["position"])
+            self._used = DataUsed(**self._within_sweep.content["data"])
 
 
 def _finished_state(

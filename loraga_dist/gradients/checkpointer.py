@@ -24,7 +24,7 @@ from loraga_dist.ranks.world import World, dotted
 BEGAN = "began"
 """In a saved state: when the work began, as its clock has it."""
 
-_FORMAT = 5
+_FORMAT = 6
 """Of saved states; one of another number is other work."""
 
 
@@ -49,7 +49,7 @@ class Checkpointer:
         self._store = store
         self.clock = clock
         self.work = {"format": _FORMAT, **work}
-        self._groups = groups
+        self.groups = groups
         self._stop = stop
         self._seconds = 60 * minutes
         self._world = world
@@ -95,16 +95,16 @@ class Checkpointer:
         if _differing(dict(dotted(saved.content["work"])), dict(dotted(self.work))):
             return
         if num_finished is None:
-            require_finished(saved, self._groups[int(saved.path.name.split("-")[1])])
+            require_finished(saved, self.groups[int(saved.path.name.split("-")[1])])
         else:
-            require_state(saved, self._groups, num_finished)
+            require_state(saved, self.groups, num_finished)
 
-    def after_microbatch(self, state: Callable[[], EngineState]) -> None:
-        """Save if it is time. Raises Preempted, on all ranks at the same microbatch, when one was asked to stop."""
+    def save_if_due(self, state: Callable[[], EngineState] | None) -> None:
+        """Save if it is time; None: nothing is new. Raises Preempted, on all ranks, when one was asked to stop."""
         due = time.monotonic() - self._saved_at > self._seconds
         wanted = torch.tensor([self._stop.signal_name is not None, due], device=self._world.device, dtype=torch.int32)
         asked, due = self._world.max_(wanted).tolist()
-        if asked or due:
+        if state is not None and (asked or due):
             made = state()
             self._store.save(made.content | self._of_run, made.tensors)
             self._saved_at = time.monotonic()

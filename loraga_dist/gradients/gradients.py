@@ -8,6 +8,7 @@ import torch
 
 from loraga_dist.engines.base import GradientSVD, Matrix
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
+from loraga_dist.model.blocks import Order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +67,5 @@ class Gradients:
     facts: dict[str, GradientFacts]
     """Of all targets, the same on every rank."""
     data: DataUsed
+    order: Order
+    """In which the model was gone through."""

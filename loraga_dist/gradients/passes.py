@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines.group import EngineGroup
-from loraga_dist.gradients.one_pass import LossTotals
+from loraga_dist.gradients.observer import LossTotals
 from loraga_dist.ranks.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """A group of the plan, a pass over the data for it (0, then refinements), and how far that pass is."""
+    """A sweep over groups of the plan, a pass over the data for it (0, then refinements), and how far that pass is."""
 
     group: int = 0
+    """The first of the sweep: all before it are finished."""
+    num_groups: int = 0
+    """In the sweep; 0 before it has begun."""
     refinement: int = 0
     num_samples: int = 0
+    """Of the chunks that all groups of the sweep have seen."""
     num_microbatches: int = 0
+    """Of these chunks."""
+    chunk_end: int = 0
+    """Where the next chunk ends, in samples, if some groups of the sweep have seen it; else 0."""
+    num_groups_ahead: int = 0
+    """So many of the first have."""
     totals: LossTotals = field(default_factory=LossTotals)
-    """Of the group's first pass."""
+    """Of the sweep's first pass."""
 
     @classmethod
     def of_json(cls, content: dict[str, Any]) -> Position:
@@ -37,9 +48,23 @@ def is_time_to_look(num_microbatches: int) -> bool:
     return num_microbatches >= 4 and not num_microbatches % step
 
 
-def median_cosine(engines: EngineGroup, world: World) -> float:
+def chunks_of(
+    microbatches: Sequence[Microbatch], most: int | None, *, at_looks: bool
+) -> Iterator[Sequence[Microbatch]]:
+    """The microbatches in turn, so many at a time at most, None for all. at_looks: none goes on past a look."""
+    start = 0
+    while start < len(microbatches):
+        end = min(len(microbatches), start + (most or len(microbatches)))
+        if at_looks:
+            numbers = range(start + 1, end)
+            end = next((number for number in numbers if is_time_to_look(microbatches[number - 1].index + 1)), end)
+        yield microbatches[start:end]
+        start = end
+
+
+def median_cosine(engines: Sequence[EngineGroup], world: World) -> float:
     """The median split-half cosine over all ranks' matrices; a collective."""
-    everyone = world.all_json(engines.split_half_cosines(world))
+    everyone = world.all_json([cosine for engine in engines for cosine in engine.split_half_cosines(world)])
     return statistics.median(cosine or 0.0 for cosines in everyone for cosine in cosines)
 
 

@@ -14,7 +14,7 @@ from loraga_dist.engines.base import Entries, Matrix, require_entries
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.files.checkpoint import Checkpoint
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts
-from loraga_dist.gradients.one_pass import LossTotals
+from loraga_dist.gradients.observer import LossTotals
 from loraga_dist.gradients.passes import Position
 
 Kind = TypeVar("Kind")
@@ -44,7 +44,14 @@ def require_state(state: Checkpoint, groups: Sequence[Sequence[Matrix]], num_fin
         raise ValueError(f"its position is {content}")
     if min(position.refinement, position.num_microbatches, position.totals.num_tokens) < 0:
         raise ValueError(f"its position is {content}")
-    EngineGroup.check_state(groups[num_finished], state.content["engines"], _entries(state))
+    end = position.group + position.num_groups
+    if not 0 <= position.num_groups_ahead < position.num_groups or end > len(groups):
+        raise ValueError(f"its position is {content}")
+    if position.num_groups_ahead and not position.num_samples < position.chunk_end <= used.num_samples:
+        raise ValueError(f"its position is {content}")
+    of_groups = zip(groups[position.group : end], state.content["engines"], strict=True)
+    for group, engines in of_groups:
+        EngineGroup.check_state(group, engines, _entries(state))
 
 
 def _require_seconds(saved: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Who factorizes what, and which targets share a sweep over the data: decided from shapes alone."""
+"""Who factorizes what, and which targets are accumulated together: decided from shapes alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from loraga_dist.config import GradientConfig
 from loraga_dist.engines import ENGINES, USUAL_AMOUNT, Amount, Matrix
+from loraga_dist.model.blocks import MODEL_ORDER, Order
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.balance import balance
 from loraga_dist.schemes import Scheme
@@ -15,12 +16,14 @@ from loraga_dist.schemes import Scheme
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The targets, their owner ranks, and the groups that are accumulated together, one sweep over the data each."""
+    """The targets, their owner ranks, and the groups that are accumulated together."""
 
     scheme: Scheme
     targets: list[Target]
+    order: Order
     groups: list[list[Matrix]]
-    """None where the scheme takes no gradient."""
+    """Each of one stage of the order, in the order in which stages go backward. None where the scheme takes no
+    gradient."""
     owners: dict[str, int]
     costs: dict[str, int]
     """What owners are balanced by, per target; grows as the flops of the factorization do."""
@@ -46,31 +49,45 @@ class Plan:
         return sum(ENGINES[matrix.engine].state_bytes(matrix) for matrix in group)
 
 
-def make_plan(targets: Sequence[Target], config: GradientConfig, scheme: Scheme, world_size: int) -> Plan:
-    """Cut the targets, in module order, into groups that fit the budget; balance each group's owners by SVD cost.
+def make_plan(
+    targets: Sequence[Target],
+    config: GradientConfig,
+    scheme: Scheme,
+    world_size: int,
+    order: Order = MODEL_ORDER,
+    amount: Amount = USUAL_AMOUNT,
+) -> Plan:
+    """Cut the targets of each stage into groups that fit the budget; balance each group's owners by SVD cost.
 
-    Neighbours share a sweep, so that backward can stop at the group's lowest layer. A target larger than the budget
-    gets a sweep of its own. A scheme that takes no gradient needs no sweep, only owners.
+    In model order neighbours share a sweep over the data, so that its backward can stop at the group's lowest layer. A
+    target larger than the budget gets a group of its own. A scheme that takes no gradient needs no group, only owners.
+    amount: of calibration data, by which engine `auto` decides.
     """
     if scheme.source != "gradient":
         groups = []
-        costs_of_sweeps = [{target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}]
+        costs_of_groups = [{target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}]
     else:
-        groups = _cut([_matrix(target, config, scheme) for target in targets], config)
-        costs_of_sweeps = [
+        matrices = [_matrix(target, config, scheme, amount) for target in targets]
+        groups = [
+            group
+            for stage in reversed(range(order.num_stages))
+            if (members := [matrix for matrix in matrices if order.stage_of(matrix.name) == stage])
+            for group in _cut(members, config)
+        ]
+        costs_of_groups = [
             {matrix.name: ENGINES[matrix.engine].factorization_cost(matrix) for matrix in group} for group in groups
         ]
     loads = [0] * world_size
     costs, owners = {}, {}
-    for of_sweep in costs_of_sweeps:
-        costs |= of_sweep
-        dealt = balance(sorted(of_sweep), of_sweep.__getitem__, loads)
+    for of_group in costs_of_groups:
+        costs |= of_group
+        dealt = balance(sorted(of_group), of_group.__getitem__, loads)
         owners |= {name: rank for rank, names in enumerate(dealt) for name in names}
     groups = [[replace(matrix, owner=owners[matrix.name]) for matrix in group] for group in groups]
-    return Plan(scheme=scheme, targets=list(targets), groups=groups, owners=owners, costs=costs)
+    return Plan(scheme=scheme, targets=list(targets), order=order, groups=groups, owners=owners, costs=costs)
 
 
-def _matrix(target: Target, config: GradientConfig, scheme: Scheme, amount: Amount = USUAL_AMOUNT) -> Matrix:
+def _matrix(target: Target, config: GradientConfig, scheme: Scheme, amount: Amount) -> Matrix:
     num_triplets = scheme.num_triplets(target.r)
 
     def with_engine(name: str) -> Matrix:
@@ -91,6 +108,19 @@ def _matrix(target: Target, config: GradientConfig, scheme: Scheme, amount: Amou
     if not fitting:
         return min(suiting, key=lambda matrix: Plan.state_bytes([matrix]))
     return min(fitting, key=lambda matrix: ENGINES[matrix.engine].cost(matrix, amount))
+
+
+def sweep_end(plan: Plan, config: GradientConfig, first: int) -> int:
+    """How far groups from `first` on can be accumulated at the same time, within the budget; at least one of them."""
+    most_targets = config.max_targets_in_flight or len(plan.targets)
+    end, num_targets, num_bytes = first, 0, 0
+    while end < len(plan.groups):
+        num_targets += len(plan.groups[end])
+        num_bytes += Plan.state_bytes(plan.groups[end])
+        if end > first and (num_targets > most_targets or num_bytes > config.state_budget_gib * 2**30):
+            break
+        end += 1
+    return end
 
 
 def _cut(matrices: Sequence[Matrix], config: GradientConfig) -> list[list[Matrix]]:

@@ -6,11 +6,11 @@ Mistakes in settings, model and data show here, before a weight is allocated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from loraga_dist.data.samples import fingerprints
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries, TensorSlot
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
+from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.shape import ModelShape
@@ -34,7 +35,7 @@ from loraga_dist.model.targets import Selection, Target, meta_copy, require_targ
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
 from loraga_dist.schemes import SCHEMES, Scheme
-from loraga_dist.sharding.settings import require_usable
+from loraga_dist.sharding.settings import Holding, require_usable
 
 META_SECONDS = 300
 """To build a model without memory; the largest take a tenth of that."""
@@ -65,6 +66,11 @@ class Request:
         """The median split-half cosine at which calibration has seen enough; None: it takes all data."""
         return None
 
+    def in_model_order(self, why: str, world_size: int) -> Self:
+        """The same request for a model that turned out to be no sequence of blocks."""
+        order = Order(blocks=None, why=why)
+        return replace(self, plan=make_plan(self.targets, self.config.gradient, self.scheme, world_size, order))
+
     @property
     def lora_in_memory(self) -> LoraSection:
         """The adapter that the model gets."""
@@ -81,6 +87,8 @@ class CheckpointRequest(Request):
     slots: dict[str, TensorSlot] | None
     """The checkpoint's tensors by parameter name; None where transformers has to convert them."""
     shape: ModelShape
+    blocks: Blocks | None
+    """What the model is a sequence of, if it is one."""
     saved_parameters: dict[str, str]
     """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
     entries: Entries
@@ -137,9 +145,13 @@ def understand(
         meta_model = meta_copy(base.model_class, base.config)
         slots = base.slots_of(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
+        blocks = find_blocks(meta_model)
     weight_key = base.weight_keys if base.index else str
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
-    selection, targets = _choose_targets(meta_model, config, weight_key)
+    holding = Holding.of(config.deepspeed, world.size)
+    selection, targets, order = _choose_targets(
+        meta_model, config, weight_key, in_pieces=holding.is_sharded or holding.offloads_weights
+    )
     if base.index:
         require_targets(base.index, targets)
     factor_dtypes = {
@@ -151,12 +163,13 @@ def understand(
         data = read_data(config, base, world, began)
     return CheckpointRequest(
         config=_resolved(config, base),
-        plan=make_plan(targets, config.gradient, scheme, world.size),
+        plan=make_plan(targets, config.gradient, scheme, world.size, order),
         data=data,
         factor_dtypes=factor_dtypes,
         base=base,
         slots=slots,
         shape=shape,
+        blocks=blocks,
         saved_parameters={name: weight_key(name) for name in selection.saved_parameters},
         entries=entries,
     )
@@ -168,6 +181,7 @@ def understand_model(
     config: MethodConfig,
     world: World,
     *,
+    is_partitioned: bool,
     max_batches: int | None = None,
 ) -> Request:
     """Understand what `loraga_dist.initialize` is asked: targets and plan of a model in memory. A collective.
@@ -179,7 +193,7 @@ def understand_model(
         if not hasattr(model, "config") or hasattr(model, "peft_config"):
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
-        _, targets = _choose_targets(meta_copy(type(model), model.config), config, str)
+        _, targets, order = _choose_targets(meta_copy(type(model), model.config), config, str, in_pieces=is_partitioned)
         _require_unquantized(model, targets)
         if scheme.source != "gradient":
             max_batches = 1
@@ -189,20 +203,24 @@ def understand_model(
     dtype = next(model.parameters()).dtype
     return Request(
         config=config,
-        plan=make_plan(targets, config.gradient, scheme, world.size),
+        plan=make_plan(targets, config.gradient, scheme, world.size, order),
         data=None if batches is None else BatchSharder(in_step(microbatches, world)),
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
     )
 
 
 def _choose_targets(
-    meta_model: nn.Module, config: MethodConfig, weight_key: Callable[[str], str]
-) -> tuple[Selection, list[Target]]:
-    """What PEFT selects, and the targets with the ranks to plan for."""
+    meta_model: nn.Module, config: MethodConfig, weight_key: Callable[[str], str], *, in_pieces: bool
+) -> tuple[Selection, list[Target], Order]:
+    """What PEFT selects, the targets with the ranks to plan for, and the order to go through the model in."""
     has_budget = config.init.rank_budget is not None
     num_triplets = SCHEMES[config.init.scheme].num_triplets
+    blocks = find_blocks(meta_model)  # PEFT puts its own layers into it
     selection = select_targets(meta_model, config.lora, num_triplets, any_rank=has_budget, weight_key=weight_key)
-    return selection, planned_targets(selection.targets, config.lora, config.init)
+    targets = planned_targets(selection.targets, config.lora, config.init)
+    names = [target.name for target in targets]
+    order = choose_order(config.gradient.order, type(meta_model).__name__, blocks, names, in_pieces=in_pieces)
+    return selection, targets, order
 
 
 def _require_unquantized(model: nn.Module, targets: Sequence[Target]) -> None:

@@ -142,7 +142,9 @@ def initialize(
         if config.lora.use_dora and sharding.is_sharded:
             problem = "takes norms of whole weights, which no rank of ZeRO-3 holds"
             raise UserError("lora.use_dora", True, f"{problem}; write false, or make the start with loraga-dist init")
-    request = understand_model(model, dataloader, config, sharding.world, max_batches=max_batches)
+    request = understand_model(
+        model, dataloader, config, sharding.world, is_partitioned=sharding.is_sharded, max_batches=max_batches
+    )
     return start_in_place(model, request, sharding=sharding)
 
 

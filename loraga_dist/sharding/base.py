@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.model.base import BaseModel
+from loraga_dist.model.blocks import Piece
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
@@ -67,22 +68,24 @@ class Sharding(ABC):
         """
 
     @contextmanager
-    def passing(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Each of these modules' parameters are whole while it runs forward, without gradients; a collective then.
-
-        modules: none of them within another.
-        """
+    def passing(self, pieces: Iterable[Piece]) -> Iterator[None]:
+        """The parameters of each of these pieces are whole while its module runs forward, without gradients; a
+        collective then."""
         handles = []
         with ExitStack() as left_open:  # by a forward that raised
 
-            def begin(module: nn.Module, _: Any) -> None:
-                left_open.enter_context(self.hold(module.parameters()))
+            def watch(module: nn.Module, parameters: Sequence[Parameter]) -> None:
+                running: list[ExitStack] = []
 
-            def end(*_: Any) -> None:
-                left_open.pop_all().close()
+                def begin(*_: Any) -> None:
+                    running.append(left_open.enter_context(ExitStack()))
+                    running[-1].enter_context(self.hold(parameters))
 
-            for module in modules:
-                handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+                handles.append(module.register_forward_pre_hook(begin))
+                handles.append(module.register_forward_hook(lambda *_: running.pop().close()))
+
+            for piece in pieces:
+                watch(piece.module, piece.parameters)
             try:
                 yield
             finally:

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.model.base import BaseModel
+from loraga_dist.model.blocks import Piece
 from loraga_dist.sharding.base import Sharding, pretrained
 
 
@@ -34,7 +35,7 @@ class SingleProcess(Sharding):
         yield
 
     @contextmanager
-    def passing(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+    def passing(self, pieces: Iterable[Piece]) -> Iterator[None]:
         yield
 
     def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:

@@ -14,7 +14,8 @@ from loraga_dist.artifacts.report import IdentityCheck
 from loraga_dist.data.losses import IGNORED
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch, seeded_microbatch
 from loraga_dist.errors import RunError
-from loraga_dist.gradients.one_pass import forward
+from loraga_dist.gradients.forward import forward
+from loraga_dist.model.blocks import pieces_of
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import Request
@@ -61,23 +62,21 @@ class Probe:
     @torch.no_grad()
     def logits(self, model: nn.Module, sharding: Sharding) -> torch.Tensor:
         """Logits (P, V) at the positions, float32 on the host; a collective under ZeRO-3."""
-        logits = forward(model, self.microbatch, sharding.world.device)
-        sharding.release()
+        with sharding.passing(pieces_of(model)):
+            logits = forward(model, self.microbatch, sharding.world.device)
         first = logits[0].reshape(-1, logits.shape[-1])
         return first[self.positions_P.to(first.device)].float().cpu()
 
-    def rerounded_logits(
-        self, module: nn.Module, model: nn.Module, targets: Sequence[Target], sharding: Sharding
-    ) -> torch.Tensor | None:
+    def rerounded_logits(self, model: nn.Module, targets: Sequence[Target], sharding: Sharding) -> torch.Tensor | None:
         """The logits had the targets' weights been rounded another way; None in a dtype that hardly rounds.
 
-        module: `model`, to be called. The weights are the same bits afterwards.
+        The weights are the same bits afterwards.
         """
         if next(model.parameters()).dtype not in _BITS:
             return None
         flip_last_bits(model, targets, sharding)
         try:
-            return self.logits(module, sharding)
+            return self.logits(model, sharding)
         finally:
             flip_last_bits(model, targets, sharding)
 

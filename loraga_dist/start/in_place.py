@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,14 +9,17 @@ from torch import nn
 
 from loraga_dist.artifacts.report import IdentityCheck, TargetReport
 from loraga_dist.config import LoraSection, SchemeName
+from loraga_dist.gradients.block_order import NotInBlocks
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.gradients import Gradients
+from loraga_dist.gradients.kept import Keeping
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.ranks.progress import Clock
+from loraga_dist.ranks.words import say
 from loraga_dist.request.request import Request
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
@@ -47,7 +48,12 @@ class Start:
 
 
 def start_in_place(
-    model: nn.Module, request: Request, *, sharding: Sharding, checkpointer: Checkpointer | None = None
+    model: nn.Module,
+    request: Request,
+    *,
+    sharding: Sharding,
+    checkpointer: Checkpointer | None = None,
+    keeping: Keeping = Keeping(),  # noqa: B008
 ) -> Start:
     """Turn a frozen model into its own start. Every rank calls this; none holds the model.
 
@@ -62,14 +68,23 @@ def start_in_place(
     probe = Probe.of(model, request)
     model.requires_grad_(False).eval()  # no dropout, also in the logits that are compared
     gradients = None
-    with attached(model, sharding) as module:
-        if request.scheme.source == "gradient":
-            gradients = calibrate(module, request, sharding=sharding, clock=clock, checkpointer=checkpointer)
+    if request.scheme.source == "gradient":
+        try:
+            gradients = calibrate(
+                model, request, sharding=sharding, clock=clock, checkpointer=checkpointer, keeping=keeping
+            )
+        except NotInBlocks as why:
+            request = request.in_model_order(str(why), sharding.world.size)
+            if checkpointer is not None:
+                checkpointer.groups = request.plan.groups
+            if sharding.world.is_main:
+                say(f"calibrate: in model order: {why}")
+            gradients = calibrate(model, request, sharding=sharding, clock=clock, checkpointer=checkpointer)
         return_freed_memory()  # engine state
-        before = probe.logits(module, sharding)
-        rerounded = None
-        if request.scheme.changes_base:
-            rerounded = probe.rerounded_logits(module, model, request.targets, sharding)
+    before = probe.logits(model, sharding)
+    rerounded = None
+    if request.scheme.changes_base:
+        rerounded = probe.rerounded_logits(model, request.targets, sharding)
 
     plan, lora = _settle_ranks(request, gradients)
 
@@ -82,12 +97,7 @@ def start_in_place(
     del owned  # rank 0 has all of them now, and two copies would be one too many
     return_freed_memory()
 
-    trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    peft_model.requires_grad_(False)
-    with attached(peft_model, sharding) as module:
-        after = probe.logits(module.eval(), sharding)
-    for parameter in trainable:
-        parameter.requires_grad_(True)
+    after = probe.logits(peft_model.eval().base_model.model, sharding)
     peft_model.train()
     identity_check = compare_logits(
         probe,
@@ -108,15 +118,6 @@ def start_in_place(
         gradients=gradients,
         identity_check=identity_check,
     )
-
-
-@contextmanager
-def attached(model: nn.Module, sharding: Sharding) -> Iterator[nn.Module]:
-    """The module to call for forward and backward, for the time of the context."""
-    try:
-        yield sharding.attach(model)
-    finally:
-        sharding.detach()
 
 
 def _settle_ranks(request: Request, gradients: Gradients | None) -> tuple[Plan, LoraSection]:

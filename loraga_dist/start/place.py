@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from loraga_dist.config import LoraSection
-from loraga_dist.gradients.one_pass import full_float32_matmul
+from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.model.factors import product_norm
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target, peft_lora_config

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraga_dist.gradients.checkpointer import Checkpointer
-from loraga_dist.gradients.one_pass import full_float32_matmul
+from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.factors import make_factors, needs_weight
 from loraga_dist.model.plan import Plan

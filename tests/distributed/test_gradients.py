@@ -13,10 +13,17 @@ from pieces import PROJECTIONS, autograd_gradients, exact_gradients, load, micro
 from ranks import run_on_ranks
 from torch import Tensor
 
+from loraga_dist.config import GradientConfig
 from loraga_dist.ranks.world import World
 
-WAYS = [*itertools.product(("non_reentrant", "none"), (None, 6)), ("non_reentrant", 1)]
-"""Checkpointing, and how many targets are in flight: all 22, those of a layer, or each alone."""
+WAYS = [
+    *(
+        GradientConfig(order="model", checkpointing=checkpointing, max_targets_in_flight=in_flight)
+        for checkpointing, in_flight in (*itertools.product(("non_reentrant", "none"), (None, 6)), ("non_reentrant", 1))
+    ),
+    *(GradientConfig(order="block", max_targets_in_flight=in_flight) for in_flight in (None, 3, 1)),
+]
+"""In flight are all 22 targets, or those of a layer, some of them, or each alone."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ def gradients_of_rank(model_dir: Path, data: Path) -> Part:
     targets = loaded.targets([*PROJECTIONS, "lm_head"])
     microbatches = microbatches_of(model_dir, data, world.rank, world.size)
     part = Part(sum(microbatch.num_supervised_tokens for microbatch in microbatches), [], [], [])
-    for checkpointing, in_flight in WAYS:
-        found = exact_gradients(loaded, targets, microbatches, checkpointing=checkpointing, in_flight=in_flight)
+    for way in WAYS:
+        found = exact_gradients(loaded, targets, microbatches, way)
         part.gradients.append({name: G_MN.clone() for name, G_MN in found})
         for name, parameter in loaded.model.named_parameters():
             if world.size > 1 and parameter.ds_status.name != "NOT_AVAILABLE":
@@ -46,7 +53,7 @@ def gradients_of_rank(model_dir: Path, data: Path) -> Part:
     return part
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_linear_matches_the_unsharded_reference(world_size: int, tmp_path: Path) -> None:
     model, data = save_model(tmp_path / "model"), save_data(tmp_path / "data.jsonl", rows=7)
     parts: list[Part] = run_on_ranks(gradients_of_rank, world_size, model, data, timeout_seconds=280)

@@ -17,7 +17,7 @@ from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD, Matrix, StateHome
 from loraga_dist.gradients.calibrate import calibrate
-from loraga_dist.gradients.one_pass import forward
+from loraga_dist.gradients.forward import forward
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory

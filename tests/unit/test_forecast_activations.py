@@ -13,7 +13,7 @@ from loraga_dist.config import Checkpointing, LoraSection
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.forecast.activations import forecast_activations
-from loraga_dist.gradients.one_pass import forward
+from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -36,7 +36,7 @@ def test_the_forecast_is_what_a_run_takes(kind: str, layers: int, checkpointing:
     names = [target.name for target in targets]
     forecast = forecast_activations(
         base_of(model), shapes, names,
-        loss_sum=LOSSES[task], checkpointing=checkpointing, gathers=False, sink_bytes=lambda name: 0,
+        loss=LOSSES[task], checkpointing=checkpointing, gathers=False, sink_bytes=lambda name: 0,
     )  # fmt: skip
     assert forecast is not None
     measured = real_peak_bytes(model, shapes, names, task, checkpointing)

@@ -10,7 +10,7 @@ from builders import TASKS, make_model
 from transformers.pytorch_utils import Conv1D
 
 from loraga_dist.data.microbatches import Microbatch
-from loraga_dist.gradients.one_pass import forward
+from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.taps import tapped
 
 

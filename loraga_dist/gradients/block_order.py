@@ -1,0 +1,285 @@
+"""Block order: every block is held once forward and once backward, and takes all microbatches of a chunk meanwhile.
+
+    enter     the model's own forward with stubs for blocks: the first block's input, and how each block is called
+    forward   block by block, keeping what goes in
+    leave     the model's own forward with stubs, the last of which returns what was kept: logits, loss, its gradient
+    backward  block by block, the last first, each run again with a graph from its kept input; taps show x and dy
+
+The first microbatch of all goes through the model's own forward, which holds the blocks for the others on its way: so
+it is known, at no gather, that blocks are called as the stubs recorded and that the loss is the model's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from loraga_dist.data.losses import IGNORED, Loss, cross_entropy_sum
+from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.errors import LoragaError, unforeseen
+from loraga_dist.gradients.forward import full_float32_matmul
+from loraga_dist.gradients.kept import Keeping, KeptInputs
+from loraga_dist.gradients.route import Route, Take
+from loraga_dist.gradients.stubs import Call, Form, Stubs
+from loraga_dist.gradients.taps import Sink, tapped
+from loraga_dist.model.blocks import Blocks
+from loraga_dist.ranks.memory import return_freed_memory
+from loraga_dist.sharding.base import Sharding
+
+LOGITS_AT_ONCE = 2**25
+"""Tokens times vocabulary of which logits, their float32 copy, and its gradients are there at a time: 128 MiB each."""
+
+_TOLERANCE = 1e-5
+"""Relative, of the loss by blocks to the model's, in float32; lower precisions get their own epsilon."""
+
+
+class NotInBlocks(Exception):
+    """The model is not the sequence of blocks it seemed to be; says why. On all ranks alike, before anything is shown
+    to a sink."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnWay:
+    """What is called on the way."""
+
+    pause: Callable[[], None]
+    """Between blocks, where nothing is half done."""
+    advance: Callable[[], object]
+    """After each block's forward of a microbatch."""
+
+
+class BlockOrder(Route):
+    """See the module's docstring.
+
+    targets: all that will be asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        loss: Loss,
+        *,
+        targets: Sequence[str],
+        sharding: Sharding,
+        keeping: Keeping,
+        on_way: OnWay,
+    ) -> None:
+        self._model = model
+        self._blocks = blocks.of(model)
+        self._loss = loss
+        self._sharding = sharding
+        self._on_way = on_way
+        self._top = blocks.count
+        """The stage after all blocks."""
+        inside = [blocks.index_of(name) for name in targets]
+        self._lowest = min((index for index in inside if index is not None), default=self._top)
+        self._stage_of = dict(zip(targets, (self._top if index is None else index for index in inside), strict=True))
+        in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
+        self._outside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
+        self._stubs = Stubs(model, self._blocks, sharding.world.device)
+        self._kept = KeptInputs(keeping.directory, sharding.world.device)
+        self._trusted = False
+        self._chunk: tuple[int, ...] = ()
+        """Numbers of the microbatches that are on their way."""
+        self._stage = self._top
+        self._calls: list[list[Call]] = []
+        self._losses: list[Tensor] = []
+        self._upper: dict[int, Tensor] = {}
+        """Gradients at the output of this stage, by microbatch; at the top there are none."""
+        self._lower: dict[int, Tensor] = {}
+        """Gradients at its input, as far as they are known."""
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        training = {module: module.training for module in self._model.modules()}
+        self._model.eval()
+        try:
+            with self._kept, ExitStack() as self._held, self._stubs.installed(), full_float32_matmul():
+                yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+    @contextmanager
+    def showing(self, chunk: Sequence[Microbatch], names: Sequence[str], sink: Sink) -> Iterator[Take]:
+        if self._chunk != (numbers := tuple(microbatch.index for microbatch in chunk)):
+            self._begin(chunk)
+            self._chunk = numbers
+        (stage,) = {self._stage_of[name] for name in names}
+        self._descend(stage, chunk)
+        position = {microbatch.index: at for at, microbatch in enumerate(chunk)}
+
+        def take(microbatch: Microbatch) -> Tensor:
+            self._backward(microbatch, position[microbatch.index])
+            return_freed_memory()
+            return self._losses[position[microbatch.index]]
+
+        with tapped(self._model, names, sink, checkpointing="none"):
+            yield take
+
+    def _begin(self, chunk: Sequence[Microbatch]) -> None:
+        """Forward, and the losses; the outside parameters stay held for the backward of the top stage."""
+        self._held.close()
+        self._kept.clear()
+        self._upper, self._lower, self._stage = {}, {}, self._top
+        self._held.enter_context(self._sharding.hold(self._outside, then=self._blocks[0].parameters()))
+        with torch.no_grad():
+            if self._trusted:
+                self._enter(chunk)
+                for index in range(self._top):
+                    with self._holding(index, index + 1):
+                        for at in range(len(chunk)):
+                            self._forward(index, at)
+                    self._on_way.pause()
+            else:
+                logits, difference = self._forward_driven(chunk)
+                self._agree(lambda: difference or self._compare(chunk[0], logits))
+                self._trusted = True
+                del logits
+        self._losses = [self._leave(microbatch, at) for at, microbatch in enumerate(chunk)]
+
+    def _enter(self, chunk: Sequence[Microbatch]) -> None:
+        self._calls = []
+        for at, microbatch in enumerate(chunk):
+            hidden, calls = self._stubs.enter(microbatch)
+            self._kept.put(0, at, hidden)
+            self._calls.append(calls)
+
+    def _forward(self, index: int, at: int) -> None:
+        output = self._stubs.run_block(index, self._kept.get(index, at), self._calls[at][index])
+        self._kept.put(index + 1, at, self._stubs.form.hidden(output))
+        return_freed_memory()
+        self._on_way.advance()
+
+    def _forward_driven(self, chunk: Sequence[Microbatch]) -> tuple[Tensor, str | None]:
+        """The same, driven by the first microbatch in the model's own forward: its logits, and what went otherwise."""
+        differences: list[str] = []
+        num_tokens = self._tokens_at_once(chunk[0])
+
+        def on_block(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, call = Call.split(args, kwargs)
+            with self._holding(index, index + 1):
+                output = self._stubs.run_block(index, hidden, call)
+                if index == 0:
+                    self._stubs.form = Form.of(output)
+                    self._agree(lambda: self._enter(chunk))
+                if not (_same(self._calls[0][index], call) and _same(self._kept.get(index, 0), hidden)):
+                    differences.append(f"block {index} is given what only running the blocks before it makes")
+                self._kept.put(index + 1, 0, self._stubs.form.hidden(output))
+                self._on_way.advance()
+                for at in range(1, len(chunk)):
+                    self._forward(index, at)
+            self._on_way.pause()
+            if index == self._top - 1 and num_tokens is not None:  # of a long sequence, what there is room for
+                return self._stubs.form.wrap(self._stubs.form.hidden(output)[:, :num_tokens])
+            return output
+
+        logits = self._stubs.run(chunk[0], on_block)
+        return logits, differences[0] if differences else None
+
+    def _agree(self, step: Callable[[], str | None]) -> None:
+        """Take a step that only a model in blocks can take, and that says what speaks against it. Raises NotInBlocks on
+        all ranks."""
+        try:
+            reason = step()
+        except (LoragaError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # whatever a model makes of stubs
+            reason = f"it does not run without them: {unforeseen(error)}"
+        for of_rank in self._sharding.world.all_json(reason):
+            if of_rank is not None:
+                raise NotInBlocks(f"{type(self._model).__name__} is no sequence of its blocks; {of_rank}")
+
+    def _compare(self, microbatch: Microbatch, logits: Tensor) -> str | None:
+        """Hold what stubs make of the first microbatch's last hidden states against what the model made of them."""
+        hidden, predicted = self._kept.get(self._top, 0), self._loss.predicted(microbatch.inputs["labels"])
+        parts = [hidden]
+        if (num_tokens := self._tokens_at_once(microbatch)) is not None:
+            predicted = predicted[:, :num_tokens]
+            parts = list(hidden[:, :num_tokens].split(-(-num_tokens // 2), dim=1))
+        found = torch.cat([self._stubs.leave(microbatch, part) for part in parts], dim=1 if len(parts) > 1 else 0)
+        wanted, by_blocks = (cross_entropy_sum(each, predicted).item() for each in (logits, found))
+        tolerance = max(_TOLERANCE, 4 * torch.finfo(logits.dtype).eps) * max(abs(wanted), 1.0)
+        if math.isfinite(wanted) and not abs(by_blocks - wanted) <= tolerance:
+            return f"the first loss is {by_blocks:.8g} by blocks and {wanted:.8g} by the model"
+        return None
+
+    def _leave(self, microbatch: Microbatch, at: int) -> Tensor:
+        """The loss, and its gradient at the output of the last block; of long sequences by some tokens at a time."""
+        hidden, predicted = self._kept.get(self._top, at), self._loss.predicted(microbatch.inputs["labels"])
+        num_tokens = self._tokens_at_once(microbatch)
+        total, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
+        for start in (0,) if num_tokens is None else range(0, hidden.shape[1], num_tokens):
+            part = slice(None) if num_tokens is None else (slice(None), slice(start, start + num_tokens))
+            if start and not (predicted[part] != IGNORED).any():
+                continue
+            leaf = hidden[part].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = cross_entropy_sum(self._stubs.leave(microbatch, leaf), predicted[part])
+            loss.backward()
+            total += loss.detach()
+            assert leaf.grad is not None, "the loss depends on the last block"
+            gradient[part] = leaf.grad
+        self._lower[at] = gradient
+        return total
+
+    def _tokens_at_once(self, microbatch: Microbatch) -> int | None:
+        """How many of each sequence's logits there is room for; None if for all, or if they are not of tokens."""
+        size, length = microbatch.inputs["input_ids"].shape[:2]
+        config: Any = self._model.config
+        fitting = max(1, LOGITS_AT_ONCE // (size * config.get_text_config().vocab_size))
+        return fitting if self._loss.by_token and fitting < length else None
+
+    def _backward(self, microbatch: Microbatch, at: int) -> None:
+        """One microbatch through the stage that is held."""
+        if self._stage == self._top:
+            self._leave(microbatch, at)
+            return
+        hidden = self._kept.get(self._stage, at).detach()
+        wanted = self._stage > self._lowest and at not in self._lower
+        hidden.requires_grad_(wanted)
+        with torch.enable_grad():
+            output = self._stubs.run_block(self._stage, hidden, self._calls[at][self._stage])
+            self._stubs.form.hidden(output).backward(self._upper[at])
+        if wanted:
+            assert hidden.grad is not None, "a block's output depends on its input"
+            self._lower[at] = hidden.grad
+
+    def _descend(self, stage: int, chunk: Sequence[Microbatch]) -> None:
+        """Bring the gradients of all microbatches down to the output of a stage, and hold it."""
+        while self._stage > stage:
+            for at, microbatch in enumerate(chunk):
+                if at not in self._lower:  # no target of this stage was asked for
+                    self._backward(microbatch, at)
+            self._held.close()
+            self._kept.drop(self._stage)
+            self._upper, self._lower = self._lower, {}
+            self._stage -= 1
+            self._on_way.pause()
+            self._held.enter_context(self._holding(self._stage, self._stage - 1))
+
+    def _holding(self, index: int, then: int) -> AbstractContextManager[None]:
+        following = self._blocks[then].parameters() if 0 <= then < self._top else ()
+        return self._sharding.hold(self._blocks[index].parameters(), then=following)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two trees have equal tensors, NaNs included, in the same places."""
+    (ours, structure), (theirs, other_structure) = (
+        tree_flatten(vars(tree) if isinstance(tree, Call) else tree) for tree in (one, other)
+    )
+    return structure == other_structure and all(
+        mine is its
+        or (mine.shape, mine.dtype) == (its.shape, its.dtype)
+        and bool(((mine == its.to(mine.device)) | (mine != mine)).all())
+        for mine, its in zip(ours, theirs, strict=True)
+        if isinstance(mine, Tensor) and isinstance(its, Tensor)
+    )

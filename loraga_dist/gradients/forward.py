@@ -1,0 +1,60 @@
+"""The model's forward for one microbatch, and the finder of what in it is not finite."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraga_dist.data.microbatches import Microbatch
+
+
+def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> torch.Tensor:
+    """The model's logits. Its own loss, a mean over this rank's tokens, is never computed."""
+    inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in microbatch.inputs.items()}
+    labels = inputs.pop("labels")
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    # a classifier has one label per sequence, which no decoder could read
+    if base.config.is_encoder_decoder and labels.dim() == 2:
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    if "use_cache" in inspect.signature(base.forward).parameters:
+        inputs["use_cache"] = False
+    return model(**inputs).logits
+
+
+@contextmanager
+def full_float32_matmul() -> Iterator[None]:
+    """No TF32 or bf16 shortcuts in float32 products while the context lasts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def first_nonfinite_module(model: nn.Module, microbatch: Microbatch, device: torch.device) -> str | None:
+    """Name of the first module in forward order whose output holds a NaN or an infinity that its input did not."""
+    found: list[str] = []
+
+    def check(module: nn.Module, args: Any, output: Any, *, name: str) -> None:
+        if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    handles = [
+        module.register_forward_hook(functools.partial(check, name=name))
+        for name, module in model.named_modules()
+        if name and not any(module.children())
+    ]
+    try:
+        with torch.no_grad():
+            forward(model, microbatch, device)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

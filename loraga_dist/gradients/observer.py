@@ -1,0 +1,101 @@
+"""What stands between the taps and an engine: it sees that every target takes part, and that all is finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.engines.group import EngineGroup
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.gradients.forward import first_nonfinite_module
+from loraga_dist.model.blocks import pieces_of
+from loraga_dist.ranks.world import World
+from loraga_dist.sharding.base import Sharding
+
+
+@dataclass(frozen=True)
+class LossTotals:
+    """The loss and the supervised tokens of all ranks' microbatches."""
+
+    loss_sum: float = 0.0
+    num_tokens: int = 0
+
+    def __add__(self, other: LossTotals) -> LossTotals:
+        return LossTotals(self.loss_sum + other.loss_sum, self.num_tokens + other.num_tokens)
+
+
+class Observer:
+    """Shows an engine the x and dy of its targets, without syncs, and accounts for each microbatch to all ranks."""
+
+    def __init__(self, engine: EngineGroup, model: nn.Module, sharding: Sharding) -> None:
+        self._engine = engine
+        self._model = model
+        self._sharding = sharding
+        self.names = list(engine.engine_of)
+        self._row = {name: row for row, name in enumerate(self.names)}
+        self._seen: set[str] = set()
+        self._failed = torch.zeros(len(self.names), dtype=torch.bool, device=sharding.world.device)
+
+    def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
+        """A sink for taps."""
+        self._seen.add(name)
+        # a sum is finite exactly when its terms are, as float32 and bfloat16 hold any sum of a gradient's entries;
+        # summing bfloat16 as it is is many times faster than as float32
+        dtype = torch.float32 if dy_TM.dtype == torch.float16 else None
+        self._failed[self._row[name]] |= ~dy_TM.sum(dtype=dtype).isfinite()
+        self._engine.observe(name, x_TN, dy_TM)
+
+    def begin(self, microbatch: Microbatch) -> None:
+        self._engine.begin_microbatch(microbatch.index)
+
+    def end(self, microbatch: Microbatch, loss: torch.Tensor) -> LossTotals:
+        """After a backward; a collective. loss: of this rank's microbatch, a sum over its tokens.
+
+        Raises RunError, on every rank, when a loss or a gradient is not finite, naming batch and layer.
+        """
+        world = self._sharding.world
+        tokens_here = torch.tensor(microbatch.num_supervised_tokens, dtype=torch.float64, device=world.device)
+        sums = torch.stack([loss.detach().double(), self._failed.sum().double(), tokens_here])
+        loss_value, failures, tokens = world.sum_(sums).tolist()
+        if failures or not math.isfinite(loss_value):
+            failed = [name for name, row in self._row.items() if self._failed[row]]
+            _name_the_culprit(self._model, microbatch, loss.item(), failed, self._sharding)
+        self._engine.end_microbatch(world)
+        return LossTotals(loss_value, int(tokens))
+
+    def require_all_seen(self, world: World) -> None:
+        """Raise UserError, on every rank, when a target took no part in the loss."""
+        with world.together():
+            if missing := [name for name in self.names if name not in self._seen]:
+                raise UserError(
+                    "lora.exclude_modules",
+                    missing,
+                    "took no part in the loss, so there is no gradient to start from; list these here",
+                )
+
+
+def _name_the_culprit(
+    model: nn.Module, microbatch: Microbatch, loss: float, failed: Sequence[str], sharding: Sharding
+) -> None:
+    """Raise RunError on all ranks. Every rank runs its forward once more, since sharded weights come by collectives.
+
+    failed: targets whose gradient is not finite on this rank, in the model's order.
+    """
+    world = sharding.world
+    with sharding.passing(pieces_of(model)):
+        layer = first_nonfinite_module(model, microbatch, world.device)
+    batch = f"microbatch {microbatch.index} (data rows {list(microbatch.sample_ids)}) on rank {world.rank}"
+    with world.together():
+        if not math.isfinite(loss):
+            where = f"first in the output of {layer}" if layer else "although every module's output is finite"
+            raise RunError(f"calibrate: the loss is {loss} in {batch}, {where}")
+        if failed:  # the last is nearest the loss: the others inherited its gradient
+            raise RunError(
+                f"calibrate: the gradient of {failed[-1]} is not finite in {batch}; with float16, "
+                "try model.dtype bfloat16"
+            )

@@ -1,0 +1,136 @@
+"""A model whose blocks do nothing: its own forward says how every block is called, or turns a hidden state into logits.
+
+Stubs take the place of the blocks' `forward`, so that the modules stay what they are and answer all that is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.engines.home import StateHome
+from loraga_dist.gradients.forward import forward
+
+_HIDDEN = "hidden_states"
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a block is called in one microbatch, but for the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+        """The hidden states, first argument or `hidden_states`, and the rest."""
+        if args:
+            return args[0], cls(args[1:], kwargs)
+        return kwargs[_HIDDEN], cls((), {name: value for name, value in kwargs.items() if name != _HIDDEN})
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The same with other tensors."""
+        return Call(tree_map_only(Tensor, change, self.args), tree_map_only(Tensor, change, self.kwargs))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What blocks return: hidden states, or a tuple that begins with them."""
+
+    num_others: int | None
+    """What else is in the tuple; None for no tuple."""
+
+    @classmethod
+    def of(cls, output: Any) -> Form:
+        return cls(len(output) - 1 if isinstance(output, tuple) else None)
+
+    def hidden(self, output: Any) -> Tensor:
+        return output if self.num_others is None else output[0]
+
+    def wrap(self, hidden: Tensor) -> Any:
+        return hidden if self.num_others is None else (hidden, *[None] * self.num_others)
+
+
+class Stubs:
+    """Stands in for a model's blocks while `installed`."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._device = device
+        self._home = StateHome(device, on_host=device.type != "cpu")
+        self._own: list[Callable[..., Any]] = []
+        self._on_block: Callable[[int, tuple[Any, ...], dict[str, Any]], Any] | None = None
+        self.form = Form(None)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        # an instance attribute hides the class's forward; the user, or a library, may have set one already
+        hidden = [block.__dict__.get("forward") for block in self._blocks]
+        self._own = [block.forward for block in self._blocks]
+        try:
+            for index, block in enumerate(self._blocks):
+
+                def stand_in(*args: Any, index: int = index, **kwargs: Any) -> Any:
+                    assert self._on_block is not None, "the model runs through stubs alone"
+                    return self._on_block(index, args, kwargs)
+
+                block.forward = stand_in
+            yield
+        finally:
+            for block, before in zip(self._blocks, hidden, strict=True):
+                del block.__dict__["forward"]
+                if before is not None:
+                    block.forward = before
+
+    def run_block(self, index: int, hidden: Tensor, call: Call) -> Any:
+        """The block itself."""
+        call = call.map(self._home.fetch)
+        return self._own[index](hidden, *call.args, **call.kwargs)
+
+    def run(
+        self, microbatch: Microbatch, on_block: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> torch.Tensor:
+        """The model's logits, with this in place of its blocks."""
+        before, self._on_block = self._on_block, on_block
+        try:
+            return forward(self._model, microbatch, self._device)
+        finally:
+            self._on_block = before
+
+    def enter(self, microbatch: Microbatch) -> tuple[Tensor, list[Call]]:
+        """The first block's hidden states, and how every block is called."""
+        entries: list[Tensor] = []
+        calls: list[Call] = []
+        kept: dict[int, tuple[Tensor, Tensor]] = {}  # blocks share tables and masks
+
+        def keep(tensor: Tensor) -> Tensor:
+            if id(tensor) not in kept:
+                kept[id(tensor)] = tensor, self._home.keep(tensor.detach())
+            return kept[id(tensor)][1]
+
+        def on_block(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            assert index == len(calls), "blocks are called one after the other, each once"
+            hidden, call = Call.split(args, kwargs)
+            entries.append(hidden)
+            calls.append(call.map(keep))
+            return self.form.wrap(hidden)
+
+        self.run(microbatch, on_block)
+        assert len(calls) == len(self._blocks), "every block is called"
+        return entries[0], calls
+
+    def leave(self, microbatch: Microbatch, hidden: Tensor) -> torch.Tensor:
+        """The logits of these hidden states after the last block, or of some tokens' of them."""
+
+        def on_block(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.form.wrap(hidden if index == len(self._blocks) - 1 else Call.split(args, kwargs)[0])
+
+        return self.run(microbatch, on_block)

@@ -1,0 +1,113 @@
+"""Which modules a model is a sequence of, and in which order calibration goes through them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from torch import nn
+from torch.nn import Parameter
+
+from loraga_dist.config import OrderName
+from loraga_dist.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """A model's layers: the children of one `nn.ModuleList`, each called with the output of the one before."""
+
+    prefix: str
+    """Name of the list."""
+    count: int
+
+    def index_of(self, name: str) -> int | None:
+        """Of the block that holds a module or parameter; None outside of all."""
+        found = re.match(rf"{re.escape(self.prefix)}\.(\d+)\.", name)
+        return int(found[1]) if found else None
+
+    def of(self, model: nn.Module) -> list[nn.Module]:
+        return [model.get_submodule(f"{self.prefix}.{index}") for index in range(self.count)]
+
+
+def find_blocks(model: nn.Module) -> Blocks | None:
+    """Find the list of layers with most parameters; None where a model is more than one sequence."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    lists = [
+        (sum(parameter.numel() for parameter in module.parameters()), Blocks(prefix=name, count=len(module)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not re.search(r"\.\d+\.", f".{name}.")
+    ]
+    return max(lists, key=lambda sized: sized[0])[1] if lists else None
+
+
+class Piece(NamedTuple):
+    """A module, and parameters that its forward wants."""
+
+    module: nn.Module
+    parameters: list[Parameter]
+
+
+def pieces_of(model: nn.Module) -> list[Piece]:
+    """The model in pieces that run one after the other: blocks whole, what lies outside them module by module."""
+    blocks = find_blocks(model)
+    whole = blocks.of(model) if blocks else []
+    inside = {module for block in whole for module in block.modules()}
+    found = [Piece(block, list(block.parameters())) for block in whole]
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and module not in inside:
+            found.append(Piece(module, own))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """In which order calibration goes through the model, and why."""
+
+    blocks: Blocks | None
+    """Each takes all microbatches before the next one does; None: each microbatch goes through the whole model."""
+    why: str
+
+    @property
+    def name(self) -> Literal["block", "model"]:
+        return "model" if self.blocks is None else "block"
+
+    @cached_property
+    def num_stages(self) -> int:
+        """What is taken backward by itself: the blocks, and last what comes after them; or the whole model."""
+        return 1 if self.blocks is None else self.blocks.count + 1
+
+    def stage_of(self, name: str) -> int:
+        """Of a target."""
+        index = None if self.blocks is None else self.blocks.index_of(name)
+        return self.num_stages - 1 if index is None else index
+
+
+MODEL_ORDER = Order(blocks=None, why="the model is whole in one process")
+
+
+def choose_order(
+    wanted: OrderName, model_class: str, blocks: Blocks | None, targets: Iterable[str], *, in_pieces: bool
+) -> Order:
+    """Choose the order for a model with these blocks and targets.
+
+    in_pieces: no process holds the model whole where it computes: it is sharded, offloaded, or on disk.
+    Raises UserError where block order is demanded of a model that is no sequence of blocks.
+    """
+    if wanted == "model":
+        return Order(blocks=None, why="gradient.order asks for it")
+    if blocks is not None and not any(blocks.index_of(name) is not None for name in targets):
+        blocks = None
+    if blocks is None:
+        problem = f"{model_class} is no single sequence of blocks with targets in it"
+        if wanted == "block":
+            raise UserError("gradient.order", "block", f"{problem}; write auto")
+        return Order(blocks=None, why=problem)
+    if wanted == "auto" and not in_pieces:
+        return MODEL_ORDER
+    why = "gradient.order asks for it" if wanted == "block" else "a block is gathered once for all microbatches"
+    return Order(blocks=blocks, why=why)
