@@ -23,6 +23,8 @@ Moments = dict[str, list[tuple[Parts, Parts]]]
 """By phase: what is held on the device, and what on the host."""
 
 KEPT_INPUTS = "inputs of blocks"
+ARGUMENTS = "their arguments"
+BETWEEN = "gradients between blocks"
 STATE = "engine state"
 
 
@@ -79,7 +81,9 @@ class Course:
         looks: bool,
     ) -> Course:
         """looks: the first sweep may end early, and all its groups are to agree to that."""
-        chunk = 1 if plan.order.blocks is None else min(keeping.chunk_microbatches or num_microbatches, num_microbatches)
+        chunk = (
+            1 if plan.order.blocks is None else min(keeping.chunk_microbatches or num_microbatches, num_microbatches)
+        )
         sweeps, first = [], 0
         while first < len(plan.groups):
             alone = chunk >= num_microbatches and not (looks and first == 0)
@@ -195,7 +199,7 @@ def _in_block_order(
 
     def kept(stage: int) -> Parts:
         in_memory = 0 if course.in_files else chunk * (stage + 1) * found.hidden_bytes
-        return {KEPT_INPUTS: in_memory, "their arguments": chunk * found.argument_bytes}
+        return {KEPT_INPUTS: in_memory, ARGUMENTS: chunk * found.argument_bytes}
 
     for number, sweep in enumerate(course.sweeps):
         all_states = _State.of(sweep, rank, shape.dtype, course.most_tokens)
@@ -205,14 +209,14 @@ def _in_block_order(
             forward = {"gathered": outside + block, "microbatch": found.forward_bytes + visiting}
             leaving = {"gathered": outside, "microbatch": found.loss_bytes + visiting}
             log.add("forward", forward, before, kept(top))
-            log.add("loss", leaving | {"gradients": (chunk - 1) * found.hidden_bytes}, before, kept(top))
+            log.add("loss", leaving | {BETWEEN: (chunk - 1) * found.hidden_bytes}, before, kept(top))
         for at, group in enumerate(sweep):
             stage, backward = plan.order.stage_of(group[0].name), next(backward_bytes)
             own, held = _State.of([group], rank, shape.dtype, course.most_tokens), all_states.held
             left = _State.of(sweep[at:], rank, shape.dtype, course.most_tokens).held
             gathered = {"gathered": outside if stage == top else block}
-            between = {"gradients": (chunk if stage in (top, lowest) else 2 * chunk) * found.hidden_bytes}
-            fewer = {"gradients": between["gradients"] - (0 if stage == lowest else found.hidden_bytes)}
+            between = {BETWEEN: (chunk if stage in (top, lowest) else 2 * chunk) * found.hidden_bytes}
+            fewer = {BETWEEN: between[BETWEEN] - (0 if stage == lowest else found.hidden_bytes)}
             shown = {"microbatch": backward + visiting}
             log.add("backward", gathered | fewer | shown, (held, own.visiting), kept(stage))
             for phase, workspace, num_bytes in (

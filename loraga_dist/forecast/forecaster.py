@@ -21,7 +21,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.staging import checkpoint_path_of
 from loraga_dist.forecast.activations import Activations, forecast_activations
 from loraga_dist.forecast.calibration import Course, Setting
-from loraga_dist.forecast.in_blocks import Shown
+from loraga_dist.forecast.in_blocks import InBlocks, Shown
 from loraga_dist.forecast.ledger import Shapes
 from loraga_dist.forecast.memory import RankMemory, rank_memory, weight_workspace_bytes
 from loraga_dist.forecast.ways import MARGIN, Room, Way, verdict, ways
@@ -37,7 +37,7 @@ MOST_RANKS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Forecaster:
-    """What a request needs on some number of ranks, under its own settings or under changed ones, one way or another."""
+    """What a request needs on some number of ranks, under its own settings or changed ones, one way or another."""
 
     request: CheckpointRequest
     world_size: int
@@ -111,18 +111,25 @@ class Forecaster:
         return min(found, key=lambda sized: sized[0])[1]
 
     def _keeping(self, room: Room, shapes: Shapes) -> Keeping:
-        """How much may be on its way together, by what one microbatch alone leaves free."""
-        alone = replace(self, chosen=replace(self.way, keeping=Keeping(chunk_microbatches=1)))
+        """All on its way together, by what a single microbatch leaves free, or else some: then the state of whole
+        sweeps is there at a time, and leaves less."""
         activations = self.activations(shapes)
         if activations is None or activations.in_blocks is None:
             return Keeping()
-        memory, found = alone.worst(shapes), activations.in_blocks
+        keeping = self._keeping_beside(self.worst(shapes, num_microbatches=1), activations.in_blocks, room, shapes)
+        if keeping.chunk_microbatches is None:
+            return keeping
+        one = replace(self, chosen=replace(self.way, keeping=Keeping(chunk_microbatches=1)))
+        return self._keeping_beside(one.worst(shapes), activations.in_blocks, room, shapes)
+
+    def _keeping_beside(self, memory: RankMemory, found: InBlocks, room: Room, shapes: Shapes) -> Keeping:
+        """memory: with one microbatch on its way. Where that has no room itself, there is nothing to be gained."""
 
         def left(limit_bytes: float | None, taken_bytes: int) -> float | None:
-            return None if limit_bytes is None else max(0.0, limit_bytes - taken_bytes)
+            return None if limit_bytes is None or limit_bytes <= taken_bytes else limit_bytes - taken_bytes
 
-        num_microbatches, gradients = self.num_microbatches(shapes), 2 * found.hidden_bytes
-        resident = found.argument_bytes
+        all_microbatches, gradients = self.num_microbatches(shapes), 2 * found.hidden_bytes
+        most, resident = all_microbatches, found.argument_bytes
         if self.on_host:
             free = left(room.device_bytes, memory.peak_bytes)
             resident += gradients
@@ -130,17 +137,16 @@ class Forecaster:
             free = left(room.host_bytes, memory.host_peak_bytes)
             on_device = left(room.device_bytes and (1 - MARGIN) * room.device_bytes, memory.peak_bytes)
             if on_device is not None:
-                num_microbatches = min(num_microbatches, 1 + int(on_device // gradients))
+                most = min(all_microbatches, 1 + int(on_device // gradients))
         keeping = choose_keeping(
             kept_bytes=(len(self.request.shape.numels_of_blocks) + 1) * found.hidden_bytes,
             resident_bytes=resident,
-            num_microbatches=num_microbatches,
+            num_microbatches=most,
             free=FreeSpace(memory_bytes=free, files_bytes=room.files_bytes, directory=self.files_directory),
             gradient=self.config.gradient,
         )
-        if keeping.chunk_microbatches is None and num_microbatches < self.num_microbatches(shapes):
-            return replace(keeping, chunk_microbatches=num_microbatches)
-        return keeping
+        all_there_is = keeping.chunk_microbatches is None and most < all_microbatches
+        return replace(keeping, chunk_microbatches=most) if all_there_is else keeping
 
     def num_microbatches(self, shapes: Shapes) -> int:
         """Of each rank."""
@@ -153,9 +159,7 @@ class Forecaster:
     @cached_property
     def plan(self) -> Plan:
         request = self.request
-        return make_plan(
-            request.targets, self.config.gradient, request.scheme, self.world_size, self.way.order
-        )
+        return make_plan(request.targets, self.config.gradient, request.scheme, self.world_size, self.way.order)
 
     @cached_property
     def setting(self) -> Setting:
@@ -206,30 +210,30 @@ class Forecaster:
             )
         return self._activations[key]
 
-    def course(self, shapes: Shapes) -> Course:
-        """shapes: of the largest microbatch."""
+    def course(self, shapes: Shapes, num_microbatches: int | None = None) -> Course:
+        """shapes: of the largest microbatch. num_microbatches: by default all."""
         return Course.of(
             self.plan,
             self.config.gradient,
             self.way.keeping,
-            num_microbatches=self.num_microbatches(shapes),
+            num_microbatches=num_microbatches or self.num_microbatches(shapes),
             most_tokens=math.prod(shapes["input_ids"]),
             looks=self.request.target_cosine is not None,
         )
 
-    def memory(self, rank: int, shapes: Shapes) -> RankMemory:
-        """What a rank will hold. shapes: of its largest microbatch."""
+    def memory(self, rank: int, shapes: Shapes, num_microbatches: int | None = None) -> RankMemory:
+        """What a rank will hold. shapes: of its largest microbatch. num_microbatches: by default all."""
         return rank_memory(
             rank,
             self.plan,
             self.request.shape,
             self.activations(shapes),
             self.setting,
-            self.course(shapes),
+            self.course(shapes, num_microbatches),
             scale=self.config.init.scale,
         )
 
-    def worst(self, shapes: Shapes) -> RankMemory:
+    def worst(self, shapes: Shapes, num_microbatches: int | None = None) -> RankMemory:
         """Of the rank that needs most."""
         plan, work = self.plan, [0] * self.world_size
         for target in plan.targets:
@@ -238,7 +242,7 @@ class Forecaster:
         scale = self.config.init.scale
         workspace = {target.name: weight_workspace_bytes(plan, scale, target) or 0 for target in plan.targets}
         ranks = {0, work.index(max(work)), plan.owners[max(workspace, key=workspace.__getitem__)]}
-        return max((self.memory(rank, shapes) for rank in ranks), key=lambda found: found.peak_bytes)
+        return max((self.memory(rank, shapes, num_microbatches) for rank in ranks), key=lambda found: found.peak_bytes)
 
     @cached_property
     def peak_bytes(self) -> int:

@@ -34,8 +34,11 @@ def without_memory() -> Iterator[None]:
 
 def model_of(base: BaseModel) -> nn.Module:
     """The frozen model in eval mode; its tensors have memory if others made in this context do."""
+    from transformers.initialization import no_init_weights
+
     model_class: Any = base.model_class
-    model = model_class._from_config(copy.deepcopy(base.config), dtype=base.dtype)
+    with no_init_weights():
+        model = model_class._from_config(copy.deepcopy(base.config), dtype=base.dtype)
     model.tie_weights()
     return model.requires_grad_(False).eval()
 

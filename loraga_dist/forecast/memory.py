@@ -35,7 +35,7 @@ class RankMemory:
 
     device: dict[str, Parts]
     """By phase: load; where gradients are taken calibrate, or in block order forward, loss and backward; factorize,
-    place, compare logits, write."""
+    place, compare (logits), write."""
     host: dict[str, Parts]
     """Empty where the ranks compute on CPUs; there all is in `device`."""
     activations_known: bool
@@ -115,7 +115,7 @@ def rank_memory(
         **{phase: _highest(those, setting) for phase, those in calibration.items()},
         "factorize": _highest(factorize, setting),
         "place": ({"adapter": adapter, "workspace": largest_target + 12 * largest_block}, placing),
-        "compare logits": ({"adapter": adapter, "microbatch": max(forward, 2 * probe)}, comparing),
+        "compare": ({"adapter": adapter, "microbatch": max(forward, 2 * probe)}, comparing),
         "write": ({"adapter": adapter}, found_host | all_factors | {"workspace": _WRITE_BYTES}),
     }
     device: dict[str, Parts] = {}
@@ -148,7 +148,7 @@ def _weights(plan: Plan, shape: ModelShape, setting: Setting, phase: str) -> Par
     if not setting.weights_mapped:
         return {"weights": weights}
     changed = 0
-    if phase in ("place", "compare logits", "write"):
+    if phase in ("place", "compare", "write"):
         changed = shape.num_bytes_each * sum(target.M * target.N for target in plan.targets)
     return {"weights": changed, MAPPED_WEIGHTS: weights - changed}
 

@@ -25,7 +25,7 @@ class Way:
     """Of model order; never `auto`."""
     from_disk: bool = False
     """Weights stay in the checkpoint's files, and are read a piece at a time."""
-    keeping: Keeping = Keeping()  # noqa: RUF009
+    keeping: Keeping = Keeping()
     """Of block order."""
 
     @property
@@ -87,11 +87,10 @@ def ways(request: CheckpointRequest, world_size: int) -> Iterator[Way]:
             yield Way(order=first, checkpointing=checkpointing)
     if in_pieces.blocks is not None:
         yield Way(order=in_pieces, checkpointing="none")
+    in_blocks = in_pieces.blocks if request.scheme.source == "gradient" else request.blocks
     # a configuration alone says nothing of its files
-    can_be_read = request.slots is not None or not request.base.index
-    if is_whole and request.blocks is not None and can_be_read and gradient.order != "model":
-        if in_pieces.blocks is not None or request.scheme.source != "gradient":
-            yield Way(order=in_pieces, checkpointing="none", from_disk=True)
+    if is_whole and in_blocks is not None and (request.slots is not None or not request.base.index):
+        yield Way(order=in_pieces, checkpointing="none", from_disk=True)
 
 
 def _checkpointings(gradient: GradientConfig, in_pieces: Order, *, is_whole: bool) -> list[Checkpointing]:
@@ -102,4 +101,3 @@ def _checkpointings(gradient: GradientConfig, in_pieces: Order, *, is_whole: boo
         *(["none"] if is_whole else []),
         *(["non_reentrant"] if in_pieces.blocks is None else []),
     ]
-

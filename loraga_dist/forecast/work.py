@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,14 +59,10 @@ def work(
         flops_per_token += passes * through.flops_per_token
         gathered += passes * course.num_microbatches * through.gathered_numel
     else:
-        # sweeps of a single chunk begin with what is kept, as do further passes
-        once = course.num_chunks == 1
-        for sweep in [[group for sweep in course.sweeps for group in sweep]] if once else course.sweeps:
-            shown = [[group for group in sweep if max(map(passes_of, group)) > done] for done in range(1 + refine_passes)]
-            for groups in [[group for each in shown for group in each]] if once else filter(None, shown):
-                through = _through_blocks(plan, shape, groups)
-                flops_per_token += through.flops_per_token
-                gathered += course.num_chunks * through.gathered_numel
+        for groups in _runs(course, passes_of):
+            through = _through_blocks(plan, shape, groups)
+            flops_per_token += through.flops_per_token
+            gathered += course.num_chunks * through.gathered_numel
     pairs = [(ENGINES[matrix.engine], matrix) for matrix in plan.matrices.values()]
     engine_per_token = sum(engine.flops_per_token(matrix) * passes_of(matrix) for engine, matrix in pairs)
     collectives = sum(engine.traffic_bytes(matrix, course.num_microbatches, refine_passes) for engine, matrix in pairs)
@@ -84,6 +80,18 @@ def work(
             "A and B": int(away * sum(target.adapter_bytes for target in plan.targets)),
         },
     )
+
+
+def _runs(course: Course, passes_of: Callable[[Matrix], int]) -> Iterator[list[Sequence[Matrix]]]:
+    """The groups that are shown the data in each run through the blocks; of a single chunk, which stays, there is one
+    for all sweeps and passes."""
+    passes = [[(group, max(map(passes_of, group))) for group in sweep] for sweep in course.sweeps]
+    if course.num_chunks == 1:
+        yield [group for sweep in passes for group, count in sweep for _ in range(count)]
+        return
+    for sweep in passes:
+        for done in range(max(count for _, count in sweep)):
+            yield [group for group, count in sweep if count > done]
 
 
 def _through_model(shape: ModelShape, *, recomputes: bool) -> _Run:
