@@ -56,7 +56,7 @@ class NameIn:
 SchemeName = Annotated[str, NameIn(SCHEMES)]
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Checkpointing = Literal["none", "non_reentrant"]
+Checkpointing = Literal["auto", "none", "non_reentrant"]
 OrderName = Literal["auto", "block", "model"]
 StateDevice = Literal["auto", "device", "host"]
 Tracker = Literal["tensorboard", "wandb"]
@@ -214,8 +214,9 @@ class GradientConfig(Section):
     refine_passes: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | Literal["auto"] = "auto"
     """More passes of `sketch` over the same data: one makes it practically exact. `auto` takes one where a microbatch
     of all ranks has fewer supervised tokens than the sketch has columns."""
-    checkpointing: Checkpointing = "non_reentrant"
-    """Whether every block is computed again in backward instead of kept: less memory, for a second forward pass."""
+    checkpointing: Checkpointing = "auto"
+    """Model order: whether every block is computed again in backward instead of kept: less memory, for a second forward
+    pass. `auto` does that only where block order is no way out, and in one process only where there is no room."""
 
 
 class CalibrationConfig(Section):
