@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from loraga_dist.data.losses import IGNORED, Loss, cross_entropy_sum
 from loraga_dist.data.microbatches import Microbatch
@@ -82,6 +82,7 @@ class BlockOrder(Route):
         inside = [blocks.index_of(name) for name in targets]
         self._lowest = min((index for index in inside if index is not None), default=self._top)
         self._stage_of = dict(zip(targets, (self._top if index is None else index for index in inside), strict=True))
+        self._behind = {name: model.get_submodule(name) for name, at in self._stage_of.items() if at == self._top}
         in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
         self._outside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
         self._stubs = Stubs(model, self._blocks, sharding.world.device)
@@ -140,18 +141,23 @@ class BlockOrder(Route):
                             self._forward(index, at)
                     self._on_way.pause()
             else:
-                logits, difference = self._forward_driven(chunk)
-                self._agree(lambda: difference or self._compare(chunk[0], logits))
+                logits = self._forward_driven(chunk)
+                self._agree(lambda: self._compare(chunk[0], logits))
                 self._trusted = True
                 del logits
         self._losses = [self._leave(microbatch, at) for at, microbatch in enumerate(chunk)]
 
-    def _enter(self, chunk: Sequence[Microbatch]) -> None:
+    def _enter(self, chunk: Sequence[Microbatch]) -> str | None:
+        """Keep the first block's inputs, and how blocks are called; what speaks against going by blocks."""
         self._calls = []
         for at, microbatch in enumerate(chunk):
-            hidden, calls = self._stubs.enter(microbatch)
-            self._kept.put(0, at, hidden)
-            self._calls.append(calls)
+            # nobody reads these logits, which are large
+            entry = self._stubs.enter(microbatch, self._behind, 1 if self._loss.by_token else None)
+            if entry.early:
+                return f"the target {entry.early[0]} runs before the last of them"
+            self._kept.put(0, at, entry.hidden)
+            self._calls.append(entry.calls)
+        return None
 
     def _forward(self, index: int, at: int) -> None:
         output = self._stubs.run_block(index, self._kept.get(index, at), self._calls[at][index])
@@ -159,31 +165,48 @@ class BlockOrder(Route):
         return_freed_memory()
         self._on_way.advance()
 
-    def _forward_driven(self, chunk: Sequence[Microbatch]) -> tuple[Tensor, str | None]:
-        """The same, driven by the first microbatch in the model's own forward: its logits, and what went otherwise."""
-        differences: list[str] = []
-        num_tokens = self._tokens_at_once(chunk[0])
+    def _forward_driven(self, chunk: Sequence[Microbatch]) -> Tensor:
+        """The same, driven by the first microbatch in the model's own forward; its logits."""
 
         def on_block(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, call = Call.split(args, kwargs)
-            with self._holding(index, index + 1):
-                output = self._stubs.run_block(index, hidden, call)
+            outputs: list[Any] = []
+
+            def step() -> str | None:
+                hidden, call = Call.split(args, kwargs)
+                output, has_other_inputs = self._drive(index, hidden, call)
+                outputs.append(output)
                 if index == 0:
                     self._stubs.form = Form.of(output)
-                    self._agree(lambda: self._enter(chunk))
+                    if (reason := self._enter(chunk)) is not None:
+                        return reason
                 if not (_same(self._calls[0][index], call) and _same(self._kept.get(index, 0), hidden)):
-                    differences.append(f"block {index} is given what only running the blocks before it makes")
+                    return f"block {index} is given what only running the blocks before it makes"
+                if has_other_inputs:
+                    return f"block {index} uses what a block before it left behind"
                 self._kept.put(index + 1, 0, self._stubs.form.hidden(output))
                 self._on_way.advance()
                 for at in range(1, len(chunk)):
                     self._forward(index, at)
-            self._on_way.pause()
-            if index == self._top - 1 and num_tokens is not None:  # of a long sequence, what there is room for
-                return self._stubs.form.wrap(self._stubs.form.hidden(output)[:, :num_tokens])
-            return output
+                return None
 
-        logits = self._stubs.run(chunk[0], on_block)
-        return logits, differences[0] if differences else None
+            with self._holding(index, index + 1):
+                self._agree(step)
+            self._on_way.pause()
+            return outputs[0]
+
+        return self._stubs.run(chunk[0], on_block, self._tokens_at_once(chunk[0]))
+
+    def _drive(self, index: int, hidden: Tensor, call: Call) -> tuple[Any, bool]:
+        """A block's output, and whether it has inputs that it was not called with: a graph knows."""
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            output = self._stubs.run_block(index, leaf, call)
+        return tree_map_only(Tensor, Tensor.detach, output), any(
+            source is not leaf and not isinstance(source, nn.Parameter)
+            for tensor in tree_flatten(output)[0]
+            if isinstance(tensor, Tensor)
+            for source in _sources(tensor)
+        )
 
     def _agree(self, step: Callable[[], str | None]) -> None:
         """Take a step that only a model in blocks can take, and that says what speaks against it. Raises NotInBlocks on
@@ -200,13 +223,12 @@ class BlockOrder(Route):
 
     def _compare(self, microbatch: Microbatch, logits: Tensor) -> str | None:
         """Hold what stubs make of the first microbatch's last hidden states against what the model made of them."""
-        hidden, predicted = self._kept.get(self._top, 0), self._loss.predicted(microbatch.inputs["labels"])
-        parts = [hidden]
-        if (num_tokens := self._tokens_at_once(microbatch)) is not None:
-            predicted = predicted[:, :num_tokens]
-            parts = list(hidden[:, :num_tokens].split(-(-num_tokens // 2), dim=1))
-        found = torch.cat([self._stubs.leave(microbatch, part) for part in parts], dim=1 if len(parts) > 1 else 0)
-        wanted, by_blocks = (cross_entropy_sum(each, predicted).item() for each in (logits, found))
+        hidden, num_tokens = self._kept.get(self._top, 0), self._tokens_at_once(microbatch)
+        predicted = self._loss.predicted(microbatch.inputs["labels"])[..., :num_tokens]
+        wanted = cross_entropy_sum(logits[:, :num_tokens], predicted).item()
+        # in two parts, of which one does not begin where the sequence does
+        parts = [None] if num_tokens is None else _parts(num_tokens, -(-num_tokens // 2))
+        by_blocks = sum(self._loss_of(microbatch, hidden, part).item() for part in parts)
         tolerance = max(_TOLERANCE, 4 * torch.finfo(logits.dtype).eps) * max(abs(wanted), 1.0)
         if math.isfinite(wanted) and not abs(by_blocks - wanted) <= tolerance:
             return f"the first loss is {by_blocks:.8g} by blocks and {wanted:.8g} by the model"
@@ -214,22 +236,32 @@ class BlockOrder(Route):
 
     def _leave(self, microbatch: Microbatch, at: int) -> Tensor:
         """The loss, and its gradient at the output of the last block; of long sequences by some tokens at a time."""
-        hidden, predicted = self._kept.get(self._top, at), self._loss.predicted(microbatch.inputs["labels"])
-        num_tokens = self._tokens_at_once(microbatch)
-        total, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
-        for start in (0,) if num_tokens is None else range(0, hidden.shape[1], num_tokens):
-            part = slice(None) if num_tokens is None else (slice(None), slice(start, start + num_tokens))
-            if start and not (predicted[part] != IGNORED).any():
-                continue
-            leaf = hidden[part].detach().requires_grad_()
+        hidden, num_tokens = self._kept.get(self._top, at), self._tokens_at_once(microbatch)
+        leaf = hidden.detach().requires_grad_()
+        total = torch.zeros((), device=hidden.device)
+        for part in [None] if num_tokens is None else _parts(hidden.shape[1], num_tokens):
             with torch.enable_grad():
-                loss = cross_entropy_sum(self._stubs.leave(microbatch, leaf), predicted[part])
-            loss.backward()
+                loss = self._loss_of(microbatch, leaf, part)
+            if loss.requires_grad:
+                loss.backward()
             total += loss.detach()
-            assert leaf.grad is not None, "the loss depends on the last block"
-            gradient[part] = leaf.grad
-        self._lower[at] = gradient
+        self._lower[at] = torch.zeros_like(hidden) if leaf.grad is None else leaf.grad
         return total
+
+    def _loss_of(self, microbatch: Microbatch, hidden: Tensor, part: slice | None) -> Tensor:
+        """Of all tokens or a part of each sequence's, by the hidden states after the last block."""
+        predicted = self._loss.predicted(microbatch.inputs["labels"])
+        if part is None:
+            return cross_entropy_sum(self._stubs.leave(microbatch, hidden), predicted)
+        if not (predicted[:, part] != IGNORED).any():
+            return torch.zeros((), device=hidden.device)
+        length = hidden.shape[1]
+        inputs = {
+            name: tensor[:, part] if tensor.dim() > 1 and tensor.shape[1] == length else tensor
+            for name, tensor in microbatch.inputs.items()
+        }
+        logits = self._stubs.leave(replace(microbatch, inputs=inputs), hidden[:, part])
+        return cross_entropy_sum(logits, predicted[:, part])
 
     def _tokens_at_once(self, microbatch: Microbatch) -> int | None:
         """How many of each sequence's logits there is room for; None if for all, or if they are not of tokens."""
@@ -269,6 +301,23 @@ class BlockOrder(Route):
     def _holding(self, index: int, then: int) -> AbstractContextManager[None]:
         following = self._blocks[then].parameters() if 0 <= then < self._top else ()
         return self._sharding.hold(self._blocks[index].parameters(), then=following)
+
+
+def _parts(length: int, num_tokens: int) -> list[slice]:
+    """A sequence by so many tokens at a time."""
+    return [slice(start, min(length, start + num_tokens)) for start in range(0, length, num_tokens)]
+
+
+def _sources(result: Tensor) -> Iterator[Tensor]:
+    """The tensors that a backward from a result would end at."""
+    seen, left = set(), [result.grad_fn]
+    while left:
+        if (node := left.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        if (source := getattr(node, "variable", None)) is not None:
+            yield source
+        left += [following for following, _ in node.next_functions]
 
 
 def _same(one: Any, other: Any) -> bool:
