@@ -160,8 +160,11 @@ class BlockOrder(Route):
         return None
 
     def _forward(self, index: int, at: int) -> None:
-        output = self._stubs.run_block(index, self._kept.get(index, at), self._calls[at][index])
-        self._kept.put(index + 1, at, self._stubs.form.hidden(output))
+        self._keep(index + 1, at, self._stubs.run_block(index, self._kept.get(index, at), self._calls[at][index]))
+
+    def _keep(self, index: int, at: int, output: Any) -> None:
+        """What the block before this one gave."""
+        self._kept.put(index, at, self._stubs.form.hidden(output))
         return_freed_memory()
         self._on_way.advance()
 
@@ -181,12 +184,12 @@ class BlockOrder(Route):
                         return reason
                 if not (_same(self._calls[0][index], call) and _same(self._kept.get(index, 0), hidden)):
                     return f"block {index} is given what only running the blocks before it makes"
-                if has_other_inputs:
-                    return f"block {index} uses what a block before it left behind"
-                self._kept.put(index + 1, 0, self._stubs.form.hidden(output))
-                self._on_way.advance()
-                for at in range(1, len(chunk)):
-                    self._forward(index, at)
+                for at in range(len(chunk)):
+                    if at:
+                        output, has_other_inputs = self._drive(index, self._kept.get(index, at), self._calls[at][index])
+                    if has_other_inputs:
+                        return f"block {index} uses what a block before it left behind"
+                    self._keep(index + 1, at, output)
                 return None
 
             with self._holding(index, index + 1):
@@ -321,14 +324,18 @@ def _sources(result: Tensor) -> Iterator[Tensor]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two trees have equal tensors, NaNs included, in the same places."""
+    """Whether two trees have equal tensors, NaNs included, and equal plain values in the same places."""
     (ours, structure), (theirs, other_structure) = (
         tree_flatten(vars(tree) if isinstance(tree, Call) else tree) for tree in (one, other)
     )
-    return structure == other_structure and all(
-        mine is its
-        or (mine.shape, mine.dtype) == (its.shape, its.dtype)
-        and bool(((mine == its.to(mine.device)) | (mine != mine)).all())
-        for mine, its in zip(ours, theirs, strict=True)
-        if isinstance(mine, Tensor) and isinstance(its, Tensor)
-    )
+    return structure == other_structure and all(map(_same_leaf, ours, theirs))
+
+
+def _same_leaf(mine: Any, its: Any) -> bool:
+    if mine is its or type(mine) is not type(its):
+        return mine is its
+    if isinstance(mine, Tensor):
+        return (mine.shape, mine.dtype) == (its.shape, its.dtype) and bool(
+            ((mine == its.to(mine.device)) | (mine != mine)).all()
+        )
+    return mine == its if isinstance(mine, int | float | str) else True
