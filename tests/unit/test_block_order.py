@@ -24,6 +24,7 @@ from loraga_dist.gradients import block_order
 from loraga_dist.gradients.block_order import NotInBlocks
 from loraga_dist.model.blocks import choose_order, find_blocks
 from loraga_dist.model.targets import Target
+from loraga_dist.ranks.memory import PeakMemory
 
 BY_BLOCKS, BY_MODEL = (GradientConfig(order=order, checkpointing="none") for order in ("block", "model"))
 FAMILIES = [
@@ -168,3 +169,23 @@ def test_a_long_microbatch_without_any_label() -> None:
     targets = targets_of(model, "all-linear")
     by_blocks, by_model = (gradients(model, targets, microbatches, config) for config in (BY_BLOCKS, BY_MODEL))
     assert all(relative(by_blocks[name], G_MN) < 1e-6 for name, G_MN in by_model.items())
+
+
+@pytest.mark.parametrize("order", ["block", "model"])
+def test_head_and_loss_of_a_long_sequence_take_what_the_plan_says(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times the logits that there is room for. Each part is 40 MiB: smaller ones may stay in the heap's holes."""
+    num_tokens, vocabulary = 1280, 2**15
+    at_once = num_tokens // 4 * vocabulary
+    monkeypatch.setattr(block_order, "LOGITS_AT_ONCE", at_once)
+    limit_bytes = 4 * at_once * 4
+    model = tiny("llama", "sdpa", vocab_size=vocabulary, num_hidden_layers=1, max_position_embeddings=num_tokens)
+    targets = targets_of(model, ["down_proj"])
+    ids = torch.randint(0, vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    for length in (64, num_tokens):  # the first is to have all code there
+        microbatch = Microbatch({"input_ids": ids[:, :length], "labels": ids[:, :length]}, length - 1, 0, ())
+        with PeakMemory(torch.device("cpu")) as memory:
+            gradients(model, targets, [microbatch], GradientConfig(order=order, checkpointing="none"))
+    if order == "block":
+        assert memory.peak_bytes < limit_bytes
+    else:
+        assert memory.peak_bytes > 2 * limit_bytes, "else this measures nothing"
