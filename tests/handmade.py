@@ -1,4 +1,4 @@
-"""A whole output directory on a small model with random factors, made in a moment without a run."""
+"""Made by hand: whole output directories with random factors, in a moment and without a run; and a strange model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import yaml
 from builders import report_tree, target_tree
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutput
 
 from loraga_dist.artifacts.adapter import AdapterFile, rank_and_scaling, write_adapter
 from loraga_dist.artifacts.residual import (
@@ -244,3 +247,50 @@ def edit(output: Path, part: str, key: str, change: Callable[[torch.Tensor], tor
     held[key] = change(held[key]).contiguous()
     save_file(held, path, {"format": "pt"})
     write_checksums(output, World.alone())
+
+
+class _Block(nn.Module):
+    """One that leaves a function of its input for the next one: `attribute` or `output` says where."""
+
+    def __init__(self, where: str, before: list[_Block]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self._where = where
+        self._before = before
+        self.left: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, other: torch.Tensor | None = None) -> Any:
+        if self._where == "attribute" and self._before:
+            other = self._before[0].left
+        self.left = torch.tanh(hidden_states)
+        mixed = hidden_states + self.linear(hidden_states if other is None else hidden_states * other)
+        return mixed if self._where == "attribute" else (mixed, self.left)
+
+
+class LeavesBehind(PreTrainedModel, GenerationMixin):
+    """A causal language model whose blocks need more of each other than hidden states."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, where: str | LlamaConfig) -> None:
+        if isinstance(where, LlamaConfig):  # as transformers makes a model
+            where = where.name_or_path
+        super().__init__(LlamaConfig(vocab_size=64, hidden_size=16, num_attention_heads=1, name_or_path=where))
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 16)
+        blocks: list[_Block] = []
+        for _ in range(3):
+            blocks.append(_Block(where, blocks[-1:]))
+        self.layers = nn.ModuleList(blocks)
+        self.head = nn.Linear(16, 64)
+        self.requires_grad_(False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> CausalLMOutput:
+        hidden, other = self.embed(input_ids), None
+        for layer in self.layers:
+            output = layer(hidden, other)
+            hidden, other = output if isinstance(output, tuple) else (output, None)
+        return CausalLMOutput(logits=self.head(hidden))

@@ -66,16 +66,20 @@ def microbatches_of(model_dir: Path, data: Path, rank: int = 0, world_size: int 
 
 
 def exact_gradients(
-    loaded: Loaded, targets: list[Target], microbatches: list[Microbatch], config: GradientConfig
+    model: nn.Module,
+    sharding: Sharding,
+    targets: list[Target],
+    microbatches: list[Microbatch],
+    config: GradientConfig,
+    loss: Loss = causal_lm,
 ) -> Iterator[tuple[str, Tensor]]:
     """Mean gradients of the targets that this rank owns, by the exact engine. A collective."""
-    world, names = loaded.sharding.world, [target.name for target in targets]
-    model_class = type(loaded.model).__name__
-    order = choose_order(config.order, model_class, find_blocks(loaded.model), names, in_pieces=world.size > 1)
+    world, names = sharding.world, [target.name for target in targets]
+    order = choose_order(config.order, type(model).__name__, find_blocks(model), names, in_pieces=world.size > 1)
     plan = make_plan(targets, config, SCHEMES["lora_ga"], world.size, order)
-    route: Route = ModelOrder(loaded.model, causal_lm, sharding=loaded.sharding, checkpointing=config.checkpointing)
+    route: Route = ModelOrder(model, loss, sharding=sharding, checkpointing=config.checkpointing)
     if order.blocks is not None:
-        route = block_order(loaded.model, order.blocks, names, loaded.sharding)
+        route = block_order(model, order.blocks, names, sharding, loss)
     with route.opened():
         for matrices in plan.groups:
             engine = ExactEngine(matrices, home=StateHome(world.device), seed=0, dtype=torch.float32)

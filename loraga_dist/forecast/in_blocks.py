@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from loraga_dist.data.losses import Loss, cross_entropy_sum
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.forecast.ledger import DEVICE, Ledger, key_of
-from loraga_dist.gradients.block_order import LOGITS_AT_ONCE
+from loraga_dist.gradients.head import LOGITS_AT_ONCE
 from loraga_dist.gradients.stubs import Call, Form, Stubs
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.blocks import Order
@@ -60,7 +60,8 @@ def run_in_blocks(
     stubs = Stubs(model, blocks, DEVICE)
     with stubs.installed(), torch.no_grad():
         stubs.run(microbatch, _finding_form(stubs))
-        hidden, calls = stubs.enter(microbatch)
+        entry = stubs.enter(microbatch, {})
+        hidden, calls = entry.hidden, entry.calls
         known = {key_of(tensor) for tensor in (hidden, *microbatch.inputs.values(), *model.parameters())}
         arguments = {
             key_of(tensor): tensor.untyped_storage().nbytes()

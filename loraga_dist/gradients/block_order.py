@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
@@ -75,9 +75,11 @@ class BlockOrder(Route):
         inside = [blocks.index_of(name) for name in targets]
         self._lowest = min((index for index in inside if index is not None), default=self._top)
         self._stage_of = dict(zip(targets, (self._top if index is None else index for index in inside), strict=True))
+        self._behind = {name: model.get_submodule(name) for name, at in self._stage_of.items() if at == self._top}
         in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
         self._outside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
         self._stubs = Stubs(model, self._blocks, sharding.world.device)
+        self._by_token = loss.by_token
         self._head = Head(model, self._stubs, loss)
         self._kept = KeptInputs(keeping.directory, sharding.world.device)
         self._trusted = False
@@ -134,52 +136,77 @@ class BlockOrder(Route):
                             self._forward(index, at)
                     self._on_way.pause()
             else:
-                logits, difference = self._forward_driven(chunk)
+                logits = self._forward_driven(chunk)
                 hidden = self._kept.get(self._top, 0)
-                self._agree(lambda: difference or self._head.difference(chunk[0], hidden, logits))
+                self._agree(lambda: self._head.difference(chunk[0], hidden, logits))
                 self._trusted = True
                 del logits, hidden
         for at, microbatch in enumerate(chunk):
             self._backward(microbatch, at)
 
-    def _enter(self, chunk: Sequence[Microbatch]) -> None:
+    def _enter(self, chunk: Sequence[Microbatch]) -> str | None:
+        """Keep the first block's inputs, and how blocks are called; what speaks against going by blocks."""
         self._calls = []
         for at, microbatch in enumerate(chunk):
-            hidden, calls = self._stubs.enter(microbatch)
-            self._kept.put(0, at, hidden)
-            self._calls.append(calls)
+            # nobody reads these logits, which are large
+            entry = self._stubs.enter(microbatch, self._behind, 1 if self._by_token else None)
+            if entry.early:
+                return f"the target {entry.early[0]} runs before the last of them"
+            self._kept.put(0, at, entry.hidden)
+            self._calls.append(entry.calls)
+        return None
 
     def _forward(self, index: int, at: int) -> None:
-        output = self._stubs.run_block(index, self._kept.get(index, at), self._calls[at][index])
-        self._kept.put(index + 1, at, self._stubs.form.hidden(output))
+        self._keep(index + 1, at, self._stubs.run_block(index, self._kept.get(index, at), self._calls[at][index]))
+
+    def _keep(self, index: int, at: int, output: Any) -> None:
+        """What the block before this one gave."""
+        self._kept.put(index, at, self._stubs.form.hidden(output))
         return_freed_memory()
         self._on_way.advance()
 
-    def _forward_driven(self, chunk: Sequence[Microbatch]) -> tuple[Tensor, str | None]:
-        """The same, driven by the first microbatch in the model's own forward: its logits, and what went otherwise."""
-        differences: list[str] = []
-        num_tokens = self._head.tokens_at_once(chunk[0])
+    def _forward_driven(self, chunk: Sequence[Microbatch]) -> Tensor:
+        """The same, driven by the first microbatch in the model's own forward; its logits."""
 
         def on_block(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, call = Call.split(args, kwargs)
-            with self._holding(index, index + 1):
-                output = self._stubs.run_block(index, hidden, call)
+            outputs: list[Any] = []
+
+            def step() -> str | None:
+                hidden, call = Call.split(args, kwargs)
+                output, has_other_inputs = self._drive(index, hidden, call)
+                outputs.append(output)
                 if index == 0:
                     self._stubs.form = Form.of(output)
-                    self._agree(lambda: self._enter(chunk))
+                    if (reason := self._enter(chunk)) is not None:
+                        return reason
                 if not (_same(self._calls[0][index], call) and _same(self._kept.get(index, 0), hidden)):
-                    differences.append(f"block {index} is given what only running the blocks before it makes")
-                self._kept.put(index + 1, 0, self._stubs.form.hidden(output))
-                self._on_way.advance()
-                for at in range(1, len(chunk)):
-                    self._forward(index, at)
-            self._on_way.pause()
-            if index == self._top - 1 and num_tokens is not None:  # of a long sequence, what there is room for
-                return self._stubs.form.wrap(self._stubs.form.hidden(output)[:, :num_tokens])
-            return output
+                    return f"block {index} is given what only running the blocks before it makes"
+                for at in range(len(chunk)):
+                    if at:
+                        output, has_other_inputs = self._drive(index, self._kept.get(index, at), self._calls[at][index])
+                    if has_other_inputs:
+                        return f"block {index} uses what a block before it left behind"
+                    self._keep(index + 1, at, output)
+                return None
 
-        logits = self._stubs.run(chunk[0], on_block)
-        return logits, differences[0] if differences else None
+            with self._holding(index, index + 1):
+                self._agree(step)
+            self._on_way.pause()
+            return outputs[0]
+
+        return self._stubs.run(chunk[0], on_block, self._head.tokens_at_once(chunk[0]))
+
+    def _drive(self, index: int, hidden: Tensor, call: Call) -> tuple[Any, bool]:
+        """A block's output, and whether it has inputs that it was not called with: a graph knows."""
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            output = self._stubs.run_block(index, leaf, call)
+        return tree_map_only(Tensor, Tensor.detach, output), any(
+            source is not leaf and not isinstance(source, nn.Parameter)
+            for tensor in tree_flatten(output)[0]
+            if isinstance(tensor, Tensor)
+            for source in _sources(tensor)
+        )
 
     def _agree(self, step: Callable[[], str | None]) -> None:
         """Take a step that only a model in blocks can take, and that says what speaks against it. Raises NotInBlocks on
@@ -227,15 +254,31 @@ class BlockOrder(Route):
         return self._sharding.hold(self._blocks[index].parameters(), then=following)
 
 
+def _sources(result: Tensor) -> Iterator[Tensor]:
+    """The tensors that a backward from a result would end at."""
+    seen, left = set(), [result.grad_fn]
+    while left:
+        if (node := left.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        if (source := getattr(node, "variable", None)) is not None:
+            yield source
+        left += [following for following, _ in node.next_functions]
+
+
 def _same(one: Any, other: Any) -> bool:
-    """Whether two trees have equal tensors, NaNs included, in the same places."""
+    """Whether two trees have equal tensors, NaNs included, and equal plain values in the same places."""
     (ours, structure), (theirs, other_structure) = (
         tree_flatten(vars(tree) if isinstance(tree, Call) else tree) for tree in (one, other)
     )
-    return structure == other_structure and all(
-        mine is its
-        or (mine.shape, mine.dtype) == (its.shape, its.dtype)
-        and bool(((mine == its.to(mine.device)) | (mine != mine)).all())
-        for mine, its in zip(ours, theirs, strict=True)
-        if isinstance(mine, Tensor) and isinstance(its, Tensor)
-    )
+    return structure == other_structure and all(map(_same_leaf, ours, theirs))
+
+
+def _same_leaf(mine: Any, its: Any) -> bool:
+    if mine is its or type(mine) is not type(its):
+        return mine is its
+    if isinstance(mine, Tensor):
+        return (mine.shape, mine.dtype) == (its.shape, its.dtype) and bool(
+            ((mine == its.to(mine.device)) | (mine != mine)).all()
+        )
+    return mine == its if isinstance(mine, int | float | str) else True

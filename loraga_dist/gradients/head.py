@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -35,15 +37,16 @@ class Head:
 
     def difference(self, microbatch: Microbatch, hidden: Tensor, logits: Tensor) -> str | None:
         """Say how the loss of these last hidden states is another than that of the model's own logits; None if it is
-        not. logits: of as many tokens as there is room for."""
-        predicted, parts = self._loss.predicted(microbatch.inputs["labels"]), [hidden]
-        if (num_tokens := self.tokens_at_once(microbatch)) is not None:
-            predicted = predicted[:, :num_tokens]
-            parts = list(hidden[:, :num_tokens].split(-(-num_tokens // 2), dim=1))
+        not. logits: of as many tokens as there is room for, or more."""
+        predicted, num_tokens = self._loss.predicted(microbatch.inputs["labels"]), self.tokens_at_once(microbatch)
+        if num_tokens is None:
+            parts = [_EVERYTHING]
+        else:  # in two, of which one does not begin where the sequence does
+            predicted, logits = predicted[:, :num_tokens], logits[:, :num_tokens]
+            parts = _parts(num_tokens, -(-num_tokens // 2))
         with torch.no_grad():
-            found = [self._stubs.leave(microbatch, part) for part in parts]
-        by_stubs = torch.cat(found, dim=1) if len(found) > 1 else found[0]
-        wanted, by_blocks = (cross_entropy_sum(each, predicted).item() for each in (logits, by_stubs))
+            by_blocks = sum(self._loss_of(microbatch, hidden[part], part).item() for part in parts)
+        wanted = cross_entropy_sum(logits, predicted).item()
         tolerance = max(_TOLERANCE, 4 * torch.finfo(logits.dtype).eps) * max(abs(wanted), 1.0)
         if math.isfinite(wanted) and not abs(by_blocks - wanted) <= tolerance:
             return f"the first loss is {by_blocks:.8g} by blocks and {wanted:.8g} by the model"
@@ -52,21 +55,33 @@ class Head:
     def backward(self, microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a microbatch, a sum over its tokens, and its gradient at the last hidden states."""
         predicted, num_tokens = self._loss.predicted(microbatch.inputs["labels"]), self.tokens_at_once(microbatch)
-        if num_tokens is None:
-            loss, gradient = self._backward(microbatch, hidden, predicted)
-            return loss, gradient
         total, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
-        for start in range(0, hidden.shape[1], num_tokens):
-            part = slice(None), slice(start, start + num_tokens)
-            if start == 0 or (predicted[part] != IGNORED).any():
-                loss, gradient[part] = self._backward(microbatch, hidden[part], predicted[part])
-                total += loss
+        for index, part in enumerate([_EVERYTHING] if num_tokens is None else _parts(hidden.shape[1], num_tokens)):
+            if index and not (predicted[part] != IGNORED).any():
+                continue
+            leaf = hidden[part].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = self._loss_of(microbatch, leaf, part)
+            loss.backward()
+            assert leaf.grad is not None, "the loss depends on the last block"
+            gradient[part] = leaf.grad
+            total += loss.detach()
         return total, gradient
 
-    def _backward(self, microbatch: Microbatch, hidden: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = cross_entropy_sum(self._stubs.leave(microbatch, leaf), predicted)
-        loss.backward()
-        assert leaf.grad is not None, "the loss depends on the last block"
-        return loss.detach(), leaf.grad
+    def _loss_of(self, microbatch: Microbatch, hidden: Tensor, part: Part) -> Tensor:
+        """Of these tokens' hidden states."""
+        predicted, inputs = self._loss.predicted(microbatch.inputs["labels"])[part], microbatch.inputs
+        if part is not _EVERYTHING:
+            shape = inputs["input_ids"].shape
+            inputs = {name: tensor[part] if tensor.shape == shape else tensor for name, tensor in inputs.items()}
+        return cross_entropy_sum(self._stubs.leave(replace(microbatch, inputs=inputs), hidden), predicted)
+
+
+Part = tuple[slice, slice] | EllipsisType
+"""Of sequences and of their tokens."""
+_EVERYTHING = ...
+
+
+def _parts(length: int, num_tokens: int) -> list[Part]:
+    """Sequences by so many tokens at a time."""
+    return [(slice(None), slice(start, min(length, start + num_tokens))) for start in range(0, length, num_tokens)]

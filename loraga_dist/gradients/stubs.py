@@ -5,8 +5,9 @@ Stubs take the place of the blocks' `forward`, so that the modules stay what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,18 @@ class Form:
         return hidden if self.num_others is None else (hidden, *[None] * self.num_others)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a model makes of a microbatch without its blocks."""
+
+    hidden: Tensor
+    """The first block's."""
+    calls: list[Call]
+    """Of every block."""
+    early: list[str]
+    """Modules that ran before the last block did."""
+
+
 class Stubs:
     """Stands in for a model's blocks while `installed`."""
 
@@ -96,19 +109,37 @@ class Stubs:
         return self._own[index](hidden, *call.args, **call.kwargs)
 
     def run(
-        self, microbatch: Microbatch, on_block: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+        self,
+        microbatch: Microbatch,
+        on_block: Callable[[int, tuple[Any, ...], dict[str, Any]], Any],
+        num_tokens: int | None = None,
     ) -> torch.Tensor:
-        """The model's logits, with this in place of its blocks."""
+        """The model's logits, with this in place of its blocks.
+
+        num_tokens: of so many tokens of each sequence at most, where the model has a head.
+        """
+
+        def shorten(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return args[0][:, :num_tokens], *args[1:]
+
+        model: Any = self._model
         before, self._on_block = self._on_block, on_block
         try:
-            return forward(self._model, microbatch, self._device)
+            with ExitStack() as hooks:
+                if num_tokens is not None and (head := model.get_output_embeddings()) is not None:
+                    hooks.callback(head.register_forward_pre_hook(shorten, prepend=True).remove)
+                return forward(model, microbatch, self._device)
         finally:
             self._on_block = before
 
-    def enter(self, microbatch: Microbatch) -> tuple[Tensor, list[Call]]:
-        """The first block's hidden states, and how every block is called."""
+    def enter(self, microbatch: Microbatch, behind: Mapping[str, nn.Module], num_tokens: int | None = None) -> Entry:
+        """See what the model makes of its inputs.
+
+        behind: modules that run after the blocks only, or so it seems. num_tokens: that have to go through the head.
+        """
         entries: list[Tensor] = []
         calls: list[Call] = []
+        early: set[str] = set()
         kept: dict[int, tuple[Tensor, Tensor]] = {}  # blocks share tables and masks
 
         def keep(tensor: Tensor) -> Tensor:
@@ -123,12 +154,19 @@ class Stubs:
             calls.append(call.map(keep))
             return self.form.wrap(hidden)
 
-        self.run(microbatch, on_block)
+        def note(*_: Any, name: str) -> None:
+            if len(calls) < len(self._blocks):
+                early.add(name)
+
+        with ExitStack() as hooks:
+            for name, module in behind.items():
+                hooks.callback(module.register_forward_pre_hook(functools.partial(note, name=name)).remove)
+            self.run(microbatch, on_block, num_tokens)
         assert len(calls) == len(self._blocks), "every block is called"
-        return entries[0], calls
+        return Entry(entries[0], calls, sorted(early))
 
     def leave(self, microbatch: Microbatch, hidden: Tensor) -> torch.Tensor:
-        """The logits of these hidden states after the last block, or of some tokens' of them."""
+        """The logits of these hidden states after the last block."""
 
         def on_block(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self.form.wrap(hidden if index == len(self._blocks) - 1 else Call.split(args, kwargs)[0])

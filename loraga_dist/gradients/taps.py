@@ -28,7 +28,7 @@ class _Tap(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.sink, ctx.name = sink, name
-        return y.view_as(y)
+        return y.detach()  # no view, which nobody might change in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:

@@ -43,7 +43,7 @@ def gradients_of_rank(model_dir: Path, data: Path) -> Part:
     microbatches = microbatches_of(model_dir, data, world.rank, world.size)
     part = Part(sum(microbatch.num_supervised_tokens for microbatch in microbatches), [], [], [])
     for way in WAYS:
-        found = exact_gradients(loaded, targets, microbatches, way)
+        found = exact_gradients(loaded.model, loaded.sharding, targets, microbatches, way)
         part.gradients.append({name: G_MN.clone() for name, G_MN in found})
         for name, parameter in loaded.model.named_parameters():
             if world.size > 1 and parameter.ds_status.name != "NOT_AVAILABLE":

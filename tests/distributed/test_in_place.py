@@ -118,6 +118,9 @@ def start_and_train(model_dir: Path, way: str) -> Trained | None:
             watch_gathered_weights()
             start = loraga_dist.initialize(model, batches(1, 4, world) if way == "loraga" else None, CONFIGS[way])
             assert start.identity_check.max_abs_logit_diff < 1e-5 * start.identity_check.max_abs_logit
+            if way == "loraga":
+                assert start.gradients is not None
+                assert start.gradients.order.name == ("model" if world.size == 1 else "block")
             model = start.model
         before = whole(model)
         losses = train(model, batches(2, STEPS, world), world)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from builders import config_tree, save_data, save_model
+from disks import small_disk as small_disk
 from launching import INIT, Finished, succeed
 from outputs import write_config
 from ranks import finish_on_ranks, run_script
@@ -17,18 +18,6 @@ from ranks import finish_on_ranks, run_script
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import init_main
 from loraga_dist.ranks.words import leave_process
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, 6 MiB large."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.fixture

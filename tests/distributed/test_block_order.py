@@ -1,0 +1,147 @@
+"""Block order on several ranks: the unsharded gradients, and a model that is left as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import byte_tokenizer
+from families import TARGETS, padded_microbatches, targets_of, tiny
+from outputs import relative
+from pieces import Loaded, autograd_gradients, exact_gradients, load
+from ranks import run_on_ranks
+from subspace import efficiency
+from torch import Tensor
+
+from loraga_dist.config import GradientConfig, LoraSection, MethodConfig
+from loraga_dist.data.microbatches import BatchSharder, Microbatch
+from loraga_dist.gradients.block_order import NotInBlocks
+from loraga_dist.gradients.calibrate import calibrate
+from loraga_dist.gradients.kept import Keeping
+from loraga_dist.model.blocks import choose_order, find_blocks
+from loraga_dist.model.plan import make_plan
+from loraga_dist.ranks.progress import Clock
+from loraga_dist.ranks.world import World
+from loraga_dist.request.request import Request
+from loraga_dist.schemes import SCHEMES
+
+KINDS = {
+    "llama": "all-linear",
+    "gemma3": "all-linear",  # sliding windows and full attention, tied embeddings
+    "gpt2": "all-linear",  # stored transposed, tied embeddings
+    "mixtral": TARGETS["mixtral"],
+}
+R, PER_RANK = 4, 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank found, by kind of model, and what it found amiss."""
+
+    exact: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    sketch: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of llama: U_MR and Vh_RN that the start would be made of."""
+    not_in_blocks: list[str] = field(default_factory=list)
+    amiss: list[str] = field(default_factory=list)
+
+
+def share(rank: int, world_size: int) -> list[Microbatch]:
+    """A rank's microbatches: of other lengths, and so of other numbers of tokens, than another's."""
+    mine = padded_microbatches(count=world_size * PER_RANK, longest=40)[rank::world_size]
+    return [replace(microbatch, index=index) for index, microbatch in enumerate(mine)]
+
+
+def state_of(loaded: Loaded) -> dict[str, Any]:
+    """What a trainer would find on modules and parameters."""
+    model = loaded.model
+    return {
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "hooks": {
+            name: len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+            for name, module in model.named_modules()
+        },
+        "parameters": {
+            name: (parameter.ds_status.name, parameter.grad is None)  # type: ignore[union-attr]
+            for name, parameter in model.named_parameters()
+        },
+    }
+
+
+def be_rank(models: Path) -> Part:
+    world, part = World.start(), Part()
+    microbatches = share(world.rank, world.size)
+    for kind, target_modules in KINDS.items():
+        loaded = load(models / kind, world)
+        targets, before = targets_of(loaded.model, target_modules, R), state_of(loaded)
+        found = exact_gradients(
+            loaded.model, loaded.sharding, targets, microbatches, GradientConfig(order="block", max_targets_in_flight=5)
+        )
+        part.exact[kind] = {name: G_MN.clone() for name, G_MN in found}
+        if kind == "llama":
+            sketch(loaded, microbatches, part)
+        if state_of(loaded) != before:
+            part.amiss.append(kind)
+    loaded = load(models / "gemma3n", world)
+    targets, before = targets_of(loaded.model, TARGETS["gemma3n"]), state_of(loaded)
+    try:
+        list(exact_gradients(loaded.model, loaded.sharding, targets, microbatches, GradientConfig(order="block")))
+    except NotInBlocks as why:
+        part.not_in_blocks.append(str(why))
+    if state_of(loaded) != before:
+        part.amiss.append("gemma3n")
+    found = exact_gradients(loaded.model, loaded.sharding, targets, microbatches, GradientConfig(order="model"))
+    part.exact["gemma3n"] = {name: G_MN.clone() for name, G_MN in found}
+    return part
+
+
+def sketch(loaded: Loaded, microbatches: list[Microbatch], part: Part) -> None:
+    targets, world = targets_of(loaded.model, "all-linear", R), loaded.sharding.world
+    config = GradientConfig(order="block", engine="sketch", refine_passes=1)
+    names = [target.name for target in targets]
+    order = choose_order("block", "Llama", find_blocks(loaded.model), names, in_pieces=True)
+    request = Request(
+        config=MethodConfig(lora=LoraSection(r=R), gradient=config),
+        plan=make_plan(targets, config, SCHEMES["lora_ga"], world.size, order),
+        data=BatchSharder(microbatches),
+        factor_dtypes={},
+    )
+    gradients = calibrate(
+        loaded.model, request, sharding=loaded.sharding, clock=Clock(), keeping=Keeping(chunk_microbatches=2)
+    )
+    part.sketch.update({name: (svd.U_MK[:, R : 2 * R], svd.Vh_KN[:R]) for name, svd in gradients.owned.items()})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    for kind in (*KINDS, "gemma3n"):
+        tiny(kind).save_pretrained(directory / kind)  # type: ignore[operator]
+        byte_tokenizer().save_pretrained(directory / kind)
+    return directory
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_have_the_unsharded_gradients(world_size: int, models: Path) -> None:
+    parts: list[Part] = run_on_ranks(be_rank, world_size, models, timeout_seconds=280)
+    shares = [share(rank, world_size) for rank in range(world_size)]
+    assert len({sum(microbatch.num_supervised_tokens for microbatch in each) for each in shares}) == world_size
+    everything = [microbatch for each in shares for microbatch in each]
+    for kind in (*KINDS, "gemma3n"):
+        expected = autograd_gradients(models / kind, everything)
+        found = [(name, G_MN) for part in parts for name, G_MN in part.exact[kind].items()]
+        targets = targets_of(tiny(kind), KINDS.get(kind, TARGETS["gemma3n"]), 2)
+        assert sorted(name for name, _ in found) == sorted(target.name for target in targets), kind
+        for name, G_MN in found:
+            G = expected[name].T if kind == "gpt2" else expected[name]
+            assert relative(G_MN, G) < 1e-5, (kind, name)
+        if kind == "llama":
+            directions = {name: both for part in parts for name, both in part.sketch.items()}
+            assert directions.keys() == dict(found).keys()
+            for name, (U_MR, Vh_RN) in directions.items():
+                assert efficiency(expected[name], U_MR, Vh_RN.T) > 0.999, name  # as alone: test_kept_inputs
+    for part in parts:
+        assert part.not_in_blocks == parts[0].not_in_blocks != []
+        assert "block 2 uses what a block before it left behind" in part.not_in_blocks[0]
+        assert part.amiss == []

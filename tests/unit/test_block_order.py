@@ -1,0 +1,191 @@
+"""Gradients by blocks are those by the whole model, in every family that is a sequence of blocks; others are seen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from builders import make_model
+from families import TARGETS, alone, padded_microbatches, targets_of, task_of, tiny
+from handmade import LeavesBehind
+from outputs import relative
+from pieces import exact_gradients
+from torch import Tensor, nn
+
+import loraga_dist
+from loraga_dist.config import GradientConfig
+from loraga_dist.data.losses import IGNORED, LOSSES
+from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.gradients import block_order
+from loraga_dist.gradients.block_order import NotInBlocks
+from loraga_dist.model.blocks import choose_order, find_blocks
+from loraga_dist.model.targets import Target
+from loraga_dist.ranks.memory import PeakMemory
+
+BY_BLOCKS, BY_MODEL = (GradientConfig(order=order, checkpointing="none") for order in ("block", "model"))
+FAMILIES = [
+    *("llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "opt", "bloom", "falcon", "mixtral", "qwen3_moe"),
+    *("olmo2", "gpt_neox", "mamba", "starcoder2", "cohere2", "gpt_oss", "granite", "smollm3", "gpt2", "zamba2"),
+    *("bert", "llama_classifier"),
+]
+SDPA = ["llama", "gemma3", "opt", "gpt2", "bert"]
+
+
+def gradients(
+    model: nn.Module, targets: list[Target], microbatches: list[Microbatch], config: GradientConfig
+) -> dict[str, Tensor]:
+    found = exact_gradients(model, alone(), targets, microbatches, config, LOSSES[task_of(model)])
+    return {name: G_MN.clone() for name, G_MN in found}
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"), [*((kind, "eager") for kind in FAMILIES), *((kind, "sdpa") for kind in SDPA)]
+)
+def test_every_family_bit_by_bit(kind: str, attention: str) -> None:
+    model = tiny(kind, attention)
+    targets, microbatches = targets_of(model, TARGETS.get(kind, "all-linear")), padded_microbatches(task_of(model))
+    by_blocks, by_model = (gradients(model, targets, microbatches, config) for config in (BY_BLOCKS, BY_MODEL))
+    assert by_blocks.keys() == by_model.keys() == {target.name for target in targets}
+    for name, G_MN in by_model.items():
+        assert G_MN.any() and torch.equal(by_blocks[name], G_MN), name
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_decoders_are_no_single_sequence(kind: str) -> None:
+    model = make_model(kind)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    order = choose_order("auto", type(model).__name__, find_blocks(model), names, in_pieces=True)
+    assert order.name == "model"
+    assert order.why == f"{type(model).__name__} is no single sequence of blocks with targets in it"
+
+
+OTHERWISE = {
+    # kind of model: targets, and why it cannot go by blocks
+    "gemma3n": (TARGETS["gemma3n"], "block 2 uses what a block before it left behind"),
+    "albert": (["query", "ffn"], "blocks are called one after the other, each once"),
+    "opt_projected": ("all-linear", "the target model.decoder.project_in runs before the last of them"),
+    "electra": ("all-linear", "the target electra.embeddings_project runs before the last of them"),
+    "attribute": (["linear"], "block 1 uses what a block before it left behind"),
+    "output": (["linear"], "block 1 is given what only running the blocks before it makes"),
+}
+"""The last two are made by hand."""
+
+
+def otherwise(kind: str) -> nn.Module:
+    return LeavesBehind(kind) if kind in ("attribute", "output") else tiny(kind)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 3])
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_what_is_no_sequence_is_seen_before_anything_is_shown(kind: str, num_microbatches: int) -> None:
+    model, (target_modules, why) = otherwise(kind), OTHERWISE[kind]
+    microbatches = padded_microbatches(task_of(model), num_microbatches, growth=0)
+    with pytest.raises(NotInBlocks, match=why) as error:
+        gradients(model, targets_of(model, target_modules), microbatches, BY_BLOCKS)
+    assert str(error.value).startswith(f"{type(model).__name__} is no sequence of its blocks; ")
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_what_is_no_sequence_gets_its_start_in_model_order(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    target_modules, why = OTHERWISE[kind]
+    batches = [microbatch.inputs for microbatch in padded_microbatches(task_of(otherwise(kind)), growth=0)]
+    starts = {}
+    for order in ("block", "model"):
+        model = otherwise(kind)
+        config = {
+            "lora": {"r": 2, "target_modules": target_modules, "task_type": task_of(model)},
+            "gradient": {"engine": "exact", "order": order},
+        }
+        start = loraga_dist.initialize(model, batches, config)
+        assert start.gradients is not None and start.gradients.order.name == "model"
+        starts[order] = start
+    assert why in starts["block"].gradients.order.why and why in capsys.readouterr().err
+    assert starts["block"].factors.keys() == starts["model"].factors.keys()
+    for name, factors in starts["model"].factors.items():
+        assert torch.equal(starts["block"].factors[name].A_RN, factors.A_RN), name
+        assert torch.equal(starts["block"].factors[name].B_MR, factors.B_MR), name
+
+
+@pytest.fixture
+def few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many that the longest of two sequences takes four parts, the last one shorter."""
+    monkeypatch.setattr(block_order, "LOGITS_AT_ONCE", 2 * 64 * 4)
+
+
+@contextmanager
+def heads_called(model: Any) -> Iterator[list[int]]:
+    """Of how many tokens the model's head makes logits, call by call."""
+    calls: list[int] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *hooked: calls.append(hooked[2].shape[1]))
+    yield calls
+    handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt"])
+@pytest.mark.usefixtures("few_logits_at_once")
+def test_long_sequences_take_the_head_in_parts(kind: str) -> None:
+    model = tiny(kind, tie_word_embeddings=False)
+    targets, microbatches = targets_of(model, "all-linear"), padded_microbatches()
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    targets += targets_of(model, head)
+    with heads_called(model) as calls:
+        by_blocks = gradients(model, targets, microbatches, BY_BLOCKS)
+    assert max(calls) == 4, "never more logits than there is room for"
+    for name, G_MN in gradients(model, targets, microbatches, BY_MODEL).items():
+        assert relative(by_blocks[name], G_MN) < 1e-6, name
+
+
+@pytest.mark.usefixtures("few_logits_at_once")
+def test_parts_without_a_label_are_not_computed() -> None:
+    model, (microbatch, *_) = tiny("llama"), padded_microbatches(count=1, longest=40)
+    targets = targets_of(model, ["down_proj"])
+    with heads_called(model) as calls:
+        gradients(model, targets, [microbatch], BY_BLOCKS)
+    all_calls = len(calls)
+    labels = microbatch.inputs["labels"].clone()
+    labels[:, 1:21] = IGNORED  # what positions 0 to 19 predict
+    completion = dataclasses.replace(
+        microbatch, inputs=microbatch.inputs | {"labels": labels}, num_supervised_tokens=int((labels != IGNORED).sum())
+    )
+    with heads_called(model) as calls:
+        by_blocks = gradients(model, targets, [completion], BY_BLOCKS)
+    assert len(calls) == all_calls - 5 - 2, "five parts of the loss, and the two that are compared at first"
+    for name, G_MN in gradients(model, targets, [completion], BY_MODEL).items():
+        assert relative(by_blocks[name], G_MN) < 1e-6, name
+
+
+@pytest.mark.usefixtures("few_logits_at_once")
+def test_a_long_microbatch_without_any_label() -> None:
+    model, microbatches = tiny("llama"), padded_microbatches()
+    silent = torch.full_like(microbatches[1].inputs["labels"], IGNORED)
+    microbatches[1] = dataclasses.replace(
+        microbatches[1], inputs=microbatches[1].inputs | {"labels": silent}, num_supervised_tokens=0
+    )
+    targets = targets_of(model, "all-linear")
+    by_blocks, by_model = (gradients(model, targets, microbatches, config) for config in (BY_BLOCKS, BY_MODEL))
+    assert all(relative(by_blocks[name], G_MN) < 1e-6 for name, G_MN in by_model.items())
+
+
+@pytest.mark.parametrize("order", ["block", "model"])
+def test_head_and_loss_of_a_long_sequence_take_what_the_plan_says(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times the logits that there is room for. Each part is 40 MiB: smaller ones may stay in the heap's holes."""
+    num_tokens, vocabulary = 1280, 2**15
+    at_once = num_tokens // 4 * vocabulary
+    monkeypatch.setattr(block_order, "LOGITS_AT_ONCE", at_once)
+    limit_bytes = 4 * at_once * 4
+    model = tiny("llama", "sdpa", vocab_size=vocabulary, num_hidden_layers=1, max_position_embeddings=num_tokens)
+    targets = targets_of(model, ["down_proj"])
+    ids = torch.randint(0, vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    for length in (64, num_tokens):  # the first is to have all code there
+        microbatch = Microbatch({"input_ids": ids[:, :length], "labels": ids[:, :length]}, length - 1, 0, ())
+        with PeakMemory(torch.device("cpu")) as memory:
+            gradients(model, targets, [microbatch], GradientConfig(order=order, checkpointing="none"))
+    if order == "block":
+        assert memory.peak_bytes < limit_bytes
+    else:
+        assert memory.peak_bytes > 2 * limit_bytes, "else this measures nothing"
