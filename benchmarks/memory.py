@@ -38,8 +38,11 @@ LARGE_VOCABULARY = 49152
 WIDE_TOKENS, WIDE_SEQUENCES = 16, 2
 """Of two layers of Llama-3-70B's widths: products in bfloat16 take minutes where processors have no units for them."""
 TIME_LIMIT_SECONDS = 1200
+DATA = "calibration.jsonl"
+"""Beside the model."""
 
-_PAD, _END = 256, 257
+PAD, END = 256, 257
+"""The byte tokenizer's."""
 
 
 def layers_for(num_bytes: float) -> int:
@@ -93,12 +96,15 @@ def make_model(directory: Path, config: LlamaConfig, lengths: Sequence[int]) -> 
     partial = directory.with_name(f"{directory.name}.partial")
     torch.manual_seed(0)
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="200MB")
-    _byte_tokenizer().save_pretrained(partial)
-    letters = [torch.randint(97, 123, (length,)).tolist() for length in lengths]
-    (partial / "calibration.jsonl").write_text(
-        "".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters)
-    )
+    write_texts(partial, lengths)
     partial.rename(directory)
+
+
+def write_texts(directory: Path, lengths: Sequence[int]) -> None:
+    """A byte tokenizer, and random texts of so many tokens to calibrate on."""
+    _byte_tokenizer().save_pretrained(directory)
+    letters = [torch.randint(97, 123, (length,)).tolist() for length in lengths]
+    (directory / DATA).write_text("".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters))
 
 
 def measure(model: Path, num_ranks: int, start: str, order: str, calibration: dict[str, Any], scratch: Path) -> Any:
@@ -110,7 +116,7 @@ def measure(model: Path, num_ranks: int, start: str, order: str, calibration: di
     tree = {
         **method,
         "model": {"name_or_path": str(model)},
-        "calibration": {"data_files": str(model / "calibration.jsonl"), **calibration},
+        "calibration": {"data_files": str(model / DATA), **calibration},
         "output": {"dir": str(output), "residual_base": "full"},
     }
     config.write_text(yaml.safe_dump(tree))
@@ -212,7 +218,7 @@ def main() -> None:
 
 
 def _llama(**shapes: Any) -> LlamaConfig:
-    return LlamaConfig(max_position_embeddings=2048, pad_token_id=_PAD, bos_token_id=_END, eos_token_id=_END, **shapes)
+    return LlamaConfig(max_position_embeddings=2048, pad_token_id=PAD, bos_token_id=END, eos_token_id=END, **shapes)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

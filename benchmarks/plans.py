@@ -18,7 +18,7 @@ from loraga_dist.config import load_config
 from loraga_dist.forecast.forecaster import Forecaster
 from loraga_dist.forecast.report import PlanReport
 from loraga_dist.forecast.ways import Room
-from loraga_dist.gradients.block_order import LOGITS_AT_ONCE
+from loraga_dist.gradients.head import LOGITS_AT_ONCE
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30

@@ -190,8 +190,8 @@ class GradientConfig(Section):
     """How gradients are gathered, by schemes that take them."""
 
     engine: Annotated[str, NameIn(ENGINES, words=("auto",))] = "auto"
-    """`sketch` needs one pass and a few percent of the gradient's size; `auto` takes it for every target that is large
-    enough to profit."""
+    """`exact` forms a target's gradient, `sketch` a few percent of its size; `auto` takes for every target the one that
+    costs less time, if its state fits the budget."""
     order: OrderName = "auto"
     """`block` holds one block of the model at a time and takes all microbatches through it; `model` takes each
     microbatch through the whole model. `auto` is `block` wherever no process holds the model whole on its device."""

@@ -11,7 +11,6 @@ it is known, at no gather, that blocks are called as the stubs recorded and that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from loraga_dist.data.losses import IGNORED, Loss, cross_entropy_sum
+from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.errors import LoragaError, unforeseen
 from loraga_dist.gradients.forward import full_float32_matmul
+from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.kept import Keeping, KeptInputs
 from loraga_dist.gradients.route import Route, Take
 from loraga_dist.gradients.stubs import Call, Form, Stubs
@@ -32,12 +32,6 @@ from loraga_dist.gradients.taps import Sink, tapped
 from loraga_dist.model.blocks import Blocks
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.sharding.base import Sharding
-
-LOGITS_AT_ONCE = 2**25
-"""Tokens times vocabulary of which logits, their float32 copy, and its gradients are there at a time: 128 MiB each."""
-
-_TOLERANCE = 1e-5
-"""Relative, of the loss by blocks to the model's, in float32; lower precisions get their own epsilon."""
 
 
 class NotInBlocks(Exception):
@@ -74,7 +68,6 @@ class BlockOrder(Route):
     ) -> None:
         self._model = model
         self._blocks = blocks.of(model)
-        self._loss = loss
         self._sharding = sharding
         self._on_way = on_way
         self._top = blocks.count
@@ -85,13 +78,14 @@ class BlockOrder(Route):
         in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
         self._outside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
         self._stubs = Stubs(model, self._blocks, sharding.world.device)
+        self._head = Head(model, self._stubs, loss)
         self._kept = KeptInputs(keeping.directory, sharding.world.device)
         self._trusted = False
         self._chunk: tuple[int, ...] = ()
         """Numbers of the microbatches that are on their way."""
         self._stage = self._top
         self._calls: list[list[Call]] = []
-        self._losses: list[Tensor] = []
+        self._losses: dict[int, Tensor] = {}
         self._upper: dict[int, Tensor] = {}
         """Gradients at the output of this stage, by microbatch; at the top there are none."""
         self._lower: dict[int, Tensor] = {}
@@ -129,7 +123,7 @@ class BlockOrder(Route):
         """Forward, and the losses; the outside parameters stay held for the backward of the top stage."""
         self._held.close()
         self._kept.clear()
-        self._upper, self._lower, self._stage = {}, {}, self._top
+        self._upper, self._lower, self._losses, self._stage = {}, {}, {}, self._top
         self._held.enter_context(self._sharding.hold(self._outside, then=self._blocks[0].parameters()))
         with torch.no_grad():
             if self._trusted:
@@ -141,10 +135,12 @@ class BlockOrder(Route):
                     self._on_way.pause()
             else:
                 logits, difference = self._forward_driven(chunk)
-                self._agree(lambda: difference or self._compare(chunk[0], logits))
+                hidden = self._kept.get(self._top, 0)
+                self._agree(lambda: difference or self._head.difference(chunk[0], hidden, logits))
                 self._trusted = True
-                del logits
-        self._losses = [self._leave(microbatch, at) for at, microbatch in enumerate(chunk)]
+                del logits, hidden
+        for at, microbatch in enumerate(chunk):
+            self._backward(microbatch, at)
 
     def _enter(self, chunk: Sequence[Microbatch]) -> None:
         self._calls = []
@@ -162,7 +158,7 @@ class BlockOrder(Route):
     def _forward_driven(self, chunk: Sequence[Microbatch]) -> tuple[Tensor, str | None]:
         """The same, driven by the first microbatch in the model's own forward: its logits, and what went otherwise."""
         differences: list[str] = []
-        num_tokens = self._tokens_at_once(chunk[0])
+        num_tokens = self._head.tokens_at_once(chunk[0])
 
         def on_block(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden, call = Call.split(args, kwargs)
@@ -198,50 +194,10 @@ class BlockOrder(Route):
             if of_rank is not None:
                 raise NotInBlocks(f"{type(self._model).__name__} is no sequence of its blocks; {of_rank}")
 
-    def _compare(self, microbatch: Microbatch, logits: Tensor) -> str | None:
-        """Hold what stubs make of the first microbatch's last hidden states against what the model made of them."""
-        hidden, predicted = self._kept.get(self._top, 0), self._loss.predicted(microbatch.inputs["labels"])
-        parts = [hidden]
-        if (num_tokens := self._tokens_at_once(microbatch)) is not None:
-            predicted = predicted[:, :num_tokens]
-            parts = list(hidden[:, :num_tokens].split(-(-num_tokens // 2), dim=1))
-        found = torch.cat([self._stubs.leave(microbatch, part) for part in parts], dim=1 if len(parts) > 1 else 0)
-        wanted, by_blocks = (cross_entropy_sum(each, predicted).item() for each in (logits, found))
-        tolerance = max(_TOLERANCE, 4 * torch.finfo(logits.dtype).eps) * max(abs(wanted), 1.0)
-        if math.isfinite(wanted) and not abs(by_blocks - wanted) <= tolerance:
-            return f"the first loss is {by_blocks:.8g} by blocks and {wanted:.8g} by the model"
-        return None
-
-    def _leave(self, microbatch: Microbatch, at: int) -> Tensor:
-        """The loss, and its gradient at the output of the last block; of long sequences by some tokens at a time."""
-        hidden, predicted = self._kept.get(self._top, at), self._loss.predicted(microbatch.inputs["labels"])
-        num_tokens = self._tokens_at_once(microbatch)
-        total, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
-        for start in (0,) if num_tokens is None else range(0, hidden.shape[1], num_tokens):
-            part = slice(None) if num_tokens is None else (slice(None), slice(start, start + num_tokens))
-            if start and not (predicted[part] != IGNORED).any():
-                continue
-            leaf = hidden[part].detach().requires_grad_()
-            with torch.enable_grad():
-                loss = cross_entropy_sum(self._stubs.leave(microbatch, leaf), predicted[part])
-            loss.backward()
-            total += loss.detach()
-            assert leaf.grad is not None, "the loss depends on the last block"
-            gradient[part] = leaf.grad
-        self._lower[at] = gradient
-        return total
-
-    def _tokens_at_once(self, microbatch: Microbatch) -> int | None:
-        """How many of each sequence's logits there is room for; None if for all, or if they are not of tokens."""
-        size, length = microbatch.inputs["input_ids"].shape[:2]
-        config: Any = self._model.config
-        fitting = max(1, LOGITS_AT_ONCE // (size * config.get_text_config().vocab_size))
-        return fitting if self._loss.by_token and fitting < length else None
-
     def _backward(self, microbatch: Microbatch, at: int) -> None:
         """One microbatch through the stage that is held."""
         if self._stage == self._top:
-            self._leave(microbatch, at)
+            self._losses[at], self._lower[at] = self._head.backward(microbatch, self._kept.get(self._top, at))
             return
         hidden = self._kept.get(self._stage, at).detach()
         wanted = self._stage > self._lowest and at not in self._lower

@@ -27,7 +27,7 @@ from loraga_dist.data.samples import fingerprints
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries, TensorSlot
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
-from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks
+from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.shape import ModelShape
@@ -123,12 +123,14 @@ def understand(
     needs_weights: bool = True,
     reads_data: bool = True,
     began: datetime | None = None,
+    order: Any = None,
 ) -> CheckpointRequest:
     """Understand a configuration: find the model, choose targets, plan, read the data. No collectives.
 
     needs_weights: without, a directory may hold a config.json alone, as a forecast may be made of.
     reads_data: without, data and DeepSpeed's settings, which only a run needs, are not looked at.
     began: what chat templates take for now: the same on every rank, and when a run goes on.
+    order: what a run to go on from has saved of its order.
     Raises UserError for all that does not fit together.
     """
     if reads_data:
@@ -149,9 +151,7 @@ def understand(
     weight_key = base.weight_keys if base.index else str
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
-    selection, targets, order = _choose_targets(
-        meta_model, config, weight_key, in_pieces=holding.is_sharded or holding.offloads_weights
-    )
+    selection, targets, chosen = _choose_targets(meta_model, config, weight_key, in_pieces=holding.is_sharded)
     if base.index:
         require_targets(base.index, targets)
     factor_dtypes = {
@@ -163,7 +163,7 @@ def understand(
         data = read_data(config, base, world, began)
     return CheckpointRequest(
         config=_resolved(config, base),
-        plan=make_plan(targets, config.gradient, scheme, world.size, order),
+        plan=make_plan(targets, config.gradient, scheme, world.size, saved_order(order, blocks) or chosen),
         data=data,
         factor_dtypes=factor_dtypes,
         base=base,

@@ -26,7 +26,7 @@ from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import StagedDirectory, checkpoint_path_of, free_place
 from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
 from loraga_dist.forecast.report import PlanReport, print_plan
-from loraga_dist.gradients.checkpointer import BEGAN, Checkpointer, base_identity
+from loraga_dist.gradients.checkpointer import BEGAN, ORDER, Checkpointer, base_identity
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
@@ -168,19 +168,19 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointReques
         if world.is_main:
             check_trackers(config.output)
             check_hub_access(config.output)
-    clock.began = _began(config, destination, world)
+    store = CheckpointStore(checkpoint_path_of(destination), world)
+    began, order = (store.peek(key) if config.resume == "auto" else None for key in (BEGAN, ORDER))
+    clock.began = _began(began, world)
     with world.together():
-        request = understand(config, world, began=clock.began)
+        request = understand(config, world, began=clock.began, order=order)
         if request.base.directory.resolve().is_relative_to(destination):
             raise UserError("output.dir", config.output.dir, "holds the base model; write another directory")
     require_same_data(config, request.data_fingerprint, world)
     return request
 
 
-def _began(config: InitConfig, destination: Path, world: World) -> datetime:
+def _began(saved: Any, world: World) -> datetime:
     """When the work began: now, by rank 0, or when the run to go on from did. Another would make other data."""
-    store = CheckpointStore(checkpoint_path_of(destination), world)
-    saved = store.peek(BEGAN) if config.resume == "auto" else None
     now = world.all_texts(datetime.now().isoformat())[0]
     try:
         return datetime.fromisoformat(saved or now)

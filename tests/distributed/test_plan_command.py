@@ -110,7 +110,9 @@ def test_the_plan_is_for_the_way_that_fits(tmp_path: Path) -> None:
     command = ("--config", str(small_config(tmp_path)), "--device", "cuda")
     succeed(whole := plan(*command))
     assert re.search(r"calibration: +model order\n", whole.stdout)
-    assert re.search(r"; model order [\d.]+, block order [\d.]+, block order from disk [\d.]+; host", " ".join(whole.stdout.split()))
+    assert re.search(
+        r"; model order [\d.]+, block order [\d.]+, block order from disk [\d.]+; host", " ".join(whole.stdout.split())
+    )
     succeed(tight := plan(*command, "--gib_per_rank", "0.001"))
     kept = r"calibration: block order from disk, all together: [\d.]+ GiB of inputs of blocks in memory"
     assert re.search(kept, " ".join(tight.stdout.split()))

@@ -15,8 +15,8 @@ from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.forecast.activations import forecast_activations
 from loraga_dist.forecast.in_blocks import InBlocks, Shown
-from loraga_dist.gradients.block_order import LOGITS_AT_ONCE
 from loraga_dist.gradients.forward import forward
+from loraga_dist.gradients.head import LOGITS_AT_ONCE
 from loraga_dist.gradients.stubs import Form, Stubs
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
