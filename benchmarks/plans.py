@@ -6,7 +6,9 @@ usage: python benchmarks/plans.py [--json FILE] > docs/PLANS.md
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 from loraga_dist.config import load_config
 from loraga_dist.forecast.forecaster import Forecaster
 from loraga_dist.forecast.report import PlanReport
-from loraga_dist.gradients.block_order import LOGITS_AT_ONCE
+from loraga_dist.forecast.ways import Room
+from loraga_dist.gradients.head import LOGITS_AT_ONCE
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -46,19 +49,26 @@ BEFORE = [
 
 
 def make_plans() -> list[dict[str, Any]]:
-    return [_plan(*case, []) | {"before": _plan(*case, BEFORE)} for case in CASES]
+    return [_plan(*case) | {"before": _plan(*case, before=True) if case[1] > 1 else None} for case in CASES]
 
 
-def _plan(recipe: str, ranks: int, gib_per_rank: int, r: int, overrides: list[str]) -> dict[str, Any]:
-    model = f"benchmarks/shapes/{recipe}"
-    config = load_config(
-        ROOT / "configs" / f"{recipe}.yaml",
-        ["--model.name_or_path", str(ROOT / model), "--lora.r", str(r), *overrides],
-    )
-    forecaster = Forecaster.of_config(config, ranks, torch.device("cuda"))
-    plan = PlanReport(forecaster=forecaster, gib_per_rank=gib_per_rank, link_gbps=LINK_GBPS).as_json()
-    plan["model"]["name_or_path"] = model
+def _plan(recipe: str, ranks: int, gib_per_rank: int, r: int, *, before: bool = False) -> dict[str, Any]:
+    forecaster = replace(_forecaster(recipe, r, before), world_size=ranks)
+    limit_bytes = gib_per_rank * GIB
+    if before:  # without what else could be done about it
+        forecaster = forecaster.fitting(Room(device_bytes=limit_bytes))
+    report = PlanReport(forecaster=forecaster, gib_per_rank=None if before else gib_per_rank, link_gbps=LINK_GBPS)
+    plan = report.as_json()
+    plan["model"]["name_or_path"] = f"benchmarks/shapes/{recipe}"
     return {"recipe": recipe, "r": r} | plan
+
+
+@functools.cache
+def _forecaster(recipe: str, r: int, before: bool) -> Forecaster:
+    """Of some number of ranks."""
+    overrides = ["--model.name_or_path", str(ROOT / "benchmarks" / "shapes" / recipe), "--lora.r", str(r)]
+    config = load_config(ROOT / "configs" / f"{recipe}.yaml", [*overrides, *(BEFORE if before else [])])
+    return Forecaster.of_config(config, 1, torch.device("cuda"))
 
 
 def document(plans: list[dict[str, Any]]) -> str:
@@ -73,9 +83,9 @@ def document(plans: list[dict[str, Any]]) -> str:
         "    --ranks 8 --gib_per_rank 80",
         "```",
         "",
-        "bfloat16, all linear layers, 256 sequences of 1024 tokens at most, one per microbatch. GiB per rank, of the rank",
-        "that needs most, in the phase in which it does. A plan *fits* up to 90 % of the memory; up to 110 % it is",
-        "*tight*, because the plan is not more exact than that; beyond, `init` refuses.",
+        "bfloat16, all linear layers, 256 sequences of 1024 tokens at most, one per microbatch. GiB per rank, of the",
+        "rank that needs most, in the phase in which it does. A plan *fits* up to 90 % of the memory; up to 110 % it",
+        "is *tight*, because the plan is not more exact than that; beyond, `init` refuses.",
         "",
         "| recipe | r | ranks x GiB | way | weights | gathered | microbatch | engine | peak | in | host | verdict |",
         "|---|---:|---:|---|---:|---:|---:|---:|---:|---|---:|---|",
@@ -95,11 +105,11 @@ def document(plans: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "*Weights*: a rank's shards; from disk there are none on the device. *Gathered*: the block that computes, and in",
-        "*forward* what lies outside all blocks. *Engine*: the state of the targets that are accumulated together, in",
-        "block order those of one block, if `gradient.state_budget_gib` has room for them.",
-        "*Host*: mostly the inputs of all blocks in all microbatches of a rank, which backward starts from; where the host",
-        "has no room for them they go to files, or through the blocks in several chunks.",
+        "*Weights*: a rank's shards; from disk there are none on the device. *Gathered*: the block that computes, and",
+        "in *forward* what lies outside all blocks. *Engine*: the state of the targets that are accumulated together,",
+        "in block order those of one block, if `gradient.state_budget_gib` has room for them.",
+        "*Host*: mostly the inputs of all blocks in all microbatches of a rank, which backward starts from; where the",
+        "host has no room for them they go to files, or microbatches go through the blocks in several chunks.",
         "",
         "| recipe | r | ranks | disk: residual base | factors | adapters | flops |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -124,8 +134,9 @@ def comparison(plans: list[dict[str, Any]]) -> list[str]:
         "## Block order and model order",
         "",
         "What block order changes where ranks share a model: the same recipes with `gradient.order: model`, blocks",
-        "recomputed in backward and all targets in one sweep. Received: GiB of each rank, weights and all else; seconds:",
-        f"of that alone, at {LINK_GBPS} Gbit/s per rank.",
+        "recomputed in backward and all targets in one sweep, whose state waits on the host where it would fill half",
+        "of the device. Received: GiB of each rank, weights and all else; seconds: of that alone, at",
+        f"{LINK_GBPS} Gbit/s per rank.",
         "",
         "| recipe | r | ranks x GiB | peak: model order | block order | received: model order | block order |"
         " seconds: model order | block order |",
@@ -167,18 +178,19 @@ def arithmetic(plan: dict[str, Any]) -> list[str]:
         f"## {_title(plan)}",
         "",
         weights,
-        f"- Gathered: a block, ({parameters} - {outside}) x 2 bytes / {layers} = {_gib(backward['gathered'])} GiB, and in",
-        f"  forward embedding, last norm and head, {outside} x 2 bytes = {_gib(loss['gathered'])} GiB, too.",
+        f"- Gathered: a block, ({parameters} - {outside}) x 2 bytes / {layers} = {_gib(backward['gathered'])} GiB, and",
+        f"  in forward embedding, last norm and head, {outside} x 2 bytes = {_gib(loss['gathered'])} GiB, too.",
         f"- One microbatch in a block: {_gib(forward['microbatch'])} GiB forward, {_gib(backward['microbatch'])} GiB"
         " backward, run on shapes alone.",
         f"- Loss: {_gib(loss['microbatch'])} GiB, of {at_once} tokens at a time: logits in bfloat16 and their gradient",
-        f"  ({at_once} x {vocabulary} x 2 bytes = {_gib(2 * at_once * vocabulary)} GiB each), and in float32 logits, their",
-        f"  log-softmax and its gradient ({_gib(4 * at_once * vocabulary)} GiB each), not all at the same time.",
+        f"  ({at_once} x {vocabulary} x 2 bytes = {_gib(2 * at_once * vocabulary)} GiB each), and in float32 logits,",
+        f"  their log-softmax and its gradient ({_gib(4 * at_once * vocabulary)} GiB each), not all at the same time.",
         f"- Gradients between blocks, of {together} microbatches before and behind one:",
         f"  2 x {together} x {tokens} x {d} x 2 bytes = {_gib(4 * together * tokens * d)} GiB.",
-        f"- Engine state of a block, K = {width}: M + N of {len(targets)} targets add up to {sides}. The budget counts",
-        f"  8 bytes x K x {sides} and the error sketches, {_gib(max(plan['groups']['state_bytes']))} GiB. Of the 8 bytes a",
-        f"  rank holds 6, and 2 more (bases in 32 bits) of the targets it owns: {_gib(backward['engine state'])} GiB.",
+        f"- Engine state of a block, K = {width}: M + N of {len(targets)} targets add up to {sides}. The budget",
+        f"  counts 8 bytes x K x {sides} and the error sketches, {_gib(max(plan['groups']['state_bytes']))} GiB. Of",
+        "  the 8 bytes a rank holds 6, and 2 more (bases in 32 bits) of the targets it owns:",
+        f"  {_gib(backward['engine state'])} GiB.",
         f"- Inputs of the {layers} blocks and of the head, on the host:",
         f"  {together} x {layers + 1} x {tokens} x {d} x 2 bytes = {_gib(order['kept_bytes'])} GiB.",
         *(f"- Sum in {phase}: {_gib(sum(memory['device_bytes'][phase].values()))} GiB." for phase in PHASES),

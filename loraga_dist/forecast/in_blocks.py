@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from loraga_dist.data.losses import Loss, cross_entropy_sum
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.forecast.ledger import DEVICE, Ledger, key_of
-from loraga_dist.gradients.head import LOGITS_AT_ONCE
+from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.stubs import Call, Form, Stubs
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.blocks import Order
@@ -130,7 +130,7 @@ def _backward(model: nn.Module, stubs: Stubs, index: int, hidden: Tensor, call: 
 
 
 def _leave(model: nn.Module, stubs: Stubs, microbatch: Microbatch, hidden: Tensor, loss: Loss) -> int:
-    part, predicted = _first_tokens(model, microbatch, hidden, loss)
+    part, predicted = _first_tokens(model, stubs, microbatch, hidden, loss)
     with Ledger(model) as ledger, torch.enable_grad():
         whole = torch.zeros_like(hidden)  # what the parts' gradients are put into
         leaf = part.detach().requires_grad_()
@@ -141,7 +141,7 @@ def _leave(model: nn.Module, stubs: Stubs, microbatch: Microbatch, hidden: Tenso
 
 def _compare(model: nn.Module, stubs: Stubs, microbatch: Microbatch, hidden: Tensor, loss: Loss) -> int:
     """The same loss by the model and by stubs, which is how block order knows the model."""
-    part, predicted = _first_tokens(model, microbatch, hidden, loss)
+    part, predicted = _first_tokens(model, stubs, microbatch, hidden, loss)
     parts = [part] if part.shape == hidden.shape else part.split(-(-part.shape[1] // 2), dim=1)
     with Ledger(model) as ledger:
         logits = stubs.leave(microbatch, part)
@@ -151,12 +151,10 @@ def _compare(model: nn.Module, stubs: Stubs, microbatch: Microbatch, hidden: Ten
     return ledger.peak_bytes
 
 
-def _first_tokens(model: nn.Module, microbatch: Microbatch, hidden: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+def _first_tokens(
+    model: nn.Module, stubs: Stubs, microbatch: Microbatch, hidden: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
     """The states whose logits are there at a time, and what they are to predict."""
     predicted = loss.predicted(microbatch.inputs["labels"])
-    config: Any = model.config
-    size, length = microbatch.inputs["input_ids"].shape[:2]
-    num_tokens = max(1, LOGITS_AT_ONCE // (size * config.get_text_config().vocab_size))
-    if not loss.by_token or num_tokens >= length:
-        return hidden, predicted
-    return hidden[:, :num_tokens], predicted[:, :num_tokens]
+    num_tokens = Head(model, stubs, loss).tokens_at_once(microbatch)
+    return (hidden, predicted) if num_tokens is None else (hidden[:, :num_tokens], predicted[:, :num_tokens])
