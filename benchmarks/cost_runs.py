@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, StateDevice
+from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, OrderName, StateDevice
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import ExactEngine, SketchEngine
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.forward import forward
+from loraga_dist.model.blocks import choose_order, find_blocks
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory
@@ -64,12 +65,12 @@ class Outcome:
 
 
 class Bench:
-    """One model, its batches, and the ways over them. Everything is in bfloat16 on the sharding's device.
+    """One model, its batches, and the ways over them. Everything is of one dtype on the sharding's device.
 
     Under ZeRO-3 ranks share the microbatches out; `peft` is for a single process.
     """
 
-    def __init__(self, shape: Shape, sharding: Sharding) -> None:
+    def __init__(self, shape: Shape, sharding: Sharding, dtype: torch.dtype = torch.bfloat16) -> None:
         self.shape, self.sharding, self.world = shape, sharding, sharding.world
         config = LlamaConfig(
             vocab_size=shape.vocabulary,
@@ -82,9 +83,8 @@ class Bench:
             tie_word_embeddings=False,
         )
         torch.manual_seed(0)
-        with self.world.device, sharding.new_parameters(torch.bfloat16):
-            model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).requires_grad_(False).eval()
-        self.model = sharding.attach(model)
+        with self.world.device, sharding.new_parameters(dtype):
+            self.model: Any = LlamaForCausalLM._from_config(config, dtype=dtype).requires_grad_(False).eval()
         # token frequencies fall as in text, so that gradients have a leading part and a long tail
         frequencies = torch.arange(1, shape.vocabulary + 1) ** -1.0
         mine = range(self.world.rank, shape.microbatches, self.world.size)
@@ -100,7 +100,10 @@ class Bench:
         return Microbatch(inputs, self.shape.tokens - 1, index, ())
 
     def plan(self, gradient: GradientConfig) -> Plan:
-        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size)
+        names = [target.name for target in self.targets]
+        in_pieces = self.sharding.is_sharded
+        order = choose_order(gradient.order, "Llama", find_blocks(self.model), names, in_pieces=in_pieces)
+        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order)
 
     def floor(self) -> Outcome:
         """Forward, and backward down to the outputs of the lowest targets: what no way can leave out."""
@@ -109,14 +112,16 @@ class Bench:
             if not output.requires_grad:
                 output.requires_grad_()
 
-        modules = dict(self.model.named_modules())
+        model = self.sharding.attach(self.model)
+        modules = dict(model.named_modules())
         handles = [modules[target.name].register_forward_hook(start_graph) for target in self.targets]
         try:
             with self._measured() as outcome:
-                self._backwards(self.model)
+                self._backwards(model)
         finally:
             for handle in handles:
                 handle.remove()
+            self.sharding.detach()
         return outcome
 
     def warm_up(self) -> None:
@@ -126,10 +131,10 @@ class Bench:
         self.sketch()
         self.microbatches = everything
 
-    def sketch(self, *, place: bool = False, state_device: StateDevice = "auto") -> Outcome:
+    def sketch(self, *, place: bool = False, state_device: StateDevice = "auto", order: OrderName = "auto") -> Outcome:
         """Ours: `calibrate`, with the sketch engine; `details` says where its time went."""
         with clocked(SketchEngine, "observe", "end_microbatch") as seconds:
-            outcome = self._calibrate("sketch", place=place, state_device=state_device)
+            outcome = self._calibrate("sketch", place=place, state_device=state_device, order=order)
         outcome.details |= {f"seconds_{name}": value for name, value in seconds.items()}
         return outcome
 
@@ -181,17 +186,22 @@ class Bench:
         return outcome
 
     def _calibrate(
-        self, engine: Literal["sketch", "exact"], *, place: bool = False, state_device: StateDevice = "auto"
+        self,
+        engine: Literal["sketch", "exact"],
+        *,
+        place: bool = False,
+        state_device: StateDevice = "auto",
+        order: OrderName = "auto",
     ) -> Outcome:
         gradient = GradientConfig(
-            engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device
+            engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device, order=order
         )
         plan, sharding = self.plan(gradient), self.sharding
         request = Request(
             config=MethodConfig(lora=self.lora, gradient=gradient),
             plan=plan,
             data=BatchSharder(self.microbatches),
-            factor_dtypes={target.name: torch.bfloat16 for target in plan.targets},
+            factor_dtypes={target.name: self.model.dtype for target in plan.targets},
         )
         clock = Clock()
         with self._measured() as outcome:
