@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, StateDevice
+from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, OrderName, StateDevice
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import Amount, ExactEngine, SketchEngine
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.forward import forward
+from loraga_dist.model.blocks import choose_order, find_blocks
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory
@@ -64,13 +65,21 @@ class Outcome:
 
 
 class Bench:
+<<<<<<< HEAD
     """One model, its batches, and the ways over them, on the sharding's device.
+=======
+    """One model, its batches, and the ways over them. Everything is of one dtype on the sharding's device.
+>>>>>>> blocktests
 
     Under ZeRO-3 ranks share the microbatches out; `peft` is for a single process.
     """
 
     def __init__(self, shape: Shape, sharding: Sharding, dtype: torch.dtype = torch.bfloat16) -> None:
+<<<<<<< HEAD
         self.shape, self.sharding, self.world, self.dtype = shape, sharding, sharding.world, dtype
+=======
+        self.shape, self.sharding, self.world = shape, sharding, sharding.world
+>>>>>>> blocktests
         config = LlamaConfig(
             vocab_size=shape.vocabulary,
             hidden_size=shape.hidden,
@@ -83,8 +92,12 @@ class Bench:
         )
         torch.manual_seed(0)
         with self.world.device, sharding.new_parameters(dtype):
+<<<<<<< HEAD
             model = LlamaForCausalLM._from_config(config, dtype=dtype).requires_grad_(False).eval()
         self.model = sharding.attach(model)
+=======
+            self.model: Any = LlamaForCausalLM._from_config(config, dtype=dtype).requires_grad_(False).eval()
+>>>>>>> blocktests
         # token frequencies fall as in text, so that gradients have a leading part and a long tail
         frequencies = torch.arange(1, shape.vocabulary + 1) ** -1.0
         mine = range(self.world.rank, shape.microbatches, self.world.size)
@@ -100,8 +113,15 @@ class Bench:
         return Microbatch(inputs, self.shape.tokens - 1, index, ())
 
     def plan(self, gradient: GradientConfig) -> Plan:
+<<<<<<< HEAD
         amount = Amount(self.shape.microbatches * (self.shape.tokens - 1), self.shape.microbatches)
         return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, amount=amount)
+=======
+        names = [target.name for target in self.targets]
+        in_pieces = self.sharding.is_sharded
+        order = choose_order(gradient.order, "Llama", find_blocks(self.model), names, in_pieces=in_pieces)
+        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order)
+>>>>>>> blocktests
 
     def floor(self) -> Outcome:
         """Forward, and backward down to the outputs of the lowest targets: what no way can leave out."""
@@ -110,14 +130,16 @@ class Bench:
             if not output.requires_grad:
                 output.requires_grad_()
 
-        modules = dict(self.model.named_modules())
+        model = self.sharding.attach(self.model)
+        modules = dict(model.named_modules())
         handles = [modules[target.name].register_forward_hook(start_graph) for target in self.targets]
         try:
             with self._measured() as outcome:
-                self._backwards(self.model)
+                self._backwards(model)
         finally:
             for handle in handles:
                 handle.remove()
+            self.sharding.detach()
         return outcome
 
     def warm_up(self) -> None:
@@ -127,10 +149,10 @@ class Bench:
         self.sketch()
         self.microbatches = everything
 
-    def sketch(self, *, place: bool = False, state_device: StateDevice = "auto") -> Outcome:
+    def sketch(self, *, place: bool = False, state_device: StateDevice = "auto", order: OrderName = "auto") -> Outcome:
         """Ours: `calibrate`, with the sketch engine; `details` says where its time went."""
         with clocked(SketchEngine, "observe", "end_microbatch") as seconds:
-            outcome = self._calibrate("sketch", place=place, state_device=state_device)
+            outcome = self._calibrate("sketch", place=place, state_device=state_device, order=order)
         outcome.details |= {f"seconds_{name}": value for name, value in seconds.items()}
         return outcome
 
@@ -186,17 +208,30 @@ class Bench:
         return outcome
 
     def _calibrate(
+<<<<<<< HEAD
         self, engine: Literal["auto", "sketch", "exact"], *, place: bool = False, state_device: StateDevice = "auto"
+=======
+        self,
+        engine: Literal["sketch", "exact"],
+        *,
+        place: bool = False,
+        state_device: StateDevice = "auto",
+        order: OrderName = "auto",
+>>>>>>> blocktests
     ) -> Outcome:
         gradient = GradientConfig(
-            engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device
+            engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device, order=order
         )
         plan, sharding = self.plan(gradient), self.sharding
         request = Request(
             config=MethodConfig(lora=self.lora, gradient=gradient),
             plan=plan,
             data=BatchSharder(self.microbatches),
+<<<<<<< HEAD
             factor_dtypes={target.name: self.dtype for target in plan.targets},
+=======
+            factor_dtypes={target.name: self.model.dtype for target in plan.targets},
+>>>>>>> blocktests
         )
         clock = Clock()
         with self._measured() as outcome:

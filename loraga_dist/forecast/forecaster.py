@@ -159,7 +159,9 @@ class Forecaster:
     @cached_property
     def plan(self) -> Plan:
         request = self.request
-        return make_plan(request.targets, self.config.gradient, request.scheme, self.world_size, self.way.order)
+        return make_plan(
+            request.targets, self.config.gradient, request.scheme, self.world_size, self.way.order, request.amount
+        )
 
     @cached_property
     def setting(self) -> Setting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from loraga_dist.config import Checkpointing, GradientConfig
@@ -27,6 +27,11 @@ class Way:
     """Weights stay in the checkpoint's files, and are read a piece at a time."""
     keeping: Keeping = Keeping()
     """Of block order."""
+
+    @property
+    def all_keeping(self) -> Keeping:
+        """Of either order."""
+        return replace(self.keeping, recomputes=self.checkpointing == "non_reentrant")
 
     @property
     def title(self) -> str:
@@ -73,7 +78,9 @@ def ways(request: CheckpointRequest, world_size: int) -> Iterator[Way]:
     """All that the user's settings allow, in order of cost. Raises UserError where they allow none."""
     gradient, holding = request.config.gradient, Holding.of(request.config.deepspeed, world_size)
     is_whole = not holding.is_sharded
-    if request.scheme.source == "gradient":
+    if request.saved_order is not None:
+        first = in_pieces = request.saved_order
+    elif request.scheme.source == "gradient":
         names = [target.name for target in request.targets]
         model_class = request.base.model_class.__name__
         first, in_pieces = (

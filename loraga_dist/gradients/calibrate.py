@@ -102,7 +102,10 @@ class _Calibrator:
         config, order = self._request.config, self._plan.order
         loss = LOSSES[config.lora.task_type]
         if order.blocks is None:
-            return ModelOrder(self._model, loss, sharding=self._sharding, checkpointing=config.gradient.checkpointing)
+            checkpointing = config.gradient.checkpointing
+            if checkpointing == "auto":
+                checkpointing = "non_reentrant" if self._keeping.recomputes else "none"
+            return ModelOrder(self._model, loss, sharding=self._sharding, checkpointing=checkpointing)
         return BlockOrder(
             self._model,
             order.blocks,

@@ -26,6 +26,8 @@ class Keeping:
     """Of one rank; None for all that there are."""
     directory: Path | None = None
     """For files; None for host memory."""
+    recomputes: bool = True
+    """Model order, where gradient.checkpointing is auto: blocks are computed again instead of kept."""
 
 
 SHARE = 0.5

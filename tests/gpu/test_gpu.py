@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders import llama_config
+from families import TARGETS, padded_microbatches, targets_of, tiny
+from outputs import relative
+from pieces import exact_gradients
 from subspace import efficiency
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -18,6 +23,8 @@ from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import ENGINES, GradientEngine, GradientSVD, Matrix, StateHome
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.forward import forward
+from loraga_dist.gradients.kept import Keeping, KeptInputs
+from loraga_dist.model.blocks import choose_order, find_blocks
 from loraga_dist.model.plan import make_plan
 from loraga_dist.model.targets import meta_copy, select_targets
 from loraga_dist.ranks.memory import PeakMemory
@@ -180,8 +187,9 @@ def test_auto_takes_the_host_only_where_state_does_not_fit() -> None:
 
 @pytest.mark.parametrize("state_device", ["device", "host"])
 @pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+@pytest.mark.parametrize("order", ["model", "block"])
 @pytest.mark.parametrize("kind", ENGINES)
-def test_calibrate_against_autograd(kind: str, checkpointing: str, state_device: str) -> None:
+def test_calibrate_against_autograd(kind: str, order: Any, checkpointing: str, state_device: str) -> None:
     config = llama_config(hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(DEVICE).requires_grad_(False).eval()
@@ -194,14 +202,18 @@ def test_calibrate_against_autograd(kind: str, checkpointing: str, state_device:
         checkpointing=checkpointing,  # type: ignore[arg-type]
         state_device=state_device,  # type: ignore[arg-type]
         refine_passes=1,
+        order=order,
     )
+    names = [target.name for target in targets]
+    chosen = choose_order(order, "Llama", find_blocks(model), names, in_pieces=False)
     request = Request(
         config=MethodConfig(lora=LoraSection(r=R), gradient=gradient),
-        plan=make_plan(targets, gradient, scheme, 1),
+        plan=make_plan(targets, gradient, scheme, 1, chosen),
         data=BatchSharder(microbatches),
         factor_dtypes={},
     )
-    found = calibrate(model, request, sharding=SingleProcess(World(0, 1, 0, DEVICE)), clock=Clock())
+    sharding = SingleProcess(World(0, 1, 0, DEVICE))
+    found = calibrate(model, request, sharding=sharding, clock=Clock(), keeping=Keeping(chunk_microbatches=4))
     # a random model's gradients have flat spectra, the hardest for a sketch
     least = {"exact": 0.9999, "sketch": 0.99}[kind]
     reference = model.double()
@@ -211,3 +223,28 @@ def test_calibrate_against_autograd(kind: str, checkpointing: str, state_device:
     for name, weight in weights.items():
         svd = found.owned[name]
         assert efficiency(weight.grad.cpu(), svd.U_MK[:, R : 2 * R], svd.Vh_KN[:R].T) >= least, name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_block_order_is_model_order(kind: str, attention: str) -> None:
+    """What waits between blocks is on the host meanwhile, and comes back as it was."""
+    model = tiny(kind, attention).to(DEVICE)
+    targets, microbatches = targets_of(model, TARGETS.get(kind, "all-linear")), padded_microbatches()
+    sharding = SingleProcess(World(0, 1, 0, DEVICE))
+    by_blocks, by_model = (
+        {name: G_MN.clone() for name, G_MN in exact_gradients(model, sharding, targets, microbatches, config)}
+        for config in (GradientConfig(order=order, checkpointing="none") for order in ("block", "model"))
+    )
+    assert by_blocks.keys() == by_model.keys()
+    for name, G_MN in by_model.items():
+        assert relative(by_blocks[name], G_MN) < 1e-6, name
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_kept_inputs_come_back(in_file: bool, tmp_path: Path) -> None:
+    hidden = [torch.randn(2, 64 + at, 32, device=DEVICE, dtype=torch.bfloat16) for at in range(8)]
+    with KeptInputs(tmp_path if in_file else None, DEVICE) as kept:
+        for at, tensor in enumerate(hidden):
+            kept.put(0, at, tensor)
+        assert all(torch.equal(kept.get(0, at), tensor) for at, tensor in enumerate(hidden))

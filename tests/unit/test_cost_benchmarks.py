@@ -37,6 +37,17 @@ def test_init_cost(tmp_path: Path) -> None:
         assert 0.97 < runs[way]["share_of_exact"] <= 1.001, way
 
 
+def test_traffic(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.json"
+    arguments = [str(ROOT / "benchmarks" / "traffic.py"), "--quick", "--repeats", "1", "--json", str(path)]
+    succeed(run_script(arguments, 1, timeout_seconds=200))
+    few, many = json.loads(path.read_text())["runs"]
+    for row in (few, many):
+        assert 1.5 < row["block_gathered_bytes"] / row["model_bytes"] < 2.02, "blocks twice, all else once"
+    num_times = many["shape"]["microbatches"] / few["shape"]["microbatches"]
+    assert many["model_gathered_bytes"] == num_times * few["model_gathered_bytes"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu is for that")
 def test_gpu_benchmark_without_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
