@@ -65,21 +65,13 @@ class Outcome:
 
 
 class Bench:
-<<<<<<< HEAD
     """One model, its batches, and the ways over them, on the sharding's device.
-=======
-    """One model, its batches, and the ways over them. Everything is of one dtype on the sharding's device.
->>>>>>> blocktests
 
     Under ZeRO-3 ranks share the microbatches out; `peft` is for a single process.
     """
 
     def __init__(self, shape: Shape, sharding: Sharding, dtype: torch.dtype = torch.bfloat16) -> None:
-<<<<<<< HEAD
         self.shape, self.sharding, self.world, self.dtype = shape, sharding, sharding.world, dtype
-=======
-        self.shape, self.sharding, self.world = shape, sharding, sharding.world
->>>>>>> blocktests
         config = LlamaConfig(
             vocab_size=shape.vocabulary,
             hidden_size=shape.hidden,
@@ -92,12 +84,7 @@ class Bench:
         )
         torch.manual_seed(0)
         with self.world.device, sharding.new_parameters(dtype):
-<<<<<<< HEAD
-            model = LlamaForCausalLM._from_config(config, dtype=dtype).requires_grad_(False).eval()
-        self.model = sharding.attach(model)
-=======
             self.model: Any = LlamaForCausalLM._from_config(config, dtype=dtype).requires_grad_(False).eval()
->>>>>>> blocktests
         # token frequencies fall as in text, so that gradients have a leading part and a long tail
         frequencies = torch.arange(1, shape.vocabulary + 1) ** -1.0
         mine = range(self.world.rank, shape.microbatches, self.world.size)
@@ -113,15 +100,11 @@ class Bench:
         return Microbatch(inputs, self.shape.tokens - 1, index, ())
 
     def plan(self, gradient: GradientConfig) -> Plan:
-<<<<<<< HEAD
         amount = Amount(self.shape.microbatches * (self.shape.tokens - 1), self.shape.microbatches)
-        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, amount=amount)
-=======
         names = [target.name for target in self.targets]
         in_pieces = self.sharding.is_sharded
         order = choose_order(gradient.order, "Llama", find_blocks(self.model), names, in_pieces=in_pieces)
-        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order)
->>>>>>> blocktests
+        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order, amount)
 
     def floor(self) -> Outcome:
         """Forward, and backward down to the outputs of the lowest targets: what no way can leave out."""
@@ -208,16 +191,12 @@ class Bench:
         return outcome
 
     def _calibrate(
-<<<<<<< HEAD
-        self, engine: Literal["auto", "sketch", "exact"], *, place: bool = False, state_device: StateDevice = "auto"
-=======
         self,
-        engine: Literal["sketch", "exact"],
+        engine: Literal["auto", "sketch", "exact"],
         *,
         place: bool = False,
         state_device: StateDevice = "auto",
         order: OrderName = "auto",
->>>>>>> blocktests
     ) -> Outcome:
         gradient = GradientConfig(
             engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device, order=order
@@ -227,11 +206,7 @@ class Bench:
             config=MethodConfig(lora=self.lora, gradient=gradient),
             plan=plan,
             data=BatchSharder(self.microbatches),
-<<<<<<< HEAD
-            factor_dtypes={target.name: self.dtype for target in plan.targets},
-=======
             factor_dtypes={target.name: self.model.dtype for target in plan.targets},
->>>>>>> blocktests
         )
         clock = Clock()
         with self._measured() as outcome:
