@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, OrderName, StateDevice
+from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, StateDevice
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import ExactEngine, SketchEngine
@@ -131,10 +131,10 @@ class Bench:
         self.sketch()
         self.microbatches = everything
 
-    def sketch(self, *, place: bool = False, state_device: StateDevice = "auto", order: OrderName = "auto") -> Outcome:
+    def sketch(self, *, place: bool = False, state_device: StateDevice = "auto") -> Outcome:
         """Ours: `calibrate`, with the sketch engine; `details` says where its time went."""
         with clocked(SketchEngine, "observe", "end_microbatch") as seconds:
-            outcome = self._calibrate("sketch", place=place, state_device=state_device, order=order)
+            outcome = self._calibrate("sketch", place=place, state_device=state_device)
         outcome.details |= {f"seconds_{name}": value for name, value in seconds.items()}
         return outcome
 
@@ -186,15 +186,10 @@ class Bench:
         return outcome
 
     def _calibrate(
-        self,
-        engine: Literal["sketch", "exact"],
-        *,
-        place: bool = False,
-        state_device: StateDevice = "auto",
-        order: OrderName = "auto",
+        self, engine: Literal["sketch", "exact"], *, place: bool = False, state_device: StateDevice = "auto"
     ) -> Outcome:
         gradient = GradientConfig(
-            engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device, order=order
+            engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device
         )
         plan, sharding = self.plan(gradient), self.sharding
         request = Request(
