@@ -155,7 +155,8 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         for engine in refined:
             engine.begin_refinement(world)
         observe(refined, microbatches)
-        gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(world, num_tokens)}
+        exact.collect(world)
+        gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(num_tokens)}
         energies = {target: torch.linalg.svdvals(G_MN.double()).square() for target, G_MN in gradients.items()}
         few = num_tokens / len(microbatches) < SketchEngine.width(8, 256, 256, None)
         for refine_passes, engines in enumerate((single, refined)):

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, StateDevice
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import BatchSharder, Microbatch
-from loraga_dist.engines import ExactEngine, SketchEngine
+from loraga_dist.engines import Amount, ExactEngine, SketchEngine
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.forward import forward
 from loraga_dist.model.blocks import choose_order, find_blocks
@@ -65,13 +65,13 @@ class Outcome:
 
 
 class Bench:
-    """One model, its batches, and the ways over them. Everything is of one dtype on the sharding's device.
+    """One model, its batches, and the ways over them, on the sharding's device.
 
     Under ZeRO-3 ranks share the microbatches out; `peft` is for a single process.
     """
 
     def __init__(self, shape: Shape, sharding: Sharding, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape, self.sharding, self.world = shape, sharding, sharding.world
+        self.shape, self.sharding, self.world, self.dtype = shape, sharding, sharding.world, dtype
         config = LlamaConfig(
             vocab_size=shape.vocabulary,
             hidden_size=shape.hidden,
@@ -103,7 +103,8 @@ class Bench:
         names = [target.name for target in self.targets]
         in_pieces = self.sharding.is_sharded
         order = choose_order(gradient.order, "Llama", find_blocks(self.model), names, in_pieces=in_pieces)
-        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order)
+        amount = Amount(self.shape.microbatches * (self.shape.tokens - 1), self.shape.microbatches)
+        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order, amount=amount)
 
     def floor(self) -> Outcome:
         """Forward, and backward down to the outputs of the lowest targets: what no way can leave out."""
@@ -138,13 +139,17 @@ class Bench:
         outcome.details |= {f"seconds_{name}": value for name, value in seconds.items()}
         return outcome
 
+    def auto(self) -> Outcome:
+        """Ours as a user gets it: every target with the engine that `auto` takes for this much data."""
+        return self._calibrate("auto")
+
     def exact(self) -> Outcome:
         """Ours with the exact engine; keeps the gradients, as the truth the others are measured against."""
         kept: dict[str, Tensor] = {}
         original = ExactEngine.mean_gradients
 
-        def keeping(engine: ExactEngine, world: Any, num_tokens: int) -> Iterator[Any]:
-            for matrix, G_MN in original(engine, world, num_tokens):
+        def keeping(engine: ExactEngine, num_tokens: int) -> Iterator[Any]:
+            for matrix, G_MN in original(engine, num_tokens):
                 kept[matrix.name] = G_MN
                 yield matrix, G_MN
 
@@ -186,7 +191,7 @@ class Bench:
         return outcome
 
     def _calibrate(
-        self, engine: Literal["sketch", "exact"], *, place: bool = False, state_device: StateDevice = "auto"
+        self, engine: Literal["auto", "sketch", "exact"], *, place: bool = False, state_device: StateDevice = "auto"
     ) -> Outcome:
         gradient = GradientConfig(
             engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device
@@ -196,7 +201,7 @@ class Bench:
             config=MethodConfig(lora=self.lora, gradient=gradient),
             plan=plan,
             data=BatchSharder(self.microbatches),
-            factor_dtypes={target.name: self.model.dtype for target in plan.targets},
+            factor_dtypes={target.name: self.dtype for target in plan.targets},
         )
         clock = Clock()
         with self._measured() as outcome:
@@ -206,6 +211,7 @@ class Bench:
             outcome.directions[name] = (svd.U_MK[:, r : 2 * r], svd.Vh_KN[:r].T)
         outcome.details |= {
             "seconds_factorize": clock.seconds["factorize"],
+            "engines": sorted({matrix.engine for matrix in plan.matrices.values()}),
             "state_bytes": plan.state_bytes_per_rank,
             "reported_captured_energy": {name: facts.captured_energy for name, facts in found.facts.items()},
         }

@@ -3,11 +3,12 @@
     python benchmarks/init_cost.py --json init_cost.json      # about 9 minutes on two cores
     python benchmarks/init_cost.py --quick                    # a small model, seconds
     python benchmarks/init_cost.py --sweep --json sweep.json  # how cost grows; plots go to docs/plots/
+    python benchmarks/init_cost.py --sweep --dtype float32    # where the processor multiplies no bfloat16
 
 In turns, `--repeats` times: *floor* (forward and input gradients alone), *sketch* (ours: calibrate and factorize),
 *peft* (stock `preprocess_loraga` and `get_peft_model`); *exact* (ours with the exact engine) once, as the truth about
-energies. Same model, same batches, no checkpointing, medians. One layer of Llama-2-7B in bfloat16, 32 microbatches of
-512 tokens.
+energies. Same model, same batches, no checkpointing, medians. One layer of Llama-2-7B, 32 microbatches of 512 tokens.
+The sweep has *auto*, too: ours with the engine that costs less.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from cost_runs import Bench, Outcome, Shape, mean, one_process, step_energy
 from memory import hardware
+from rank_cost import DTYPES
 from rank_cost import SHAPE as SWEEP_BASE
 from rich.console import Console
 from rich.table import Table
@@ -58,20 +60,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a small model")
     parser.add_argument("--sweep", action="store_true", help="growth in tokens, width, rank, layers and ranks instead")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the model")
     parser.add_argument("--plots", type=Path, default=PLOTS, help="where --sweep puts its plots")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     return_freed_memory_at_once()
     if options.sweep:
-        content: dict[str, Any] = {"points": sweep(options.repeats, quick=options.quick)}
+        points = sweep(options.repeats, DTYPES[options.dtype], quick=options.quick)
+        content: dict[str, Any] = {"points": points, "dtype": options.dtype}
         plot(content["points"], options.plots)
         write(content, options.json)
     else:
         shape = QUICK if options.quick else LLAMA_2_7B_LAYER
-        for content in compare(shape, options.repeats):
+        for content in compare(shape, options.repeats, DTYPES[options.dtype]):
             show(content)
-            write(content, options.json)
+            write(content | {"dtype": options.dtype}, options.json)
 
 
 def write(content: dict[str, Any], path: Path | None) -> None:
@@ -80,9 +84,9 @@ def write(content: dict[str, Any], path: Path | None) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def compare(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
+def compare(shape: Shape, repeats: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """The figures so far, after every repeat; with energies at last, when the exact gradients are there."""
-    bench = Bench(shape, one_process(torch.device("cpu")))
+    bench = Bench(shape, one_process(torch.device("cpu")), dtype)
     bench.warm_up()
     runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": []}
     for repeat in range(repeats):
@@ -176,19 +180,20 @@ def show(content: dict[str, Any]) -> None:
         console.print({key: round(value, 3) for key, value in details.items() if key.startswith("seconds")})
 
 
-def sweep(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
+def sweep(repeats: int, dtype: torch.dtype, *, quick: bool) -> list[dict[str, Any]]:
     points = []
     for quantity, shapes in SWEEPS.items():
         for shape in shapes[:2] if quick else shapes:
-            bench = Bench(replace(shape, microbatches=4) if quick else shape, one_process(torch.device("cpu")))
+            bench = Bench(replace(shape, microbatches=4) if quick else shape, one_process(torch.device("cpu")), dtype)
             bench.warm_up()
-            runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": []}
+            runs: dict[str, list[Outcome]] = {"floor": [], "auto": [], "sketch": [], "peft": []}
             for _ in range(repeats):
-                runs["floor"].append(bench.floor())
-                runs["sketch"].append(bench.sketch())
-                runs["peft"].append(bench.peft())
+                for way, outcomes in runs.items():
+                    outcomes.append(getattr(bench, way)())
             floor_bytes = medians(runs["floor"])[1]
             point: dict[str, Any] = {"quantity": quantity, "value": getattr(shape, quantity), "shape": asdict(shape)}
+            point["engines"] = runs["auto"][0].details["engines"]
+            point["auto_over_peft"] = ratio(runs["auto"], runs["peft"], "cpu_seconds")
             for name, outcomes in runs.items():
                 seconds, peak_bytes = medians(outcomes)
                 extra_bytes = peak_bytes - floor_bytes
@@ -196,14 +201,15 @@ def sweep(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
             points.append(point)
             _tell(point)
     for num_ranks in RANKS[:2] if quick else RANKS:
-        arguments = ["--repeats", str(repeats), *(["--quick"] if quick else [])]
+        arguments = ["--repeats", str(repeats), "--dtype", str(dtype).removeprefix("torch.")]
+        arguments += ["--quick"] if quick else []
         points.append(json_of_ranks(Path(__file__).with_name("rank_cost.py"), num_ranks, *arguments))
         _tell(points[-1])
     return points
 
 
 def _tell(point: dict[str, Any]) -> None:
-    ways = (f"{way} {point[way]['cpu_seconds']:.2f} s" for way in ("floor", "sketch", "peft") if way in point)
+    ways = (f"{way} {point[way]['cpu_seconds']:.2f} s" for way in ("floor", "auto", "sketch", "peft") if way in point)
     print(f"{point['quantity']} {point['value']}: {', '.join(ways)}", flush=True)
 
 
@@ -220,8 +226,8 @@ def plot(points: list[dict[str, Any]], directory: Path) -> None:
         "layers": "layers",
         "ranks": "ranks, ZeRO-3",
     }
-    colors = {"floor": "#888888", "sketch": "#1b6ca8", "peft": "#c8553d"}
-    names = {"floor": "forward + input gradients", "sketch": "loraga_dist (sketch)", "peft": "PEFT"}
+    colors = {"floor": "#888888", "auto": "#3a8f5c", "sketch": "#1b6ca8", "peft": "#c8553d"}
+    names = {"floor": "forward + input gradients", "auto": "loraga_dist", "sketch": "its sketch", "peft": "PEFT"}
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "loraga_dist", "font.size": 9})
     for metric, unit, scale in (
         ("cpu_seconds", "seconds of cores", 1.0),
@@ -230,7 +236,7 @@ def plot(points: list[dict[str, Any]], directory: Path) -> None:
         figure, all_axes = plt.subplots(1, len(labels), figsize=(13, 2.8), layout="constrained")
         for axes, (quantity, label) in zip(all_axes, labels.items(), strict=True):
             mine = [point for point in points if point["quantity"] == quantity]
-            for name in names if metric == "cpu_seconds" else ("sketch", "peft"):
+            for name in names if metric == "cpu_seconds" else ("auto", "sketch", "peft"):
                 known = [point for point in mine if name in point]
                 if not known:  # PEFT does not run on a sharded model
                     continue

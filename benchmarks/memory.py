@@ -1,7 +1,7 @@
 """Peak memory per rank of `loraga-dist init` on random Llamas, beside what the plan said before.
 
-usage: python benchmarks/memory.py [--size-gib 0.5,1] [--ranks 1,2,4] [--engine auto] [--large-vocabulary]
-       [--directory DIR] [--json FILE]
+usage: python benchmarks/memory.py [--size-gib 0.5,1] [--ranks 1,2,4] [--engine auto] [--order auto]
+       [--tokens 256] [--large-vocabulary | --wide] [--directory DIR] [--json FILE]
 
 The peak is what the run itself reports: resident host memory above the process's level after imports, over the whole
 run from loading to the written residual base; on GPUs device memory. A single process maps the weights from the
@@ -35,9 +35,14 @@ SEQUENCE_TOKENS = 256
 SEQUENCES = 8
 LARGE_VOCABULARY = 49152
 """Of a small, tied model of SmolLM2-135M's widths, with 10 of its layers and sequences of different lengths."""
+WIDE_TOKENS, WIDE_SEQUENCES = 16, 2
+"""Of two layers of Llama-3-70B's widths: products in bfloat16 take minutes where processors have no units for them."""
 TIME_LIMIT_SECONDS = 1200
+DATA = "calibration.jsonl"
+"""Beside the model."""
 
-_PAD, _END = 256, 257
+PAD, END = 256, 257
+"""The byte tokenizer's."""
 
 
 def layers_for(num_bytes: float) -> int:
@@ -72,6 +77,18 @@ def small_llama() -> LlamaConfig:
     )
 
 
+def wide_llama() -> LlamaConfig:
+    return _llama(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=2,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
+
+
 def make_model(directory: Path, config: LlamaConfig, lengths: Sequence[int]) -> None:
     """A random bfloat16 Llama in several files, a byte tokenizer, and texts to calibrate on; kept for the next run."""
     if directory.exists():
@@ -79,27 +96,27 @@ def make_model(directory: Path, config: LlamaConfig, lengths: Sequence[int]) -> 
     partial = directory.with_name(f"{directory.name}.partial")
     torch.manual_seed(0)
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="200MB")
-    _byte_tokenizer().save_pretrained(partial)
-    letters = [torch.randint(97, 123, (length,)).tolist() for length in lengths]
-    (partial / "calibration.jsonl").write_text(
-        "".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters)
-    )
+    write_texts(partial, lengths)
     partial.rename(directory)
 
 
-def measure(model: Path, num_ranks: int, start: str, batch_size: int, scratch: Path) -> dict[str, Any]:
-    """The report of one run of `launch/init.py` on `num_ranks` ranks of this machine."""
+def write_texts(directory: Path, lengths: Sequence[int]) -> None:
+    """A byte tokenizer, and random texts of so many tokens to calibrate on."""
+    _byte_tokenizer().save_pretrained(directory)
+    letters = [torch.randint(97, 123, (length,)).tolist() for length in lengths]
+    (directory / DATA).write_text("".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters))
+
+
+def measure(model: Path, num_ranks: int, start: str, order: str, calibration: dict[str, Any], scratch: Path) -> Any:
+    """The report of one run of `launch/init.py` on `num_ranks` ranks of this machine, with these keys of the sections
+    gradient and calibration."""
     output = scratch / f"{num_ranks}-ranks"
     config = scratch / f"{num_ranks}-ranks.yaml"
-    method = {"init": {"scheme": start}} if start == "pissa" else {"gradient": {"engine": start}}
+    method = {"init": {"scheme": start}} if start == "pissa" else {"gradient": {"engine": start, "order": order}}
     tree = {
         **method,
         "model": {"name_or_path": str(model)},
-        "calibration": {
-            "data_files": str(model / "calibration.jsonl"),
-            "max_length": SEQUENCE_TOKENS,
-            "per_device_batch_size": batch_size,
-        },
+        "calibration": {"data_files": str(model / DATA), **calibration},
         "output": {"dir": str(output), "residual_base": "full"},
     }
     config.write_text(yaml.safe_dump(tree))
@@ -158,6 +175,9 @@ def main() -> None:
     parser.add_argument("--size-gib", default="0.5,1", help="least sizes of the models (default 0.5,1)")
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to run on (default 1,2,4)")
     parser.add_argument("--engine", default="auto", choices=("auto", "sketch", "exact"))
+    parser.add_argument("--order", default="auto", choices=("auto", "block", "model"))
+    parser.add_argument("--wide", action="store_true", help="two layers of Llama-3-70B's widths, 7.1 GiB, instead")
+    parser.add_argument("--tokens", type=int, default=SEQUENCE_TOKENS, help="of a sequence (default 256)")
     parser.add_argument("--large-vocabulary", action="store_true", help="a small model with 49152 tokens instead")
     parser.add_argument("--directory", type=Path, default=ROOT / "build" / "benchmarks", help="where the model is kept")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -165,7 +185,11 @@ def main() -> None:
 
     runs = []
     versions: dict[str, str] = {}
-    if options.large_vocabulary:
+    calibration = {"max_length": options.tokens, "per_device_batch_size": 1 + options.large_vocabulary}
+    if options.wide:
+        starts, models = [options.engine], [(wide_llama(), [WIDE_TOKENS] * WIDE_SEQUENCES)]
+        calibration["max_length"] = WIDE_TOKENS
+    elif options.large_vocabulary:
         config, starts = small_llama(), ["sketch", "exact", "pissa"]
         generator = torch.Generator().manual_seed(0)
         models = [(config, [SEQUENCE_TOKENS, *torch.randint(64, SEQUENCE_TOKENS, (11,), generator=generator).tolist()])]
@@ -178,7 +202,7 @@ def main() -> None:
         model_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         for start, num_ranks in itertools.product(starts, map(int, options.ranks.split(","))):
             with tempfile.TemporaryDirectory(dir=options.directory, prefix="memory-") as scratch:
-                report = measure(model, num_ranks, start, 1 + options.large_vocabulary, Path(scratch))
+                report = measure(model, num_ranks, start, options.order, calibration, Path(scratch))
             runs.append({
                 "model_bytes": model_bytes, "num_layers": config.num_hidden_layers, "start": start, **figures(report)
             })  # fmt: skip
@@ -194,7 +218,7 @@ def main() -> None:
 
 
 def _llama(**shapes: Any) -> LlamaConfig:
-    return LlamaConfig(max_position_embeddings=2048, pad_token_id=_PAD, bos_token_id=_END, eos_token_id=_END, **shapes)
+    return LlamaConfig(max_position_embeddings=2048, pad_token_id=PAD, bos_token_id=END, eos_token_id=END, **shapes)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

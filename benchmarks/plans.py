@@ -6,7 +6,9 @@ usage: python benchmarks/plans.py [--json FILE] > docs/PLANS.md
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 from loraga_dist.config import load_config
 from loraga_dist.forecast.forecaster import Forecaster
 from loraga_dist.forecast.report import PlanReport
+from loraga_dist.forecast.ways import Room
+from loraga_dist.gradients.head import LOGITS_AT_ONCE
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -23,6 +27,7 @@ CASES = (
     ("llama-3-8b", 1, 80, 16),
     ("llama-3-8b", 2, 24, 16),
     ("qwen3-32b", 4, 80, 16),
+    ("llama-3-70b", 1, 80, 16),
     ("llama-3-70b", 8, 80, 16),
     ("llama-3-70b", 8, 80, 128),
     ("llama-3-70b", 8, 24, 16),
@@ -30,20 +35,40 @@ CASES = (
     ("llama-3-405b", 16, 80, 16),
 )
 SPELLED_OUT = "llama-3-70b"
+PHASES = ("forward", "loss", "backward")
+LINK_GBPS = 200
+BEFORE = [
+    "--gradient.order",
+    "model",
+    "--gradient.checkpointing",
+    "non_reentrant",
+    "--gradient.state_budget_gib",
+    "1000",
+]
+"""Each microbatch through the whole model, all targets at a time."""
 
 
 def make_plans() -> list[dict[str, Any]]:
-    reports = []
-    for recipe, ranks, gib_per_rank, r in CASES:
-        shapes = ROOT / "benchmarks" / "shapes" / recipe
-        config = load_config(
-            ROOT / "configs" / f"{recipe}.yaml", ["--model.name_or_path", str(shapes), "--lora.r", str(r)]
-        )
-        forecaster = Forecaster.of_config(config, ranks, torch.device("cuda"))
-        plan = PlanReport(forecaster=forecaster, gib_per_rank=gib_per_rank).as_json()
-        plan["model"]["name_or_path"] = f"benchmarks/shapes/{recipe}"
-        reports.append({"recipe": recipe, "r": r} | plan)
-    return reports
+    return [_plan(*case) | {"before": _plan(*case, before=True) if case[1] > 1 else None} for case in CASES]
+
+
+def _plan(recipe: str, ranks: int, gib_per_rank: int, r: int, *, before: bool = False) -> dict[str, Any]:
+    forecaster = replace(_forecaster(recipe, r, before), world_size=ranks)
+    limit_bytes = gib_per_rank * GIB
+    if before:  # without what else could be done about it
+        forecaster = forecaster.fitting(Room(device_bytes=limit_bytes))
+    report = PlanReport(forecaster=forecaster, gib_per_rank=None if before else gib_per_rank, link_gbps=LINK_GBPS)
+    plan = report.as_json()
+    plan["model"]["name_or_path"] = f"benchmarks/shapes/{recipe}"
+    return {"recipe": recipe, "r": r} | plan
+
+
+@functools.cache
+def _forecaster(recipe: str, r: int, before: bool) -> Forecaster:
+    """Of some number of ranks."""
+    overrides = ["--model.name_or_path", str(ROOT / "benchmarks" / "shapes" / recipe), "--lora.r", str(r)]
+    config = load_config(ROOT / "configs" / f"{recipe}.yaml", [*overrides, *(BEFORE if before else [])])
+    return Forecaster.of_config(config, 1, torch.device("cuda"))
 
 
 def document(plans: list[dict[str, Any]]) -> str:
@@ -58,81 +83,130 @@ def document(plans: list[dict[str, Any]]) -> str:
         "    --ranks 8 --gib_per_rank 80",
         "```",
         "",
-        "bfloat16, all linear layers, 256 sequences of 1024 tokens at most, one per microbatch, checkpointing. GiB per",
-        "rank, of the rank that needs most. A plan *fits* up to 90 % of the memory; up to 110 % it is *tight*, because",
-        "the plan is not more exact than that; beyond, `init` refuses.",
+        "bfloat16, all linear layers, 256 sequences of 1024 tokens at most, one per microbatch. GiB per rank, of the",
+        "rank that needs most, in the phase in which it does. A plan *fits* up to 90 % of the memory; up to 110 % it",
+        "is *tight*, because the plan is not more exact than that; beyond, `init` refuses.",
         "",
-        "| recipe | r | ranks x GiB | weights | microbatch | engine | peak | not checkpointed | sweeps | verdict |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| recipe | r | ranks x GiB | way | weights | gathered | microbatch | engine | peak | in | host | verdict |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|---|---:|---|",
     ]
     for plan in plans:
         memory = plan["memory_per_rank"]
-        calibrate = memory["device_bytes"]["calibrate"]
+        parts = memory["device_bytes"][memory["peak_phase"]]
         cells = [
-            plan["recipe"],
-            str(plan["r"]),
-            f"{plan['ranks']} x {plan['gib_per_rank']}",
-            *(_gib(calibrate[part]) for part in ("weights", "microbatch", "engine state")),
+            *_case(plan),
+            _way(plan),
+            *(_gib(parts.get(part, 0)) for part in ("weights", "gathered", "microbatch", "engine state")),
             _gib(memory["peak_bytes"]),
-            _gib(memory["peak_bytes_without_checkpointing"]),
-            str(plan["sweeps"]["count"]),
+            memory["peak_phase"],
+            _gib(memory["host_peak_bytes"]),
             plan["verdict"],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "*Engine*: the state, within `gradient.state_budget_gib` (default 4; the larger recipes name their own).",
-        "Targets beyond the budget take further sweeps over the data.",
+        "*Weights*: a rank's shards; from disk there are none on the device. *Gathered*: the block that computes, and",
+        "in *forward* what lies outside all blocks. *Engine*: the state of the targets that are accumulated together,",
+        "in block order those of one block, if `gradient.state_budget_gib` has room for them.",
+        "*Host*: mostly the inputs of all blocks in all microbatches of a rank, which backward starts from; where the",
+        "host has no room for them they go to files, or microbatches go through the blocks in several chunks.",
         "",
-        "| recipe | r | ranks | disk: residual base | factors | adapters | received per rank | flops |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| recipe | r | ranks | disk: residual base | factors | adapters | flops |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for plan in plans:
         disk = plan["disk_bytes"]
-        adapters = disk["loraga_init"] + disk["loraga_offset"]
-        sizes = (disk["residual_base"], disk["factors"], adapters, sum(plan["traffic_bytes_per_rank"].values()))
+        sizes = (disk["residual_base"], disk["factors"], disk["loraga_init"] + disk["loraga_offset"])
         cells = [plan["recipe"], str(plan["r"]), str(plan["ranks"]), *map(_gib, sizes)]
         lines.append(f"| {' | '.join(cells)} | {sum(plan['flops'].values()):.2e} |")
+    lines += ["", *comparison(plans)]
     for plan in plans:
-        if plan["recipe"] == SPELLED_OUT:
+        if plan["recipe"] == SPELLED_OUT and plan["order"]["name"] == "block":
             lines += ["", *arithmetic(plan)]
         elif plan["advice"]:
             lines += ["", f"## {_title(plan)}", "", *_advice(plan)]
     return "\n".join(lines) + "\n"
 
 
+def comparison(plans: list[dict[str, Any]]) -> list[str]:
+    """Of the two orders, where ranks share the model."""
+    lines = [
+        "## Block order and model order",
+        "",
+        "What block order changes where ranks share a model: the same recipes with `gradient.order: model`, blocks",
+        "recomputed in backward and all targets in one sweep, whose state waits on the host where it would fill half",
+        "of the device. Received: GiB of each rank, weights and all else; seconds: of that alone, at",
+        f"{LINK_GBPS} Gbit/s per rank.",
+        "",
+        "| recipe | r | ranks x GiB | peak: model order | block order | received: model order | block order |"
+        " seconds: model order | block order |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for plan in plans:
+        if plan["ranks"] > 1:
+            both = (plan["before"], plan)
+            cells = [
+                *_case(plan),
+                *(_gib(each["memory_per_rank"]["peak_bytes"]) for each in both),
+                *(f"{sum(each['traffic_bytes_per_rank'].values()) / GIB:.0f}" for each in both),
+                *(f"{each['link_seconds']:.0f}" for each in both),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def arithmetic(plan: dict[str, Any]) -> list[str]:
     """The peak in terms that can be checked by hand."""
     config = json.loads((ROOT / "benchmarks" / "shapes" / plan["recipe"] / "config.json").read_text())
     d, layers, vocabulary = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
-    tokens = plan["calibration"]["tokens_per_sequence"] * plan["calibration"]["sequences_per_microbatch"]
-    memory, state, targets = plan["memory_per_rank"], plan["sweeps"]["state_bytes"], plan["targets"]
-    parts = memory["device_bytes"]["calibrate"]
-    logits = (tokens - 1) * vocabulary
-    sides = sum(kind["count"] * (kind["M"] + kind["N"]) for kind in targets)
-    widths = " and ".join(str(width) for width in sorted({kind["width"] for kind in targets}))
+    calibration, order = plan["calibration"], plan["order"]
+    tokens = calibration["tokens_per_sequence"] * calibration["sequences_per_microbatch"]
+    memory, targets, together = plan["memory_per_rank"], plan["targets"], order["microbatches_together"]
+    forward, loss, backward = (memory["device_bytes"][phase] for phase in ("forward", "loss", "backward"))
+    sides = sum(kind["count"] * (kind["M"] + kind["N"]) for kind in targets) // layers
+    (width,) = {kind["width"] for kind in targets}
+    outside = 2 * vocabulary * d + d
+    at_once = LOGITS_AT_ONCE // vocabulary
+    parameters = plan["model"]["parameters"]
+    weights = (
+        f"- Weights stay on disk; on the host there are buffers for the {outside} parameters outside the blocks and for"
+        f" two blocks: {_gib(memory['host_bytes']['forward']['weights'])} GiB."
+        if order["from_disk"]
+        else f"- Weights: {parameters} x 2 bytes / {plan['ranks']} = {_gib(forward['weights'])} GiB."
+    )
     return [
         f"## {_title(plan)}",
         "",
-        f"- Weights: {plan['model']['parameters']} x 2 bytes / {plan['ranks']} = {_gib(parts['weights'])} GiB.",
-        f"- One microbatch: {_gib(parts['microbatch'])} GiB at its highest, run on shapes alone. It holds",
-        f"  - the inputs of the blocks: {layers} x {tokens} x {d} x 2 bytes = {_gib(layers * tokens * d * 2)} GiB;",
-        "  - around the loss, bfloat16 logits",
-        f"    ({tokens} x {vocabulary} x 2 bytes = {_gib(tokens * vocabulary * 2)} GiB) and float32 ones, their",
-        "    log-softmax and its gradient",
-        f"    ({tokens - 1} x {vocabulary} x 4 bytes = {_gib(logits * 4)} GiB each);",
-        f"  - or the gathered head, {vocabulary} x {d} x 2 bytes = {_gib(vocabulary * d * 2)} GiB, with the logits;",
-        "  - or what one block recomputes for its backward, with its largest gathered matrix.",
-        f"- Engine state, K = {widths}: M + N of {sum(kind['count'] for kind in targets)} targets add up to {sides}.",
-        f"  The budget counts 8 bytes x K x {sides} and the error sketches, {_gib(sum(state))} GiB in all:",
-        f"  {len(state)} sweep{'s' * (len(state) > 1)} of {_gib(max(state))} GiB at most."
-        + " Of the 8 bytes a rank holds 6,",
-        f"  and 2 more (bases in 32 bits) of the targets it owns: {_gib(parts['engine state'])} GiB.",
-        f"- Sum: {_gib(sum(parts.values()))} GiB while it calibrates. The peak of all phases is"
-        f" {_gib(memory['peak_bytes'])} GiB ({memory['peak_phase']}).",
+        weights,
+        f"- Gathered: a block, ({parameters} - {outside}) x 2 bytes / {layers} = {_gib(backward['gathered'])} GiB, and",
+        f"  in forward embedding, last norm and head, {outside} x 2 bytes = {_gib(loss['gathered'])} GiB, too.",
+        f"- One microbatch in a block: {_gib(forward['microbatch'])} GiB forward, {_gib(backward['microbatch'])} GiB"
+        " backward, run on shapes alone.",
+        f"- Loss: {_gib(loss['microbatch'])} GiB, of {at_once} tokens at a time: logits in bfloat16 and their gradient",
+        f"  ({at_once} x {vocabulary} x 2 bytes = {_gib(2 * at_once * vocabulary)} GiB each), and in float32 logits,",
+        f"  their log-softmax and its gradient ({_gib(4 * at_once * vocabulary)} GiB each), not all at the same time.",
+        f"- Gradients between blocks, of {together} microbatches before and behind one:",
+        f"  2 x {together} x {tokens} x {d} x 2 bytes = {_gib(4 * together * tokens * d)} GiB.",
+        f"- Engine state of a block, K = {width}: M + N of {len(targets)} targets add up to {sides}. The budget",
+        f"  counts 8 bytes x K x {sides} and the error sketches, {_gib(max(plan['groups']['state_bytes']))} GiB. Of",
+        "  the 8 bytes a rank holds 6, and 2 more (bases in 32 bits) of the targets it owns:",
+        f"  {_gib(backward['engine state'])} GiB.",
+        f"- Inputs of the {layers} blocks and of the head, on the host:",
+        f"  {together} x {layers + 1} x {tokens} x {d} x 2 bytes = {_gib(order['kept_bytes'])} GiB.",
+        *(f"- Sum in {phase}: {_gib(sum(memory['device_bytes'][phase].values()))} GiB." for phase in PHASES),
         f"- On {plan['gib_per_rank']} GiB: {plan['verdict']}.",
         *_advice(plan),
     ]
+
+
+def _case(plan: dict[str, Any]) -> list[str]:
+    return [plan["recipe"], str(plan["r"]), f"{plan['ranks']} x {plan['gib_per_rank']}"]
+
+
+def _way(plan: dict[str, Any]) -> str:
+    order = plan["order"]
+    recomputed = ", recomputed" * (order["checkpointing"] == "non_reentrant")
+    return f"{order['name']}{', from disk' * order['from_disk']}{recomputed}"
 
 
 def _advice(plan: dict[str, Any]) -> list[str]:

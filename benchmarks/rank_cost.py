@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node 2 benchmarks/rank_cost.py --json two_ranks.json
 
-Ranks share out the same microbatches. In turns, `--repeats` times: *floor* (forward and input gradients alone) and
-*sketch*. Seconds of cores are summed over ranks; memory is that of the rank that takes most.
+Ranks share out the same microbatches. In turns, `--repeats` times: *floor* (forward and input gradients alone), *auto*
+and *sketch*. Seconds of cores are summed over ranks; memory is that of the rank that takes most.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
 from cost_runs import Bench, Outcome, Shape
 from transformers.utils import logging
 
@@ -27,6 +28,7 @@ from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.zero3 import Zero3
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHAPE = Shape(hidden=1024, intermediate=2752, layers=2, heads=8, key_value_heads=8, microbatches=16, tokens=256)
 
 
@@ -34,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="less data")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the model")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -44,9 +47,10 @@ def main() -> None:
 def measure(options: argparse.Namespace, world: World) -> None:
     """Run every way in turns and write the figures. A collective."""
     # one rank is sharded, too, so that points differ in their number only
-    bench = Bench(replace(SHAPE, microbatches=4) if options.quick else SHAPE, Zero3(world, None))
+    shape = replace(SHAPE, microbatches=4) if options.quick else SHAPE
+    bench = Bench(shape, Zero3(world, None), DTYPES[options.dtype])
     bench.warm_up()
-    runs: dict[str, list[Outcome]] = {"floor": [], "sketch": []}
+    runs: dict[str, list[Outcome]] = {"floor": [], "auto": [], "sketch": []}
     for _ in range(options.repeats):
         for way, outcomes in runs.items():
             world.barrier()

@@ -56,7 +56,7 @@ class NameIn:
 SchemeName = Annotated[str, NameIn(SCHEMES)]
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Checkpointing = Literal["none", "non_reentrant"]
+Checkpointing = Literal["auto", "none", "non_reentrant"]
 OrderName = Literal["auto", "block", "model"]
 StateDevice = Literal["auto", "device", "host"]
 Tracker = Literal["tensorboard", "wandb"]
@@ -190,8 +190,8 @@ class GradientConfig(Section):
     """How gradients are gathered, by schemes that take them."""
 
     engine: Annotated[str, NameIn(ENGINES, words=("auto",))] = "auto"
-    """`sketch` needs one pass and a few percent of the gradient's size; `auto` takes it for every target that is large
-    enough to profit."""
+    """`exact` forms a target's gradient, `sketch` a few percent of its size; `auto` takes for every target the one that
+    costs less time, if its state fits the budget."""
     order: OrderName = "auto"
     """`block` holds one block of the model at a time and takes all microbatches through it; `model` takes each
     microbatch through the whole model. `auto` is `block` wherever no process holds the model whole on its device."""
@@ -214,8 +214,9 @@ class GradientConfig(Section):
     refine_passes: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | Literal["auto"] = "auto"
     """More passes of `sketch` over the same data: one makes it practically exact. `auto` takes one where a microbatch
     of all ranks has fewer supervised tokens than the sketch has columns."""
-    checkpointing: Checkpointing = "non_reentrant"
-    """Whether every block is computed again in backward instead of kept: less memory, for a second forward pass."""
+    checkpointing: Checkpointing = "auto"
+    """Model order: whether every block is computed again in backward instead of kept: less memory, for a second forward
+    pass. `auto` does that only where block order is no way out, and in one process only where there is no room."""
 
 
 class CalibrationConfig(Section):

@@ -89,7 +89,8 @@ def exact_gradients(
                     take(microbatch)
             tokens = torch.tensor(sum(microbatch.num_supervised_tokens for microbatch in microbatches))
             num_tokens = int(world.sum_(tokens.to(world.device)))
-            yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(world, num_tokens))
+            engine.collect(world)
+            yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(num_tokens))
 
 
 def block_order(

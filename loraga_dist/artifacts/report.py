@@ -152,6 +152,9 @@ class Report(ReportPart):
     world_size: int | None = None
     data_fingerprint: str | None = None
     engine: str | None = None
+    order: str | None = None
+    """In which calibration went through the model: `block` or `model`. Not in reports of earlier versions."""
+    order_reason: str | None = None
     refine_passes: int | None = None
     num_sequences: int | None = None
     num_supervised_tokens: int | None = None

@@ -77,6 +77,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=_positive(int), default=1, help="processes, one per device (default 1)")
     parser.add_argument("--gib_per_rank", type=_positive(float), help="memory of one device; says what fits")
     parser.add_argument("--device_tflops", type=_positive(float), help="peak of one device; gives a time range")
+    parser.add_argument("--link_gbps", type=_positive(float), help="Gbit/s that a rank receives; gives a time")
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
@@ -122,6 +123,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         forecaster=Forecaster.of_config(config, options.ranks, torch.device(device)),
         gib_per_rank=options.gib_per_rank,
         device_tflops=options.device_tflops,
+        link_gbps=options.link_gbps,
     )
     if options.json:
         print(json.dumps(report.as_json(), indent=2))

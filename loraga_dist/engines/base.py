@@ -37,6 +37,21 @@ class Matrix:
         return 4 * self.width * (self.M + self.N + 1)
 
 
+@dataclass(frozen=True)
+class Amount:
+    """Calibration data, over all ranks: what the cost of an engine depends on beside the matrix."""
+
+    num_tokens: int
+    num_microbatches: int
+
+
+USUAL_AMOUNT = Amount(num_tokens=256 * 1024, num_microbatches=256)
+"""Where the data is not known yet."""
+
+FLOPS_PER_BYTE = 250
+"""Flops of a large float32 product in the time that a collective takes for a byte: gloo, two ranks of a core each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradientSVD:
     """The leading triplets of a mean gradient, with what is known about their quality."""
@@ -153,8 +168,17 @@ class GradientEngine(ABC):
         """
 
     @abstractmethod
+    def collect(self, world: Collectives) -> None:
+        """Reduce every matrix to its owner, when all data was seen; a collective, and the last one."""
+
+    @abstractmethod
+    def results(self, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
+        """Factorize what was collected and is owned, without other ranks. The state is gone afterwards."""
+
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
-        """Reduce every matrix to its owner; yield the owned ones. The state is gone afterwards."""
+        """Collect, then yield the results."""
+        self.collect(world)
+        yield from self.results(num_tokens)
 
     @staticmethod
     @abstractmethod
@@ -163,8 +187,18 @@ class GradientEngine(ABC):
 
     @staticmethod
     def suits(matrix: Matrix) -> bool:
-        """Whether `auto` takes this engine, if none before it in the table suits."""
+        """Whether `auto` may take this engine; it takes the one of the least cost among those that suit."""
         return True
+
+    @classmethod
+    def cost(cls, matrix: Matrix, amount: Amount) -> int:
+        """Of one pass over the data and all that follows, in flops of a large float32 product of the same duration.
+
+        Of all ranks together, so that it is the same however many there are.
+        """
+        traffic_bytes = cls.traffic_bytes(matrix, amount.num_microbatches, 0)
+        observing = amount.num_tokens * cls.flops_per_token(matrix)
+        return observing + cls.factorization_cost(matrix) + FLOPS_PER_BYTE * traffic_bytes
 
     @staticmethod
     @abstractmethod
@@ -194,12 +228,12 @@ class GradientEngine(ABC):
     @staticmethod
     @abstractmethod
     def factorization_bytes(matrix: Matrix) -> int:
-        """Taken for a moment by the owner in `factorize`."""
+        """Taken for a moment by the owner in `results`."""
 
     @staticmethod
     @abstractmethod
     def factorization_cost(matrix: Matrix) -> int:
-        """Grows as the flops of the owner's work do; owners are balanced by it."""
+        """Of the owner's work in `results`, in the unit of `cost`; owners are balanced by it."""
 
     @staticmethod
     @abstractmethod

@@ -88,15 +88,14 @@ class EngineGroup:
         for engine, of_engine in zip(self.engines, content["engines"], strict=True):
             engine.load_state(of_engine, tensors, world)
 
-    def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
-        # one engine's failure must not keep the others from their collectives
-        failure: RuntimeError | ValueError | None = None
+    def collect(self, world: Collectives) -> None:
         for engine in self.engines:
-            try:
-                yield from engine.factorize(world, num_tokens)
-            except (RuntimeError, ValueError) as error:
-                if not getattr(error, "__notes__", None):  # no matrix is named: it was a collective
-                    raise
-                failure = failure or error
-        if failure is not None:
-            raise failure
+            engine.collect(world)
+
+    def results(self, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
+        for engine in self.engines:
+            yield from engine.results(num_tokens)
+
+    def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
+        self.collect(world)
+        yield from self.results(num_tokens)

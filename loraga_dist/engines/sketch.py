@@ -180,14 +180,18 @@ class SketchEngine(SketchCosts):
             expected["S"] = float32, (min(J, K),)
         require_entries(saved, expected)
 
-    def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
-        self._refresh(self._unfinished(), world, last=True)
+    def collect(self, world: Collectives) -> None:
+        self._reduce(self._unfinished(), world)
+        self._states = {name: state for name, state in self._states.items() if state.matrix.owner == world.rank}
+
+    def results(self, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         for name in list(self._states):
             state = self._states.pop(name)
-            if state.matrix.owner == world.rank:
-                with naming(state.matrix):
-                    result = self._result(state, num_tokens)
-                yield name, result
+            with naming(state.matrix):
+                if state.window is not None and state.num_microbatches > state.refreshed_at:
+                    self._unite(state, state.window)
+                result = self._result(state, num_tokens)
+            yield name, result
 
     def _unfinished(self) -> list[State]:
         return [state for state in self._states.values() if state.num_microbatches > state.refreshed_at]
@@ -259,22 +263,26 @@ class SketchEngine(SketchCosts):
     def _in_window(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
         return self._home.fetch(window.P_MK), self._home.fetch(window.QPhi_NC)[:, : state.matrix.width]
 
-    def _refresh(self, states: Sequence[State], world: Collectives, *, last: bool = False) -> None:
+    def _reduce(self, states: Sequence[State], world: Collectives) -> list[tuple[State, Window]]:
+        """Sum the windows on the owners."""
         windows = [(state, state.window) for state in states if state.window is not None]
-        # three rounds over the targets, so that owners unite theirs at the same time
         for state, window in windows:
             for kept in (window.Y_MK, window.Z_NK, state.E_2MS):
                 sum_of_ranks = self._home.fetch(kept)
                 world.reduce_(sum_of_ranks, state.matrix.owner)
                 self._home.put_back(kept, sum_of_ranks)
+        return windows
+
+    def _refresh(self, states: Sequence[State], world: Collectives) -> None:
+        # three rounds over the targets, so that owners unite theirs at the same time
+        windows = self._reduce(states, world)
         for state, window in windows:
             if state.matrix.owner == world.rank:
                 with naming(state.matrix):
                     self._unite(state, window)
         for state, window in windows:
-            if not last:
-                for kept in (window.P_MK, window.QPhi_NC):
-                    self._home.put_back(kept, world.broadcast_(self._home.fetch(kept), state.matrix.owner))
+            for kept in (window.P_MK, window.QPhi_NC):
+                self._home.put_back(kept, world.broadcast_(self._home.fetch(kept), state.matrix.owner))
             emptied = [window.Y_MK, window.Z_NK]
             if state.matrix.owner != world.rank:  # the owner has it all now
                 emptied.append(state.E_2MS)

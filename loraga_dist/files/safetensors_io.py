@@ -157,6 +157,17 @@ def read_range(slot: TensorSlot, start: int, end: int) -> Tensor:
     """Elements [start, end) of the flattened tensor, 1-D, in a fresh CPU buffer. Raises RunError on a short read."""
     assert 0 <= start <= end <= slot.numel, (slot, start, end)
     elements = torch.empty(end - start, dtype=slot.dtype)
+    read_into(slot, start, elements)
+    return elements
+
+
+def read_into(slot: TensorSlot, start: int, elements: Tensor) -> None:
+    """Fill `elements` from element `start` of the flattened tensor on. Raises RunError on a short read.
+
+    elements: 1-D, contiguous, on the CPU, of the file's dtype.
+    """
+    assert elements.dtype == slot.dtype and elements.is_contiguous(), (slot, elements.dtype)
+    assert 0 <= start <= start + elements.numel() <= slot.numel, (slot, start, elements.numel())
     buffer = as_bytes(elements)
     position = slot.offset + start * slot.dtype.itemsize
     try:
@@ -171,7 +182,6 @@ def read_range(slot: TensorSlot, start: int, end: int) -> Tensor:
                 buffer, position = buffer[num_read:], position + num_read
     except OSError as error:
         raise RunError(f"{slot.path} cannot be read ({error.strerror})") from error
-    return elements
 
 
 def read_rows(slot: TensorSlot, row0: int, row1: int) -> Tensor:

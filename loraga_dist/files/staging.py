@@ -52,6 +52,11 @@ def checkpoint_path_of(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.checkpoint")
 
 
+def existing_parent(path: Path) -> Path:
+    """The path, or the nearest above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 class StagedDirectory:
     """A hidden sibling of the destination, until `commit` puts it there."""
 

@@ -1,4 +1,5 @@
-"""From a request to what it will take, whether that fits, and what to change if it does not; no weights are read."""
+"""From a request to what it will take, which way through the model fits, and what to change if none does; no weights
+are read."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,27 +15,29 @@ import torch
 from loraga_dist.config import InitConfig
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import PROBE_TOKENS
-from loraga_dist.engines import ENGINES
+from loraga_dist.engines import ENGINES, Matrix
 from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
-from loraga_dist.forecast.activations import Activations, Shapes, forecast_activations
-from loraga_dist.forecast.memory import RankMemory, Setting, rank_memory, weight_workspace_bytes
-from loraga_dist.model.blocks import choose_order
+from loraga_dist.files.staging import checkpoint_path_of
+from loraga_dist.forecast.activations import Activations, forecast_activations
+from loraga_dist.forecast.calibration import Course, Setting
+from loraga_dist.forecast.in_blocks import InBlocks, Shown
+from loraga_dist.forecast.ledger import Shapes
+from loraga_dist.forecast.memory import RankMemory, rank_memory, weight_workspace_bytes
+from loraga_dist.forecast.ways import MARGIN, Room, Way, verdict, ways
+from loraga_dist.gradients.kept import FreeSpace, Keeping, choose_keeping
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import CheckpointRequest, understand
 from loraga_dist.sharding.settings import Holding
 
-MARGIN = 0.1
-"""The plan may be off by this share: below 1 - MARGIN of the memory it fits, above 1 + MARGIN it cannot."""
-
 MOST_RANKS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecaster:
-    """What a request needs on some number of ranks, under its own settings or under changed ones."""
+    """What a request needs on some number of ranks, under its own settings or changed ones, one way or another."""
 
     request: CheckpointRequest
     world_size: int
@@ -41,6 +45,8 @@ class Forecaster:
     """The ranks compute on CPUs."""
     device_bytes: float | None = None
     """Memory of one device, where it is known: `gradient.state_device: auto` depends on it."""
+    chosen: Way | None = None
+    """None for the cheapest, as if there were room for everything."""
     _activations: dict[Any, Activations | None] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -63,14 +69,99 @@ class Forecaster:
         return self.request.config
 
     @cached_property
-    def plan(self) -> Plan:
-        request, gradient = self.request, self.config.gradient
-        names = [target.name for target in request.targets]
-        in_pieces = Holding.of(self.config.deepspeed, self.world_size).is_sharded
-        order = choose_order(
-            gradient.order, request.base.model_class.__name__, request.blocks, names, in_pieces=in_pieces
+    def way(self) -> Way:
+        return self.chosen or next(self.ways())
+
+    def ways(self) -> Iterator[Way]:
+        """All that the settings allow, in order of cost."""
+        return ways(self.request, self.world_size)
+
+    @property
+    def files_directory(self) -> Path:
+        """What takes the inputs of blocks that memory has no room for."""
+        named = self.config.gradient.activations_dir
+        return Path(named) if named else checkpoint_path_of(Path(self.config.output.dir)).parent
+
+    def fitting(self, room: Room, shapes: Shapes | None = None) -> Forecaster:
+        """The first way that fits there, with what it keeps where; else the one that needs least.
+
+        shapes: of the largest microbatch of all ranks; by default the largest that the settings allow. The same
+        arguments lead to the same way.
+
+        Raises UserError where no way can keep a microbatch, or only another way than the user wrote.
+        """
+        shapes = shapes or self.largest_allowed()
+        found: list[tuple[int, Forecaster]] = []
+        refused: UserError | None = None
+        device_bytes = None if self.on_host else room.device_bytes
+        for way in self.ways():
+            candidate = replace(self, chosen=way, device_bytes=device_bytes)
+            try:
+                candidate = replace(candidate, chosen=replace(way, keeping=candidate._keeping(room, shapes)))
+            except UserError as error:
+                refused = error
+                continue
+            peak_bytes = candidate.worst(shapes).peak_bytes
+            if verdict(peak_bytes, room.device_bytes) == "fits":
+                return candidate
+            found.append((peak_bytes, candidate))
+        if not found:
+            assert refused is not None, "there is a way, or none was allowed"
+            raise refused
+        return min(found, key=lambda sized: sized[0])[1]
+
+    def _keeping(self, room: Room, shapes: Shapes) -> Keeping:
+        """All on its way together, by what a single microbatch leaves free, or else some: then the state of whole
+        sweeps is there at a time, and leaves less."""
+        activations = self.activations(shapes)
+        if activations is None or activations.in_blocks is None:
+            return Keeping()
+        keeping = self._keeping_beside(self.worst(shapes, num_microbatches=1), activations.in_blocks, room, shapes)
+        if keeping.chunk_microbatches is None:
+            return keeping
+        one = replace(self, chosen=replace(self.way, keeping=Keeping(chunk_microbatches=1)))
+        return self._keeping_beside(one.worst(shapes), activations.in_blocks, room, shapes)
+
+    def _keeping_beside(self, memory: RankMemory, found: InBlocks, room: Room, shapes: Shapes) -> Keeping:
+        """memory: with one microbatch on its way. Where that has no room itself, there is nothing to be gained."""
+
+        def left(limit_bytes: float | None, taken_bytes: int) -> float | None:
+            return None if limit_bytes is None or limit_bytes <= taken_bytes else limit_bytes - taken_bytes
+
+        all_microbatches, gradients = self.num_microbatches(shapes), 2 * found.hidden_bytes
+        most, resident = all_microbatches, found.argument_bytes
+        if self.on_host:
+            free = left(room.device_bytes, memory.peak_bytes)
+            resident += gradients
+        else:
+            free = left(room.host_bytes, memory.host_peak_bytes)
+            on_device = left(room.device_bytes and (1 - MARGIN) * room.device_bytes, memory.peak_bytes)
+            if on_device is not None:
+                most = min(all_microbatches, 1 + int(on_device // gradients))
+        keeping = choose_keeping(
+            kept_bytes=(len(self.request.shape.numels_of_blocks) + 1) * found.hidden_bytes,
+            resident_bytes=resident,
+            num_microbatches=most,
+            free=FreeSpace(memory_bytes=free, files_bytes=room.files_bytes, directory=self.files_directory),
+            gradient=self.config.gradient,
         )
-        return make_plan(request.targets, gradient, request.scheme, self.world_size, order)
+        all_there_is = keeping.chunk_microbatches is None and most < all_microbatches
+        return replace(keeping, chunk_microbatches=most) if all_there_is else keeping
+
+    def num_microbatches(self, shapes: Shapes) -> int:
+        """Of each rank."""
+        if not self.plan.groups:
+            return 0
+        data = self.request.data
+        num_sequences = self.config.calibration.most_samples if data is None else data.num_samples
+        return -(-num_sequences // (self.world_size * shapes["input_ids"][0]))
+
+    @cached_property
+    def plan(self) -> Plan:
+        request = self.request
+        return make_plan(
+            request.targets, self.config.gradient, request.scheme, self.world_size, self.way.order, request.amount
+        )
 
     @cached_property
     def setting(self) -> Setting:
@@ -79,7 +170,8 @@ class Forecaster:
         state_device = self.config.gradient.state_device
         state_on_host = state_device == "host"
         if state_device == "auto" and self.device_bytes is not None:
-            weights_bytes = 0 if holding.offloads_weights else self.request.shape.partition_bytes(self.world_size)
+            on_host = holding.offloads_weights or self.way.from_disk
+            weights_bytes = 0 if on_host else self.request.shape.partition_bytes(self.world_size)
             state_on_host = self.plan.state_bytes_per_rank > DEVICE_SHARE * (self.device_bytes - weights_bytes)
         return Setting(
             world_size=self.world_size,
@@ -88,46 +180,62 @@ class Forecaster:
             weights_on_host=holding.offloads_weights,
             weights_mapped=self.on_host
             and not holding.is_sharded
+            and not self.way.from_disk
             and all(slot.dtype == base.dtype for slot in base.index.values()),
+            from_disk=self.way.from_disk,
             state_on_host=not self.on_host and state_on_host,
         )
 
     def activations(self, shapes: Shapes) -> Activations | None:
-        """Of the group whose backward goes deepest: the first, for targets are in module order. Without groups there is
-        no backward."""
-        names = [matrix.name for matrix in self.plan.groups[0]] if self.plan.groups else []
-        base, checkpointing = self.request.base, self.config.gradient.checkpointing
+        base, plan, checkpointing = self.request.base, self.plan, self.way.checkpointing
 
-        def observation_bytes(name: str) -> int:
-            matrix = self.plan.matrices[name]
-            return ENGINES[matrix.engine].observation_bytes(matrix, base.dtype, math.prod(shapes["input_ids"]))
+        def shown(group: list[Matrix]) -> Shown:
+            num_tokens = math.prod(shapes["input_ids"])
+            return Shown(
+                tuple(
+                    (matrix.name, ENGINES[matrix.engine].observation_bytes(matrix, base.dtype, num_tokens))
+                    for matrix in group
+                )
+            )
 
-        key = (tuple(shapes.items()), tuple(names), checkpointing, self.setting.sharded)
+        groups = tuple(map(shown, plan.groups if plan.order.blocks else plan.groups[:1]))
+        key = (tuple(shapes.items()), groups, plan.order.name, checkpointing, self.setting.gathers)
         if key not in self._activations:
             self._activations[key] = forecast_activations(
                 base,
                 shapes,
-                names,
+                groups,
+                plan.order,
                 loss=LOSSES[self.config.lora.task_type],
                 checkpointing=checkpointing,
-                gathers=self.setting.sharded,
-                sink_bytes=observation_bytes,
+                gathers=self.setting.gathers,
             )
         return self._activations[key]
 
-    def memory(self, rank: int, shapes: Shapes) -> RankMemory:
-        """What a rank will hold. shapes: of its largest microbatch."""
+    def course(self, shapes: Shapes, num_microbatches: int | None = None) -> Course:
+        """shapes: of the largest microbatch. num_microbatches: by default all."""
+        return Course.of(
+            self.plan,
+            self.config.gradient,
+            self.way.keeping,
+            num_microbatches=num_microbatches or self.num_microbatches(shapes),
+            most_tokens=math.prod(shapes["input_ids"]),
+            looks=self.request.target_cosine is not None,
+        )
+
+    def memory(self, rank: int, shapes: Shapes, num_microbatches: int | None = None) -> RankMemory:
+        """What a rank will hold. shapes: of its largest microbatch. num_microbatches: by default all."""
         return rank_memory(
             rank,
             self.plan,
             self.request.shape,
             self.activations(shapes),
             self.setting,
-            num_tokens=math.prod(shapes["input_ids"]),
+            self.course(shapes, num_microbatches),
             scale=self.config.init.scale,
         )
 
-    def worst(self, shapes: Shapes) -> RankMemory:
+    def worst(self, shapes: Shapes, num_microbatches: int | None = None) -> RankMemory:
         """Of the rank that needs most."""
         plan, work = self.plan, [0] * self.world_size
         for target in plan.targets:
@@ -136,7 +244,7 @@ class Forecaster:
         scale = self.config.init.scale
         workspace = {target.name: weight_workspace_bytes(plan, scale, target) or 0 for target in plan.targets}
         ranks = {0, work.index(max(work)), plan.owners[max(workspace, key=workspace.__getitem__)]}
-        return max((self.memory(rank, shapes) for rank in ranks), key=lambda found: found.peak_bytes)
+        return max((self.memory(rank, shapes, num_microbatches) for rank in ranks), key=lambda found: found.peak_bytes)
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -163,16 +271,14 @@ class Forecaster:
         return {"input_ids": (size, length), "attention_mask": (size, length), "labels": labels}
 
     def changed(self, **sections: dict[str, Any]) -> Forecaster:
-        """The same request with some keys changed."""
+        """The same request with some keys changed, and no way chosen."""
         update = {name: getattr(self.config, name).model_copy(update=keys) for name, keys in sections.items()}
-        return replace(self, request=replace(self.request, config=self.config.model_copy(update=update)))
+        request = replace(self.request, config=self.config.model_copy(update=update))
+        return replace(self, request=request, chosen=None)
 
-
-def verdict(peak_bytes: int, limit_bytes: float) -> str:
-    """`fits`, `tight` (the plan is not exact enough to say) or `too large`."""
-    if peak_bytes <= (1 - MARGIN) * limit_bytes:
-        return "fits"
-    return "tight" if peak_bytes <= (1 + MARGIN) * limit_bytes else "too large"
+    def peak_within(self, limit_bytes: float, **changes: int) -> int:
+        """Of the way that fits there; changes: to this forecaster."""
+        return replace(self, chosen=None, **changes).fitting(Room(device_bytes=limit_bytes)).peak_bytes
 
 
 def refuse_what_cannot_fit(planned: RankMemory, forecaster: Forecaster, world: World) -> None:
@@ -199,6 +305,8 @@ def advice(forecaster: Forecaster, limit_bytes: float) -> list[str]:
     def judged(peak_bytes: int) -> str:
         return f"{_gib(peak_bytes)} GiB ({verdict(peak_bytes, limit_bytes)})"
 
+    if forecaster.chosen is None:
+        forecaster = forecaster.fitting(Room(device_bytes=limit_bytes))
     now, world_size = forecaster.peak_bytes, forecaster.world_size
     if verdict(now, limit_bytes) == "fits":
         return _fewer_sweeps(forecaster, limit_bytes)
@@ -207,14 +315,15 @@ def advice(forecaster: Forecaster, limit_bytes: float) -> list[str]:
         lines.append(_ranks_that_fit(forecaster, limit_bytes))
     all_changes: dict[str, dict[str, Any]] = {}
     for text, section, keys in _changes(forecaster.config):
-        peak = forecaster.changed(**{section: keys}).peak_bytes
+        peak = forecaster.changed(**{section: keys}).peak_within(limit_bytes)
         if peak < 0.99 * now:
             lines.append(f"{text}: {judged(peak)}")
             all_changes[section] = all_changes.get(section, {}) | keys
     if sum(map(len, all_changes.values())) > 1:
         together = forecaster.changed(**all_changes)
-        lines.append(f"all of these: {judged(together.peak_bytes)}")
-        if verdict(together.peak_bytes, limit_bytes) != "fits":
+        peak = together.peak_within(limit_bytes)
+        lines.append(f"all of these: {judged(peak)}")
+        if verdict(peak, limit_bytes) != "fits":
             lines.append(f"with all of these, {_ranks_that_fit(together, limit_bytes)}")
     if not forecaster.on_host and not forecaster.setting.weights_on_host and world_size > 1:
         weights = forecaster.request.shape.partition_bytes(world_size)
@@ -226,14 +335,14 @@ def advice(forecaster: Forecaster, limit_bytes: float) -> list[str]:
 
 
 def _fewer_sweeps(forecaster: Forecaster, limit_bytes: float) -> list[str]:
-    """The smallest budget with which one sweep over the data does, or else half of the sweeps, if that fits."""
+    """In model order: the smallest budget with which one sweep over the data does, or else half of them, if it fits."""
     sweeps = forecaster.plan.groups
-    if not sweeps:
+    if not sweeps or forecaster.way.order.blocks is not None:
         return []
     everything = sum(Plan.state_bytes(sweep) for sweep in sweeps) / 2**30
     for wanted in sorted({1, -(-len(sweeps) // 2)} - {len(sweeps)}):
         budget = math.ceil(10.5 * everything / wanted) / 10
-        changed = forecaster.changed(gradient={"state_budget_gib": budget})
+        changed = replace(forecaster.changed(gradient={"state_budget_gib": budget}), chosen=forecaster.way)
         peak, count = changed.peak_bytes, len(changed.plan.groups)
         if verdict(peak, limit_bytes) == "fits" and count < len(sweeps):
             return [f"gradient.state_budget_gib {budget:g}: {count} instead of {len(sweeps)} sweeps, {_gib(peak)} GiB"]
@@ -243,8 +352,10 @@ def _fewer_sweeps(forecaster: Forecaster, limit_bytes: float) -> list[str]:
 def _changes(config: InitConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Settings that cost time or tokens and save memory: what to write, section, keys."""
     gradient, calibration = config.gradient, config.calibration
+    if gradient.order == "model":
+        yield "gradient.order auto", "gradient", {"order": "auto"}
     if gradient.checkpointing == "none":
-        yield "gradient.checkpointing non_reentrant", "gradient", {"checkpointing": "non_reentrant"}
+        yield "gradient.checkpointing auto", "gradient", {"checkpointing": "auto"}
     if calibration.per_device_batch_size > 1:
         yield "calibration.per_device_batch_size 1", "calibration", {"per_device_batch_size": 1}
     if calibration.max_length >= 512:
@@ -260,7 +371,7 @@ def _ranks_that_fit(forecaster: Forecaster, limit_bytes: float) -> str:
     """The fewest ranks that hold the plan, by bisection: more ranks never need more each."""
 
     def peak_bytes(world_size: int) -> int:
-        return replace(forecaster, world_size=world_size).peak_bytes
+        return forecaster.peak_within(limit_bytes, world_size=world_size)
 
     low, high = forecaster.world_size, MOST_RANKS
     if verdict(peak_bytes(high), limit_bytes) != "fits":

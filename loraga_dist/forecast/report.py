@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.config import Checkpointing
 from loraga_dist.errors import printable
-from loraga_dist.forecast.activations import Shapes
-from loraga_dist.forecast.forecaster import Forecaster, advice, verdict
-from loraga_dist.forecast.memory import RankMemory, Work, work
+from loraga_dist.forecast.calibration import KEPT_INPUTS, Course
+from loraga_dist.forecast.forecaster import Forecaster, advice
+from loraga_dist.forecast.ledger import Shapes
+from loraga_dist.forecast.memory import RankMemory
 from loraga_dist.forecast.speed import measured_tflops
+from loraga_dist.forecast.ways import Room, Way, verdict
+from loraga_dist.forecast.work import Work, work
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target
@@ -36,6 +39,8 @@ _GIB = 2**30
 _SECONDS_UNTIL_MINUTES = 120
 _LABEL = 16
 """Columns of the names of the text's lines."""
+_LEAST_LABEL = 12
+"""Of a table's rows, where columns are many."""
 _LEAST_COLUMNS = 80
 _COLUMNS = 110
 """Where there is no terminal."""
@@ -63,8 +68,10 @@ class Kind(NamedTuple):
 class PlanReport:
     """Everything the plan says; what it asks the forecaster for is asked once. Memory is of the rank that needs most.
 
+    forecaster: where no way is chosen, the plan is for the one that fits `gib_per_rank`.
     shapes, num_sequences, num_tokens: of the calibration data where it has been read; else the most that the config
     allows.
+    link_gbps: what a rank receives, in 10^9 bits a second.
     """
 
     forecaster: Forecaster
@@ -73,17 +80,26 @@ class PlanReport:
     num_tokens: int | None = None
     gib_per_rank: float | None = None
     device_tflops: float | None = None
+    link_gbps: float | None = None
 
     @cached_property
-    def forecaster_of_device(self) -> Forecaster:
-        """Where the memory of a device is known, for such devices."""
-        if self.gib_per_rank is None:
+    def fitted(self) -> Forecaster:
+        """On the way that is taken."""
+        if self.forecaster.chosen is not None:
             return self.forecaster
-        return replace(self.forecaster, device_bytes=self.gib_per_rank * _GIB)
+        return self.forecaster.fitting(Room(device_bytes=self.limit_bytes), self.largest)
+
+    @property
+    def limit_bytes(self) -> float | None:
+        return None if self.gib_per_rank is None else self.gib_per_rank * _GIB
+
+    @property
+    def way(self) -> Way:
+        return self.fitted.way
 
     @property
     def plan(self) -> Plan:
-        return self.forecaster.plan
+        return self.fitted.plan
 
     @cached_property
     def largest(self) -> Shapes:
@@ -92,11 +108,35 @@ class PlanReport:
 
     @cached_property
     def memory(self) -> RankMemory:
-        return self.forecaster_of_device.worst(self.largest)
+        return self.fitted.worst(self.largest)
 
-    def peak_bytes_with(self, checkpointing: Checkpointing) -> int:
-        changed = self.forecaster_of_device.changed(gradient={"checkpointing": checkpointing})
-        return changed.worst(self.largest).peak_bytes
+    @cached_property
+    def peak_bytes_by_way(self) -> dict[str, int]:
+        """Of all ways that the settings allow, if everything is kept."""
+        candidates = (replace(self.fitted, chosen=way) for way in self.fitted.ways())
+        return {each.way.title: each.worst(self.largest).peak_bytes for each in candidates} | {
+            self.way.title: self.memory.peak_bytes
+        }
+
+    @cached_property
+    def course(self) -> Course:
+        return self.fitted.course(self.largest)
+
+    @cached_property
+    def kept_bytes(self) -> int:
+        """Inputs of blocks, of a rank."""
+        activations = self.fitted.activations(self.largest)
+        if activations is None or activations.in_blocks is None:
+            return 0
+        num_kept = len(self.fitted.request.shape.numels_of_blocks) + 1
+        return self.course.chunk * num_kept * activations.in_blocks.hidden_bytes
+
+    @property
+    def num_sweeps(self) -> int:
+        """How often the data goes through the model from its start, and back."""
+        if self.plan.order.blocks is None or self.course.num_chunks > 1:
+            return len(self.course.sweeps)
+        return min(1, len(self.plan.groups))
 
     @property
     def num_used(self) -> int:
@@ -122,12 +162,19 @@ class PlanReport:
         return work(
             self.plan,
             self.forecaster.request.shape,
+            self.fitted.setting,
+            self.course,
             num_tokens=self.num_tokens or self.num_used * self.tokens_per_sequence,
-            microbatches_per_rank=self.microbatches_per_rank,
-            world_size=self.forecaster.world_size,
-            checkpointed=gradient.checkpointing != "none",
+            recomputes=self.way.checkpointing != "none",
             refine_passes=0 if gradient.refine_passes == "auto" else gradient.refine_passes,
         )
+
+    @property
+    def link_seconds(self) -> float | None:
+        """Of receiving alone; None where the link is not known."""
+        if self.link_gbps is None:
+            return None
+        return sum(self.work.traffic_bytes_per_rank.values()) * 8 / (self.link_gbps * 1e9)
 
     @property
     def is_measured(self) -> bool:
@@ -162,10 +209,20 @@ class PlanReport:
 
     @property
     def calibration(self) -> str:
-        """In a line: what is done, and how long it takes."""
-        sweeps = f" in each of {len(self.plan.groups)} sweeps" if len(self.plan.groups) > 1 else ""
+        """In a line: what is done, which way, and how long it takes."""
+        sweeps = f" in each of {self.num_sweeps} sweeps" if self.num_sweeps > 1 else ""
         time = "" if self.seconds is None else f", {_duration(self.seconds)} of arithmetic"
-        return f"{self.microbatches_per_rank} microbatches per rank{sweeps}{time}"
+        return f"{self.microbatches_per_rank} microbatches per rank{sweeps}{time}; {self.way_taken}"
+
+    @property
+    def way_taken(self) -> str:
+        """With what is kept between blocks, and where."""
+        if self.plan.order.blocks is None or not self.plan.groups:
+            return self.way.title
+        course, directory = self.course, self.way.keeping.directory
+        together = "all" if course.num_chunks == 1 else f"{course.chunk} microbatches"
+        where = "memory" if directory is None else str(directory)
+        return f"{self.way.title}, {together} together: {_gib(self.kept_bytes)} GiB of inputs of blocks in {where}"
 
     @property
     def kinds(self) -> dict[Kind, int]:
@@ -191,7 +248,9 @@ class PlanReport:
 
     @property
     def disk_bytes(self) -> dict[str, int]:
-        return Layout.of(self.forecaster.request).num_bytes
+        """Of the output; and while it is made, what is kept of calibration."""
+        kept = {KEPT_INPUTS: self.kept_bytes} if self.way.keeping.directory else {}
+        return Layout.of(self.forecaster.request).num_bytes | kept
 
     @property
     def dtype(self) -> str:
@@ -199,13 +258,11 @@ class PlanReport:
 
     @property
     def verdict(self) -> str | None:
-        return None if self.gib_per_rank is None else verdict(self.memory.peak_bytes, self.gib_per_rank * _GIB)
+        return None if self.limit_bytes is None else verdict(self.memory.peak_bytes, self.limit_bytes)
 
     @cached_property
     def advice(self) -> list[str]:
-        if self.gib_per_rank is None:
-            return []
-        return advice(self.forecaster_of_device, self.gib_per_rank * _GIB)
+        return [] if self.limit_bytes is None else advice(self.fitted, self.limit_bytes)
 
     def as_json(self) -> dict[str, Any]:
         """Sizes are bytes."""
@@ -234,7 +291,17 @@ class PlanReport:
             "targets": [kind._asdict() | {"count": count} for kind, count in self.kinds.items()],
             "owners": {"targets_per_rank": [len(mine) for mine in self.owned], "busiest_to_mean": self.busiest_to_mean},
             "rank_budget": self.budget,
-            "sweeps": {
+            "order": {
+                "name": plan.order.name,
+                "why": plan.order.why,
+                "from_disk": self.way.from_disk,
+                "checkpointing": self.way.checkpointing if plan.order.blocks is None else None,
+                "microbatches_together": self.course.chunk if plan.groups else None,
+                "kept_bytes": self.kept_bytes,
+                "kept_in": None if self.way.keeping.directory is None else str(self.way.keeping.directory),
+            },
+            "sweeps": {"count": self.num_sweeps},
+            "groups": {
                 "count": len(plan.groups),
                 "targets": [len(group) for group in plan.groups],
                 "state_bytes": [plan.state_bytes(group) for group in plan.groups],
@@ -243,8 +310,7 @@ class PlanReport:
                 "peak_bytes": memory.peak_bytes,
                 "peak_phase": memory.peak_phase,
                 "host_peak_bytes": memory.host_peak_bytes,
-                "peak_bytes_without_checkpointing": self.peak_bytes_with("none"),
-                "peak_bytes_with_checkpointing": self.peak_bytes_with("non_reentrant"),
+                "peak_bytes_by_way": self.peak_bytes_by_way,
                 "partition_bytes": shape.partition_bytes(self.forecaster.world_size),
                 "largest_gathered_module_bytes": shape.largest_module_numel * shape.num_bytes_each,
                 "activations_known": memory.activations_known,
@@ -255,6 +321,7 @@ class PlanReport:
             "traffic_bytes_per_rank": self.work.traffic_bytes_per_rank,
             "flops": self.work.flops,
             "seconds": self.seconds,
+            "link_seconds": self.link_seconds,
             "gib_per_rank": self.gib_per_rank,
             "verdict": self.verdict,
             "advice": self.advice,
@@ -270,7 +337,7 @@ def print_plan(report: PlanReport) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"gib": _gib, "spread": _spread, "duration": _duration}
+    environment.filters |= {"gib": _gib, "spread": _spread, "duration": _duration, "time": _time}
     lines = environment.get_template("plan.txt.j2")
     width = max(_LEAST_COLUMNS, shutil.get_terminal_size((_COLUMNS, 24)).columns)
     console = Console(highlight=False, markup=False, width=width)
@@ -299,8 +366,8 @@ def _targets_table(report: PlanReport) -> Table:
 
 def _memory_table(memory: RankMemory) -> Table:
     """A column for each phase, which are fewer than what is held in them."""
-    table = Table(title="GiB on the rank that needs most")
-    table.add_column("in phase")
+    table = Table(title="GiB on the rank that needs most", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("in phase", min_width=_LEAST_LABEL)
     for phase in memory.device:
         table.add_column(phase, justify="right", no_wrap=True)
     for side, phases in (("", memory.device), ("host: ", memory.host)):
@@ -327,3 +394,7 @@ def _duration(seconds: Mapping[str, float]) -> str:
     if most < _SECONDS_UNTIL_MINUTES:
         return f"{least:.2g} to {most:.2g} seconds"
     return f"{least / 60:.1f} to {most / 60:.1f} minutes"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2g} seconds" if seconds < _SECONDS_UNTIL_MINUTES else f"{seconds / 60:.1f} minutes"

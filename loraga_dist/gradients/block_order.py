@@ -11,20 +11,20 @@ it is known, at no gather, that blocks are called as the stubs recorded and that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from loraga_dist.data.losses import IGNORED, Loss, cross_entropy_sum
+from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.errors import LoragaError, unforeseen
 from loraga_dist.gradients.forward import full_float32_matmul
+from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.kept import Keeping, KeptInputs
 from loraga_dist.gradients.route import Route, Take
 from loraga_dist.gradients.stubs import Call, Form, Stubs
@@ -32,12 +32,6 @@ from loraga_dist.gradients.taps import Sink, tapped
 from loraga_dist.model.blocks import Blocks
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.sharding.base import Sharding
-
-LOGITS_AT_ONCE = 2**25
-"""Tokens times vocabulary of which logits, their float32 copy, and its gradients are there at a time: 128 MiB each."""
-
-_TOLERANCE = 1e-5
-"""Relative, of the loss by blocks to the model's, in float32; lower precisions get their own epsilon."""
 
 
 class NotInBlocks(Exception):
@@ -74,7 +68,6 @@ class BlockOrder(Route):
     ) -> None:
         self._model = model
         self._blocks = blocks.of(model)
-        self._loss = loss
         self._sharding = sharding
         self._on_way = on_way
         self._top = blocks.count
@@ -86,13 +79,15 @@ class BlockOrder(Route):
         in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
         self._outside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
         self._stubs = Stubs(model, self._blocks, sharding.world.device)
+        self._by_token = loss.by_token
+        self._head = Head(model, self._stubs, loss)
         self._kept = KeptInputs(keeping.directory, sharding.world.device)
         self._trusted = False
         self._chunk: tuple[int, ...] = ()
         """Numbers of the microbatches that are on their way."""
         self._stage = self._top
         self._calls: list[list[Call]] = []
-        self._losses: list[Tensor] = []
+        self._losses: dict[int, Tensor] = {}
         self._upper: dict[int, Tensor] = {}
         """Gradients at the output of this stage, by microbatch; at the top there are none."""
         self._lower: dict[int, Tensor] = {}
@@ -130,7 +125,7 @@ class BlockOrder(Route):
         """Forward, and the losses; the outside parameters stay held for the backward of the top stage."""
         self._held.close()
         self._kept.clear()
-        self._upper, self._lower, self._stage = {}, {}, self._top
+        self._upper, self._lower, self._losses, self._stage = {}, {}, {}, self._top
         self._held.enter_context(self._sharding.hold(self._outside, then=self._blocks[0].parameters()))
         with torch.no_grad():
             if self._trusted:
@@ -142,17 +137,19 @@ class BlockOrder(Route):
                     self._on_way.pause()
             else:
                 logits = self._forward_driven(chunk)
-                self._agree(lambda: self._compare(chunk[0], logits))
+                hidden = self._kept.get(self._top, 0)
+                self._agree(lambda: self._head.difference(chunk[0], hidden, logits))
                 self._trusted = True
-                del logits
-        self._losses = [self._leave(microbatch, at) for at, microbatch in enumerate(chunk)]
+                del logits, hidden
+        for at, microbatch in enumerate(chunk):
+            self._backward(microbatch, at)
 
     def _enter(self, chunk: Sequence[Microbatch]) -> str | None:
         """Keep the first block's inputs, and how blocks are called; what speaks against going by blocks."""
         self._calls = []
         for at, microbatch in enumerate(chunk):
             # nobody reads these logits, which are large
-            entry = self._stubs.enter(microbatch, self._behind, 1 if self._loss.by_token else None)
+            entry = self._stubs.enter(microbatch, self._behind, 1 if self._by_token else None)
             if entry.early:
                 return f"the target {entry.early[0]} runs before the last of them"
             self._kept.put(0, at, entry.hidden)
@@ -197,7 +194,7 @@ class BlockOrder(Route):
             self._on_way.pause()
             return outputs[0]
 
-        return self._stubs.run(chunk[0], on_block, self._tokens_at_once(chunk[0]))
+        return self._stubs.run(chunk[0], on_block, self._head.tokens_at_once(chunk[0]))
 
     def _drive(self, index: int, hidden: Tensor, call: Call) -> tuple[Any, bool]:
         """A block's output, and whether it has inputs that it was not called with: a graph knows."""
@@ -224,59 +221,10 @@ class BlockOrder(Route):
             if of_rank is not None:
                 raise NotInBlocks(f"{type(self._model).__name__} is no sequence of its blocks; {of_rank}")
 
-    def _compare(self, microbatch: Microbatch, logits: Tensor) -> str | None:
-        """Hold what stubs make of the first microbatch's last hidden states against what the model made of them."""
-        hidden, num_tokens = self._kept.get(self._top, 0), self._tokens_at_once(microbatch)
-        predicted = self._loss.predicted(microbatch.inputs["labels"])[..., :num_tokens]
-        wanted = cross_entropy_sum(logits[:, :num_tokens], predicted).item()
-        # in two parts, of which one does not begin where the sequence does
-        parts = [None] if num_tokens is None else _parts(num_tokens, -(-num_tokens // 2))
-        by_blocks = sum(self._loss_of(microbatch, hidden, part).item() for part in parts)
-        tolerance = max(_TOLERANCE, 4 * torch.finfo(logits.dtype).eps) * max(abs(wanted), 1.0)
-        if math.isfinite(wanted) and not abs(by_blocks - wanted) <= tolerance:
-            return f"the first loss is {by_blocks:.8g} by blocks and {wanted:.8g} by the model"
-        return None
-
-    def _leave(self, microbatch: Microbatch, at: int) -> Tensor:
-        """The loss, and its gradient at the output of the last block; of long sequences by some tokens at a time."""
-        hidden, num_tokens = self._kept.get(self._top, at), self._tokens_at_once(microbatch)
-        leaf = hidden.detach().requires_grad_()
-        total = torch.zeros((), device=hidden.device)
-        for part in [None] if num_tokens is None else _parts(hidden.shape[1], num_tokens):
-            with torch.enable_grad():
-                loss = self._loss_of(microbatch, leaf, part)
-            if loss.requires_grad:
-                loss.backward()
-            total += loss.detach()
-        self._lower[at] = torch.zeros_like(hidden) if leaf.grad is None else leaf.grad
-        return total
-
-    def _loss_of(self, microbatch: Microbatch, hidden: Tensor, part: slice | None) -> Tensor:
-        """Of all tokens or a part of each sequence's, by the hidden states after the last block."""
-        predicted = self._loss.predicted(microbatch.inputs["labels"])
-        if part is None:
-            return cross_entropy_sum(self._stubs.leave(microbatch, hidden), predicted)
-        if not (predicted[:, part] != IGNORED).any():
-            return torch.zeros((), device=hidden.device)
-        length = hidden.shape[1]
-        inputs = {
-            name: tensor[:, part] if tensor.dim() > 1 and tensor.shape[1] == length else tensor
-            for name, tensor in microbatch.inputs.items()
-        }
-        logits = self._stubs.leave(replace(microbatch, inputs=inputs), hidden[:, part])
-        return cross_entropy_sum(logits, predicted[:, part])
-
-    def _tokens_at_once(self, microbatch: Microbatch) -> int | None:
-        """How many of each sequence's logits there is room for; None if for all, or if they are not of tokens."""
-        size, length = microbatch.inputs["input_ids"].shape[:2]
-        config: Any = self._model.config
-        fitting = max(1, LOGITS_AT_ONCE // (size * config.get_text_config().vocab_size))
-        return fitting if self._loss.by_token and fitting < length else None
-
     def _backward(self, microbatch: Microbatch, at: int) -> None:
         """One microbatch through the stage that is held."""
         if self._stage == self._top:
-            self._leave(microbatch, at)
+            self._losses[at], self._lower[at] = self._head.backward(microbatch, self._kept.get(self._top, at))
             return
         hidden = self._kept.get(self._stage, at).detach()
         wanted = self._stage > self._lowest and at not in self._lower
@@ -304,11 +252,6 @@ class BlockOrder(Route):
     def _holding(self, index: int, then: int) -> AbstractContextManager[None]:
         following = self._blocks[then].parameters() if 0 <= then < self._top else ()
         return self._sharding.hold(self._blocks[index].parameters(), then=following)
-
-
-def _parts(length: int, num_tokens: int) -> list[slice]:
-    """A sequence by so many tokens at a time."""
-    return [slice(start, min(length, start + num_tokens)) for start in range(0, length, num_tokens)]
 
 
 def _sources(result: Tensor) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from loraga_dist.engines.home import StateHome
 from loraga_dist.errors import RunError
 from loraga_dist.files.checkpoint import Checkpoint
 from loraga_dist.gradients.block_order import BlockOrder, OnWay
-from loraga_dist.gradients.checkpointer import Checkpointer
+from loraga_dist.gradients.checkpointer import ORDER, Checkpointer
 from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
 from loraga_dist.gradients.kept import Keeping
@@ -27,6 +27,7 @@ from loraga_dist.gradients.observer import Observer
 from loraga_dist.gradients.passes import Position, chunks_of, is_time_to_look, median_cosine, steps_to_reach
 from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.linalg import TruncatedSVD
+from loraga_dist.model.blocks import Order
 from loraga_dist.model.plan import Plan, sweep_end
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.ranks.progress import Clock, Progress, phase
@@ -101,7 +102,10 @@ class _Calibrator:
         config, order = self._request.config, self._plan.order
         loss = LOSSES[config.lora.task_type]
         if order.blocks is None:
-            return ModelOrder(self._model, loss, sharding=self._sharding, checkpointing=config.gradient.checkpointing)
+            checkpointing = config.gradient.checkpointing
+            if checkpointing == "auto":
+                checkpointing = "non_reentrant" if self._keeping.recomputes else "none"
+            return ModelOrder(self._model, loss, sharding=self._sharding, checkpointing=checkpointing)
         return BlockOrder(
             self._model,
             order.blocks,
@@ -159,7 +163,7 @@ class _Calibrator:
             self._owned |= owned
             self._at = Position(group=index + 1)
             if self._checkpointer is not None:
-                self._checkpointer.finish_group(_finished_state(facts, owned, self._used))
+                self._checkpointer.finish_group(_finished_state(facts, owned, self._used, self._plan.order))
         self._engines = []
         self._save_if_due()
 
@@ -300,7 +304,9 @@ class _Calibrator:
     def _save_if_due(self) -> None:
         """Where nothing is half done: save if it is time, leave if that was asked for. A collective."""
         if self._checkpointer is not None:
-            self._checkpointer.save_if_due(self._state_within if self._engines else None)
+            at = self._at
+            is_new = bool(at.refinement or at.num_microbatches or at.num_groups_ahead)
+            self._checkpointer.save_if_due(self._state_within if is_new else None)
 
     def _state_within(self) -> EngineState:
         """All that a later run needs to go on within a sweep; a collective."""
@@ -309,6 +315,7 @@ class _Calibrator:
             "position": asdict(self._at),
             "data": asdict(self._used),
             "engines": [state.content for state in states],
+            ORDER: self._plan.order.as_json(),
         }
         return EngineState(content, {name: tensor for state in states for name, tensor in state.tensors.items()})
 
@@ -335,11 +342,13 @@ def _finished_state(
     facts: Mapping[str, GradientFacts],
     owned: Mapping[str, TruncatedSVD],
     used: DataUsed,
+    order: Order,
 ) -> EngineState:
     """A group's results, as a later run takes them."""
     content = {
         "facts": {name: asdict(of_target) for name, of_target in facts.items()},
         "data": asdict(used),
+        ORDER: order.as_json(),
     }
     tensors = {f"{name}.{part}": tensor for name, svd in owned.items() for part, tensor in vars(svd).items()}
     return EngineState(content, tensors)

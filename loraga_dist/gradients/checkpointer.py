@@ -24,6 +24,9 @@ from loraga_dist.ranks.world import World, dotted
 BEGAN = "began"
 """In a saved state: when the work began, as its clock has it."""
 
+ORDER = "order"
+"""In which the model is gone through: another number of ranks might choose another."""
+
 _FORMAT = 6
 """Of saved states; one of another number is other work."""
 

@@ -1,4 +1,4 @@
-"""The hidden states between blocks that backward will want: in host memory, or in a file."""
+"""The hidden states between blocks that backward will want: in host memory, or in a file; and which of the two."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraga_dist.config import GradientConfig
 from loraga_dist.engines.home import StateHome
-from loraga_dist.errors import RunError
+from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.safetensors_io import as_bytes
 
 
@@ -25,6 +26,69 @@ class Keeping:
     """Of one rank; None for all that there are."""
     directory: Path | None = None
     """For files; None for host memory."""
+    recomputes: bool = True
+    """Model order, where gradient.checkpointing is auto: blocks are computed again instead of kept."""
+
+
+SHARE = 0.5
+"""Of what is free, the most that is taken: the rest is for what nobody counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeSpace:
+    """What is free for one rank's kept inputs, in bytes; None without a limit."""
+
+    memory_bytes: float | None = None
+    files_bytes: float | None = None
+    """In the directory."""
+    directory: Path
+    """The user's, or where files go by default."""
+
+
+def choose_keeping(
+    *, kept_bytes: int, resident_bytes: int, num_microbatches: int, free: FreeSpace, gradient: GradientConfig
+) -> Keeping:
+    """Choose how many microbatches go through the blocks together, and where they are kept: all, if possible in memory.
+
+    kept_bytes: of one microbatch, in memory or in files. resident_bytes: of one, in memory either way.
+    num_microbatches: of one rank.
+
+    Raises UserError where not one microbatch has room, or fewer than gradient.chunk_microbatches or in another place
+    than gradient.activations_dir.
+    """
+
+    def fitting(free_bytes: float | None, bytes_each: int) -> int:
+        if free_bytes is None or not bytes_each:
+            return num_microbatches
+        return max(0, int(SHARE * free_bytes // bytes_each))
+
+    chunk = gradient.chunk_microbatches
+    wanted = num_microbatches if chunk == "auto" else min(chunk, num_microbatches)
+    in_files = min(fitting(free.files_bytes, kept_bytes), fitting(free.memory_bytes, resident_bytes))
+    in_memory = 0 if gradient.activations_dir else fitting(free.memory_bytes, kept_bytes + resident_bytes)
+    best = max(in_memory, in_files)
+    if best < wanted and (chunk != "auto" or not best):
+        gib = (kept_bytes + resident_bytes) / 2**30
+        where = "" if gradient.activations_dir else f" in memory ({_gib(free.memory_bytes)}) and"
+        problem = (
+            f"a microbatch's inputs of blocks take {gib:.2f} GiB, of which there may be half of what is free{where} "
+            f"in {free.directory} ({_gib(free.files_bytes)})"
+        )
+        if best:
+            raise UserError("gradient.chunk_microbatches", chunk, f"{problem}; write auto, or {best} at most")
+        raise UserError(
+            "gradient.activations_dir",
+            gradient.activations_dir,
+            f"{problem}; name a directory with more room, or lower calibration.max_length",
+        )
+    return Keeping(
+        chunk_microbatches=None if best >= num_microbatches == wanted else min(best, wanted),
+        directory=None if in_memory >= min(wanted, best) else free.directory,
+    )
+
+
+def _gib(num_bytes: float | None) -> str:
+    return "no limit" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
 
 
 class KeptInputs:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +14,12 @@ from torch import nn
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.errors import RunError
 from loraga_dist.gradients.forward import forward, full_float32_matmul
+from loraga_dist.gradients.head import Head
+from loraga_dist.gradients.stubs import Form, Stubs
 from loraga_dist.gradients.taps import Sink, tapped
+from loraga_dist.model.blocks import find_blocks
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.sharding.base import Sharding
 
@@ -36,6 +42,26 @@ class Route(ABC):
         """
 
 
+@dataclass
+class LongSequences:
+    """What takes long sequences through the head in parts; of a model that is a sequence of blocks."""
+
+    last: nn.Module
+    stubs: Stubs
+    head: Head
+    trusted: bool = False
+    """It was seen to give the model's own loss."""
+
+    @classmethod
+    def of(cls, model: nn.Module, loss: Loss, device: torch.device) -> LongSequences | None:
+        found = find_blocks(model)
+        if found is None:
+            return None
+        blocks = found.of(model)
+        stubs = Stubs(model, blocks, device)
+        return cls(blocks[-1], stubs, Head(model, stubs, loss))
+
+
 class ModelOrder(Route):
     """Forward and backward of the whole model for one microbatch after the other."""
 
@@ -44,6 +70,8 @@ class ModelOrder(Route):
         self._loss = loss
         self._sharding = sharding
         self._checkpointing: Checkpointing = checkpointing
+        # ranks that gather by collectives have sequences of other lengths
+        self._long = None if sharding.is_sharded else LongSequences.of(model, loss, sharding.world.device)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -56,7 +84,9 @@ class ModelOrder(Route):
     @contextmanager
     def showing(self, chunk: Sequence[Microbatch], names: Sequence[str], sink: Sink) -> Iterator[Take]:
         def take(microbatch: Microbatch) -> torch.Tensor:
-            logits = forward(self._called, microbatch, self._sharding.world.device)
+            if self._long is not None and self._long.head.tokens_at_once(microbatch) is not None:
+                return self._take_long(microbatch, self._long)
+            logits = self._forward(microbatch)
             return_freed_memory()  # holes that blocks left; the logits and their loss are often the peak
             loss = self._loss(logits, microbatch.inputs["labels"])
             del logits
@@ -66,3 +96,33 @@ class ModelOrder(Route):
 
         with tapped(self._called, names, sink, checkpointing=self._checkpointing), full_float32_matmul():
             yield take
+
+    def _forward(self, microbatch: Microbatch) -> torch.Tensor:
+        return forward(self._called, microbatch, self._sharding.world.device)
+
+    def _take_long(self, microbatch: Microbatch, long: LongSequences) -> torch.Tensor:
+        """Of a long sequence: from the last block on by some tokens at a time."""
+        kept: list[torch.Tensor] = []
+
+        def shorten(module: nn.Module, args: Any, output: Any) -> Any:
+            long.stubs.form = Form.of(output)
+            kept.append(long.stubs.form.hidden(output))
+            num_tokens = long.head.tokens_at_once(microbatch) if not long.trusted else 1
+            return long.stubs.form.wrap(kept[0][:, :num_tokens].detach())
+
+        handle = long.last.register_forward_hook(shorten)
+        try:
+            logits = self._forward(microbatch)
+        finally:
+            handle.remove()
+        hidden = kept[0]
+        with long.stubs.installed():
+            if not long.trusted:
+                difference = long.head.difference(microbatch, hidden.detach(), logits)
+                if difference is not None:
+                    raise RunError(f"calibrate: logits cannot be had by some tokens at a time: {difference}")
+                long.trusted = True
+            del logits
+            loss, gradient = long.head.backward(microbatch, hidden.detach())
+        hidden.backward(gradient)
+        return loss

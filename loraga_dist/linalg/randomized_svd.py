@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_MAX_ITERATIONS = 100
+_MOST_PRODUCTS = 100  # with G^T G, until vectors of a flat spectrum are left as they are; half of them in float32
+_MOST_DEGREE = 12  # of one filter
 _TOLERANCE = 1e-6  # sine between a computed and a true singular vector
 _RESIDUAL_FLOOR = 1e-12  # relative to the largest singular value; float64 products get no lower in practice
-_CHUNK_ELEMENTS = 2**22  # entries of G held in float64 at a time (32 MiB)
+_FLOAT32_FLOOR = 1e-6  # the same for float32 products
+_MOST_SPREAD = {torch.float32: 1e8, torch.float64: 1e12}  # of one filter's gains; beyond it, vectors drown in rounding
+_LEAST_CUT = 3e-8  # relative to the largest singular value: below it, all is rounding of float32
+_CHUNK_ELEMENTS = 2**19  # entries of G held in float64 at a time: 4 MiB, which stay in cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +49,9 @@ def truncated_svd(G_MN: Tensor, *, rank: int, oversampling: int, generator: torc
     Raises ValueError if G holds a NaN or an infinity.
 
     Source: Halko, Martinsson, Tropp 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1, iterated until a measured residual
-    is met. The next search space is span(V, residual, previous V) as in LOBPCG (Knyazev 2001), which takes about the
-    square root of the steps that power iterations take where the spectrum decays slowly.
+    is met. Between two Rayleigh-Ritz steps the vectors pass a Chebyshev polynomial of G^T G that is small below the
+    K-th singular value (Zhou, Saad, Tiago, Chelikowsky 2006), of the degree that the residual asks for. Where the
+    spectrum decays slowly, that takes about the square root of the products that powers take.
     """
     if not torch.stack(torch.aminmax(G_MN)).isfinite().all():
         raise ValueError("the matrix holds a NaN or an infinity")
@@ -55,32 +61,32 @@ def truncated_svd(G_MN: Tensor, *, rank: int, oversampling: int, generator: torc
         U_MK, S_K, Vh_KN = torch.linalg.svd(G_MN.double(), full_matrices=False)
         return _finished(U_MK[:, :width], S_K[:width], Vh_KN[:width])
 
-    start_NK = torch.randn(N, width, generator=generator, device=G_MN.device, dtype=torch.float64)
-    Q_NL = torch.linalg.qr(start_NK).Q
-    dtype = torch.float32
-    U_MK, S_K, V_NK = _rayleigh_ritz(G_MN, Q_NL, width, dtype)
-    previous_V_NK = V_NK[:, :0]
-    least_residual = float("inf")
-    for _ in range(_MAX_ITERATIONS):
-        residual_NK = _product(G_MN.T, U_MK, dtype) - V_NK * S_K
-        wanted = min(rank, numerical_rank(S_K, M, N))
-        residual_K = torch.linalg.vector_norm(residual_NK, dim=0)[:wanted]
+    start_NK = torch.randn(N, width, generator=generator, device=G_MN.device)
+    triplets = _rayleigh_ritz(G_MN, _back_product(G_MN, torch.linalg.qr(G_MN @ start_NK).Q))
+    products, least_residual = 0, float("inf")
+    while wanted := min(rank, numerical_rank(triplets.S_K, M, N)):
+        residual_K, S_K = triplets.residual_K[:wanted], triplets.S_K.double()
         # The residual is orthogonal to span(V), so what it does to vector i shrinks with the distance to S[-1], not
         # with the (possibly tiny) distance to the neighbouring singular values.
-        allowed_K = _TOLERANCE * (S_K[:wanted] - S_K[-1]) + _RESIDUAL_FLOOR * S_K[0]
-        converged = bool((residual_K <= allowed_K).all())
-        if converged and dtype is torch.float64:
+        aim_K = _TOLERANCE * (S_K[:wanted] - S_K[-1]) + _RESIDUAL_FLOOR * S_K[0]
+        in_double = triplets.V_NK.dtype is torch.float64
+        if in_double and (bool((residual_K <= aim_K).all()) or products >= _MOST_PRODUCTS):
             break
-        # fp32 products are cheaper but stop improving at fp32 rounding (or TF32, if the user allowed it) relative to
-        # S[0], and that rounding mixes close neighbours within the span: the last steps are taken in float64.
-        residual = float(residual_K.max()) if wanted else 0.0
-        if converged or residual > 0.9 * least_residual:
-            dtype = torch.float64
-        least_residual = min(least_residual, residual)
-        Q_NL = torch.linalg.qr(torch.cat([V_NK, residual_NK, previous_V_NK], dim=1)).Q
-        previous_V_NK = V_NK
-        U_MK, S_K, V_NK = _rayleigh_ritz(G_MN, Q_NL, width, dtype)
-    return _finished(U_MK, S_K, V_NK.T)
+        if not in_double:
+            # fp32 products are cheaper but stop improving at fp32 rounding (or TF32, if the user allowed it) relative
+            # to S[0], and that rounding mixes close neighbours within the span: the last steps are taken in float64.
+            fp32_aim_K, residual = aim_K.clamp(min=_FLOAT32_FLOOR * float(S_K[0])), float(residual_K.max())
+            reached = bool((residual_K <= fp32_aim_K).all()) or residual > 0.9 * least_residual
+            if reached or products >= _MOST_PRODUCTS // 2:
+                triplets = triplets.double()
+            else:
+                aim_K = fp32_aim_K
+            least_residual = min(least_residual, residual)
+        cut = max(float(S_K[-1]), _LEAST_CUT * float(S_K[0]))
+        degree = _degree(S_K[:wanted] / cut, residual_K / aim_K, triplets.V_NK.dtype)
+        triplets = _rayleigh_ritz(G_MN, _filtered(G_MN, triplets, cut, degree))
+        products += degree
+    return _finished(triplets.U_MK, triplets.S_K, triplets.V_NK.T)
 
 
 def truncated_svd_bytes(M: int, N: int, width: int) -> int:
@@ -112,19 +118,96 @@ def numerical_rank(S_K: Tensor, M: int, N: int) -> int:
     return int(S_K.gt(rounding).sum())
 
 
-def _rayleigh_ritz(G_MN: Tensor, Q_NL: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """U_MK, S_K, V_NK: the best `width` triplets of G with right vectors in the span of the orthonormal Q."""
-    basis_ML, R_LL = torch.linalg.qr(_product(G_MN, Q_NL, dtype))
-    U_LL, S_L, Vh_LL = torch.linalg.svd(R_LL, full_matrices=False)
-    return basis_ML @ U_LL[:, :width], S_L[:width], Q_NL @ Vh_LL[:width].T
+@dataclass(frozen=True)
+class _Ritz:
+    """The best `width` triplets of G with right vectors in some span: G V = U S."""
+
+    U_MK: Tensor
+    S_K: Tensor
+    V_NK: Tensor
+    back_NK: Tensor | None
+    """G^T U, V S and a residual; None if it is not known in the dtype of the others."""
+
+    @property
+    def residual_K(self) -> Tensor:
+        assert self.back_NK is not None
+        # float64, or the squares of a tiny gradient are zero
+        return torch.linalg.vector_norm(self.back_NK - self.V_NK * self.S_K, dim=0, dtype=torch.float64)
+
+    def double(self) -> _Ritz:
+        return _Ritz(self.U_MK.double(), self.S_K.double(), self.V_NK.double(), None)
 
 
-def _product(G_MN: Tensor, X_NL: Tensor, dtype: torch.dtype) -> Tensor:
-    """G @ X with products and sums in `dtype`, as float64; no float64 copy of all of G is ever made."""
-    if dtype is torch.float32:
-        return (G_MN @ X_NL.float()).double()
-    rows = max(1, _CHUNK_ELEMENTS // G_MN.shape[1])
-    return torch.cat([chunk.double() @ X_NL for chunk in G_MN.split(rows)])
+def _rayleigh_ritz(G_MN: Tensor, span_NK: Tensor) -> _Ritz:
+    """In the dtype of the span, products with G included."""
+    Q_NK = torch.linalg.qr(span_NK).Q
+    basis_MK, R_KK = torch.linalg.qr(_product(G_MN, Q_NK))
+    U_KK, S_K, Vh_KK = torch.linalg.svd(R_KK)
+    U_MK = basis_MK @ U_KK
+    return _Ritz(U_MK, S_K, Q_NK @ Vh_KK.T, _back_product(G_MN, U_MK))
+
+
+def _degree(ratio_K: Tensor, excess_K: Tensor, dtype: torch.dtype) -> int:
+    """The degree whose filter reduces all residuals as they need it.
+
+    ratio_K: wanted singular values over the cut. excess_K: residuals over what they shall be.
+    """
+    growth_K = torch.acosh((2 * ratio_K.square() - 1).clamp(min=1))
+    needed = float((torch.acosh(excess_K.clamp(min=1)) / growth_K).nan_to_num(posinf=_MOST_DEGREE).max())
+    spread = float(growth_K[0] - growth_K[-1])
+    most = math.log(_MOST_SPREAD[dtype]) / spread if spread > 0 else _MOST_DEGREE
+    return max(1, min(math.ceil(needed), int(most), _MOST_DEGREE))
+
+
+def _filtered(G_MN: Tensor, triplets: _Ritz, cut: float, degree: int) -> Tensor:
+    """T_degree(2 G^T G / cut^2 - 1) V: within 1 of zero below the cut, and fast growing above it."""
+    V_NK = triplets.V_NK
+
+    def step(image_NK: Tensor, X_NK: Tensor) -> Tensor:
+        return (2 / cut) * image_NK - X_NK
+
+    if triplets.back_NK is None:
+        first_NK = step(_squared_product(G_MN, V_NK, cut), V_NK)
+    else:
+        first_NK = step(triplets.back_NK * (triplets.S_K / cut), V_NK)
+    older_NK, newer_NK = V_NK, first_NK
+    for _ in range(degree - 1):
+        older_NK, newer_NK = newer_NK, 2 * step(_squared_product(G_MN, newer_NK, cut), newer_NK) - older_NK
+    return newer_NK
+
+
+def _product(G_MN: Tensor, X_NK: Tensor) -> Tensor:
+    """G @ X with products and sums in the dtype of X; no float64 copy of all of G is ever made."""
+    if X_NK.dtype is G_MN.dtype:
+        return G_MN @ X_NK
+    return torch.cat([rows.double() @ X_NK for rows in _chunks(G_MN)])
+
+
+def _back_product(G_MN: Tensor, X_MK: Tensor) -> Tensor:
+    """G^T @ X, likewise."""
+    if X_MK.dtype is G_MN.dtype:
+        return (X_MK.T @ G_MN).T  # a good deal faster than G^T X on CPUs
+    sum_NK = X_MK.new_zeros(G_MN.shape[1], X_MK.shape[1])
+    done = 0
+    for rows in _chunks(G_MN):
+        sum_NK.addmm_(rows.double().T, X_MK[done : done + len(rows)])
+        done += len(rows)
+    return sum_NK
+
+
+def _squared_product(G_MN: Tensor, X_NK: Tensor, cut: float) -> Tensor:
+    """G^T (G X / cut), likewise; scaled in between, so that nothing leaves the range of float32."""
+    if X_NK.dtype is G_MN.dtype:
+        return _back_product(G_MN, (G_MN @ X_NK) / cut)
+    sum_NK = torch.zeros_like(X_NK)
+    for rows in _chunks(G_MN):
+        wide = rows.double()
+        sum_NK.addmm_(wide.T, wide @ X_NK, alpha=1 / cut)
+    return sum_NK
+
+
+def _chunks(G_MN: Tensor) -> tuple[Tensor, ...]:
+    return G_MN.split(max(1, _CHUNK_ELEMENTS // G_MN.shape[1]))
 
 
 def _finished(U_MK: Tensor, S_K: Tensor, Vh_KN: Tensor) -> TruncatedSVD:

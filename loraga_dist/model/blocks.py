@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.nn import Parameter
@@ -76,6 +76,9 @@ class Order:
     def name(self) -> Literal["block", "model"]:
         return "model" if self.blocks is None else "block"
 
+    def as_json(self) -> dict[str, str]:
+        return {"name": self.name, "why": self.why}
+
     @cached_property
     def num_stages(self) -> int:
         """What is taken backward by itself: the blocks, and last what comes after them; or the whole model."""
@@ -88,6 +91,15 @@ class Order:
 
 
 MODEL_ORDER = Order(blocks=None, why="the model is whole in one process")
+
+
+def saved_order(saved: Any, blocks: Blocks | None) -> Order | None:
+    """What an earlier run of the same work has gone on in; None where nothing whole is known of it."""
+    if not isinstance(saved, dict) or not isinstance(why := saved.get("why"), str):
+        return None
+    if saved.get("name") == "block":
+        return None if blocks is None else Order(blocks=blocks, why=why)
+    return Order(blocks=None, why=why)
 
 
 def choose_order(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loraga_dist.config import GradientConfig
-from loraga_dist.engines import ENGINES, Matrix
+from loraga_dist.engines import ENGINES, USUAL_AMOUNT, Amount, Matrix
 from loraga_dist.model.blocks import MODEL_ORDER, Order
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.balance import balance
@@ -55,17 +55,19 @@ def make_plan(
     scheme: Scheme,
     world_size: int,
     order: Order = MODEL_ORDER,
+    amount: Amount = USUAL_AMOUNT,
 ) -> Plan:
     """Cut the targets of each stage into groups that fit the budget; balance each group's owners by SVD cost.
 
     In model order neighbours share a sweep over the data, so that its backward can stop at the group's lowest layer. A
     target larger than the budget gets a group of its own. A scheme that takes no gradient needs no group, only owners.
+    amount: of calibration data, by which engine `auto` decides.
     """
     if scheme.source != "gradient":
         groups = []
         costs_of_groups = [{target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}]
     else:
-        matrices = [_matrix(target, config, scheme) for target in targets]
+        matrices = [_matrix(target, config, scheme, amount) for target in targets]
         groups = [
             group
             for stage in reversed(range(order.num_stages))
@@ -85,7 +87,7 @@ def make_plan(
     return Plan(scheme=scheme, targets=list(targets), order=order, groups=groups, owners=owners, costs=costs)
 
 
-def _matrix(target: Target, config: GradientConfig, scheme: Scheme) -> Matrix:
+def _matrix(target: Target, config: GradientConfig, scheme: Scheme, amount: Amount) -> Matrix:
     num_triplets = scheme.num_triplets(target.r)
 
     def with_engine(name: str) -> Matrix:
@@ -101,7 +103,11 @@ def _matrix(target: Target, config: GradientConfig, scheme: Scheme) -> Matrix:
 
     if config.engine != "auto":
         return with_engine(config.engine)
-    return next(matrix for matrix in map(with_engine, ENGINES) if ENGINES[matrix.engine].suits(matrix))
+    suiting = [matrix for matrix in map(with_engine, ENGINES) if ENGINES[matrix.engine].suits(matrix)]
+    fitting = [matrix for matrix in suiting if Plan.state_bytes([matrix]) <= config.state_budget_gib * 2**30]
+    if not fitting:
+        return min(suiting, key=lambda matrix: Plan.state_bytes([matrix]))
+    return min(fitting, key=lambda matrix: ENGINES[matrix.engine].cost(matrix, amount))
 
 
 def sweep_end(plan: Plan, config: GradientConfig, first: int) -> int:

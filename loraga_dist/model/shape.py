@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from loraga_dist.model.blocks import find_blocks
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -22,6 +24,9 @@ class ModelShape:
     """Parameters that are looked up, not multiplied."""
     linear_numel: int
     """Entries of all matrices a token is multiplied with."""
+    numels_of_blocks: list[int]
+    """Parameters of each block the model is a sequence of; none where it is no sequence."""
+    linear_numels_of_blocks: list[int]
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype) -> ModelShape:
@@ -30,15 +35,27 @@ class ModelShape:
         modules = list(model.modules())
         blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
         embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
-        weights = [getattr(module, "weight", None) for module in modules if not isinstance(module, nn.Embedding)]
+        found = find_blocks(model)
+        sequence = found.of(model) if found else []
         return cls(
             dtype=dtype,
             numels=[parameter.numel() for parameter in model.parameters()],
             largest_module_numel=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules),
             block_numel=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
             embedding_numel=sum(parameter.numel() for module in embeddings for parameter in module.parameters()),
-            linear_numel=sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2),
+            linear_numel=_linear_numel(model),
+            numels_of_blocks=[sum(parameter.numel() for parameter in block.parameters()) for block in sequence],
+            linear_numels_of_blocks=list(map(_linear_numel, sequence)),
         )
+
+    @property
+    def outside_numel(self) -> int:
+        """Parameters outside the blocks."""
+        return sum(self.numels) - sum(self.numels_of_blocks)
+
+    @property
+    def largest_block_numel(self) -> int:
+        return max(self.numels_of_blocks, default=0)
 
     @property
     def num_bytes_each(self) -> int:
@@ -51,3 +68,8 @@ class ModelShape:
     def partition_bytes(self, world_size: int) -> int:
         """One rank's shards: every parameter is cut on its own, and padded."""
         return self.num_bytes_each * sum(math.ceil(numel / world_size) for numel in self.numels)
+
+
+def _linear_numel(model: nn.Module) -> int:
+    weights = [getattr(module, "weight", None) for module in model.modules() if not isinstance(module, nn.Embedding)]
+    return sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2)

@@ -4,6 +4,7 @@ what is free."""
 from __future__ import annotations
 
 import ctypes
+import resource
 import threading
 from pathlib import Path, PurePosixPath
 
@@ -59,6 +60,9 @@ def free_host_bytes() -> int:
     free = sum(_kib_in(Path("/proc/meminfo"), "MemAvailable:", "SwapFree:")) * 1024
     groups = (line.removeprefix("0::") for line in Path("/proc/self/cgroup").read_text().splitlines())
     own = next((group for group in groups if group.startswith("/")), "/")
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit != resource.RLIM_INFINITY:
+        free = min(free, max(0, limit - sum(_kib_in(Path("/proc/self/status"), "VmData:")) * 1024))
     return min([free, *cgroup_free_bytes(Path("/sys/fs/cgroup"), own)])
 
 

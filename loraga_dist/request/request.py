@@ -24,10 +24,11 @@ from loraga_dist.data.microbatches import (
     microbatches_from_batches,
 )
 from loraga_dist.data.samples import fingerprints
+from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries, TensorSlot
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
-from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks
+from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.shape import ModelShape
@@ -89,6 +90,10 @@ class CheckpointRequest(Request):
     shape: ModelShape
     blocks: Blocks | None
     """What the model is a sequence of, if it is one."""
+    saved_order: Order | None
+    """In which a run to go on from went through it."""
+    amount: Amount
+    """Of calibration data, on any number of ranks."""
     saved_parameters: dict[str, str]
     """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
     entries: Entries
@@ -123,12 +128,14 @@ def understand(
     needs_weights: bool = True,
     reads_data: bool = True,
     began: datetime | None = None,
+    order: Any = None,
 ) -> CheckpointRequest:
     """Understand a configuration: find the model, choose targets, plan, read the data. No collectives.
 
     needs_weights: without, a directory may hold a config.json alone, as a forecast may be made of.
     reads_data: without, data and DeepSpeed's settings, which only a run needs, are not looked at.
     began: what chat templates take for now: the same on every rank, and when a run goes on.
+    order: what a run to go on from has saved of its order.
     Raises UserError for all that does not fit together.
     """
     if reads_data:
@@ -149,9 +156,7 @@ def understand(
     weight_key = base.weight_keys if base.index else str
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
-    selection, targets, order = _choose_targets(
-        meta_model, config, weight_key, in_pieces=holding.is_sharded or holding.offloads_weights
-    )
+    selection, targets, chosen = _choose_targets(meta_model, config, weight_key, in_pieces=holding.is_sharded)
     if base.index:
         require_targets(base.index, targets)
     factor_dtypes = {
@@ -161,18 +166,30 @@ def understand(
     data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
         data = read_data(config, base, world, began)
+    saved, amount = saved_order(order, blocks), _amount(config, data)
     return CheckpointRequest(
         config=_resolved(config, base),
-        plan=make_plan(targets, config.gradient, scheme, world.size, order),
+        plan=make_plan(targets, config.gradient, scheme, world.size, saved or chosen, amount),
         data=data,
         factor_dtypes=factor_dtypes,
         base=base,
         slots=slots,
         shape=shape,
         blocks=blocks,
+        saved_order=saved,
+        amount=amount,
         saved_parameters={name: weight_key(name) for name in selection.saved_parameters},
         entries=entries,
     )
+
+
+def _amount(config: InitConfig, data: SampleSharder | None) -> Amount:
+    """Of data that was read, or else may be; by a rank's microbatches, so that the number of ranks changes nothing."""
+    calibration = config.calibration
+    num_samples, num_tokens = calibration.most_samples, calibration.most_samples * calibration.max_length
+    if data is not None:
+        num_samples, num_tokens = data.num_samples, data.num_tokens
+    return Amount(num_tokens=num_tokens, num_microbatches=-(-num_samples // calibration.per_device_batch_size))
 
 
 def understand_model(
@@ -200,11 +217,15 @@ def understand_model(
         elif batches is None:
             raise UserError("dataloader", None, f"{scheme.title} takes gradients; give it batches of calibration data")
         microbatches = microbatches_from_batches(() if batches is None else batches, config.lora.task_type, max_batches)
-    dtype = next(model.parameters()).dtype
+    dtype, data, amount = next(model.parameters()).dtype, None, USUAL_AMOUNT
+    if batches is not None:
+        data = BatchSharder(in_step(microbatches, world))
+        num_tokens = torch.tensor(sum(each.inputs["input_ids"].numel() for each in microbatches), device=world.device)
+        amount = Amount(num_tokens=int(world.sum_(num_tokens)), num_microbatches=data.num_samples)
     return Request(
         config=config,
-        plan=make_plan(targets, config.gradient, scheme, world.size, order),
-        data=None if batches is None else BatchSharder(in_step(microbatches, world)),
+        plan=make_plan(targets, config.gradient, scheme, world.size, order, amount),
+        data=data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
     )
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -23,19 +25,21 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
-from loraga_dist.files.staging import StagedDirectory, checkpoint_path_of, free_place
+from loraga_dist.files.staging import StagedDirectory, checkpoint_path_of, existing_parent, free_place
 from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
 from loraga_dist.forecast.report import PlanReport, print_plan
-from loraga_dist.gradients.checkpointer import BEGAN, Checkpointer, base_identity
+from loraga_dist.forecast.ways import Room
+from loraga_dist.gradients.checkpointer import BEGAN, ORDER, Checkpointer, base_identity
+from loraga_dist.gradients.kept import FreeSpace, Keeping, choose_keeping
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
-from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
+from loraga_dist.ranks.memory import PeakMemory, free_bytes, free_host_bytes, return_freed_memory_at_once
 from loraga_dist.ranks.progress import Clock, phase
 from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.words import say
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import require_same_data
-from loraga_dist.request.request import CheckpointRequest, understand, understand_model
+from loraga_dist.request.request import CheckpointRequest, Request, understand, understand_model
 from loraga_dist.run.finished import num_bytes_kept
 from loraga_dist.run.writing import finish_directory, make_report, write_weights
 from loraga_dist.schemes import SCHEMES
@@ -61,7 +65,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
     _import_libraries()
     with clock.phase("load"):
         request = _prepare(config, world, clock)
-    forecaster = Forecaster.of(request, world)
+    forecaster = _fitting(request, world)
+    request = replace(request, plan=forecaster.plan)
     with world.together():
         planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
         refuse_what_cannot_fit(planned, forecaster, world)
@@ -75,8 +80,10 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         staged.create(max(0, sum(Layout.of(request).num_bytes.values()) - num_bytes_kept(finished_files)))
         try:
             checkpointer = _checkpointer(request, clock, staged.checkpoint_path, stop, world)
-            model, sharding = _load(request, clock, world)
-            start = start_in_place(model, request, sharding=sharding, checkpointer=checkpointer)
+            model, sharding = _load(request, clock, world, from_disk=forecaster.way.from_disk)
+            start = start_in_place(
+                model, request, sharding=sharding, checkpointer=checkpointer, keeping=forecaster.way.all_keeping
+            )
             checkpointer.leave_if_asked()
             with clock.phase("write"):
                 fingerprints = write_weights(staged.path, request, start, finished_files, checkpointer, world)
@@ -107,7 +114,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
 def dry_run(config: InitConfig, world: World) -> None:
     """Check settings, model, data and memory as `run` does, then print the plan on rank 0; nothing is written."""
     request = _prepare(config, world, Clock())
-    forecaster = Forecaster.of(request, world)
+    forecaster = _fitting(request, world)
     with world.together():
         refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
         if world.is_main:
@@ -145,7 +152,8 @@ def initialize(
     request = understand_model(
         model, dataloader, config, sharding.world, is_partitioned=sharding.is_sharded, max_batches=max_batches
     )
-    return start_in_place(model, request, sharding=sharding)
+    keeping = _keeping_beside(model, request, sharding.world)
+    return start_in_place(model, request, sharding=sharding, keeping=keeping)
 
 
 def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointRequest:
@@ -168,19 +176,19 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointReques
         if world.is_main:
             check_trackers(config.output)
             check_hub_access(config.output)
-    clock.began = _began(config, destination, world)
+    store = CheckpointStore(checkpoint_path_of(destination), world)
+    began, order = (store.peek(key) if config.resume == "auto" else None for key in (BEGAN, ORDER))
+    clock.began = _began(began, world)
     with world.together():
-        request = understand(config, world, began=clock.began)
+        request = understand(config, world, began=clock.began, order=order)
         if request.base.directory.resolve().is_relative_to(destination):
             raise UserError("output.dir", config.output.dir, "holds the base model; write another directory")
     require_same_data(config, request.data_fingerprint, world)
     return request
 
 
-def _began(config: InitConfig, destination: Path, world: World) -> datetime:
+def _began(saved: Any, world: World) -> datetime:
     """When the work began: now, by rank 0, or when the run to go on from did. Another would make other data."""
-    store = CheckpointStore(checkpoint_path_of(destination), world)
-    saved = store.peek(BEGAN) if config.resume == "auto" else None
     now = world.all_texts(datetime.now().isoformat())[0]
     try:
         return datetime.fromisoformat(saved or now)
@@ -196,6 +204,50 @@ def _local_inputs(config: InitConfig) -> list[Path]:
     return [Path(name) for name in named]
 
 
+def _fitting(request: CheckpointRequest, world: World) -> Forecaster:
+    """The cheapest way through the model that has room on all ranks; a collective."""
+    forecaster, on_host = Forecaster.of(request, world), world.device.type == "cpu"
+    with world.together():
+        free_on_disk = shutil.disk_usage(existing_parent(forecaster.files_directory)).free
+    room = Room(
+        device_bytes=free_bytes(world.device, world.ranks_on_node),
+        host_bytes=None if on_host else free_host_bytes() // world.ranks_on_node,
+        files_bytes=free_on_disk // world.ranks_on_node,
+    )
+    largest = max(world.all_json(forecaster.largest_microbatch()), key=lambda shapes: math.prod(shapes["input_ids"]))
+    room = Room.least(world.all_json(vars(room)))
+    with world.together():
+        forecaster = forecaster.fitting(room, {name: tuple(shape) for name, shape in largest.items()})
+    return forecaster
+
+
+def _keeping_beside(model: nn.Module, request: Request, world: World) -> Keeping:
+    """What goes through the blocks together of a training script's model, by what the host has left; a collective."""
+    data, blocks, gradient = request.data, request.plan.order.blocks, request.config.gradient
+    if data is None or blocks is None:
+        return Keeping()
+    microbatches = data.microbatches(0, data.num_samples, 0)
+    most_tokens = max(microbatch.inputs["input_ids"].numel() for microbatch in microbatches)
+    config: Any = model.config
+    between = most_tokens * config.get_text_config().hidden_size * next(model.parameters()).dtype.itemsize
+    directory = Path(gradient.activations_dir or tempfile.gettempdir())
+    with world.together():
+        free = FreeSpace(
+            memory_bytes=free_host_bytes() / world.ranks_on_node,
+            files_bytes=shutil.disk_usage(existing_parent(directory)).free / world.ranks_on_node,
+            directory=directory,
+        )
+        keeping = choose_keeping(
+            kept_bytes=(blocks.count + 1) * between,
+            resident_bytes=2 * between,
+            num_microbatches=len(microbatches),
+            free=free,
+            gradient=gradient,
+        )
+    chunks = world.all_json(keeping.chunk_microbatches)
+    return replace(keeping, chunk_microbatches=min((each for each in chunks if each is not None), default=None))
+
+
 def _plan_report(request: CheckpointRequest, forecaster: Forecaster) -> PlanReport:
     report, data = PlanReport(forecaster=forecaster, shapes=forecaster.largest_microbatch()), request.data
     return report if data is None else replace(report, num_sequences=data.num_samples, num_tokens=data.num_tokens)
@@ -208,9 +260,9 @@ def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: C
         say(f"plan: {_plan_report(request, forecaster).calibration}")
 
 
-def _load(request: CheckpointRequest, clock: Clock, world: World) -> tuple[nn.Module, Sharding]:
+def _load(request: CheckpointRequest, clock: Clock, world: World, *, from_disk: bool) -> tuple[nn.Module, Sharding]:
     """The model, and what holds it; a collective."""
-    sharding = open_sharding(world, request.config.deepspeed)
+    sharding = open_sharding(world, request.config.deepspeed, from_disk=from_disk)
     with clock.phase("load"), phase("load weights", request.shape.num_bytes, "B", shown=world.is_main, counted=False):
         return sharding.load(request.base, request.slots), sharding
 
@@ -220,7 +272,12 @@ def _checkpointer(
 ) -> Checkpointer:
     config = request.config
     work = {
-        **config.model_dump(mode="json", include={"model", "lora", "init", "gradient", "calibration"}),
+        **config.model_dump(
+            mode="json",
+            include={"model", "lora", "init", "gradient", "calibration"},
+            # where and how many at a time changes nothing but the time
+            exclude={"gradient": {"activations_dir", "chunk_microbatches", "checkpointing"}},
+        ),
         "base": base_identity(request.base.index),
         "data": request.data_fingerprint,
         "loraga_dist": version("loraga_dist"),

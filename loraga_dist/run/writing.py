@@ -193,6 +193,8 @@ def make_report(
         of_data = {
             "data_fingerprint": request.data_fingerprints[found.num_samples - 1],
             "engine": config.gradient.engine,
+            "order": start.gradients.order.name,
+            "order_reason": start.gradients.order.why,
             "refine_passes": found.refine_passes,
             "num_sequences": found.num_samples,
             "num_supervised_tokens": found.num_supervised_tokens,

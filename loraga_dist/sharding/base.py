@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -34,6 +34,37 @@ def pretrained(base: BaseModel) -> nn.Module:
             "write one that holds the whole model",
         )
     return model
+
+
+def without_values(base: BaseModel) -> Any:
+    """The model of the checkpoint's config, its weights tied; whoever asks for it fills the parameters."""
+    from transformers.initialization import no_init_weights
+
+    model_class: Any = base.model_class
+    with no_init_weights():
+        model = model_class._from_config(base.config, dtype=base.dtype)
+    model.tie_weights()  # transformers leaves that out together with the initialization
+    return model
+
+
+def slot_for(name: str, shape: Sequence[int], slots: Mapping[str, TensorSlot]) -> TensorSlot:
+    """Where the parameter's elements lie. Raises UserError unless they have its shape."""
+    slot = slots[name]
+    if slot.shape != tuple(shape):
+        raise UserError(
+            "model.name_or_path",
+            str(slot.path),
+            f"{name} has shape {slot.shape}, the model's config says {tuple(shape)}",
+        )
+    return slot
+
+
+@torch.no_grad()
+def read_buffers(model: nn.Module, slots: Mapping[str, TensorSlot]) -> None:
+    """Read the buffers that the checkpoint holds; the others are the config's. Raises RunError on a short read."""
+    for name, buffer in model.named_buffers():
+        if name in slots:
+            buffer.copy_(slots[name].read().view(buffer.shape))
 
 
 Change = Callable[[torch.Tensor, int], None]

@@ -10,13 +10,19 @@ from torch import nn
 from loraga_dist.errors import UserError
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.from_disk import FromDisk
 from loraga_dist.sharding.settings import Holding
 from loraga_dist.sharding.single import SingleProcess
 from loraga_dist.sharding.zero3 import Zero3, is_partitioned, refuse_unsupported_shards
 
 
-def open_sharding(world: World, deepspeed: str | dict[str, Any] | None) -> Sharding:
-    """Choose what will load and hold a checkpoint's model. Raises UserError where DeepSpeed is needed and missing."""
+def open_sharding(world: World, deepspeed: str | dict[str, Any] | None, *, from_disk: bool = False) -> Sharding:
+    """Choose what will load and hold a checkpoint's model. Raises UserError where DeepSpeed is needed and missing.
+
+    from_disk: of a single process, which leaves the weights there.
+    """
+    if from_disk:
+        return FromDisk(world)
     return Zero3(world, deepspeed) if Holding.of(deepspeed, world.size).is_sharded else SingleProcess(world)
 
 

@@ -13,6 +13,7 @@ from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Piece
 from loraga_dist.sharding.base import Sharding, pretrained
+from loraga_dist.sharding.slices import elements_of
 
 
 class SingleProcess(Sharding):
@@ -42,9 +43,7 @@ class SingleProcess(Sharding):
         return parameter.detach()
 
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
-        if not parameter.is_contiguous():
-            parameter.data = parameter.data.contiguous()
-        return parameter.data.view(-1), 0
+        return elements_of(parameter), 0
 
     @contextmanager
     def new_parameters(self, dtype: torch.dtype) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import Parameter
 
 BLOCK_ELEMENTS = 1 << 22
 """Elements in a wider dtype at a time: 16 MiB in float32."""
@@ -12,6 +13,13 @@ def flat_range(numel: int, shard_numel: int, shard_index: int) -> tuple[int, int
     """Elements [start, end) of a flattened parameter that one of its equal shards holds; the last ones are padded."""
     start = min(shard_numel * shard_index, numel)
     return start, min(start + shard_numel, numel)
+
+
+def elements_of(parameter: Parameter) -> torch.Tensor:
+    """The flattened elements of a parameter that this process holds whole, as a writable view."""
+    if not parameter.is_contiguous():
+        parameter.data = parameter.data.contiguous()
+    return parameter.data.view(-1)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot, read_range
 from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding.base import Sharding, pretrained
+from loraga_dist.sharding.base import Sharding, pretrained, read_buffers, slot_for, without_values
 from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.settings import calibration_settings, import_deepspeed, read_deepspeed_config
 from loraga_dist.sharding.slices import flat_range
@@ -68,11 +68,8 @@ class Zero3(Sharding):
         return model.requires_grad_(False).eval()
 
     def _load_slices(self, base: BaseModel, slots: dict[str, TensorSlot]) -> nn.Module:
-        from transformers.initialization import no_init_weights
-
-        with self.new_parameters(base.dtype), no_init_weights():
-            model: Any = base.model_class._from_config(base.config, dtype=base.dtype)  # type: ignore[attr-defined]
-        model.tie_weights()  # transformers leaves that out together with the initialization
+        with self.new_parameters(base.dtype):
+            model = without_values(base)
         with self.world.together():
             self._read_slices(model, slots)
         return model
@@ -81,19 +78,11 @@ class Zero3(Sharding):
     def _read_slices(self, model: nn.Module, slots: dict[str, TensorSlot]) -> None:
         parameter: Any
         for name, parameter in model.named_parameters():
-            slot = slots[name]
-            if tuple(slot.shape) != tuple(parameter.ds_shape):
-                raise UserError(
-                    "model.name_or_path",
-                    str(slot.path),
-                    f"{name} has shape {tuple(slot.shape)}, the model's config says {tuple(parameter.ds_shape)}",
-                )
+            slot = slot_for(name, parameter.ds_shape, slots)
             shard, start = self.own_slice(parameter)
             if shard.numel():
                 shard.copy_(read_range(slot, start, start + shard.numel()))
-        for name, buffer in model.named_buffers():
-            if name in slots:
-                buffer.copy_(read_range(slots[name], 0, buffer.numel()).view(buffer.shape))
+        read_buffers(model, slots)
 
     def _load_pretrained(self, base: BaseModel) -> nn.Module:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config

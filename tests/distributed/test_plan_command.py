@@ -61,7 +61,8 @@ def sparse_model(directory: Path) -> Path:
 
 def test_json_of_a_small_plan(tmp_path: Path) -> None:
     config = small_config(tmp_path, gradient={"engine": "sketch"})
-    result = plan("--config", str(config), "--ranks", "3", "--device_tflops", "100", "--gib_per_rank", "1", "--json")
+    options = ("--ranks", "3", "--device_tflops", "100", "--link_gbps", "10", "--gib_per_rank", "1")
+    result = plan("--config", str(config), *options, "--json")
     succeed(result)
     report = json.loads(result.stdout)
     assert report["ranks"] == 3
@@ -72,7 +73,16 @@ def test_json_of_a_small_plan(tmp_path: Path) -> None:
     assert sum(report["owners"]["targets_per_rank"]) == sum(kind["count"] for kind in report["targets"]) == 21
     memory = report["memory_per_rank"]
     assert memory["peak_bytes"] == max(sum(parts.values()) for parts in memory["device_bytes"].values())
-    assert memory["peak_bytes_with_checkpointing"] < memory["peak_bytes_without_checkpointing"]
+    assert memory["peak_bytes_by_way"] == {"block order": memory["peak_bytes"]}
+    # float32 inputs of 3 blocks and the head, of 2 x 64 tokens of width 64
+    kept_bytes = 43 * 4 * (2 * 64 * 64 * 4)
+    assert report["order"] == {
+        "name": "block", "why": "a block is gathered once for all microbatches", "from_disk": False,
+        "checkpointing": None, "microbatches_together": 43, "kept_bytes": kept_bytes, "kept_in": None,
+    }  # fmt: skip
+    assert memory["host_bytes"]["forward"]["inputs of blocks"] == kept_bytes
+    assert report["sweeps"] == {"count": 1} and report["groups"]["targets"] == [7, 7, 7]
+    assert report["link_seconds"] == pytest.approx(sum(report["traffic_bytes_per_rank"].values()) * 8 / 10e9)
     assert report["disk_bytes"]["residual_base"] == report["model"]["bytes"]
     assert 0 < report["seconds"]["at_least"] < report["seconds"]["at_most"]
     assert report["verdict"] == "fits"
@@ -96,6 +106,18 @@ def test_on_a_cpu_the_time_is_measured_and_the_text_fits_the_terminal(
         assert re.search(r"time: +[\d.]+ to [\d.]+ seconds of arithmetic, .*measured", " ".join(result.stdout.split()))
 
 
+def test_the_plan_is_for_the_way_that_fits(tmp_path: Path) -> None:
+    command = ("--config", str(small_config(tmp_path)), "--device", "cuda")
+    succeed(whole := plan(*command))
+    assert re.search(r"calibration: +model order\n", whole.stdout)
+    assert re.search(
+        r"; model order [\d.]+, block order [\d.]+, block order from disk [\d.]+; host", " ".join(whole.stdout.split())
+    )
+    succeed(tight := plan(*command, "--gib_per_rank", "0.001"))
+    kept = r"calibration: block order from disk, all together: [\d.]+ GiB of inputs of blocks in memory"
+    assert re.search(kept, " ".join(tight.stdout.split()))
+
+
 def test_schemes_without_gradients_plan_no_sweep(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     for scheme, workspace, files in (
@@ -106,7 +128,8 @@ def test_schemes_without_gradients_plan_no_sweep(tmp_path: Path) -> None:
         result = plan(*command, "--json")
         succeed(result)
         report = json.loads(result.stdout)
-        assert report["sweeps"] == {"count": 0, "targets": [], "state_bytes": []}
+        assert report["sweeps"] == {"count": 0}
+        assert report["groups"] == {"count": 0, "targets": [], "state_bytes": []}
         assert all(kind["engine"] is None and not kind["state_bytes_each"] for kind in report["targets"])
         memory = report["memory_per_rank"]["device_bytes"]
         assert "calibrate" not in memory and ("workspace" in memory["factorize"]) == workspace
@@ -123,13 +146,14 @@ def test_schemes_without_gradients_plan_no_sweep(tmp_path: Path) -> None:
 
 
 def test_table_says_what_to_change(tmp_path: Path) -> None:
-    config = small_config(tmp_path, gradient={"checkpointing": "none", "engine": "sketch"})
+    config = small_config(tmp_path, gradient={"order": "model", "checkpointing": "none", "engine": "sketch"})
     result = plan("--config", str(config), "--ranks", "2", "--gib_per_rank", "0.001")
     succeed(result)
     assert re.search(r"verdict: +too large, on ranks of 0.001 GiB", result.stdout)
     assert "  - no number of ranks up to 4096 fits" in result.stdout
-    assert re.search(r"  - gradient.checkpointing non_reentrant: [\d.]+ GiB \(tight\)", result.stdout)
-    assert re.search(r"  - all of these: [\d.]+ GiB \(fits\)", result.stdout)
+    assert re.search(r"  - gradient.order auto: [\d.]+ GiB \([\w ]+\)", result.stdout)
+    assert re.search(r"  - gradient.checkpointing auto: [\d.]+ GiB \([\w ]+\)", result.stdout)
+    assert re.search(r"  - all of these: [\d.]+ GiB \([\w ]+\)", result.stdout)
     assert "--device_tflops" in result.stdout
 
 

@@ -53,11 +53,12 @@ def data(index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def truth(dtype: torch.dtype) -> Tensor:
-    G_MN = torch.zeros(M, N, dtype=torch.float64, device=DEVICE)
-    for index in range(MICROBATCHES):
-        x_TN, dy_TM = data(index, dtype)
-        G_MN += dy_TM.double().T @ x_TN.double()
-    return G_MN / TOKENS
+    return torch.stack([product(index, dtype) for index in range(MICROBATCHES)]).sum(dim=0) / TOKENS
+
+
+def product(index: int, dtype: torch.dtype) -> Tensor:
+    x_TN, dy_TM = data(index, dtype)
+    return dy_TM.double().T @ x_TN.double()
 
 
 def new_engine(kind: str, dtype: torch.dtype, *, on_host: bool, names: tuple[str, ...] = ("target",)) -> GradientEngine:
@@ -103,6 +104,16 @@ def test_exact_is_the_svd(on_host: bool) -> None:
     best = U[:, : 2 * R] * S[: 2 * R] @ Vh[: 2 * R]
     svd = result.svd.leading(2 * R)
     assert (svd.U_MK * svd.S_K @ svd.Vh_KN - best).norm() < 1e-4 * best.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_sums_16_bits_in_float32(dtype: torch.dtype) -> None:
+    result, G_MN = factorize("exact", dtype, on_host=False), truth(dtype)
+    S = torch.linalg.svdvals(G_MN)
+    assert torch.allclose(result.svd.S_K[: 2 * R].double(), S[: 2 * R], rtol=1e-5)
+    halves = [sum(product(index, dtype) for index in range(half, MICROBATCHES, 2)) for half in (0, 1)]
+    cosine = (halves[0] * halves[1]).sum() / (halves[0].norm() * halves[1].norm())
+    assert result.split_half_cosine == pytest.approx(cosine.item(), abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ENGINES)

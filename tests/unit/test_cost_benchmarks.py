@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import larger_than_memory
 import pytest
 import torch
+from builders import llama_config
 from cost_runs import step_energy
 from launching import ROOT, succeed
 from ranks import run_script
+from transformers import LlamaForCausalLM
 
 
 def test_step_energy_is_that_of_the_step() -> None:
@@ -53,3 +57,41 @@ def test_gpu_benchmark_without_a_gpu(tmp_path: Path) -> None:
     assert {(row["way"], row["r"]) for row in rows} >= {("floor", 4), ("sketch", 8), ("peft", 4)}
     (refused,) = run_script([benchmark], 1)
     assert refused.code == 2 and "no CUDA device" in refused.stderr
+
+
+def test_a_model_is_written_block_by_block(tmp_path: Path) -> None:
+    """And is the one that transformers would have written."""
+    config = llama_config(num_hidden_layers=3)
+    larger_than_memory.make_model(tmp_path / "model", config, num_tokens=16)
+    model, loading = LlamaForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 3 + 3, "embeddings, layers, last norm, head"
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            assert parameter.float().std().item() == pytest.approx(larger_than_memory.SCALE, rel=0.05), name
+    first, second = (layer.mlp.up_proj.weight for layer in model.model.layers[:2])
+    assert not torch.equal(first, second)
+    (tmp_path / "model" / "config.json").unlink()
+    larger_than_memory.make_model(tmp_path / "model", config, num_tokens=16)
+    assert not (tmp_path / "model" / "config.json").exists(), "made again"
+
+
+def test_the_size_of_a_model_is_the_least_that_reaches_it() -> None:
+    """Llama-3-8B has 8,030,261,248 parameters."""
+    assert larger_than_memory.llama_of(2 * 8_030_261_248).num_hidden_layers == 32
+    assert larger_than_memory.llama_of(2 * 8_030_261_248 + 1).num_hidden_layers == 33
+    assert larger_than_memory.llama_of(1).num_hidden_layers == 1
+
+
+def test_a_process_has_no_more_memory_than_it_may_take(tmp_path: Path) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(50 << 20))
+    program = f"data = b'x' * (300 << 20); open({str(path)!r}, 'rb').read(); import time; time.sleep(0.3)"
+    within = larger_than_memory.run_within([sys.executable, "-c", program], 500 << 20)
+    assert within.code == 0
+    assert 300 << 20 <= within.peak_anonymous_bytes < 400 << 20
+    assert 50 << 20 <= within.num_bytes_read < 60 << 20
+    assert larger_than_memory.run_within([sys.executable, "-c", program], 200 << 20).code == 1

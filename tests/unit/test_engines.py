@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraga_dist.engines import ENGINES, Matrix, StateHome
+from loraga_dist.engines import ENGINES, USUAL_AMOUNT, Amount, Matrix, StateHome
+from loraga_dist.engines.base import ERROR_COLUMNS, seeded_generator
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.ranks.world import World
 
@@ -29,7 +30,7 @@ def test_a_gradient_that_cannot_be_factorized_names_its_matrix(name: str) -> Non
     assert caught.value.__notes__ == ["of layers.7.up_proj, 40 x 30"]
 
 
-def test_one_engine_that_fails_keeps_none_of_a_group_from_its_collectives() -> None:
+def test_results_need_no_other_rank_and_a_failure_leaves_other_engines_theirs() -> None:
     M, N, T, world = 40, 30, 64, World.alone()
     matrices = [
         Matrix(name=name, M=M, N=N, num_triplets=4, width=ENGINES[name].width(4, M, N, 8), owner=0, engine=name)
@@ -42,10 +43,58 @@ def test_one_engine_that_fails_keeps_none_of_a_group_from_its_collectives() -> N
     group.observe("sketch", x_TN, dy_TM)
     group.observe("exact", x_TN, torch.full_like(dy_TM, torch.nan))
     group.end_microbatch(world)
-    found = {}
+    group.collect(world)
     with pytest.raises(ValueError, match="NaN") as caught:
-        for name, result in group.factorize(world, T):
-            found[name] = result
+        list(group.results(T))
     assert caught.value.__notes__ == ["of exact, 40 x 30"]
+    found = dict(group.engine_of["sketch"].results(T))
     S_K = torch.linalg.svdvals((dy_TM.double().T @ x_TN.double()) / T)
     assert torch.allclose(found["sketch"].svd.S_K[:4].double(), S_K[:4], rtol=1e-2)
+
+
+@pytest.mark.parametrize("T", [8, 200])
+def test_split_half_cosine_of_exact_is_near_the_gradients(T: int) -> None:
+    """Few tokens and many are sketched by different products; the estimates are the same sketch."""
+    M, N, world = 96, 80, World.alone()
+    matrix = Matrix(name="any", M=M, N=N, num_triplets=4, width=12, owner=0, engine="exact")
+    engine = ENGINES["exact"]([matrix], home=StateHome(torch.device("cpu")), seed=0, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    W_MN = torch.randn(M, N, generator=generator)
+    halves = torch.zeros(2, M, N, dtype=torch.float64)
+    for index in range(6):
+        x_TN = torch.randn(T, N, generator=generator)
+        dy_TM = x_TN @ W_MN.T + 3 * torch.randn(T, M, generator=generator) * N**0.5
+        engine.begin_microbatch(index)
+        engine.observe("any", x_TN, dy_TM)
+        halves[index % 2] += dy_TM.double().T @ x_TN.double()
+    Phi_NS = torch.randn(N, ERROR_COLUMNS, generator=seeded_generator(0, "any/error", torch.device("cpu")))
+    even, odd = halves @ Phi_NS.double()
+    expected = ((even * odd).sum() / (even.norm() * odd.norm())).item()
+    assert engine.split_half_cosines(world) == [pytest.approx(expected, abs=1e-5)]
+
+
+def large(engine: str, d: int) -> Matrix:
+    return Matrix(
+        name="any", M=d, N=d, num_triplets=16, width=ENGINES[engine].width(16, d, d, None), owner=0, engine=engine
+    )
+
+
+@pytest.mark.parametrize(
+    ("d", "amount", "cheaper"),
+    [
+        (512, USUAL_AMOUNT, "exact"),
+        (4096, USUAL_AMOUNT, "sketch"),
+        (1024, Amount(num_tokens=16 * 128, num_microbatches=16), "exact"),
+        (4096, Amount(num_tokens=32 * 512, num_microbatches=32), "sketch"),
+    ],
+)
+def test_the_cheaper_engine_is_the_one_that_is_measured_to_be(d: int, amount: Amount, cheaper: str) -> None:
+    costs = {engine: ENGINES[engine].cost(large(engine, d), amount) for engine in ("exact", "sketch")}
+    assert min(costs, key=costs.__getitem__) == cheaper
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_more_data_costs_no_less(engine: str) -> None:
+    matrix = large(engine, 1024)
+    costs = [ENGINES[engine].cost(matrix, Amount(256 * count, count)) for count in (1, 2, 16, 256)]
+    assert costs == sorted(set(costs))

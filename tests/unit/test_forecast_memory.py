@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from builders import llama_config
 from transformers import LlamaForCausalLM
@@ -9,8 +12,13 @@ from transformers import LlamaForCausalLM
 from loraga_dist.config import GradientConfig, LoraSection
 from loraga_dist.engines import ENGINES
 from loraga_dist.forecast.activations import Activations
-from loraga_dist.forecast.forecaster import verdict
-from loraga_dist.forecast.memory import Setting, rank_memory, weight_workspace_bytes, work
+from loraga_dist.forecast.calibration import BETWEEN, KEPT_INPUTS, STATE, Course, Setting
+from loraga_dist.forecast.in_blocks import InBlocks
+from loraga_dist.forecast.memory import RankMemory, rank_memory, weight_workspace_bytes
+from loraga_dist.forecast.ways import verdict
+from loraga_dist.forecast.work import work
+from loraga_dist.gradients.kept import Keeping
+from loraga_dist.model.blocks import MODEL_ORDER, Order, find_blocks
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy, select_targets
@@ -20,11 +28,12 @@ SCHEME = SCHEMES["lora_ga"]
 BATCH, LENGTH = 4, 96
 
 
-def tiny_plan(world_size: int, **gradient: object) -> tuple[Plan, ModelShape]:
+def tiny_plan(world_size: int, *, in_blocks: bool = False, **gradient: object) -> tuple[Plan, ModelShape]:
     meta_model = meta_copy(LlamaForCausalLM, llama_config())
+    order = Order(blocks=find_blocks(meta_model), why="") if in_blocks else MODEL_ORDER
     shape = ModelShape.of(meta_model, torch.bfloat16)
     targets = select_targets(meta_model, LoraSection(r=4), SCHEME.num_triplets).targets
-    return make_plan(targets, GradientConfig.model_validate(gradient), SCHEME, world_size), shape
+    return make_plan(targets, GradientConfig.model_validate(gradient), SCHEME, world_size, order), shape
 
 
 def on_device(world_size: int) -> Setting:
@@ -34,8 +43,21 @@ def on_device(world_size: int) -> Setting:
         on_host=False,
         weights_on_host=False,
         weights_mapped=False,
+        from_disk=False,
         state_on_host=False,
     )
+
+
+def course_of(plan: Plan, *, num_microbatches: int = 5, keeping: Keeping = Keeping(), **gradient: object) -> Course:  # noqa: B008
+    config = GradientConfig.model_validate(gradient)
+    return Course.of(plan, config, keeping, num_microbatches=num_microbatches, most_tokens=16, looks=False)
+
+
+def memory_of(
+    rank: int, plan: Plan, shape: ModelShape, world_size: int, *, activations: Activations | None = None,
+    course: Course | None = None, scale: str = "stable",
+) -> RankMemory:  # fmt: skip
+    return rank_memory(rank, plan, shape, activations, on_device(world_size), course or course_of(plan), scale=scale)
 
 
 def test_shapes_by_hand() -> None:
@@ -56,7 +78,7 @@ def test_shapes_by_hand() -> None:
 
 def test_memory_by_hand() -> None:
     plan, shape = tiny_plan(2, engine="exact", oversampling=8)
-    found = rank_memory(1, plan, shape, None, on_device(2), num_tokens=16, scale="stable")
+    found = memory_of(1, plan, shape, 2)
     block = [(64, 64)] * 2 + [(32, 64)] * 2 + [(112, 64)] * 2 + [(64, 112)]
     gradients = 3 * sum(4 * (M * N + 32 * M + 16 * N) for M, N in block)
     assert found.device["calibrate"]["weights"] == shape.partition_bytes(2)
@@ -68,18 +90,19 @@ def test_memory_by_hand() -> None:
     assert found.device["factorize"]["workspace"] == max(
         ENGINES["exact"].factorization_bytes(matrix) for matrix in mine
     )
-    assert "all A and B" in rank_memory(0, plan, shape, None, on_device(2), num_tokens=16, scale="stable").host["write"]
+    assert "all A and B" in memory_of(0, plan, shape, 2).host["write"]
 
 
 def test_a_scale_by_the_weights_singular_values_takes_gathered_weights() -> None:
-    plan, shape = tiny_plan(2, engine="sketch", oversampling=8, max_targets_in_flight=1)
+    gradient = {"engine": "sketch", "oversampling": 8, "max_targets_in_flight": 1}
+    plan, shape = tiny_plan(2, **gradient)
     (down,) = [target for target in plan.owned(0) if (target.M, target.N) == (64, 112)][:1]
     copy, sixteen_bits = 4 * 64 * 112, 2 * 64 * 112
     assert weight_workspace_bytes(plan, "stable", down) is None
     # the SVD of 8 columns: 12 of them in float64 on either side, and all of a small weight
     svd = 96 * 8 * (64 + 112) + 8 * 64 * 112
     assert weight_workspace_bytes(plan, "weight_svd", down) == copy + svd
-    found = rank_memory(0, plan, shape, None, on_device(2), num_tokens=16, scale="weight_svd")
+    found = memory_of(0, plan, shape, 2, course=course_of(plan, **gradient), scale="weight_svd")
     assert found.device["factorize"] == found.device["factorize"] | {"gathered": sixteen_bits, "workspace": copy + svd}
     assert found.host["factorize"]["owned triplets"] > 0
 
@@ -87,9 +110,9 @@ def test_a_scale_by_the_weights_singular_values_takes_gathered_weights() -> None
 def test_logits_are_kept_until_they_are_compared() -> None:
     plan, shape = tiny_plan(1, engine="sketch", oversampling=8)
     activations = Activations(backward_bytes=5000, forward_bytes=3000, probe_bytes=1000)
-    found = rank_memory(0, plan, shape, activations, on_device(1), num_tokens=16, scale="stable")
+    found = memory_of(0, plan, shape, 1, activations=activations)
     # the model's and the rerounded model's, then the start's, too
-    assert [found.host[phase].get("logits") for phase in ("calibrate", "place", "compare logits", "write")] == [
+    assert [found.host[phase].get("logits") for phase in ("calibrate", "place", "compare", "write")] == [
         None,
         2000,
         3000,
@@ -99,25 +122,87 @@ def test_logits_are_kept_until_they_are_compared() -> None:
 
 def test_a_small_budget_makes_sweeps_and_less_state() -> None:
     whole, shape = tiny_plan(1, engine="sketch")
-    half, _ = tiny_plan(1, engine="sketch", state_budget_gib=whole.state_bytes_per_rank / 2 / 2**30)
+    gradient = {"engine": "sketch", "state_budget_gib": whole.state_bytes_per_rank / 2 / 2**30}
+    half, _ = tiny_plan(1, **gradient)
     assert len(half.groups) > len(whole.groups) == 1
     peaks = [
-        rank_memory(0, plan, shape, None, on_device(1), num_tokens=16, scale="stable").peak_bytes
-        for plan in (whole, half)
+        memory_of(0, plan, shape, 1, course=course_of(plan, **settings)).peak_bytes
+        for plan, settings in ((whole, {}), (half, gradient))
     ]
     assert peaks[1] < peaks[0]
     matrix = whole.groups[0][0]
     assert matrix.triplet_bytes == 4 * matrix.width * (matrix.M + matrix.N + 1)
 
 
+H = 1_000_000
+"""Bytes between two blocks, more than all triplets."""
+IN_BLOCKS = InBlocks(
+    hidden_bytes=H, argument_bytes=100, forward_bytes=3000, loss_bytes=7000, backward_bytes=(9000, 9000, 9000)
+)
+
+
+def test_block_order_by_hand() -> None:
+    plan, shape = tiny_plan(2, in_blocks=True, engine="exact")
+    activations = Activations(forward_bytes=0, probe_bytes=0, in_blocks=IN_BLOCKS)
+    found = memory_of(0, plan, shape, 2, activations=activations)
+    d, vocabulary = 64, 258
+    outside, state = 2 * (2 * vocabulary * d + d), plan.state_bytes(plan.groups[0])
+    block = shape.block_numel // 3 * 2
+    assert [len(group) for group in plan.groups] == [7, 7, 7], "a group is a block's"
+    # what goes in of 5 microbatches at 3 blocks and the head; one is on the device with how blocks are called
+    assert found.host["forward"] == {KEPT_INPUTS: 5 * 4 * H, "their arguments": 5 * 100}
+    assert found.device["forward"] == {
+        "weights": shape.partition_bytes(2), "gathered": outside + block, "microbatch": 3000 + H + 100, STATE: state
+    }  # fmt: skip
+    assert (
+        found.device["loss"] | {"gathered": outside, "microbatch": 7000 + H + 100, BETWEEN: 4 * H}
+        == found.device["loss"]
+    )
+    backward = found.device["backward"]
+    assert backward | {"gathered": block, "microbatch": 9000 + H + 100, STATE: state, BETWEEN: 9 * H} == backward
+    assert found.host["backward"][KEPT_INPUTS] == 5 * 3 * H, "what went into the head is not needed any more"
+
+
+def test_several_chunks_keep_less_between_blocks_and_the_state_of_more_groups() -> None:
+    plan, shape = tiny_plan(2, in_blocks=True, engine="exact")
+    activations = Activations(forward_bytes=0, probe_bytes=0, in_blocks=IN_BLOCKS)
+    together, apart, in_files = (
+        memory_of(0, plan, shape, 2, activations=activations, course=course_of(plan, keeping=keeping))
+        for keeping in (Keeping(), Keeping(chunk_microbatches=2), Keeping(directory=Path("there")))
+    )
+    assert (together.host["forward"][KEPT_INPUTS], apart.host["forward"][KEPT_INPUTS]) == (20 * H, 8 * H)
+    assert apart.device["backward"][STATE] == 3 * together.device["backward"][STATE]
+    assert KEPT_INPUTS not in in_files.host["forward"]
+
+
 def test_work_by_hand() -> None:
     plan, shape = tiny_plan(2, engine="exact")
-    done = work(plan, shape, num_tokens=10, microbatches_per_rank=5, world_size=2, checkpointed=True, refine_passes=0)
+    done = work(plan, shape, on_device(2), course_of(plan), num_tokens=10, recomputes=True, refine_passes=0)
     assert done.flops["model"] == 10 * (4 * shape.linear_numel + 2 * shape.block_numel)
     assert done.flops["engine"] == 10 * 2 * 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 112)
     blocks, rest = shape.block_numel, sum(shape.numels) - shape.block_numel - shape.embedding_numel
     gathers = 3 * blocks + 2 * rest + shape.embedding_numel
     assert done.traffic_bytes_per_rank["weights gathered"] == 5 * gathers * 2 // 2
+    assert done.traffic_bytes_per_rank["logits compared"] == 3 * sum(shape.numels) * 2 // 2
+
+
+@pytest.mark.parametrize(("chunk", "num_chunks"), [(None, 1), (2, 3)])
+def test_work_in_block_order_by_hand(chunk: int | None, num_chunks: int) -> None:
+    plan, shape = tiny_plan(2, in_blocks=True, engine="exact")
+    course = course_of(plan, keeping=Keeping(chunk_microbatches=chunk))
+    done = work(plan, shape, on_device(2), course, num_tokens=10, recomputes=False, refine_passes=0)
+    blocks, rest = shape.block_numel, sum(shape.numels) - shape.block_numel
+    # all is gathered once for a chunk, and blocks once more, whatever the number of microbatches in it
+    assert done.traffic_bytes_per_rank["weights gathered"] == num_chunks * (2 * blocks + rest) * 2 // 2
+    head = 258 * 64
+    assert done.flops["model"] == 10 * 2 * (3 * (shape.linear_numel - head) + 2 * head)
+
+
+def test_a_block_whose_targets_take_turns_is_run_again() -> None:
+    plan, shape = tiny_plan(2, in_blocks=True, engine="exact", max_targets_in_flight=4)
+    assert [len(group) for group in plan.groups] == [4, 3] * 3
+    done = work(plan, shape, on_device(2), course_of(plan), num_tokens=10, recomputes=False, refine_passes=0)
+    assert done.flops["model"] == 10 * 2 * (5 * (shape.linear_numel - 258 * 64) + 2 * 258 * 64)
 
 
 def test_verdict_leaves_a_margin_on_both_sides() -> None:

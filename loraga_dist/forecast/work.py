@@ -1,0 +1,116 @@
+"""What a plan does: flops of all ranks, and bytes that travel between them, from shapes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from loraga_dist.engines import ENGINES, Matrix
+from loraga_dist.forecast.calibration import Course, Setting
+from loraga_dist.model.plan import Plan
+from loraga_dist.model.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Flops of all ranks together, and bytes that each rank receives, over the whole calibration."""
+
+    flops: dict[str, int]
+    traffic_bytes_per_rank: dict[str, int]
+
+
+class _Run(NamedTuple):
+    """Some microbatches on their way through the model and back."""
+
+    flops_per_token: int
+    gathered_numel: int
+    """Of one microbatch in model order, of one chunk in block order."""
+
+
+def work(
+    plan: Plan,
+    shape: ModelShape,
+    setting: Setting,
+    course: Course,
+    *,
+    num_tokens: int,
+    recomputes: bool,
+    refine_passes: int,
+) -> Work:
+    """Matrix products of the model and of the engines; attention scores are left out.
+
+    Per token: forward 2 flops an entry, backward (towards inputs; weights are frozen) the same, and what is computed
+    again once more. Weights are gathered for that, and for the forwards whose logits are compared.
+
+    recomputes: in model order blocks are computed again in backward. refine_passes: of engines that refine.
+    """
+
+    def passes_of(matrix: Matrix) -> int:
+        return 1 + refine_passes if ENGINES[matrix.engine].refines else 1
+
+    flops_per_token = gathered = 0
+    if plan.order.blocks is None:
+        through = _through_model(shape, recomputes=recomputes)
+        passes = sum(max(passes_of(matrix) for group in sweep for matrix in group) for sweep in course.sweeps)
+        flops_per_token += passes * through.flops_per_token
+        gathered += passes * course.num_microbatches * through.gathered_numel
+    else:
+        for groups in _runs(course, passes_of):
+            through = _through_blocks(plan, shape, groups)
+            flops_per_token += through.flops_per_token
+            gathered += course.num_chunks * through.gathered_numel
+    pairs = [(ENGINES[matrix.engine], matrix) for matrix in plan.matrices.values()]
+    engine_per_token = sum(engine.flops_per_token(matrix) * passes_of(matrix) for engine, matrix in pairs)
+    collectives = sum(engine.traffic_bytes(matrix, course.num_microbatches, refine_passes) for engine, matrix in pairs)
+    # each of these weights goes to its owner once
+    to_owners = sum(t.M * t.N for t in plan.targets) / setting.world_size if plan.scheme.source == "weight" else 0
+    # the model's logits, those of its other rounding, and the start's
+    num_compared = 3 if plan.scheme.changes_base and shape.dtype != torch.float32 else 2
+    away = 1 - 1 / setting.world_size
+    return Work(
+        flops={"model": num_tokens * flops_per_token, "engine": num_tokens * engine_per_token},
+        traffic_bytes_per_rank={
+            "weights gathered": int(away * (gathered + to_owners) * shape.num_bytes_each),
+            "logits compared": int(away * num_compared * sum(shape.numels) * shape.num_bytes_each),
+            "gradients and bases": int(away * collectives),
+            "A and B": int(away * sum(target.adapter_bytes for target in plan.targets)),
+        },
+    )
+
+
+def _runs(course: Course, passes_of: Callable[[Matrix], int]) -> Iterator[list[Sequence[Matrix]]]:
+    """The groups that are shown the data in each run through the blocks; of a single chunk, which stays, there is one
+    for all sweeps and passes."""
+    passes = [[(group, max(map(passes_of, group))) for group in sweep] for sweep in course.sweeps]
+    if course.num_chunks == 1:
+        yield [group for sweep in passes for group, count in sweep for _ in range(count)]
+        return
+    for sweep in passes:
+        for done in range(max(count for _, count in sweep)):
+            yield [group for group, count in sweep if count > done]
+
+
+def _through_model(shape: ModelShape, *, recomputes: bool) -> _Run:
+    recomputed = shape.block_numel if recomputes else 0
+    return _Run(
+        flops_per_token=2 * (2 * shape.linear_numel + recomputed),
+        gathered_numel=2 * sum(shape.numels) + recomputed - shape.embedding_numel,
+    )
+
+
+def _through_blocks(plan: Plan, shape: ModelShape, groups: Sequence[Sequence[Matrix]]) -> _Run:
+    """Forward, the loss and its gradient, and back to the lowest of these groups; a block that has several of them is
+    run again for each."""
+    stages = Counter(plan.order.stage_of(group[0].name) for group in groups)
+    linear, top = shape.linear_numels_of_blocks, len(shape.linear_numels_of_blocks)
+    after_blocks = shape.linear_numel - sum(linear)
+    back = range(min(stages), top)
+    again = sum(linear[stage] * max(1, stages[stage]) for stage in back)
+    return _Run(
+        flops_per_token=2 * (sum(linear) + 2 * after_blocks * (1 + stages[top]) + 2 * again),
+        gathered_numel=sum(shape.numels) + sum(shape.numels_of_blocks[stage] for stage in back),
+    )

@@ -1,0 +1,87 @@
+"""From the last block's output to the loss, by some tokens at a time where a microbatch's logits are too many."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraga_dist.data.losses import IGNORED, Loss, cross_entropy_sum
+from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.gradients.stubs import Stubs
+
+LOGITS_AT_ONCE = 2**25
+"""Tokens times vocabulary of which logits, their float32 copy, and its gradients are there at a time: 128 MiB each."""
+
+_TOLERANCE = 1e-5
+"""Relative, of the loss by stubs to the model's, in float32; lower precisions get their own epsilon."""
+
+
+class Head:
+    """What comes after a model's blocks, and the loss. Its stubs are installed when it is called."""
+
+    def __init__(self, model: nn.Module, stubs: Stubs, loss: Loss) -> None:
+        self._config: Any = model.config
+        self._stubs = stubs
+        self._loss = loss
+
+    def tokens_at_once(self, microbatch: Microbatch) -> int | None:
+        """How many of each sequence's logits there is room for; None if for all, or if they are not of tokens."""
+        size, length = microbatch.inputs["input_ids"].shape[:2]
+        fitting = max(1, LOGITS_AT_ONCE // (size * self._config.get_text_config().vocab_size))
+        return fitting if self._loss.by_token and fitting < length else None
+
+    def difference(self, microbatch: Microbatch, hidden: Tensor, logits: Tensor) -> str | None:
+        """Say how the loss of these last hidden states is another than that of the model's own logits; None if it is
+        not. logits: of as many tokens as there is room for, or more."""
+        predicted, num_tokens = self._loss.predicted(microbatch.inputs["labels"]), self.tokens_at_once(microbatch)
+        if num_tokens is None:
+            parts = [_EVERYTHING]
+        else:  # in two, of which one does not begin where the sequence does
+            predicted, logits = predicted[:, :num_tokens], logits[:, :num_tokens]
+            parts = _parts(num_tokens, -(-num_tokens // 2))
+        with torch.no_grad():
+            by_blocks = sum(self._loss_of(microbatch, hidden[part], part).item() for part in parts)
+        wanted = cross_entropy_sum(logits, predicted).item()
+        tolerance = max(_TOLERANCE, 4 * torch.finfo(logits.dtype).eps) * max(abs(wanted), 1.0)
+        if math.isfinite(wanted) and not abs(by_blocks - wanted) <= tolerance:
+            return f"the first loss is {by_blocks:.8g} by blocks and {wanted:.8g} by the model"
+        return None
+
+    def backward(self, microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a microbatch, a sum over its tokens, and its gradient at the last hidden states."""
+        predicted, num_tokens = self._loss.predicted(microbatch.inputs["labels"]), self.tokens_at_once(microbatch)
+        total, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
+        for index, part in enumerate([_EVERYTHING] if num_tokens is None else _parts(hidden.shape[1], num_tokens)):
+            if index and not (predicted[part] != IGNORED).any():
+                continue
+            leaf = hidden[part].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = self._loss_of(microbatch, leaf, part)
+            loss.backward()
+            assert leaf.grad is not None, "the loss depends on the last block"
+            gradient[part] = leaf.grad
+            total += loss.detach()
+        return total, gradient
+
+    def _loss_of(self, microbatch: Microbatch, hidden: Tensor, part: Part) -> Tensor:
+        """Of these tokens' hidden states."""
+        predicted, inputs = self._loss.predicted(microbatch.inputs["labels"])[part], microbatch.inputs
+        if part is not _EVERYTHING:
+            shape = inputs["input_ids"].shape
+            inputs = {name: tensor[part] if tensor.shape == shape else tensor for name, tensor in inputs.items()}
+        return cross_entropy_sum(self._stubs.leave(replace(microbatch, inputs=inputs), hidden), predicted)
+
+
+Part = tuple[slice, slice] | EllipsisType
+"""Of sequences and of their tokens."""
+_EVERYTHING = ...
+
+
+def _parts(length: int, num_tokens: int) -> list[Part]:
+    """Sequences by so many tokens at a time."""
+    return [(slice(None), slice(start, min(length, start + num_tokens))) for start in range(0, length, num_tokens)]

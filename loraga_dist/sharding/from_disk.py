@@ -1,0 +1,231 @@
+"""One process that leaves the frozen weights in the checkpoint's files and reads pieces of the model as they are held.
+
+A held piece lies in one buffer, whose memory later ones take again. There are as many buffers as pieces held and read
+ahead at one time, none larger than the largest piece.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from loraga_dist.errors import UserError
+from loraga_dist.files.safetensors_io import TensorSlot, read_into, read_range
+from loraga_dist.model.base import BaseModel
+from loraga_dist.ranks.world import World
+from loraga_dist.sharding.base import Change, Sharding, read_buffers, slot_for, without_values
+from loraga_dist.sharding.slices import BLOCK_ELEMENTS, elements_of, square_norm
+
+_ALIGNMENT_BYTES = 64
+"""As torch allots memory: products of matrices elsewhere may be rounded another way."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Parameters on their way from the files to a buffer."""
+
+    wholes: Mapping[Parameter, torch.Tensor]
+    """Views of the buffer."""
+    buffer: torch.Tensor
+    reading: Future[None]
+
+    def is_of(self, parameters: Sequence[Parameter]) -> bool:
+        return list(map(id, self.wholes)) == list(map(id, parameters))
+
+
+class FromDisk(Sharding):
+    """Parameters of the checkpoint are held as they are in its files, with the edits made to them since."""
+
+    is_sharded = False
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.num_bytes_read = 0
+        """Of parameters, from the files, since the start."""
+        self._slots: dict[Parameter, TensorSlot] = {}
+        self._edits: defaultdict[Parameter, list[Change]] = defaultdict(list)
+        self._held: set[Parameter] = set()
+        self._ahead: _Piece | None = None
+        self._free: list[torch.Tensor] = []
+
+    def load(self, base: BaseModel, slots: dict[str, TensorSlot] | None) -> nn.Module:
+        """The model with parameters that have dtype, shape and device, but no memory.
+
+        Raises UserError where tensors would have to be converted, or have another shape than the config says.
+        """
+        if slots is None:
+            problem = "transformers has to convert its tensors, all of them in memory; write a copy that it saved"
+            raise UserError("model.name_or_path", str(base.directory), problem)
+        model = _model_on_meta(base)
+        plan: Mapping[str, torch.dtype] = model._get_dtype_plan(base.dtype)
+        names = {tensor: name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+        def dtype_of(tensor: torch.Tensor) -> torch.dtype:
+            """As from_pretrained: some models want some tensors in float32."""
+            wanted = (dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), names[tensor]))
+            return next(wanted, tensor.dtype)
+
+        empty: dict[Parameter, Parameter] = {}  # tied ones are one
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter not in empty:
+                    one = torch.empty((), dtype=dtype_of(parameter), device=self.world.device)
+                    empty[parameter] = Parameter(one.expand(parameter.shape), requires_grad=False)
+                    self._slots[empty[parameter]] = slot_for(names[parameter], parameter.shape, slots)
+                module._parameters[key] = None if parameter is None else empty[parameter]
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = None if buffer is None else buffer.to(self.world.device, dtype_of(buffer))
+        read_buffers(model, slots)
+        return model.eval()
+
+    @contextmanager
+    def hold(self, parameters: Iterable[Parameter], then: Iterable[Parameter] = ()) -> Iterator[None]:
+        """As Sharding's; raises RunError when a file has become shorter.
+
+        Parameters that are not the checkpoint's, or are held already, tied ones for instance, are left alone.
+        """
+        wanted = [parameter for parameter in self._stored(parameters) if parameter not in self._held]
+        if self._ahead is not None and self._ahead.is_of(wanted):
+            piece, self._ahead = self._ahead, None
+        else:
+            piece = self._begin(wanted)
+        empty = {parameter: parameter.data for parameter in wanted}
+        self._held.update(wanted)
+        try:
+            piece.reading.result()
+            self._read_ahead(self._stored(then))
+            for parameter, whole in piece.wholes.items():
+                parameter.data = whole.to(self.world.device)
+                self._edit_whole(parameter)
+            yield
+        finally:
+            for parameter, nothing in empty.items():
+                parameter.data = nothing
+            self._held.difference_update(wanted)
+            self._recycle(piece)
+
+    @torch.no_grad()
+    def _edit_whole(self, parameter: Parameter) -> None:
+        # not by the thread that read it ahead: an edit may have come since, and one thread rounds as the others do
+        for change in self._edits.get(parameter, ()):
+            change(parameter.data.view(-1), 0)
+
+    def _stored(self, parameters: Iterable[Parameter]) -> list[Parameter]:
+        """Those of the checkpoint, each once."""
+        return list(dict.fromkeys(parameter for parameter in parameters if parameter in self._slots))
+
+    def _read_ahead(self, parameters: Sequence[Parameter]) -> None:
+        if not parameters or self._ahead is not None and self._ahead.is_of(parameters):
+            return
+        superseded, self._ahead = self._ahead, None
+        if superseded is not None:
+            self._recycle(superseded)
+        self._ahead = self._begin(parameters)
+
+    def _begin(self, parameters: Sequence[Parameter]) -> _Piece:
+        """Have a thread read them; it ends with that."""
+        places, num_bytes = [], 0
+        for parameter in parameters:
+            end = num_bytes + parameter.numel() * parameter.dtype.itemsize
+            places.append(slice(num_bytes, end))
+            num_bytes = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        buffer = self._buffer(num_bytes)
+        wholes = {
+            parameter: buffer[place].view(parameter.dtype).view(parameter.shape)
+            for parameter, place in zip(parameters, places, strict=True)
+        }
+        slots = [self._slots[parameter] for parameter in parameters]
+        self.num_bytes_read += sum(slot.num_bytes for slot in slots)
+        thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        reading = thread.submit(_read_all, slots, list(wholes.values()))
+        thread.shutdown(wait=False)
+        return _Piece(wholes, buffer, reading)
+
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
+        """The smallest free one that is large enough, or a new one in the place of the largest."""
+        self._free.sort(key=torch.Tensor.numel)
+        for index, buffer in enumerate(self._free):
+            if buffer.numel() >= num_bytes:
+                return self._free.pop(index)
+        del self._free[-1:]
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def _recycle(self, piece: _Piece) -> None:
+        wait([piece.reading])  # an interrupt may have come before its end
+        self._free.append(piece.buffer)
+
+    @torch.no_grad()
+    def edit(self, parameter: Parameter, change: Change) -> None:
+        """As Sharding's; of a parameter of the checkpoint the change is kept, and made whenever it is held."""
+        assert parameter not in self._held, "a held parameter would not show it"
+        if parameter in self._slots:
+            self._edits[parameter].append(change)
+        else:
+            super().edit(parameter, change)
+
+    def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
+        with self.hold([parameter]):
+            return parameter.detach().clone()
+
+    def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
+        """As Sharding's, of a parameter that is not the checkpoint's."""
+        assert parameter not in self._slots, "it has no memory to write to"
+        return elements_of(parameter), 0
+
+    def square_norms(self, parameters: Sequence[Parameter]) -> torch.Tensor:
+        squares = []
+        for index, parameter in enumerate(parameters):
+            with self.hold([parameter], then=parameters[index + 1 : index + 2]):
+                squares.append(square_norm(parameter.detach().view(-1)))
+        return torch.stack(squares)
+
+    @contextmanager
+    def new_parameters(self, dtype: torch.dtype) -> Iterator[None]:
+        yield
+
+    def attach(self, model: nn.Module) -> NoReturn:
+        problem = "takes the whole model at once, which is larger than memory; write block"
+        raise UserError("gradient.order", "model", problem)
+
+    def release(self) -> None:
+        return None
+
+    def detach(self) -> None:
+        return None
+
+
+def _model_on_meta(base: BaseModel) -> Any:
+    """The model of a config, its parameters on the meta device; buffers, also those of no file, are real."""
+
+    def without_memory(module: nn.Module, name: str, parameter: Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(without_memory)
+    try:
+        return without_values(base)
+    finally:
+        hook.remove()
+
+
+def _read_all(slots: Sequence[TensorSlot], wholes: Sequence[torch.Tensor]) -> None:
+    """Read tensors into memory of their shapes, cast where it is of another dtype. Raises RunError on a short read."""
+    for slot, whole in zip(slots, wholes, strict=True):
+        elements = whole.view(-1)
+        if slot.dtype == whole.dtype:
+            read_into(slot, 0, elements)
+            continue
+        for start in range(0, slot.numel, BLOCK_ELEMENTS):
+            part = elements[start : start + BLOCK_ELEMENTS]
+            part.copy_(read_range(slot, start, start + part.numel()))
