@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, OrderName, StateDevice
+from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, StateDevice
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import Amount, ExactEngine, SketchEngine
@@ -100,11 +100,11 @@ class Bench:
         return Microbatch(inputs, self.shape.tokens - 1, index, ())
 
     def plan(self, gradient: GradientConfig) -> Plan:
-        amount = Amount(self.shape.microbatches * (self.shape.tokens - 1), self.shape.microbatches)
         names = [target.name for target in self.targets]
         in_pieces = self.sharding.is_sharded
         order = choose_order(gradient.order, "Llama", find_blocks(self.model), names, in_pieces=in_pieces)
-        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order, amount)
+        amount = Amount(self.shape.microbatches * (self.shape.tokens - 1), self.shape.microbatches)
+        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order, amount=amount)
 
     def floor(self) -> Outcome:
         """Forward, and backward down to the outputs of the lowest targets: what no way can leave out."""
@@ -132,10 +132,10 @@ class Bench:
         self.sketch()
         self.microbatches = everything
 
-    def sketch(self, *, place: bool = False, state_device: StateDevice = "auto", order: OrderName = "auto") -> Outcome:
+    def sketch(self, *, place: bool = False, state_device: StateDevice = "auto") -> Outcome:
         """Ours: `calibrate`, with the sketch engine; `details` says where its time went."""
         with clocked(SketchEngine, "observe", "end_microbatch") as seconds:
-            outcome = self._calibrate("sketch", place=place, state_device=state_device, order=order)
+            outcome = self._calibrate("sketch", place=place, state_device=state_device)
         outcome.details |= {f"seconds_{name}": value for name, value in seconds.items()}
         return outcome
 
@@ -191,22 +191,17 @@ class Bench:
         return outcome
 
     def _calibrate(
-        self,
-        engine: Literal["auto", "sketch", "exact"],
-        *,
-        place: bool = False,
-        state_device: StateDevice = "auto",
-        order: OrderName = "auto",
+        self, engine: Literal["auto", "sketch", "exact"], *, place: bool = False, state_device: StateDevice = "auto"
     ) -> Outcome:
         gradient = GradientConfig(
-            engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device, order=order
+            engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device
         )
         plan, sharding = self.plan(gradient), self.sharding
         request = Request(
             config=MethodConfig(lora=self.lora, gradient=gradient),
             plan=plan,
             data=BatchSharder(self.microbatches),
-            factor_dtypes={target.name: self.model.dtype for target in plan.targets},
+            factor_dtypes={target.name: self.dtype for target in plan.targets},
         )
         clock = Clock()
         with self._measured() as outcome:

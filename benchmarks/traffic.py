@@ -3,9 +3,9 @@
     python benchmarks/traffic.py --json traffic.json   # two ranks on this machine, some minutes on two cores
     python benchmarks/traffic.py --quick               # a small model, seconds
 
-Two ranks of ZeRO-3 take the gradients of a random float32 Llama by the sketch engine, with more and more microbatches;
-each gathered byte is counted where the collective is called. *floor* is one process that holds the whole model and
-takes the same microbatches forward, and backward to input gradients alone, with the threads of both ranks.
+Two ranks of ZeRO-3 take more and more microbatches through a random float32 Llama, forward, and backward to the inputs
+of all targets, which nobody looks at: engines do the same in both orders. Each gathered byte is counted where the
+collective is called. *floor* is one process that holds the whole model and does the same with the threads of both.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import argparse
 import json
 import os
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -31,6 +32,11 @@ from torchrun import json_of_ranks
 from transformers.utils import logging
 
 from loraga_dist.artifacts.report import versions
+from loraga_dist.config import GradientConfig, OrderName
+from loraga_dist.data.losses import causal_lm
+from loraga_dist.gradients.block_order import BlockOrder, OnWay
+from loraga_dist.gradients.kept import Keeping
+from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.ranks.memory import return_freed_memory_at_once
 from loraga_dist.ranks.session import run_as_rank
 from loraga_dist.ranks.words import leave_process
@@ -38,13 +44,13 @@ from loraga_dist.ranks.world import World
 from loraga_dist.sharding import zero3
 
 RANKS = 2
-SHAPE = Shape(hidden=512, intermediate=1376, layers=8, heads=8, key_value_heads=8, microbatches=0, tokens=128)
+SHAPE = Shape(hidden=512, intermediate=1376, layers=8, heads=8, key_value_heads=8, microbatches=0, tokens=64)
 QUICK = Shape(
     hidden=64, intermediate=96, layers=3, heads=4, key_value_heads=4, microbatches=0, tokens=16, vocabulary=128, r=2
 )
 PER_RANK, QUICK_PER_RANK = (2, 8, 32), (1, 4)
 """Microbatches of a rank."""
-ORDERS: tuple[Literal["block", "model"], ...] = ("block", "model")
+ORDERS: tuple[OrderName, ...] = ("block", "model")
 
 
 def main() -> None:
@@ -82,15 +88,13 @@ def measure(options: argparse.Namespace, world: World) -> None:
     for shape in shapes_of(options):
         bench = Bench(shape, zero3.Zero3(world, None), torch.float32)
         model_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in bench.model.parameters())
-        bench.warm_up()
+        bench.floor()  # kernels are chosen at the first call of a shape
         seconds: dict[str, list[float]] = {order: [] for order in ORDERS}
         row: dict[str, Any] = {"shape": asdict(shape), "model_bytes": model_bytes}
         for _ in range(options.repeats):
             for order in ORDERS:
-                world.barrier()
                 with gathers() as sizes:
-                    taken = bench.sketch(order=order).seconds
-                seconds[order].append(max(world.all_json(taken)))
+                    seconds[order].append(max(world.all_json(go_through(bench, order))))
                 row[f"{order}_gathered_bytes"] = sum(sizes)
         row |= {f"{order}_seconds": statistics.median(of_order) for order, of_order in seconds.items()}
         turns = zip(seconds["block"], seconds["model"], strict=True)
@@ -98,6 +102,27 @@ def measure(options: argparse.Namespace, world: World) -> None:
         rows.append(row)
     if world.is_main:
         options.json.write_text(json.dumps(rows))
+
+
+def go_through(bench: Bench, order: OrderName) -> float:
+    """Take all microbatches through the model once; seconds. A collective."""
+    model, sharding = bench.model, bench.sharding
+    plan = bench.plan(GradientConfig(order=order))
+    route: Route = ModelOrder(model, causal_lm, sharding=sharding, checkpointing="none")
+    if plan.order.blocks is not None:
+        on_way = OnWay(pause=lambda: None, advance=lambda: None)
+        targets = list(plan.matrices)
+        route = BlockOrder(
+            model, plan.order.blocks, causal_lm, targets=targets, sharding=sharding, keeping=Keeping(), on_way=on_way
+        )
+    bench.world.barrier()
+    started = time.perf_counter()
+    with route.opened():
+        for group in plan.groups:
+            with route.showing(bench.microbatches, [matrix.name for matrix in group], lambda *_: None) as take:
+                for microbatch in bench.microbatches:
+                    take(microbatch)
+    return time.perf_counter() - started
 
 
 @contextmanager
