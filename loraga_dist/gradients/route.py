@@ -17,7 +17,7 @@ from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.errors import RunError
 from loraga_dist.gradients.forward import forward, full_float32_matmul
 from loraga_dist.gradients.head import Head
-from loraga_dist.gradients.stubs import Form, Stubs
+from loraga_dist.gradients.stubs import Form, Stubs, short_head
 from loraga_dist.gradients.taps import Sink, tapped
 from loraga_dist.model.blocks import find_blocks
 from loraga_dist.ranks.memory import return_freed_memory
@@ -104,15 +104,14 @@ class ModelOrder(Route):
         """Of a long sequence: from the last block on by some tokens at a time."""
         kept: list[torch.Tensor] = []
 
-        def shorten(module: nn.Module, args: Any, output: Any) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
             long.stubs.form = Form.of(output)
             kept.append(long.stubs.form.hidden(output))
-            num_tokens = long.head.tokens_at_once(microbatch) if not long.trusted else 1
-            return long.stubs.form.wrap(kept[0][:, :num_tokens].detach())
 
-        handle = long.last.register_forward_hook(shorten)
+        handle = long.last.register_forward_hook(keep)
         try:
-            logits = self._forward(microbatch)
+            with short_head(self._model, 1 if long.trusted else long.head.tokens_at_once(microbatch)):
+                logits = self._forward(microbatch)
         finally:
             handle.remove()
         hidden = kept[0]

@@ -71,6 +71,22 @@ class Entry:
     """Modules that ran before the last block did."""
 
 
+@contextmanager
+def short_head(model: Any, num_tokens: int | None) -> Iterator[None]:
+    """The model's head, if it has one, gets so many tokens of each sequence at most; None for all.
+
+    What is between blocks and head gets all: GPT-2, for one, wants as many tokens back as it was given.
+    """
+
+    def shorten(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0][:, :num_tokens], *args[1:]
+
+    with ExitStack() as hooks:
+        if num_tokens is not None and (head := model.get_output_embeddings()) is not None:
+            hooks.callback(head.register_forward_pre_hook(shorten, prepend=True).remove)
+        yield
+
+
 class Stubs:
     """Stands in for a model's blocks while `installed`."""
 
@@ -118,17 +134,10 @@ class Stubs:
 
         num_tokens: of so many tokens of each sequence at most, where the model has a head.
         """
-
-        def shorten(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return args[0][:, :num_tokens], *args[1:]
-
-        model: Any = self._model
         before, self._on_block = self._on_block, on_block
         try:
-            with ExitStack() as hooks:
-                if num_tokens is not None and (head := model.get_output_embeddings()) is not None:
-                    hooks.callback(head.register_forward_pre_hook(shorten, prepend=True).remove)
-                return forward(model, microbatch, self._device)
+            with short_head(self._model, num_tokens):
+                return forward(self._model, microbatch, self._device)
         finally:
             self._on_block = before
 

@@ -20,11 +20,11 @@ import loraga_dist
 from loraga_dist.config import GradientConfig
 from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.data.microbatches import Microbatch
-from loraga_dist.gradients import block_order
+from loraga_dist.gradients import head
 from loraga_dist.gradients.block_order import NotInBlocks
 from loraga_dist.model.blocks import choose_order, find_blocks
 from loraga_dist.model.targets import Target
-from loraga_dist.ranks.memory import PeakMemory
+from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
 
 BY_BLOCKS, BY_MODEL = (GradientConfig(order=order, checkpointing="none") for order in ("block", "model"))
 FAMILIES = [
@@ -111,10 +111,9 @@ def test_what_is_no_sequence_gets_its_start_in_model_order(kind: str, capsys: py
         assert torch.equal(starts["block"].factors[name].B_MR, factors.B_MR), name
 
 
-@pytest.fixture
 def few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many that the longest of two sequences takes four parts, the last one shorter."""
-    monkeypatch.setattr(block_order, "LOGITS_AT_ONCE", 2 * 64 * 4)
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 2 * 64 * 4)
 
 
 @contextmanager
@@ -126,66 +125,73 @@ def heads_called(model: Any) -> Iterator[list[int]]:
     handle.remove()
 
 
+@pytest.mark.parametrize("config", [BY_BLOCKS, BY_MODEL], ids=lambda config: config.order)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt"])
-@pytest.mark.usefixtures("few_logits_at_once")
-def test_long_sequences_take_the_head_in_parts(kind: str) -> None:
+def test_long_sequences_take_the_head_in_parts(
+    kind: str, config: GradientConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny(kind, tie_word_embeddings=False)
     targets, microbatches = targets_of(model, "all-linear"), padded_microbatches()
-    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-    targets += targets_of(model, head)
+    of_head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    targets += targets_of(model, of_head)
+    whole = gradients(model, targets, microbatches, BY_MODEL)
+    few_logits_at_once(monkeypatch)
     with heads_called(model) as calls:
-        by_blocks = gradients(model, targets, microbatches, BY_BLOCKS)
+        in_parts = gradients(model, targets, microbatches, config)
     assert max(calls) == 4, "never more logits than there is room for"
-    for name, G_MN in gradients(model, targets, microbatches, BY_MODEL).items():
-        assert relative(by_blocks[name], G_MN) < 1e-6, name
+    for name, G_MN in whole.items():
+        assert relative(in_parts[name], G_MN) < 1e-6, name
 
 
-@pytest.mark.usefixtures("few_logits_at_once")
-def test_parts_without_a_label_are_not_computed() -> None:
+def test_parts_without_a_label_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (microbatch, *_) = tiny("llama"), padded_microbatches(count=1, longest=40)
     targets = targets_of(model, ["down_proj"])
-    with heads_called(model) as calls:
-        gradients(model, targets, [microbatch], BY_BLOCKS)
-    all_calls = len(calls)
     labels = microbatch.inputs["labels"].clone()
     labels[:, 1:21] = IGNORED  # what positions 0 to 19 predict
     completion = dataclasses.replace(
         microbatch, inputs=microbatch.inputs | {"labels": labels}, num_supervised_tokens=int((labels != IGNORED).sum())
     )
+    whole = gradients(model, targets, [completion], BY_MODEL)
+    few_logits_at_once(monkeypatch)
+    with heads_called(model) as all_calls:
+        gradients(model, targets, [microbatch], BY_BLOCKS)
     with heads_called(model) as calls:
-        by_blocks = gradients(model, targets, [completion], BY_BLOCKS)
-    assert len(calls) == all_calls - 5 - 2, "five parts of the loss, and the two that are compared at first"
-    for name, G_MN in gradients(model, targets, [completion], BY_MODEL).items():
-        assert relative(by_blocks[name], G_MN) < 1e-6, name
+        in_parts = gradients(model, targets, [completion], BY_BLOCKS)
+    assert len(calls) == len(all_calls) - 4, "of five parts without a label, all but the first"
+    for name, G_MN in whole.items():
+        assert relative(in_parts[name], G_MN) < 1e-6, name
 
 
-@pytest.mark.usefixtures("few_logits_at_once")
-def test_a_long_microbatch_without_any_label() -> None:
+@pytest.mark.parametrize("config", [BY_BLOCKS, BY_MODEL], ids=lambda config: config.order)
+def test_a_long_microbatch_without_any_label(config: GradientConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model, microbatches = tiny("llama"), padded_microbatches()
     silent = torch.full_like(microbatches[1].inputs["labels"], IGNORED)
     microbatches[1] = dataclasses.replace(
         microbatches[1], inputs=microbatches[1].inputs | {"labels": silent}, num_supervised_tokens=0
     )
     targets = targets_of(model, "all-linear")
-    by_blocks, by_model = (gradients(model, targets, microbatches, config) for config in (BY_BLOCKS, BY_MODEL))
-    assert all(relative(by_blocks[name], G_MN) < 1e-6 for name, G_MN in by_model.items())
+    whole = gradients(model, targets, microbatches, BY_MODEL)
+    few_logits_at_once(monkeypatch)
+    in_parts = gradients(model, targets, microbatches, config)
+    assert all(relative(in_parts[name], G_MN) < 1e-6 for name, G_MN in whole.items())
 
 
-@pytest.mark.parametrize("order", ["block", "model"])
-def test_head_and_loss_of_a_long_sequence_take_what_the_plan_says(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four times the logits that there is room for. Each part is 40 MiB: smaller ones may stay in the heap's holes."""
+@pytest.mark.parametrize("room", ["some", "all"])
+def test_head_and_loss_of_a_long_sequence_take_what_the_plan_says(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the logits at a time, 40 MiB."""
+    return_freed_memory_at_once()  # as every run does; else the heap keeps what earlier tests made it large enough for
     num_tokens, vocabulary = 1280, 2**15
-    at_once = num_tokens // 4 * vocabulary
-    monkeypatch.setattr(block_order, "LOGITS_AT_ONCE", at_once)
-    limit_bytes = 4 * at_once * 4
+    part = num_tokens // 4 * vocabulary
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", part if room == "some" else 4 * part)
+    limit_bytes = 4 * part * 4
     model = tiny("llama", "sdpa", vocab_size=vocabulary, num_hidden_layers=1, max_position_embeddings=num_tokens)
     targets = targets_of(model, ["down_proj"])
     ids = torch.randint(0, vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     for length in (64, num_tokens):  # the first is to have all code there
         microbatch = Microbatch({"input_ids": ids[:, :length], "labels": ids[:, :length]}, length - 1, 0, ())
         with PeakMemory(torch.device("cpu")) as memory:
-            gradients(model, targets, [microbatch], GradientConfig(order=order, checkpointing="none"))
-    if order == "block":
+            gradients(model, targets, [microbatch], BY_BLOCKS)
+    if room == "some":
         assert memory.peak_bytes < limit_bytes
     else:
         assert memory.peak_bytes > 2 * limit_bytes, "else this measures nothing"
