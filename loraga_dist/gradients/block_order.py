@@ -106,10 +106,11 @@ class BlockOrder(Route):
 
     @contextmanager
     def showing(self, chunk: Sequence[Microbatch], names: Sequence[str], sink: Sink) -> Iterator[Take]:
-        if self._chunk != (numbers := tuple(microbatch.index for microbatch in chunk)):
+        (stage,) = {self._stage_of[name] for name in names}
+        numbers = tuple(microbatch.index for microbatch in chunk)
+        if self._chunk != numbers or stage > self._stage:
             self._begin(chunk)
             self._chunk = numbers
-        (stage,) = {self._stage_of[name] for name in names}
         self._descend(stage, chunk)
         position = {microbatch.index: at for at, microbatch in enumerate(chunk)}
 

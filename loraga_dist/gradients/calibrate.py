@@ -23,7 +23,7 @@ from loraga_dist.gradients.checkpointer import ORDER, Checkpointer
 from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
 from loraga_dist.gradients.kept import Keeping
-from loraga_dist.gradients.observer import Observer
+from loraga_dist.gradients.observer import NotFinite, Observer, name_the_culprit
 from loraga_dist.gradients.passes import Position, chunks_of, is_time_to_look, median_cosine, steps_to_reach
 from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.linalg import TruncatedSVD
@@ -94,9 +94,13 @@ class _Calibrator:
         self._announced = self._expected_steps = self._steps_to_come()
         with phase("calibrate", self._expected_steps, unit, shown=self._world.is_main) as progress:
             route = self._route(progress)
-            with route.opened():
-                while self._at.group < len(self._plan.groups):
-                    self._take_sweep(route, progress)
+            try:
+                with route.opened():
+                    while self._at.group < len(self._plan.groups):
+                        self._take_sweep(route, progress)
+            except NotFinite as found:
+                name_the_culprit(self._model, found, self._sharding)
+                raise
         num_bytes_read = self._sharding.num_bytes_read - read_before
         return Gradients(
             owned=self._owned,
@@ -221,7 +225,7 @@ class _Calibrator:
 
         target_cosine: once the median split-half cosine reaches it, no new microbatch is looked at.
         """
-        observers = [each and Observer(each, self._model, self._sharding) for each in observing]
+        observers = [each and Observer(each, self._world) for each in observing]
         while self._at.num_samples < self._used.num_samples:
             at, stop = self._at, self._at.chunk_end or self._used.num_samples
             left = self._batches.microbatches(at.num_samples, stop, at.num_microbatches)
@@ -245,7 +249,7 @@ class _Calibrator:
                 self._save_if_due()
         for observer in observers:
             if observer is not None:
-                observer.require_all_seen(self._world)
+                observer.require_all_seen()
         self._at = replace(self._at, refinement=self._at.refinement + 1, num_samples=0, num_microbatches=0)
         self._save_if_due()
 

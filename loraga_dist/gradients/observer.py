@@ -29,17 +29,29 @@ class LossTotals:
         return LossTotals(self.loss_sum + other.loss_sum, self.num_tokens + other.num_tokens)
 
 
+class NotFinite(Exception):
+    """The loss or a gradient of a microbatch, on some rank; on all ranks alike.
+
+    loss: of this rank's microbatch. failed: targets whose gradient is not finite on this rank, in the model's order.
+    """
+
+    def __init__(self, microbatch: Microbatch, loss: float, failed: Sequence[str]) -> None:
+        super().__init__()
+        self.microbatch = microbatch
+        self.loss = loss
+        self.failed = failed
+
+
 class Observer:
     """Shows an engine the x and dy of its targets, without syncs, and accounts for each microbatch to all ranks."""
 
-    def __init__(self, engine: EngineGroup, model: nn.Module, sharding: Sharding) -> None:
+    def __init__(self, engine: EngineGroup, world: World) -> None:
         self._engine = engine
-        self._model = model
-        self._sharding = sharding
+        self._world = world
         self.names = list(engine.engine_of)
         self._row = {name: row for row, name in enumerate(self.names)}
         self._seen: set[str] = set()
-        self._failed = torch.zeros(len(self.names), dtype=torch.bool, device=sharding.world.device)
+        self._failed = torch.zeros(len(self.names), dtype=torch.bool, device=world.device)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
         """A sink for taps."""
@@ -56,21 +68,21 @@ class Observer:
     def end(self, microbatch: Microbatch, loss: torch.Tensor) -> LossTotals:
         """After a backward; a collective. loss: of this rank's microbatch, a sum over its tokens.
 
-        Raises RunError, on every rank, when a loss or a gradient is not finite, naming batch and layer.
+        Raises NotFinite.
         """
-        world = self._sharding.world
+        world = self._world
         tokens_here = torch.tensor(microbatch.num_supervised_tokens, dtype=torch.float64, device=world.device)
         sums = torch.stack([loss.detach().double(), self._failed.sum().double(), tokens_here])
         loss_value, failures, tokens = world.sum_(sums).tolist()
         if failures or not math.isfinite(loss_value):
             failed = [name for name, row in self._row.items() if self._failed[row]]
-            _name_the_culprit(self._model, microbatch, loss.item(), failed, self._sharding)
+            raise NotFinite(microbatch, loss.item(), failed)
         self._engine.end_microbatch(world)
         return LossTotals(loss_value, int(tokens))
 
-    def require_all_seen(self, world: World) -> None:
+    def require_all_seen(self) -> None:
         """Raise UserError, on every rank, when a target took no part in the loss."""
-        with world.together():
+        with self._world.together():
             if missing := [name for name in self.names if name not in self._seen]:
                 raise UserError(
                     "lora.exclude_modules",
@@ -79,23 +91,19 @@ class Observer:
                 )
 
 
-def _name_the_culprit(
-    model: nn.Module, microbatch: Microbatch, loss: float, failed: Sequence[str], sharding: Sharding
-) -> None:
-    """Raise RunError on all ranks. Every rank runs its forward once more, since sharded weights come by collectives.
-
-    failed: targets whose gradient is not finite on this rank, in the model's order.
-    """
-    world = sharding.world
+def name_the_culprit(model: nn.Module, found: NotFinite, sharding: Sharding) -> None:
+    """Raise RunError on all ranks, naming batch and layer. Every rank runs its forward once more, since sharded weights
+    come by collectives."""
+    world, microbatch = sharding.world, found.microbatch
     with sharding.passing(pieces_of(model)):
         layer = first_nonfinite_module(model, microbatch, world.device)
     batch = f"microbatch {microbatch.index} (data rows {list(microbatch.sample_ids)}) on rank {world.rank}"
     with world.together():
-        if not math.isfinite(loss):
+        if not math.isfinite(found.loss):
             where = f"first in the output of {layer}" if layer else "although every module's output is finite"
-            raise RunError(f"calibrate: the loss is {loss} in {batch}, {where}")
-        if failed:  # the last is nearest the loss: the others inherited its gradient
+            raise RunError(f"calibrate: the loss is {found.loss} in {batch}, {where}")
+        if found.failed:  # the last is nearest the loss: the others inherited its gradient
             raise RunError(
-                f"calibrate: the gradient of {failed[-1]} is not finite in {batch}; with float16, "
+                f"calibrate: the gradient of {found.failed[-1]} is not finite in {batch}; with float16, "
                 "try model.dtype bfloat16"
             )

@@ -14,7 +14,6 @@ from torch import nn
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
-from loraga_dist.errors import RunError
 from loraga_dist.gradients.forward import forward, full_float32_matmul
 from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.stubs import Form, Stubs, short_head
@@ -38,7 +37,7 @@ class Route(ABC):
     def showing(self, chunk: Sequence[Microbatch], names: Sequence[str], sink: Sink) -> AbstractContextManager[Take]:
         """A function to call with every microbatch of the chunk in turn, which shows the sink (x, dy) of these targets.
 
-        names: all of one stage; those of further calls with the same chunk are of the same stage or lower ones.
+        names: all of one stage. Further calls with the same chunk cost least for the same stage, or a lower one.
         """
 
 
@@ -83,19 +82,19 @@ class ModelOrder(Route):
 
     @contextmanager
     def showing(self, chunk: Sequence[Microbatch], names: Sequence[str], sink: Sink) -> Iterator[Take]:
-        def take(microbatch: Microbatch) -> torch.Tensor:
-            if self._long is not None and self._long.head.tokens_at_once(microbatch) is not None:
-                return self._take_long(microbatch, self._long)
-            logits = self._forward(microbatch)
-            return_freed_memory()  # holes that blocks left; the logits and their loss are often the peak
-            loss = self._loss(logits, microbatch.inputs["labels"])
-            del logits
-            loss.backward()
-            self._sharding.release()
-            return loss.detach()
-
         with tapped(self._called, names, sink, checkpointing=self._checkpointing), full_float32_matmul():
-            yield take
+            yield self._take
+
+    def _take(self, microbatch: Microbatch) -> torch.Tensor:
+        if self._long is not None and self._long.head.tokens_at_once(microbatch) is not None:
+            return self._take_long(microbatch, self._long)
+        logits = self._forward(microbatch)
+        return_freed_memory()  # holes that blocks left; the logits and their loss are often the peak
+        loss = self._loss(logits, microbatch.inputs["labels"])
+        del logits
+        loss.backward()
+        self._sharding.release()
+        return loss.detach()
 
     def _forward(self, microbatch: Microbatch) -> torch.Tensor:
         return forward(self._called, microbatch, self._sharding.world.device)
@@ -117,11 +116,14 @@ class ModelOrder(Route):
         hidden = kept[0]
         with long.stubs.installed():
             if not long.trusted:
-                difference = long.head.difference(microbatch, hidden.detach(), logits)
-                if difference is not None:
-                    raise RunError(f"calibrate: logits cannot be had by some tokens at a time: {difference}")
-                long.trusted = True
+                long.trusted = long.head.difference(microbatch, hidden.detach(), logits) is None
+                if not long.trusted:  # all at once, then
+                    self._long = None
             del logits
-            loss, gradient = long.head.backward(microbatch, hidden.detach())
-        hidden.backward(gradient)
+            if self._long is not None:
+                loss, gradient = long.head.backward(microbatch, hidden.detach())
+        if self._long is None:
+            return self._take(microbatch)
+        if hidden.requires_grad:
+            hidden.backward(gradient)
         return loss
