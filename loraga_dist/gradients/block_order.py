@@ -11,7 +11,7 @@ it is known, at no gather, that blocks are called as the stubs recorded and that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from loraga_dist.errors import LoragaError, unforeseen
 from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.kept import Keeping, KeptInputs
+from loraga_dist.gradients.observer import require_all_seen
 from loraga_dist.gradients.route import Route, Take
 from loraga_dist.gradients.stubs import Call, Form, Stubs
 from loraga_dist.gradients.taps import Sink, tapped
@@ -137,7 +138,9 @@ class BlockOrder(Route):
                             self._forward(index, at)
                     self._on_way.pause()
             else:
-                logits = self._forward_driven(chunk)
+                with _called(self._model, self._stage_of) as called:
+                    logits = self._forward_driven(chunk)
+                require_all_seen(list(self._stage_of), called, self._sharding.world)
                 hidden = self._kept.get(self._top, 0)
                 self._agree(lambda: self._head.difference(chunk[0], hidden, logits))
                 self._trusted = True
@@ -253,6 +256,17 @@ class BlockOrder(Route):
     def _holding(self, index: int, then: int) -> AbstractContextManager[None]:
         following = self._blocks[then].parameters() if 0 <= then < self._top else ()
         return self._sharding.hold(self._blocks[index].parameters(), then=following)
+
+
+@contextmanager
+def _called(model: nn.Module, names: Iterable[str]) -> Iterator[set[str]]:
+    """Which of these modules run, while the context lasts."""
+    called: set[str] = set()
+    with ExitStack() as hooks:
+        for name in names:
+            handle = model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+            hooks.callback(handle.remove)
+        yield called
 
 
 def _sources(result: Tensor) -> Iterator[Tensor]:

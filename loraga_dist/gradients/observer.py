@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,13 +82,18 @@ class Observer:
 
     def require_all_seen(self) -> None:
         """Raise UserError, on every rank, when a target took no part in the loss."""
-        with self._world.together():
-            if missing := [name for name in self.names if name not in self._seen]:
-                raise UserError(
-                    "lora.exclude_modules",
-                    missing,
-                    "took no part in the loss, so there is no gradient to start from; list these here",
-                )
+        require_all_seen(self.names, self._seen, self._world)
+
+
+def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:
+    """Raise UserError, on every rank, unless all of these targets were seen to take part in the loss."""
+    with world.together():
+        if missing := [name for name in names if name not in seen]:
+            raise UserError(
+                "lora.exclude_modules",
+                missing,
+                "took no part in the loss, so there is no gradient to start from; list these here",
+            )
 
 
 def name_the_culprit(model: nn.Module, found: NotFinite, sharding: Sharding) -> None:
