@@ -1,6 +1,8 @@
 """`loraga-dist init` on a random Llama of three times the memory that the process may take.
 
-usage: python benchmarks/larger_than_memory.py [--size-gib 12] [--tokens 16] [--directory DIR] [--json FILE]
+usage: python benchmarks/larger_than_memory.py [--size-gib 12] [--compare] [--tokens 16] [--directory DIR] [--json FILE]
+
+--compare: the same without a limit, in block order with the model in memory, for its factors and its seconds.
 
 The model has Llama-3-8B's widths, and layers by size; it is written block by block, and kept for the next run. The
 limit is RLIMIT_DATA: all memory that the process asks for without a file behind it, touched or not. Pages of files that
@@ -14,6 +16,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,6 +47,14 @@ SCALE = 0.02
 CHUNK_ELEMENTS = 1 << 24
 """Drawn and written at a time."""
 SAMPLE_SECONDS = 0.02
+SAID = (
+    "planned_peak_bytes_per_rank",
+    "peak_bytes_per_rank",
+    "calibration_bytes_read",
+    "factors_fingerprint",
+    "adapter_fingerprint",
+)
+"""Of the report."""
 
 
 def llama_of(num_bytes: float) -> LlamaConfig:
@@ -146,11 +157,12 @@ def _figure(pid: int, file: str, key: str) -> int:
     return int(dict(pairs)[key].split()[0])
 
 
-def init(model: Path, scratch: Path, max_bytes: int | None, method: Mapping[str, Any]) -> dict[str, Any]:
+def init(model: Path, scratch: Path, max_bytes: int | None) -> dict[str, Any]:
     """Run `loraga-dist init` on the model: figures of the process, and of its report where it completed."""
     output = scratch / "output"
     tree = {
-        **method,
+        # of very few tokens, whose gradients the sketch holds without loss
+        "gradient": {"engine": "sketch", "order": "block"},
         "model": {"name_or_path": str(model)},
         "calibration": {"data_files": str(model / DATA), "per_device_batch_size": 1},
         "output": {"dir": str(output), "residual_base": "full"},
@@ -159,25 +171,40 @@ def init(model: Path, scratch: Path, max_bytes: int | None, method: Mapping[str,
     config.write_text(yaml.safe_dump(tree))
     run = run_within([sys.executable, str(ROOT / "launch" / "init.py"), "--config", str(config)], max_bytes)
     report = json.loads((output / "loraga_report.json").read_text()) if run.code == 0 else {}
-    said = ("planned_peak_bytes_per_rank", "peak_bytes_per_rank", "factors_fingerprint", "adapter_fingerprint")
-    return {"max_bytes": max_bytes, **asdict(run), **{key: report[key] for key in said if report}}
+    of_report = {key: report[key] for key in SAID if report}
+    return {"max_bytes": max_bytes, **asdict(run), "report_seconds": report.get("seconds", {}), **of_report}
 
 
-def print_table(model_bytes: int, run: Mapping[str, Any]) -> None:
+def print_table(model_bytes: int, runs: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title=f"a model of {model_bytes / 2**30:.1f} GiB")
-    for column in ("limit, GiB", "completed", "planned peak", "anonymous peak", "bytes read per byte of weights", "s"):
+    for column in (
+        "limit",
+        "completed",
+        "planned peak",
+        "anonymous peak",
+        "read by calibration",
+        "calibrate, s",
+        "all, s",
+    ):
         table.add_column(column, justify="right")
-    planned = run.get("planned_peak_bytes_per_rank", [math.nan])[0]
-    gib = (f"{num_bytes / 2**30:.2f}" for num_bytes in (planned, run["peak_anonymous_bytes"]))
-    read = f"{run['num_bytes_read'] / model_bytes:.2f}"
-    limit = f"{run['max_bytes'] / 2**30:.2f}"
-    table.add_row(limit, "yes" if run["code"] == 0 else "no", *gib, read, f"{run['seconds']:.0f}")
+    for run in runs:
+        planned = run.get("planned_peak_bytes_per_rank", [math.nan])[0]
+        sizes = (run["max_bytes"] or math.inf, planned, run["peak_anonymous_bytes"])
+        limit, *peaks = (f"{num_bytes / 2**30:.2f} GiB" for num_bytes in sizes)
+        read = f"{(run.get('calibration_bytes_read') or 0) / model_bytes:.2f} x"
+        seconds = run.get("report_seconds", {}).get("calibrate", math.nan)
+        completed = "yes" if run["code"] == 0 else "no"
+        table.add_row(limit, completed, *peaks, read, f"{seconds:.0f}", f"{run['seconds']:.0f}")
     Console().print(table)
+    if len(runs) > 1:
+        same = len({run.get("factors_fingerprint") for run in runs}) == 1
+        print(f"factors: {'the same bits' if same else 'other bits'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gib", type=float, default=12, help="least size of the model (default 12)")
+    parser.add_argument("--compare", action="store_true", help="with the same model in memory")
     parser.add_argument("--tokens", type=int, default=16, help=f"in each of {SEQUENCES} sequences (default 16)")
     parser.add_argument("--directory", type=Path, default=ROOT / "build" / "benchmarks", help="where the model is kept")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -188,12 +215,16 @@ def main() -> None:
     make_model(model, config, options.tokens)
     model_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="larger-") as scratch:
-        run = init(model, Path(scratch), model_bytes // SHARE_OF_MODEL, {})
-    print_table(model_bytes, run)
+        runs = []
+        for index, limit in enumerate([model_bytes // SHARE_OF_MODEL, *([None] if options.compare else [])]):
+            (run_scratch := Path(scratch) / str(index)).mkdir()
+            runs.append(init(model, run_scratch, limit))
+            print_table(model_bytes, runs)
+            shutil.rmtree(run_scratch)
     if options.json:
-        content = {"hardware": hardware(), "model_bytes": model_bytes, "run": run}
+        content = {"hardware": hardware(), "model_bytes": model_bytes, "runs": runs}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
-    if run["code"]:
+    if any(run["code"] for run in runs):
         raise SystemExit("init did not complete")
 
 

@@ -163,8 +163,6 @@ def arithmetic(plan: dict[str, Any]) -> list[str]:
     tokens = calibration["tokens_per_sequence"] * calibration["sequences_per_microbatch"]
     memory, targets, together = plan["memory_per_rank"], plan["targets"], order["microbatches_together"]
     forward, loss, backward = (memory["device_bytes"][phase] for phase in ("forward", "loss", "backward"))
-    sides = sum(kind["count"] * (kind["M"] + kind["N"]) for kind in targets) // layers
-    (width,) = {kind["width"] for kind in targets}
     outside = 2 * vocabulary * d + d
     at_once = LOGITS_AT_ONCE // vocabulary
     parameters = plan["model"]["parameters"]
@@ -187,10 +185,14 @@ def arithmetic(plan: dict[str, Any]) -> list[str]:
         f"  their log-softmax and its gradient ({_gib(4 * at_once * vocabulary)} GiB each), not all at the same time.",
         f"- Gradients between blocks, of {together} microbatches before and behind one:",
         f"  2 x {together} x {tokens} x {d} x 2 bytes = {_gib(4 * together * tokens * d)} GiB.",
-        f"- Engine state of a block, K = {width}: M + N of {len(targets)} targets add up to {sides}. The budget",
-        f"  counts 8 bytes x K x {sides} and the error sketches, {_gib(max(plan['groups']['state_bytes']))} GiB. Of",
-        "  the 8 bytes a rank holds 6, and 2 more (bases in 32 bits) of the targets it owns:",
-        f"  {_gib(backward['engine state'])} GiB.",
+        "- Engine state of a block, MiB as the budget counts:",
+        *(
+            f"  - {kind['module']} {kind['state_bytes_each'] / 2**20:.1f} ({kind['engine']}, K = {kind['width']})"
+            for kind in targets
+        ),
+        "",
+        f"  {_gib(max(plan['groups']['state_bytes']))} GiB in all, of which the rank holds"
+        f" {_gib(backward['engine state'])} GiB.",
         f"- Inputs of the {layers} blocks and of the head, on the host:",
         f"  {together} x {layers + 1} x {tokens} x {d} x 2 bytes = {_gib(order['kept_bytes'])} GiB.",
         *(f"- Sum in {phase}: {_gib(sum(memory['device_bytes'][phase].values()))} GiB." for phase in PHASES),

@@ -155,6 +155,8 @@ class Report(ReportPart):
     order: str | None = None
     """In which calibration went through the model: `block` or `model`. Not in reports of earlier versions."""
     order_reason: str | None = None
+    calibration_bytes_read: int | None = None
+    """Where the weights stay in files: what calibration read of them."""
     refine_passes: int | None = None
     num_sequences: int | None = None
     num_supervised_tokens: int | None = None

@@ -89,6 +89,7 @@ class _Calibrator:
     @full_float32_matmul()
     def run(self) -> Gradients:
         self._restore()
+        read_before = self._sharding.num_bytes_read
         unit = "microbatches" if self._plan.order.blocks is None else "block passes"
         self._announced = self._expected_steps = self._steps_to_come()
         with phase("calibrate", self._expected_steps, unit, shown=self._world.is_main) as progress:
@@ -96,7 +97,14 @@ class _Calibrator:
             with route.opened():
                 while self._at.group < len(self._plan.groups):
                     self._take_sweep(route, progress)
-        return Gradients(owned=self._owned, facts=self._facts, data=self._used, order=self._plan.order)
+        num_bytes_read = self._sharding.num_bytes_read - read_before
+        return Gradients(
+            owned=self._owned,
+            facts=self._facts,
+            data=self._used,
+            order=self._plan.order,
+            num_bytes_read=num_bytes_read,
+        )
 
     def _route(self, progress: Progress) -> Route:
         config, order = self._request.config, self._plan.order

@@ -69,3 +69,5 @@ class Gradients:
     data: DataUsed
     order: Order
     """In which the model was gone through."""
+    num_bytes_read: int
+    """By this run, of weights that stay in files."""

@@ -195,6 +195,7 @@ def make_report(
             "engine": config.gradient.engine,
             "order": start.gradients.order.name,
             "order_reason": start.gradients.order.why,
+            "calibration_bytes_read": start.gradients.num_bytes_read or None,
             "refine_passes": found.refine_passes,
             "num_sequences": found.num_samples,
             "num_supervised_tokens": found.num_supervised_tokens,

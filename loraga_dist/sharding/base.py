@@ -83,6 +83,8 @@ class Sharding(ABC):
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.num_bytes_read = 0
+        """From files since loading, of parameters that stay there."""
 
     @abstractmethod
     def load(self, base: BaseModel, slots: dict[str, TensorSlot] | None) -> nn.Module:

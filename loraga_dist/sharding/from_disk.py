@@ -50,8 +50,6 @@ class FromDisk(Sharding):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self.num_bytes_read = 0
-        """Of parameters, from the files, since the start."""
         self._slots: dict[Parameter, TensorSlot] = {}
         self._edits: defaultdict[Parameter, list[Change]] = defaultdict(list)
         self._held: set[Parameter] = set()

@@ -107,7 +107,7 @@ def test_on_a_cpu_the_time_is_measured_and_the_text_fits_the_terminal(
 
 
 def test_the_plan_is_for_the_way_that_fits(tmp_path: Path) -> None:
-    command = ("--config", str(small_config(tmp_path)), "--device", "cuda")
+    command = ("--config", str(small_config(tmp_path)), "--device", "cuda", "--calibration.max_samples", "4")
     succeed(whole := plan(*command))
     assert re.search(r"calibration: +model order\n", whole.stdout)
     assert re.search(
@@ -147,7 +147,8 @@ def test_schemes_without_gradients_plan_no_sweep(tmp_path: Path) -> None:
 
 def test_table_says_what_to_change(tmp_path: Path) -> None:
     config = small_config(tmp_path, gradient={"order": "model", "checkpointing": "none", "engine": "sketch"})
-    result = plan("--config", str(config), "--ranks", "2", "--gib_per_rank", "0.001")
+    few = ("--calibration.max_samples", "8")
+    result = plan("--config", str(config), "--ranks", "2", "--gib_per_rank", "0.001", *few)
     succeed(result)
     assert re.search(r"verdict: +too large, on ranks of 0.001 GiB", result.stdout)
     assert "  - no number of ranks up to 4096 fits" in result.stdout
