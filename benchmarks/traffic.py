@@ -100,6 +100,8 @@ def measure(options: argparse.Namespace, world: World) -> None:
         turns = zip(seconds["block"], seconds["model"], strict=True)
         row["block_over_model"] = statistics.median(block / model for block, model in turns)
         rows.append(row)
+        if world.is_main:
+            print(row, flush=True)
     if world.is_main:
         options.json.write_text(json.dumps(rows))
 
