@@ -177,7 +177,6 @@ class _Calibrator:
             if self._checkpointer is not None:
                 self._checkpointer.finish_group(_finished_state(facts, owned, self._used, self._plan.order))
         self._engines = []
-        self._save_if_due()
 
     def _accumulate(self, route: Route, progress: Progress) -> None:
         """All passes of one sweep."""
@@ -202,6 +201,7 @@ class _Calibrator:
                     if each is not None:
                         each.begin_refinement(self._world)
             self._pass(route, refining, progress)
+            self._save_if_due()
 
     def _first_pass(self, route: Route, progress: Progress) -> None:
         """The first sweep's decides how much data there is for all passes to come."""
@@ -213,6 +213,7 @@ class _Calibrator:
             mean_loss=totals.loss_sum / totals.num_tokens,
             refine_passes=_refine_passes(config, self._plan, totals.num_tokens / self._num_steps),
         )
+        self._save_if_due()
 
     def _pass(
         self,
@@ -251,7 +252,6 @@ class _Calibrator:
             if observer is not None:
                 observer.require_all_seen()
         self._at = replace(self._at, refinement=self._at.refinement + 1, num_samples=0, num_microbatches=0)
-        self._save_if_due()
 
     def _show(
         self, route: Route, chunk: Sequence[Microbatch], observer: Observer, progress: Progress, *, counts: bool

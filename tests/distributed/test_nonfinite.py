@@ -33,6 +33,8 @@ def failure(results: list[Finished], code: int = 3) -> str:
     assert {result.code for result in results} == {code}, results
     assert {result.stdout for result in results} == {""}, results
     told = [line for result in results for line in result.stderr.splitlines() if line.startswith("loraga-dist: ")]
+    # targets above this one may be finished by then
+    told = [line for line in told if not line.startswith("loraga-dist: the same command goes on from the checkpoint")]
     assert len(told) == 1, results
     assert not any("Traceback" in result.stderr for result in results), results
     return told[0]
@@ -53,7 +55,7 @@ def test_nan_in_a_weight(world_size: int, tmp_path: Path) -> None:
     assert line.startswith("loraga-dist: calibrate: the loss is nan in microbatch 0 ")
     assert line.endswith(f"first in the output of {LAYER}.mlp.up_proj")
     assert len(rows_named(line)) == 2
-    assert not any((tmp_path / "runs").iterdir())
+    assert {path.name for path in (tmp_path / "runs").iterdir()} <= {".out.checkpoint"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -70,7 +72,7 @@ def test_backward_overflows_although_the_loss_is_finite(world_size: int, tmp_pat
         f"loraga-dist: calibrate: the gradient of {LAYER}.mlp.up_proj is not finite in microbatch 0 "
     )
     assert len(rows_named(line)) == 2
-    assert not any((tmp_path / "runs").iterdir())
+    assert {path.name for path in (tmp_path / "runs").iterdir()} <= {".out.checkpoint"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -83,7 +85,7 @@ def test_gradient_that_is_zero(world_size: int, tmp_path: Path) -> None:
     named = set(re.findall(r"model\.layers\.\d+\.\w+\.\w+", line))
     assert named == {f"{LAYER}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")}
     assert "leave these out with lora.exclude_modules" in line
-    assert not any((tmp_path / "runs").iterdir())
+    assert {path.name for path in (tmp_path / "runs").iterdir()} <= {".out.checkpoint"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -96,7 +98,7 @@ def test_module_outside_the_loss(world_size: int, tmp_path: Path) -> None:
 
     unused = [f"transformer.h.{layer}.crossattention.q_attn" for layer in (0, 1)]
     assert line.startswith(f"loraga-dist: lora.exclude_modules: {unused}: took no part in the loss")
-    assert not any((tmp_path / "runs").iterdir())
+    assert {path.name for path in (tmp_path / "runs").iterdir()} <= {".out.checkpoint"}
 
 
 def test_failure_leaves_the_output_it_was_to_replace(tmp_path: Path) -> None:
