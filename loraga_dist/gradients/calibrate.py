@@ -122,7 +122,7 @@ class _Calibrator:
             self._model,
             order.blocks,
             loss,
-            targets=list(self._plan.matrices),
+            targets=[target.name for target in self._plan.targets],
             sharding=self._sharding,
             keeping=self._keeping,
             on_way=OnWay(pause=self._save_if_due, advance=progress.advance),

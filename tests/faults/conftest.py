@@ -23,7 +23,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not kills:
         return
     terminalreporter.section("kills after which the same command completed")
-    for aspect in ("phase", "engine", "ranks", "killed"):
+    for aspect in ("phase", "engine", "chunks", "ranks", "killed"):
         counts = Counter(kill[aspect] for kill in kills)
         terminalreporter.line(f"{aspect}: " + ", ".join(f"{word} {count}" for word, count in sorted(counts.items())))
     terminalreporter.line(f"in all {len(kills)}")

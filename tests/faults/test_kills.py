@@ -23,14 +23,18 @@ from loraga_dist.artifacts.verify import verify
 
 BEGINNINGS = {
     "load": ".out.partial/.unfinished*",
-    "calibrate": ".out.checkpoint/[0-9]*/state.json",
-    "later sweep": ".out.checkpoint/finished-*/state.json",
+    "chunk": ".out.checkpoint/[0-9]*/state.json",
+    "later block": ".out.checkpoint/finished-*/state.json",
     "write": ".out.partial/factors/*",
     "verify": ".out.partial/loraga_report.json",
 }
 """By phase, in their order: the file that appears when it begins."""
 
-LONGEST_SECONDS = {"load": 1.0, "calibrate": 1.0, "later sweep": 1.0, "write": 0.2, "verify": 0.2}
+LONGEST_SECONDS = {"load": 1.0, "chunk": 1.0, "later block": 1.0, "write": 0.2, "verify": 0.2}
+
+CHUNKS: dict[str, tuple[str, ...]] = {"one chunk": (), "chunks": ("--gradient.chunk_microbatches", "5")}
+"""Of the works' microbatches; the inputs of blocks are in files for the second. In one chunk nothing is saved within a
+block, so that a run may end without that phase."""
 
 ENGINES = {
     "exact": ("--gradient.engine", "exact"),
@@ -110,9 +114,12 @@ def test_the_same_command_completes(
     undisturbed: Undisturbed, tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
 ) -> None:
     dice, out = random.Random(seed), tmp_path / "out"
-    engine = list(ENGINES)[seed % len(ENGINES)]
-    command = [INIT, "--config", str(undisturbed.config), "--output.dir", str(out), *ENGINES[engine]]
-    phases, num_ranks = dice.sample(list(BEGINNINGS), KILLS_PER_RUN), 2 + seed % 2
+    engine, chunks = list(ENGINES)[seed % len(ENGINES)], list(CHUNKS)[(seed + seed // 2) % len(CHUNKS)]
+    command = [INIT, "--config", str(undisturbed.config), "--output.dir", str(out), *ENGINES[engine], *CHUNKS[chunks]]
+    if chunks == "chunks":
+        command += ["--gradient.activations_dir", str(tmp_path)]
+    possible = [phase for phase in BEGINNINGS if phase != "chunk" or chunks == "chunks"]
+    phases, num_ranks = dice.choices(possible, k=KILLS_PER_RUN), 2 + seed % 2
     for phase in phases:
         everyone = range(num_ranks)
         victims = list(everyone) if dice.random() < 0.2 else [dice.choice(everyone)]
@@ -136,7 +143,8 @@ def test_the_same_command_completes(
             require_orderly_end(results, victims)
         assert seconds < 60
         killed = "all ranks" if len(victims) == num_ranks else "one rank"
-        record_property("kill", {"phase": landed, "engine": engine, "ranks": num_ranks, "killed": killed})
+        of_kill = {"phase": landed, "engine": engine, "chunks": chunks, "ranks": num_ranks, "killed": killed}
+        record_property("kill", of_kill)
         num_ranks = dice.choice([count for count in (1, 2, 3) if count != num_ranks])
 
     overwrite = ["--overwrite"] if out.exists() else []
