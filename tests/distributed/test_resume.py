@@ -65,8 +65,8 @@ def exact(config: Path) -> Path:
     return out
 
 
-# looks at the request: in model order, of one process, one after each microbatch; in block order one after each block on
-# the way forward, before each on the way back, and after each pass of a group; and one between phases
+# looks at the request: in model order, of one process, one after each microbatch; in block order one after each block
+# on the way forward, before each on the way back, and after each pass of a group; and one between phases
 @pytest.mark.parametrize(
     ("overrides", "stops", "ranks"),
     [(IN_GROUPS, (3, 9, 5), (1, 1, 1, 1)), (IN_GROUPS, (5, 3), (2, 1, 2)), ((), (11,), (1, 1))],
