@@ -44,7 +44,7 @@ class InBlocks:
     argument_bytes: int
     """What else blocks are called with, all of them together: masks, tables of positions."""
     forward_bytes: int
-    """A block's forward without a graph."""
+    """A block's forward, with a graph that shows what it depends on."""
     loss_bytes: int
     """From the last block's output to its gradient, for the tokens whose logits are there at a time."""
     backward_bytes: tuple[int, ...]
@@ -70,8 +70,9 @@ def run_in_blocks(
         }
         forward_bytes = 0
         for index in {signature(block): index for index, block in enumerate(blocks)}.values():
-            with Ledger(model) as ledger:
-                stubs.run_block(index, hidden, calls[index])
+            # the first chunk's is one with a graph
+            with Ledger(model) as ledger, torch.enable_grad():
+                stubs.run_block(index, hidden.detach().requires_grad_(), calls[index])
             forward_bytes = max(forward_bytes, ledger.peak_bytes)
 
         stages = [order.stage_of(group.names[0]) for group in groups]

@@ -235,7 +235,9 @@ class BlockOrder(Route):
         hidden.requires_grad_(wanted)
         with torch.enable_grad():
             output = self._stubs.run_block(self._stage, hidden, self._calls[at][self._stage])
-            self._stubs.form.hidden(output).backward(self._upper[at])
+            output = self._stubs.form.hidden(output)
+            if output.requires_grad:  # else none of the targets took part in this microbatch
+                output.backward(self._upper[at])
         if wanted:
             assert hidden.grad is not None, "a block's output depends on its input"
             self._lower[at] = hidden.grad
@@ -251,7 +253,7 @@ class BlockOrder(Route):
             self._upper, self._lower = self._lower, {}
             self._stage -= 1
             self._on_way.pause()
-            self._held.enter_context(self._holding(self._stage, self._stage - 1))
+            self._held.enter_context(self._holding(self._stage, self._stage - 1 if self._stage > self._lowest else -1))
 
     def _holding(self, index: int, then: int) -> AbstractContextManager[None]:
         following = self._blocks[then].parameters() if 0 <= then < self._top else ()
@@ -290,10 +292,10 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _same_leaf(mine: Any, its: Any) -> bool:
-    if mine is its or type(mine) is not type(its):
-        return mine is its
-    if isinstance(mine, Tensor):
+    if isinstance(mine, Tensor) and isinstance(its, Tensor):
         return (mine.shape, mine.dtype) == (its.shape, its.dtype) and bool(
             ((mine == its.to(mine.device)) | (mine != mine)).all()
         )
+    if type(mine) is not type(its):
+        return False
     return mine == its if isinstance(mine, int | float | str) else True

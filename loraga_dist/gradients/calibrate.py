@@ -229,9 +229,12 @@ class _Calibrator:
         observers = [each and Observer(each, self._world) for each in observing]
         while self._at.num_samples < self._used.num_samples:
             at, stop = self._at, self._at.chunk_end or self._used.num_samples
-            left = self._batches.microbatches(at.num_samples, stop, at.num_microbatches)
             most = None if at.chunk_end else self._chunk
-            chunk = next(chunks_of(left, most, at_looks=target_cosine is not None))
+            if most is not None:
+                stop = min(stop, at.num_samples + most * self._batches.samples_per_step)
+            left = self._batches.microbatches(at.num_samples, stop, at.num_microbatches)
+            # one that some groups have seen is the same for the others
+            chunk = next(chunks_of(left, most, at_looks=target_cosine is not None and not at.chunk_end))
             end = min(at.num_samples + len(chunk) * self._batches.samples_per_step, stop)
             for index, observer in enumerate(observers):
                 if index >= at.num_groups_ahead and observer is not None:

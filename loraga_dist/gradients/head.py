@@ -39,13 +39,17 @@ class Head:
         """Say how the loss of these last hidden states is another than that of the model's own logits; None if it is
         not. logits: of as many tokens as there is room for, or more."""
         predicted, num_tokens = self._loss.predicted(microbatch.inputs["labels"]), self.tokens_at_once(microbatch)
+        predicted = predicted.masked_fill(predicted == IGNORED, 0)  # what is not trained on is compared, too
         if num_tokens is None:
             parts = [_EVERYTHING]
         else:  # in two, of which one does not begin where the sequence does
             predicted, logits = predicted[:, :num_tokens], logits[:, :num_tokens]
             parts = _parts(num_tokens, -(-num_tokens // 2))
         with torch.no_grad():
-            by_blocks = sum(self._loss_of(microbatch, hidden[part], part).item() for part in parts)
+            by_blocks = sum(
+                cross_entropy_sum(self._logits(microbatch, hidden[part], part), predicted[part]).item()
+                for part in parts
+            )
         wanted = cross_entropy_sum(logits, predicted).item()
         tolerance = max(_TOLERANCE, 4 * torch.finfo(logits.dtype).eps) * max(abs(wanted), 1.0)
         if math.isfinite(wanted) and not abs(by_blocks - wanted) <= tolerance:
@@ -61,20 +65,20 @@ class Head:
                 continue
             leaf = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
-                loss = self._loss_of(microbatch, leaf, part)
+                loss = cross_entropy_sum(self._logits(microbatch, leaf, part), predicted[part])
             loss.backward()
             assert leaf.grad is not None, "the loss depends on the last block"
             gradient[part] = leaf.grad
             total += loss.detach()
         return total, gradient
 
-    def _loss_of(self, microbatch: Microbatch, hidden: Tensor, part: Part) -> Tensor:
+    def _logits(self, microbatch: Microbatch, hidden: Tensor, part: Part) -> Tensor:
         """Of these tokens' hidden states."""
-        predicted, inputs = self._loss.predicted(microbatch.inputs["labels"])[part], microbatch.inputs
+        inputs = microbatch.inputs
         if part is not _EVERYTHING:
             shape = inputs["input_ids"].shape
             inputs = {name: tensor[part] if tensor.shape == shape else tensor for name, tensor in inputs.items()}
-        return cross_entropy_sum(self._stubs.leave(replace(microbatch, inputs=inputs), hidden), predicted)
+        return self._stubs.leave(replace(microbatch, inputs=inputs), hidden)
 
 
 Part = tuple[slice, slice] | EllipsisType

@@ -51,6 +51,7 @@ class Observer:
         self.names = list(engine.engine_of)
         self._row = {name: row for row, name in enumerate(self.names)}
         self._seen: set[str] = set()
+        self._began = False
         self._failed = torch.zeros(len(self.names), dtype=torch.bool, device=world.device)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
@@ -63,6 +64,7 @@ class Observer:
         self._engine.observe(name, x_TN, dy_TM)
 
     def begin(self, microbatch: Microbatch) -> None:
+        self._began = True
         self._engine.begin_microbatch(microbatch.index)
 
     def end(self, microbatch: Microbatch, loss: torch.Tensor) -> LossTotals:
@@ -82,7 +84,8 @@ class Observer:
 
     def require_all_seen(self) -> None:
         """Raise UserError, on every rank, when a target took no part in the loss."""
-        require_all_seen(self.names, self._seen, self._world)
+        if self._began:  # else an earlier run was shown all there is, on every rank alike
+            require_all_seen(self.names, self._seen, self._world)
 
 
 def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:

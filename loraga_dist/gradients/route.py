@@ -113,7 +113,11 @@ class ModelOrder(Route):
                 logits = self._forward(microbatch)
         finally:
             handle.remove()
-        hidden = kept[0]
+        if not kept:  # it is no sequence of these blocks
+            self._long = None
+            del logits
+            return self._take(microbatch)
+        hidden = kept.pop()
         with long.stubs.installed():
             if not long.trusted:
                 long.trusted = long.head.difference(microbatch, hidden.detach(), logits) is None
@@ -123,6 +127,7 @@ class ModelOrder(Route):
             if self._long is not None:
                 loss, gradient = long.head.backward(microbatch, hidden.detach())
         if self._long is None:
+            del hidden  # and its graph
             return self._take(microbatch)
         if hidden.requires_grad:
             hidden.backward(gradient)

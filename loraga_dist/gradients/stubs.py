@@ -150,10 +150,13 @@ class Stubs:
         calls: list[Call] = []
         early: set[str] = set()
         kept: dict[int, tuple[Tensor, Tensor]] = {}  # blocks share tables and masks
+        held = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:
             if id(tensor) not in kept:
-                kept[id(tensor)] = tensor, self._home.keep(tensor.detach())
+                # a parameter's memory is another's once it is held no more
+                own = tensor.detach().clone() if tensor.untyped_storage().data_ptr() in held else tensor.detach()
+                kept[id(tensor)] = tensor, self._home.keep(own)
             return kept[id(tensor)][1]
 
         def on_block(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

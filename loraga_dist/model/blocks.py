@@ -52,16 +52,15 @@ class Piece(NamedTuple):
 
 
 def pieces_of(model: nn.Module) -> list[Piece]:
-    """The model in pieces that run one after the other: blocks whole, what lies outside them module by module."""
+    """The model in pieces: blocks, each whole, and all that lies outside them, which others may look into; of a model
+    without blocks every module that has parameters."""
     blocks = find_blocks(model)
-    whole = blocks.of(model) if blocks else []
-    inside = {module for block in whole for module in block.modules()}
-    found = [Piece(block, list(block.parameters())) for block in whole]
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if own and module not in inside:
-            found.append(Piece(module, own))
-    return found
+    if blocks is None:
+        owners = ((module, list(module.parameters(recurse=False))) for module in model.modules())
+        return [Piece(module, own) for module, own in owners if own]
+    found = [Piece(block, list(block.parameters())) for block in blocks.of(model)]
+    inside = {id(parameter) for piece in found for parameter in piece.parameters}
+    return [*found, Piece(model, [parameter for parameter in model.parameters() if id(parameter) not in inside])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,8 @@ class Request:
     """None only where the scheme takes no gradient."""
     factor_dtypes: Mapping[str, torch.dtype]
     """What A0 and B0 of every target are rounded to."""
+    amount: Amount = USUAL_AMOUNT
+    """Of calibration data."""
 
     @property
     def scheme(self) -> Scheme:
@@ -70,7 +72,8 @@ class Request:
     def in_model_order(self, why: str, world_size: int) -> Self:
         """The same request for a model that turned out to be no sequence of blocks."""
         order = Order(blocks=None, why=why)
-        return replace(self, plan=make_plan(self.targets, self.config.gradient, self.scheme, world_size, order))
+        plan = make_plan(self.targets, self.config.gradient, self.scheme, world_size, order, self.amount)
+        return replace(self, plan=plan)
 
     @property
     def lora_in_memory(self) -> LoraSection:
@@ -92,8 +95,6 @@ class CheckpointRequest(Request):
     """What the model is a sequence of, if it is one."""
     saved_order: Order | None
     """In which a run to go on from went through it."""
-    amount: Amount
-    """Of calibration data, on any number of ranks."""
     saved_parameters: dict[str, str]
     """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
     entries: Entries
@@ -221,12 +222,13 @@ def understand_model(
     if batches is not None:
         data = BatchSharder(in_step(microbatches, world))
         num_tokens = torch.tensor(sum(each.inputs["input_ids"].numel() for each in microbatches), device=world.device)
-        amount = Amount(num_tokens=int(world.sum_(num_tokens)), num_microbatches=data.num_samples)
+        amount = Amount(num_tokens=int(world.sum_(num_tokens)), num_microbatches=data.num_samples * world.size)
     return Request(
         config=config,
         plan=make_plan(targets, config.gradient, scheme, world.size, order, amount),
         data=data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
+        amount=amount,
     )
 
 

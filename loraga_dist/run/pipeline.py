@@ -30,7 +30,7 @@ from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
 from loraga_dist.forecast.report import PlanReport, print_plan
 from loraga_dist.forecast.ways import Room
 from loraga_dist.gradients.checkpointer import BEGAN, ORDER, Checkpointer, base_identity
-from loraga_dist.gradients.kept import FreeSpace, Keeping, choose_keeping
+from loraga_dist.gradients.kept import SHARE, FreeSpace, Keeping, choose_keeping
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, free_bytes, free_host_bytes, return_freed_memory_at_once
@@ -231,6 +231,9 @@ def _keeping_beside(model: nn.Module, request: Request, world: World) -> Keeping
     config: Any = model.config
     between = most_tokens * config.get_text_config().hidden_size * next(model.parameters()).dtype.itemsize
     directory = Path(gradient.activations_dir or tempfile.gettempdir())
+    most = len(microbatches)
+    if world.device.type == "cuda":  # gradients between blocks stay on the device
+        most = min(most, 1 + int(SHARE * free_bytes(world.device, world.ranks_on_node) // (2 * between)))
     with world.together():
         free = FreeSpace(
             memory_bytes=free_host_bytes() / world.ranks_on_node,
@@ -240,10 +243,12 @@ def _keeping_beside(model: nn.Module, request: Request, world: World) -> Keeping
         keeping = choose_keeping(
             kept_bytes=(blocks.count + 1) * between,
             resident_bytes=2 * between,
-            num_microbatches=len(microbatches),
+            num_microbatches=most,
             free=free,
             gradient=gradient,
         )
+    if keeping.chunk_microbatches is None and most < len(microbatches):
+        keeping = replace(keeping, chunk_microbatches=most)
     chunks = world.all_json(keeping.chunk_microbatches)
     return replace(keeping, chunk_microbatches=min((each for each in chunks if each is not None), default=None))
 

@@ -80,6 +80,8 @@ class Sharding(ABC):
 
     is_sharded: bool
     """Whether a parameter's elements are spread over ranks."""
+    stays_in_files: bool = False
+    """Whether parameters are nowhere but in the checkpoint's files, unless they are held."""
 
     def __init__(self, world: World) -> None:
         self.world = world

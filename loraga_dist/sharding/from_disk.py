@@ -47,6 +47,7 @@ class FromDisk(Sharding):
     """Parameters of the checkpoint are held as they are in its files, with the edits made to them since."""
 
     is_sharded = False
+    stays_in_files = True
 
     def __init__(self, world: World) -> None:
         super().__init__(world)

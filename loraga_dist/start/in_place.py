@@ -9,6 +9,7 @@ from torch import nn
 
 from loraga_dist.artifacts.report import IdentityCheck, TargetReport
 from loraga_dist.config import LoraSection, SchemeName
+from loraga_dist.errors import UserError
 from loraga_dist.gradients.block_order import NotInBlocks
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.checkpointer import Checkpointer
@@ -74,6 +75,9 @@ def start_in_place(
                 model, request, sharding=sharding, clock=clock, checkpointer=checkpointer, keeping=keeping
             )
         except NotInBlocks as why:
+            if sharding.stays_in_files:
+                problem = f"{why}; it has no room in memory, and from its files it goes by blocks alone: use more ranks"
+                raise UserError("model", type(model).__name__, problem) from why
             request = request.in_model_order(str(why), sharding.world.size)
             if checkpointer is not None:
                 checkpointer.groups = request.plan.groups

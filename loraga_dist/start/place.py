@@ -23,16 +23,26 @@ from loraga_dist.sharding.base import Sharding
 def add_adapter(model: nn.Module, lora: LoraSection, sharding: Sharding) -> Any:
     """A PEFT model around `model`; under ZeRO-3 its new parameters are shards of the base's dtype from the start."""
     from peft import get_peft_model
+    from peft.utils.other import ModulesToSaveWrapper
 
     dtype = next(model.parameters()).dtype
     with sharding.new_parameters(dtype), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(
+        peft_model: Any = get_peft_model(
             model,  # type: ignore[arg-type]
             peft_lora_config(lora),
             # DeepSpeed wants one dtype for all parameters; the factors lose nothing, they were rounded to it before
             autocast_adapter_dtype=not sharding.is_sharded,
         )
+    if sharding.stays_in_files:  # PEFT has copied what nobody held
+        for module in peft_model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                originals = list(module.original_module.parameters())
+                copies = list(module.modules_to_save["default"].parameters())
+                with sharding.hold(originals), torch.no_grad():
+                    for original, copied in zip(originals, copies, strict=True):
+                        copied.copy_(original)
+    return peft_model
 
 
 @dataclass(frozen=True, kw_only=True)
