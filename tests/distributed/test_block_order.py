@@ -122,9 +122,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_have_the_unsharded_gradients(world_size: int, models: Path) -> None:
-    parts: list[Part] = run_on_ranks(be_rank, world_size, models, timeout_seconds=280)
+    parts: list[Part] = run_on_ranks(be_rank, world_size, models, timeout_seconds=550)
     shares = [share(rank, world_size) for rank in range(world_size)]
     assert len({sum(microbatch.num_supervised_tokens for microbatch in each) for each in shares}) == world_size
     everything = [microbatch for each in shares for microbatch in each]
