@@ -66,7 +66,7 @@ def parsed(key: str = "", value: Any = None) -> InitConfig:
         ("gradient.oversampling", 0, "input should be greater than or equal to 1"),
         ("gradient.refine_passes", "often", "input should be a valid integer or input should be 'auto'"),
         ("gradient.refine_passes", -1, "input should be greater than or equal to 0 or input should be 'auto'"),
-        ("gradient.checkpointing", "reentrant", "input should be 'none' or 'non_reentrant'"),
+        ("gradient.checkpointing", "reentrant", "input should be 'auto', 'none' or 'non_reentrant'"),
         ("calibration.max_length", 1, "input should be greater than or equal to 2"),
         ("calibration.max_samples", 0, "input should be greater than or equal to 1 or input should be 'auto'"),
         ("calibration.target_cosine", 1.0, "input should be less than 1"),
