@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.errors import LoragaError, unforeseen
-from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.kept import Keeping, KeptInputs
 from loraga_dist.gradients.observer import require_all_seen
@@ -99,7 +98,7 @@ class BlockOrder(Route):
         training = {module: module.training for module in self._model.modules()}
         self._model.eval()
         try:
-            with self._kept, ExitStack() as self._held, self._stubs.installed(), full_float32_matmul():
+            with self._kept, ExitStack() as self._held, self._stubs.installed():
                 yield
         finally:
             for module, mode in training.items():

@@ -14,7 +14,7 @@ from torch import nn
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
-from loraga_dist.gradients.forward import forward, full_float32_matmul
+from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.stubs import Form, Stubs, short_head
 from loraga_dist.gradients.taps import Sink, tapped
@@ -82,7 +82,7 @@ class ModelOrder(Route):
 
     @contextmanager
     def showing(self, chunk: Sequence[Microbatch], names: Sequence[str], sink: Sink) -> Iterator[Take]:
-        with tapped(self._called, names, sink, checkpointing=self._checkpointing), full_float32_matmul():
+        with tapped(self._called, names, sink, checkpointing=self._checkpointing):
             yield self._take
 
     def _take(self, microbatch: Microbatch) -> torch.Tensor:
