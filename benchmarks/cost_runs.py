@@ -103,7 +103,7 @@ class Bench:
         names = [target.name for target in self.targets]
         in_pieces = self.sharding.is_sharded
         order = choose_order(gradient.order, "Llama", find_blocks(self.model), names, in_pieces=in_pieces)
-        amount = Amount(self.shape.microbatches * (self.shape.tokens - 1), self.shape.microbatches)
+        amount = Amount(self.shape.microbatches * (self.shape.tokens - 1), self.shape.microbatches, self.dtype)
         return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order, amount=amount)
 
     def floor(self) -> Outcome:

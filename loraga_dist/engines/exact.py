@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,13 @@ OVERSAMPLING = 32
 """Columns of the randomized SVD beyond the wanted ones, unless the user says otherwise."""
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has units for it; without them it is many times slower than float32."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
 class ExactEngine(GradientEngine):
     """Accumulates G_MN = sum over tokens of dy x^T in float32, whatever the dtype of the data."""
 
@@ -47,9 +55,12 @@ class ExactEngine(GradientEngine):
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
         kept, E_2MS, Phi_NS = self._G[name], self._E[name], self._Phi[name]
         G_MN = self._home.fetch(kept)
-        if x_TN.is_cuda and x_TN.dtype == dy_TM.dtype and x_TN.itemsize == 2:
+        if x_TN.dtype == dy_TM.dtype and x_TN.itemsize == 2 and x_TN.is_cuda:
             # products of 16 bits are exact in float32, which such a device can sum in and hand over
             G_MN.add_(torch.mm(dy_TM.t(), x_TN, out_dtype=torch.float32))
+        elif x_TN.dtype == dy_TM.dtype == torch.bfloat16 and x_TN.device.type == "cpu" and multiplies_bfloat16():
+            # sums in float32, too, but hands over each product rounded to the precision of x and dy
+            G_MN.add_(dy_TM.t() @ x_TN)
         else:
             x_TN, dy_TM = x_TN.float(), dy_TM.float()
             G_MN.addmm_(dy_TM.t(), x_TN)

@@ -118,7 +118,7 @@ class SketchCosts(GradientEngine):
 
     @classmethod
     def cost(cls, matrix: Matrix, amount: Amount) -> int:
-        observing = amount.num_tokens * cls.flops_per_token(matrix)
+        observing = amount.flops(cls.flops_per_token(matrix))
         unions = _refreshes(amount.num_microbatches) * cls.factorization_cost(matrix)
         traffic_bytes = cls.traffic_bytes(matrix, amount.num_microbatches, 0)
         return round(_NARROW * observing) + unions + FLOPS_PER_BYTE * traffic_bytes

@@ -10,9 +10,9 @@ from torch import Tensor
 
 _MOST_PRODUCTS = 100  # with G^T G, until vectors of a flat spectrum are left as they are; half of them in float32
 _MOST_DEGREE = 12  # of one filter
-_TOLERANCE = 1e-6  # sine between a computed and a true singular vector
+_TOLERANCE = 3e-6  # sine between a computed and a true singular vector
 _RESIDUAL_FLOOR = 1e-12  # relative to the largest singular value; float64 products get no lower in practice
-_FLOAT32_FLOOR = 1e-6  # the same for float32 products
+_FLOAT32_FLOOR = 3e-7  # the same for float32 products
 _MOST_SPREAD = {torch.float32: 1e8, torch.float64: 1e12}  # of one filter's gains; beyond it, vectors drown in rounding
 _LEAST_CUT = 3e-8  # relative to the largest singular value: below it, all is rounding of float32
 _CHUNK_ELEMENTS = 2**19  # entries of G held in float64 at a time: 4 MiB, which stay in cache
@@ -74,17 +74,16 @@ def truncated_svd(G_MN: Tensor, *, rank: int, oversampling: int, generator: torc
             break
         if not in_double:
             # fp32 products are cheaper but stop improving at fp32 rounding (or TF32, if the user allowed it) relative
-            # to S[0], and that rounding mixes close neighbours within the span: the last steps are taken in float64.
-            fp32_aim_K, residual = aim_K.clamp(min=_FLOAT32_FLOOR * float(S_K[0])), float(residual_K.max())
-            reached = bool((residual_K <= fp32_aim_K).all()) or residual > 0.9 * least_residual
-            if reached or products >= _MOST_PRODUCTS // 2:
-                triplets = triplets.double()
-            else:
-                aim_K = fp32_aim_K
-            least_residual = min(least_residual, residual)
+            # to S[0], and that rounding mixes close neighbours within the span: the last step is taken in float64.
+            aim_K, residual = aim_K.clamp(min=_FLOAT32_FLOOR * float(S_K[0])), float(residual_K.max())
+            if residual > 0.9 * least_residual or products >= _MOST_PRODUCTS // 2:
+                triplets = _rayleigh_ritz(G_MN, triplets.V_NK.double())
+                continue
+            least_residual = residual
         cut = max(float(S_K[-1]), _LEAST_CUT * float(S_K[0]))
-        degree = _degree(S_K[:wanted] / cut, residual_K / aim_K, triplets.V_NK.dtype)
-        triplets = _rayleigh_ritz(G_MN, _filtered(G_MN, triplets, cut, degree))
+        degree, suffices = _degree(S_K[:wanted] / cut, residual_K / aim_K, triplets.V_NK.dtype)
+        span_NK = _filtered(G_MN, triplets, cut, degree)
+        triplets = _rayleigh_ritz(G_MN, span_NK.double() if suffices else span_NK)
         products += degree
     return _finished(triplets.U_MK, triplets.S_K, triplets.V_NK.T)
 
@@ -125,17 +124,13 @@ class _Ritz:
     U_MK: Tensor
     S_K: Tensor
     V_NK: Tensor
-    back_NK: Tensor | None
-    """G^T U, V S and a residual; None if it is not known in the dtype of the others."""
+    back_NK: Tensor
+    """G^T U, V S and a residual."""
 
     @property
     def residual_K(self) -> Tensor:
-        assert self.back_NK is not None
         # float64, or the squares of a tiny gradient are zero
         return torch.linalg.vector_norm(self.back_NK - self.V_NK * self.S_K, dim=0, dtype=torch.float64)
-
-    def double(self) -> _Ritz:
-        return _Ritz(self.U_MK.double(), self.S_K.double(), self.V_NK.double(), None)
 
 
 def _rayleigh_ritz(G_MN: Tensor, span_NK: Tensor) -> _Ritz:
@@ -147,8 +142,8 @@ def _rayleigh_ritz(G_MN: Tensor, span_NK: Tensor) -> _Ritz:
     return _Ritz(U_MK, S_K, Q_NK @ Vh_KK.T, _back_product(G_MN, U_MK))
 
 
-def _degree(ratio_K: Tensor, excess_K: Tensor, dtype: torch.dtype) -> int:
-    """The degree whose filter reduces all residuals as they need it.
+def _degree(ratio_K: Tensor, excess_K: Tensor, dtype: torch.dtype) -> tuple[int, bool]:
+    """The degree whose filter reduces all residuals as they need it, or the most that is sound; and whether it does.
 
     ratio_K: wanted singular values over the cut. excess_K: residuals over what they shall be.
     """
@@ -156,7 +151,8 @@ def _degree(ratio_K: Tensor, excess_K: Tensor, dtype: torch.dtype) -> int:
     needed = float((torch.acosh(excess_K.clamp(min=1)) / growth_K).nan_to_num(posinf=_MOST_DEGREE).max())
     spread = float(growth_K[0] - growth_K[-1])
     most = math.log(_MOST_SPREAD[dtype]) / spread if spread > 0 else _MOST_DEGREE
-    return max(1, min(math.ceil(needed), int(most), _MOST_DEGREE))
+    degree = max(1, min(int(most), _MOST_DEGREE))
+    return min(degree, max(1, math.ceil(needed))), needed <= degree
 
 
 def _filtered(G_MN: Tensor, triplets: _Ritz, cut: float, degree: int) -> Tensor:
@@ -166,11 +162,7 @@ def _filtered(G_MN: Tensor, triplets: _Ritz, cut: float, degree: int) -> Tensor:
     def step(image_NK: Tensor, X_NK: Tensor) -> Tensor:
         return (2 / cut) * image_NK - X_NK
 
-    if triplets.back_NK is None:
-        first_NK = step(_squared_product(G_MN, V_NK, cut), V_NK)
-    else:
-        first_NK = step(triplets.back_NK * (triplets.S_K / cut), V_NK)
-    older_NK, newer_NK = V_NK, first_NK
+    older_NK, newer_NK = V_NK, step(triplets.back_NK * (triplets.S_K / cut), V_NK)
     for _ in range(degree - 1):
         older_NK, newer_NK = newer_NK, 2 * step(_squared_product(G_MN, newer_NK, cut), newer_NK) - older_NK
     return newer_NK

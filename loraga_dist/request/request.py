@@ -167,7 +167,7 @@ def understand(
     data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
         data = read_data(config, base, world, began)
-    saved, amount = saved_order(order, blocks), _amount(config, data)
+    saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
     return CheckpointRequest(
         config=_resolved(config, base),
         plan=make_plan(targets, config.gradient, scheme, world.size, saved or chosen, amount),
@@ -184,13 +184,14 @@ def understand(
     )
 
 
-def _amount(config: InitConfig, data: SampleSharder | None) -> Amount:
+def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) -> Amount:
     """Of data that was read, or else may be; by a rank's microbatches, so that the number of ranks changes nothing."""
     calibration = config.calibration
     num_samples, num_tokens = calibration.most_samples, calibration.most_samples * calibration.max_length
     if data is not None:
         num_samples, num_tokens = data.num_samples, data.num_tokens
-    return Amount(num_tokens=num_tokens, num_microbatches=-(-num_samples // calibration.per_device_batch_size))
+    num_microbatches = -(-num_samples // calibration.per_device_batch_size)
+    return Amount(num_tokens=num_tokens, num_microbatches=num_microbatches, dtype=dtype)
 
 
 def understand_model(
@@ -222,7 +223,9 @@ def understand_model(
     if batches is not None:
         data = BatchSharder(in_step(microbatches, world))
         num_tokens = torch.tensor(sum(each.inputs["input_ids"].numel() for each in microbatches), device=world.device)
-        amount = Amount(num_tokens=int(world.sum_(num_tokens)), num_microbatches=data.num_samples * world.size)
+        amount = Amount(
+            num_tokens=int(world.sum_(num_tokens)), num_microbatches=data.num_samples * world.size, dtype=dtype
+        )
     return Request(
         config=config,
         plan=make_plan(targets, config.gradient, scheme, world.size, order, amount),

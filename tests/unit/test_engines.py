@@ -7,6 +7,7 @@ import torch
 
 from loraga_dist.engines import ENGINES, USUAL_AMOUNT, Amount, Matrix, StateHome
 from loraga_dist.engines.base import ERROR_COLUMNS, seeded_generator
+from loraga_dist.engines.exact import ExactEngine, multiplies_bfloat16
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.ranks.world import World
 
@@ -73,6 +74,27 @@ def test_split_half_cosine_of_exact_is_near_the_gradients(T: int) -> None:
     assert engine.split_half_cosines(world) == [pytest.approx(expected, abs=1e-5)]
 
 
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor has no units for bfloat16")
+def test_products_of_bfloat16_lose_no_more_than_the_data_has_lost() -> None:
+    """Each product is rounded once; over many microbatches these errors average out, as the data's own do."""
+    world, M, N, T = World.alone(), 96, 80, 64
+    matrix = Matrix(name="any", M=M, N=N, num_triplets=4, width=8, owner=0, engine="exact")
+    engine = ExactEngine([matrix], home=StateHome(torch.device("cpu")), seed=0, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    truth, rounded_data = torch.zeros(2, M, N, dtype=torch.float64)
+    for index in range(32):
+        x_TN = torch.randn(T, N, generator=generator)
+        dy_TM = torch.randn(T, M, generator=generator) + x_TN[:, :1]
+        engine.begin_microbatch(index)
+        engine.observe("any", x_TN.bfloat16(), dy_TM.bfloat16())
+        truth += dy_TM.double().T @ x_TN.double()
+        rounded_data += dy_TM.bfloat16().double().T @ x_TN.bfloat16().double()
+    engine.collect(world)
+    ((_, G_MN),) = engine.mean_gradients(1)
+    assert (G_MN - rounded_data).norm() < 1.5 * (rounded_data - truth).norm()
+    assert (G_MN - rounded_data).norm() < 3e-3 * truth.norm()
+
+
 def large(engine: str, d: int) -> Matrix:
     return Matrix(
         name="any", M=d, N=d, num_triplets=16, width=ENGINES[engine].width(16, d, d, None), owner=0, engine=engine
@@ -86,6 +108,7 @@ def large(engine: str, d: int) -> Matrix:
         (4096, USUAL_AMOUNT, "sketch"),
         (1024, Amount(num_tokens=16 * 128, num_microbatches=16), "exact"),
         (4096, Amount(num_tokens=32 * 512, num_microbatches=32), "sketch"),
+        (2048, Amount(num_tokens=16 * 256, num_microbatches=16, dtype=torch.bfloat16), "exact"),
     ],
 )
 def test_the_cheaper_engine_is_the_one_that_is_measured_to_be(d: int, amount: Amount, cheaper: str) -> None:
