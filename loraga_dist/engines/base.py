@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.engines.home import StateHome
-from loraga_dist.linalg import TruncatedSVD
+from loraga_dist.linalg import TruncatedSVD, Whitening
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,12 @@ class Matrix:
     """The rank that factorizes it."""
     engine: str
     """A key of ENGINES."""
+    input_width: int | None = None
+    """K of the whitening of its input; None where inputs are taken as they are."""
+
+    @property
+    def whitening_bytes(self) -> int:
+        return 0 if self.input_width is None else Whitening.num_bytes(self.N, self.input_width)
 
     @property
     def triplet_bytes(self) -> int:
@@ -64,13 +70,19 @@ FLOPS_PER_BYTE = 250
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSVD:
-    """The leading triplets of a mean gradient, with what is known about their quality."""
+    """The leading triplets of a mean gradient, with what is known about their quality.
+
+    Of a gradient with white inputs, what is said of it holds for those; `svd` is one for the inputs as they are, whose
+    rows Vh are orthonormal in the metric of their second moment.
+    """
 
     svd: TruncatedSVD
     captured_energy: float
     """Share of ||G||_F^2 in the wanted triplets."""
     split_half_cosine: float | None
     """cos(G_even, G_odd) over halves of the data, from a Gaussian sketch; None with a single half."""
+    input_rank: float | None = None
+    """(tr C)^2 / ||C||_F^2 of the second moment C of the input; None where it was not asked for, NaN if not known."""
     window_capture: float | None = None
     """Smallest share of a window's energy that its sketch held, relative to the best window before; None without
     windows. A drop says that the data changed on the way."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +18,10 @@ from loraga_dist.engines.base import (
     GradientSVD,
     Matrix,
     Tensors,
+    require_entries,
 )
 from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.white import Whites
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class EngineGroup:
 
     engine_of: dict[str, GradientEngine]
     """By the name of the matrix."""
+    whites: Whites = field(default_factory=lambda: Whites(()))
+
+    device: torch.device = torch.device("cpu")
 
     @classmethod
     def of(cls, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> EngineGroup:
@@ -36,7 +41,7 @@ class EngineGroup:
         for name in dict.fromkeys(matrix.engine for matrix in matrices):
             members = [matrix for matrix in matrices if matrix.engine == name]
             engines[name] = ENGINES[name](members, home=home, seed=seed, dtype=dtype)
-        return cls({matrix.name: engines[matrix.engine] for matrix in matrices})
+        return cls({matrix.name: engines[matrix.engine] for matrix in matrices}, Whites(matrices), home.device)
 
     @cached_property
     def engines(self) -> list[GradientEngine]:
@@ -46,7 +51,7 @@ class EngineGroup:
     def refining(self) -> EngineGroup | None:
         """Those to which further passes over the same data bring something, if there are any."""
         members = {name: engine for name, engine in self.engine_of.items() if engine.refines}
-        return EngineGroup(members) if members else None
+        return EngineGroup(members, self.whites, self.device) if members else None
 
     def begin_refinement(self, world: Collectives) -> None:
         for engine in self.engines:
@@ -57,9 +62,10 @@ class EngineGroup:
             engine.begin_microbatch(index)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
-        self.engine_of[name].observe(name, x_TN, dy_TM)
+        self.engine_of[name].observe(name, self.whites.of(name, x_TN), dy_TM)
 
     def end_microbatch(self, world: Collectives) -> None:
+        self.whites.forget()
         for engine in self.engines:
             engine.end_microbatch(world)
 
@@ -69,7 +75,8 @@ class EngineGroup:
     def save_state(self, world: Collectives) -> EngineState:
         states = [engine.save_state(world) for engine in self.engines]
         tensors = {name: tensor for state in states for name, tensor in state.tensors.items()}
-        return EngineState({"engines": [state.content for state in states]}, tensors)
+        content = {"engines": [state.content for state in states], "white": self.whites.known}
+        return EngineState(content, tensors | self.whites.state(world.rank))
 
     @staticmethod
     def check_state(matrices: Sequence[Matrix], content: dict[str, Any], saved: Entries) -> None:
@@ -83,10 +90,14 @@ class EngineGroup:
             prefix = f"{matrix.name}/"
             own = {name.removeprefix(prefix): entry for name, entry in saved.items() if name.startswith(prefix)}
             ENGINES[matrix.engine].check_state(matrix, of_engine[matrix.engine], own)
+            if matrix.input_width is not None and content["white"]:
+                require_entries(own, Whites.entries(matrix))
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
         for engine, of_engine in zip(self.engines, content["engines"], strict=True):
             engine.load_state(of_engine, tensors, world)
+        if content["white"]:
+            self.whites.load_state(tensors, world, self.device)
 
     def collect(self, world: Collectives) -> None:
         for engine in self.engines:
@@ -94,7 +105,8 @@ class EngineGroup:
 
     def results(self, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         for engine in self.engines:
-            yield from engine.results(num_tokens)
+            for name, found in engine.results(num_tokens):
+                yield name, self.whites.undo(name, found)
 
     def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
         self.collect(world)
