@@ -236,8 +236,8 @@ class _Calibrator:
             # one that some groups have seen is the same for the others
             chunk = next(chunks_of(left, most, at_looks=target_cosine is not None and not at.chunk_end))
             end = min(at.num_samples + len(chunk) * self._batches.samples_per_step, stop)
-            for index, observer in enumerate(observers):
-                if index >= at.num_groups_ahead and observer is not None:
+            for index, observer in list(enumerate(observers))[at.num_groups_ahead :]:
+                if observer is not None:
                     self._show(route, chunk, observer, progress, counts=index == 0 and at.refinement == 0)
                 if index + 1 < len(observers):
                     self._at = replace(self._at, num_groups_ahead=index + 1, chunk_end=end)
