@@ -168,11 +168,11 @@ class Forecaster:
         base, holding = self.request.base, Holding.of(self.config.deepspeed, self.world_size)
         # what `StateHome.choose` will do once the weights are on the device
         state_device = self.config.gradient.state_device
-        state_on_host = state_device == "host"
-        if state_device == "auto" and self.device_bytes is not None:
+        state_limit_bytes = 0.0 if state_device == "host" and not self.on_host else math.inf
+        if state_device == "auto" and self.device_bytes is not None and not self.on_host:
             on_host = holding.offloads_weights or self.way.from_disk
             weights_bytes = 0 if on_host else self.request.shape.partition_bytes(self.world_size)
-            state_on_host = self.plan.state_bytes_per_rank > DEVICE_SHARE * (self.device_bytes - weights_bytes)
+            state_limit_bytes = DEVICE_SHARE * (self.device_bytes - weights_bytes)
         return Setting(
             world_size=self.world_size,
             sharded=holding.is_sharded,
@@ -183,7 +183,7 @@ class Forecaster:
             and not self.way.from_disk
             and all(slot.dtype == base.dtype for slot in base.index.values()),
             from_disk=self.way.from_disk,
-            state_on_host=not self.on_host and state_on_host,
+            state_limit_bytes=state_limit_bytes,
         )
 
     def activations(self, shapes: Shapes) -> Activations | None:
