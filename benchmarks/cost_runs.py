@@ -212,7 +212,7 @@ class Bench:
         outcome.details |= {
             "seconds_factorize": clock.seconds["factorize"],
             "engines": sorted({matrix.engine for matrix in plan.matrices.values()}),
-            "state_bytes": plan.state_bytes_per_rank,
+            "state_bytes": found.state_bytes_per_rank,
             "reported_captured_energy": {name: facts.captured_energy for name, facts in found.facts.items()},
         }
         if place:

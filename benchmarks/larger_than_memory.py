@@ -161,8 +161,9 @@ def init(model: Path, scratch: Path, max_bytes: int | None) -> dict[str, Any]:
     """Run `loraga-dist init` on the model: figures of the process, and of its report where it completed."""
     output = scratch / "output"
     tree = {
-        # of very few tokens, whose gradients the sketch holds without loss
-        "gradient": {"engine": "sketch", "order": "block"},
+        # of very few tokens, whose gradients the sketch holds without loss: the pass that `auto` adds where they are so
+        # few would read the model's data again for nothing
+        "gradient": {"engine": "sketch", "order": "block", "refine_passes": 0},
         "model": {"name_or_path": str(model)},
         "calibration": {"data_files": str(model / DATA), "per_device_batch_size": 1},
         "output": {"dir": str(output), "residual_base": "full"},

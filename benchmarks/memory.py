@@ -2,10 +2,14 @@
 
 usage: python benchmarks/memory.py [--size-gib 0.5,1] [--ranks 1,2,4] [--engine auto] [--order auto]
        [--tokens 256] [--large-vocabulary | --wide] [--directory DIR] [--json FILE]
+       python benchmarks/memory.py --head [--json FILE]
 
 The peak is what the run itself reports: resident host memory above the process's level after imports, over the whole
 run from loading to the written residual base; on GPUs device memory. A single process maps the weights from the
 checkpoint's files; their pages count.
+
+--head: what head and loss alone take for one long sequence, forward and backward, above what stood before: by some
+tokens at a time, and at once. Each in a process of its own, which has taken a short sequence before.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ import argparse
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchrun import ROOT, run_as_ranks
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loraga_dist.data.losses import causal_lm
+from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.gradients import head
+from loraga_dist.gradients.stubs import Stubs
+from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
+
+CPU = torch.device("cpu")
+
 # TinyLlama-1.1B's shapes; the number of layers is chosen by size
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
 SEQUENCE_TOKENS = 256
@@ -37,6 +51,10 @@ LARGE_VOCABULARY = 49152
 """Of a small, tied model of SmolLM2-135M's widths, with 10 of its layers and sequences of different lengths."""
 WIDE_TOKENS, WIDE_SEQUENCES = 16, 2
 """Of two layers of Llama-3-70B's widths: products in bfloat16 take minutes where processors have no units for them."""
+HEADS_OF: Sequence[tuple[int, int, bool]] = ((8192, 32768, False), (8192, 32768, True), (32768, 131072, False))
+"""Tokens, vocabulary, and whether all logits are made at once."""
+HEAD_HIDDEN = 32
+"""So few columns that nothing but logits counts."""
 TIME_LIMIT_SECONDS = 1200
 DATA = "calibration.jsonl"
 """Beside the model."""
@@ -125,6 +143,52 @@ def measure(model: Path, num_ranks: int, start: str, order: str, calibration: di
     return json.loads((output / "loraga_report.json").read_text())
 
 
+def head_peak_bytes(num_tokens: int, vocabulary: int, at_once: bool) -> int:
+    """The peak of this process while one float32 sequence goes through head and loss."""
+    return_freed_memory_at_once()  # as every run does
+    if at_once:
+        head.LOGITS_AT_ONCE = num_tokens * vocabulary
+    torch.manual_seed(0)
+    config = _llama(
+        vocab_size=vocabulary, hidden_size=HEAD_HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = LlamaForCausalLM(config).requires_grad_(False).eval()
+    stubs = Stubs(model, list(model.model.layers), CPU)
+    ids, hidden = torch.randint(0, vocabulary, (1, num_tokens)), torch.randn(1, num_tokens, HEAD_HIDDEN)
+    with stubs.installed():
+        for length in (64, num_tokens):  # the first is to have all code there
+            inputs = dict.fromkeys(("input_ids", "labels"), ids[:, :length])
+            with PeakMemory(CPU) as memory:
+                head.Head(model, stubs, causal_lm).backward(Microbatch(inputs, length - 1, 0, ()), hidden[:, :length])
+    return memory.peak_bytes
+
+
+def head_runs() -> list[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
+        return [
+            {
+                "tokens": num_tokens,
+                "vocabulary": vocabulary,
+                "at_once": at_once,
+                "logits_bytes": 4 * num_tokens * vocabulary,
+                "peak_bytes": processes.submit(head_peak_bytes, num_tokens, vocabulary, at_once).result(),
+            }
+            for num_tokens, vocabulary, at_once in HEADS_OF
+        ]
+
+
+def print_head_table(runs: Sequence[dict[str, Any]]) -> None:
+    table = Table(title="head and loss of one sequence, MiB")
+    for column in ("tokens", "vocabulary", "logits", "made", "measured peak"):
+        table.add_column(column, justify="right")
+    for run in runs:
+        made = "at once" if run["at_once"] else "in parts"
+        logits_mib, peak_mib = (f"{run[key] / 2**20:.0f}" for key in ("logits_bytes", "peak_bytes"))
+        table.add_row(str(run["tokens"]), str(run["vocabulary"]), logits_mib, made, peak_mib)
+    Console().print(table)
+
+
 def figures(report: dict[str, Any]) -> dict[str, Any]:
     peaks, planned = report["peak_bytes_per_rank"], report["planned_peak_bytes_per_rank"]
     return {
@@ -179,10 +243,16 @@ def main() -> None:
     parser.add_argument("--wide", action="store_true", help="two layers of Llama-3-70B's widths, 7.1 GiB, instead")
     parser.add_argument("--tokens", type=int, default=SEQUENCE_TOKENS, help="of a sequence (default 256)")
     parser.add_argument("--large-vocabulary", action="store_true", help="a small model with 49152 tokens instead")
+    parser.add_argument("--head", action="store_true", help="head and loss of one long sequence instead")
     parser.add_argument("--directory", type=Path, default=ROOT / "build" / "benchmarks", help="where the model is kept")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
 
+    if options.head:
+        runs = head_runs()
+        print_head_table(runs)
+        write(options.json, {"torch": torch.__version__}, runs)
+        return
     runs = []
     versions: dict[str, str] = {}
     calibration = {"max_length": options.tokens, "per_device_batch_size": 1 + options.large_vocabulary}
@@ -208,13 +278,13 @@ def main() -> None:
             })  # fmt: skip
             versions = report["versions"]
     print_table(runs)
-    if options.json:
-        content = {
-            "hardware": hardware(),
-            "versions": versions,
-            "runs": runs,
-        }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    write(options.json, versions, runs)
+
+
+def write(path: Path | None, versions: dict[str, str], runs: Sequence[dict[str, Any]]) -> None:
+    if path is not None:
+        content = {"hardware": hardware(), "versions": versions, "runs": runs}
+        path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _llama(**shapes: Any) -> LlamaConfig:

@@ -194,7 +194,8 @@ class GradientConfig(Section):
     costs less time, if its state fits the budget."""
     order: OrderName = "auto"
     """`block` holds one block of the model at a time and takes all microbatches through it; `model` takes each
-    microbatch through the whole model. `auto` is `block` wherever no process holds the model whole on its device."""
+    microbatch through the whole model. `auto` is `block` wherever no process holds the model whole on its device, or
+    the activations of model order have no room."""
     chunk_microbatches: Count | Literal["auto"] = "auto"
     """Block order: how many microbatches of a rank go through the blocks together; `auto` is as many as there is room
     for, if possible all. Each chunk gathers the model twice."""

@@ -65,8 +65,8 @@ class ExactEngine(GradientEngine):
             x_TN, dy_TM = x_TN.float(), dy_TM.float()
             G_MN.addmm_(dy_TM.t(), x_TN)
         (T, N), M = x_TN.shape, dy_TM.shape[1]
-        if x_TN.dtype == torch.float32 and T * (M + N) < M * N:
-            E_2MS[self._half].addmm_(dy_TM.t(), x_TN @ Phi_NS)
+        if x_TN.dtype == dy_TM.dtype != torch.float16 and T * (M + N) < M * N:
+            E_2MS[self._half].add_(dy_TM.t() @ (x_TN @ Phi_NS.to(x_TN.dtype)))
         else:  # fewer flops: both halves together are G Phi
             torch.addmm(E_2MS[1 - self._half], G_MN, Phi_NS, beta=-1, out=E_2MS[self._half])
         self._home.put_back(kept, G_MN)

@@ -8,7 +8,6 @@ is how ZeRO-3 gathers.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +19,12 @@ from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch
 from loraga_dist.forecast.in_blocks import InBlocks, Shown, run_in_blocks, signature
-from loraga_dist.forecast.ledger import DEVICE, Ledger, Shapes, microbatch_of, model_of, without_memory
+from loraga_dist.forecast.ledger import DEVICE, Ledger, Shapes, microbatch_of, without_memory
 from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
-from loraga_dist.model.blocks import Order, pieces_of
+from loraga_dist.model.blocks import Blocks, Order, pieces_of
+from loraga_dist.sharding.base import without_values
 
 _BLOCKS_RUN = 3
 """Of a stack of equal blocks; the others are counted, not run."""
@@ -64,7 +64,7 @@ def forecast_activations(
     """
     try:
         with without_memory():
-            model, microbatch = model_of(base), microbatch_of(shapes)
+            model, microbatch = without_values(base).requires_grad_(False).eval(), microbatch_of(shapes)
             in_blocks = None
             if order.blocks is not None and groups:
                 in_blocks = run_in_blocks(model, order, microbatch, groups, loss)
@@ -141,7 +141,8 @@ class _Stack:
         ((prefix, blocks),) = lists.items()
         if len(blocks) <= _WORTH_CUTTING or len({signature(block) for block in blocks}) > 1:
             return whole
-        indices = {name: _block_index(prefix, name) for name in names}
+        of_stack = Blocks(prefix=prefix, count=len(blocks))
+        indices = {name: of_stack.index_of(name) for name in names}
         first = min((index for index in indices.values() if index is not None), default=0)
         num_in_graph = len(blocks) - first
         del blocks[min(_BLOCKS_RUN, num_in_graph) :]
@@ -165,8 +166,3 @@ class _Stack:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _block_index(prefix: str, name: str) -> int | None:
-    found = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
-    return int(found[1]) if found else None

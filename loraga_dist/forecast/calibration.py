@@ -42,8 +42,8 @@ class Setting:
     """A single process maps them from the checkpoint's files, until they are changed."""
     from_disk: bool
     """A single process reads them from there, a piece at a time."""
-    state_on_host: bool
-    """Engine state lives there, beside a device that computes (gradient.state_device)."""
+    state_limit_bytes: float
+    """The engine state of a sweep that is larger lives there, beside a device that computes (gradient.state_device)."""
 
     @property
     def gathers(self) -> bool:
@@ -69,6 +69,11 @@ class Course:
     def num_chunks(self) -> int:
         return -(-self.num_microbatches // self.chunk)
 
+    @property
+    def state_bytes(self) -> int:
+        """Engine state every rank holds during the largest sweep."""
+        return max((sum(map(Plan.state_bytes, sweep)) for sweep in self.sweeps), default=0)
+
     @classmethod
     def of(
         cls,
@@ -80,14 +85,13 @@ class Course:
         most_tokens: int,
         looks: bool,
     ) -> Course:
-        """looks: the first sweep may end early, and all its groups are to agree to that."""
+        """looks: as `sweep_end` takes it."""
         chunk = (
             1 if plan.order.blocks is None else min(keeping.chunk_microbatches or num_microbatches, num_microbatches)
         )
         sweeps, first = [], 0
         while first < len(plan.groups):
-            alone = chunk >= num_microbatches and not (looks and first == 0)
-            end = first + 1 if alone else sweep_end(plan, gradient, first)
+            end = sweep_end(plan, gradient, first, in_one_chunk=chunk >= num_microbatches, looks=looks)
             sweeps.append(plan.groups[first:end])
             first = end
         return cls(
@@ -130,7 +134,8 @@ class _Log:
     """Moments as they are told, on one rank."""
 
     def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+        self._limit_bytes = setting.state_limit_bytes
+        self._on_host = False
         self.moments: Moments = defaultdict(list)
         self.triplets = 0
         """Bytes of what has been found so far and is owned."""
@@ -139,10 +144,13 @@ class _Log:
         """state: bytes in all, and of what visits the device where the rest lives on the host."""
         on_host = (on_host or {}) | {"owned triplets": self.triplets}
         held, visiting = state
-        if self._setting.state_on_host:
+        if self._on_host:
             self.moments[phase].append((on_device | {STATE: visiting}, on_host | {STATE: held}))
         else:
             self.moments[phase].append((on_device | {STATE: held}, on_host))
+
+    def begin(self, sweep: Sequence[Sequence[Matrix]]) -> None:
+        self._on_host = sum(map(Plan.state_bytes, sweep)) > self._limit_bytes
 
     def found(self, group: Sequence[Matrix], rank: int) -> None:
         self.triplets += sum(matrix.triplet_bytes for matrix in group if matrix.owner == rank)
@@ -166,6 +174,7 @@ def _in_model_order(
     gathered = shape.largest_module_numel * shape.num_bytes_each if setting.sharded else 0
     backward = gathered if activations is None else activations.backward_bytes
     for sweep in course.sweeps:
+        log.begin(sweep)
         state = _State.of(sweep, rank, shape.dtype, course.most_tokens)
         held = state.held, state.visiting
         log.add("calibrate", {"microbatch": backward}, held)
@@ -202,6 +211,7 @@ def _in_block_order(
         return {KEPT_INPUTS: in_memory, ARGUMENTS: chunk * found.argument_bytes}
 
     for number, sweep in enumerate(course.sweeps):
+        log.begin(sweep)
         all_states = _State.of(sweep, rank, shape.dtype, course.most_tokens)
         if number == 0 or course.num_chunks > 1:
             # before the first chunk an engine may have some of its state, before later ones it has all

@@ -128,25 +128,25 @@ class Forecaster:
         def left(limit_bytes: float | None, taken_bytes: int) -> float | None:
             return None if limit_bytes is None or limit_bytes <= taken_bytes else limit_bytes - taken_bytes
 
-        all_microbatches, gradients = self.num_microbatches(shapes), 2 * found.hidden_bytes
-        most, resident = all_microbatches, found.argument_bytes
+        between, on_device = 2 * found.hidden_bytes, None
         if self.on_host:
             free = left(room.device_bytes, memory.peak_bytes)
-            resident += gradients
         else:
             free = left(room.host_bytes, memory.host_peak_bytes)
             on_device = left(room.device_bytes and (1 - MARGIN) * room.device_bytes, memory.peak_bytes)
-            if on_device is not None:
-                most = min(all_microbatches, 1 + int(on_device // gradients))
-        keeping = choose_keeping(
+        return choose_keeping(
             kept_bytes=(len(self.request.shape.numels_of_blocks) + 1) * found.hidden_bytes,
-            resident_bytes=resident,
-            num_microbatches=most,
-            free=FreeSpace(memory_bytes=free, files_bytes=room.files_bytes, directory=self.files_directory),
+            resident_bytes=found.argument_bytes + (between if self.on_host else 0),
+            between_bytes=between,
+            num_microbatches=self.num_microbatches(shapes),
+            free=FreeSpace(
+                memory_bytes=free,
+                files_bytes=room.files_bytes,
+                device_bytes=on_device,
+                directory=self.files_directory,
+            ),
             gradient=self.config.gradient,
         )
-        all_there_is = keeping.chunk_microbatches is None and most < all_microbatches
-        return replace(keeping, chunk_microbatches=most) if all_there_is else keeping
 
     def num_microbatches(self, shapes: Shapes) -> int:
         """Of each rank."""
@@ -168,11 +168,11 @@ class Forecaster:
         base, holding = self.request.base, Holding.of(self.config.deepspeed, self.world_size)
         # what `StateHome.choose` will do once the weights are on the device
         state_device = self.config.gradient.state_device
-        state_on_host = state_device == "host"
-        if state_device == "auto" and self.device_bytes is not None:
+        state_limit_bytes = 0.0 if state_device == "host" and not self.on_host else math.inf
+        if state_device == "auto" and self.device_bytes is not None and not self.on_host:
             on_host = holding.offloads_weights or self.way.from_disk
             weights_bytes = 0 if on_host else self.request.shape.partition_bytes(self.world_size)
-            state_on_host = self.plan.state_bytes_per_rank > DEVICE_SHARE * (self.device_bytes - weights_bytes)
+            state_limit_bytes = DEVICE_SHARE * (self.device_bytes - weights_bytes)
         return Setting(
             world_size=self.world_size,
             sharded=holding.is_sharded,
@@ -183,7 +183,7 @@ class Forecaster:
             and not self.way.from_disk
             and all(slot.dtype == base.dtype for slot in base.index.values()),
             from_disk=self.way.from_disk,
-            state_on_host=not self.on_host and state_on_host,
+            state_limit_bytes=state_limit_bytes,
         )
 
     def activations(self, shapes: Shapes) -> Activations | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping
@@ -16,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from loraga_dist.data.microbatches import Microbatch
-from loraga_dist.model.base import BaseModel
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of a microbatch's input tensors, all int64."""
@@ -30,17 +28,6 @@ def without_memory() -> Iterator[None]:
     with FakeTensorMode(), DEVICE, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def model_of(base: BaseModel) -> nn.Module:
-    """The frozen model in eval mode; its tensors have memory if others made in this context do."""
-    from transformers.initialization import no_init_weights
-
-    model_class: Any = base.model_class
-    with no_init_weights():
-        model = model_class._from_config(copy.deepcopy(base.config), dtype=base.dtype)
-    model.tie_weights()
-    return model.requires_grad_(False).eval()
 
 
 def microbatch_of(shapes: Shapes) -> Microbatch:

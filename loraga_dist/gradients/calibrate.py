@@ -84,6 +84,8 @@ class _Calibrator:
         self._within_sweep: Checkpoint | None = None
         self._engines: list[EngineGroup] = []
         """Of the groups of the sweep."""
+        self._state_bytes = 0
+        """Of the largest sweep so far."""
         self._announced = self._expected_steps = 0
 
     @full_float32_matmul()
@@ -108,6 +110,7 @@ class _Calibrator:
             data=self._used,
             order=self._plan.order,
             num_bytes_read=num_bytes_read,
+            state_bytes_per_rank=self._state_bytes,
         )
 
     def _route(self, progress: Progress) -> Route:
@@ -144,12 +147,13 @@ class _Calibrator:
         return 1 if self._plan.order.blocks is None else self._keeping.chunk_microbatches
 
     def _sweep_end(self, first: int) -> int:
-        """Up to which group a sweep from `first` on goes. All data in one chunk is kept for one group after the other;
-        else groups that see the data together save passes."""
-        looks = first == 0 and self._request.target_cosine is not None
-        if not looks and (self._chunk is None or self._chunk >= self._num_steps):
-            return first + 1
-        return sweep_end(self._plan, self._request.config.gradient, first)
+        return sweep_end(
+            self._plan,
+            self._request.config.gradient,
+            first,
+            in_one_chunk=self._chunk is None or self._chunk >= self._num_steps,
+            looks=self._request.target_cosine is not None,
+        )
 
     def _steps_to_come(self) -> int:
         """Steps of progress of all first passes that are not over."""
@@ -184,7 +188,9 @@ class _Calibrator:
         if not at.num_groups:
             self._at = at = replace(at, num_groups=self._sweep_end(at.group) - at.group)
         groups = plan.groups[at.group : at.group + at.num_groups]
-        home = StateHome.choose(config.gradient.state_device, self._world.device, sum(map(plan.state_bytes, groups)))
+        state_bytes = sum(map(plan.state_bytes, groups))
+        self._state_bytes = max(self._state_bytes, state_bytes)
+        home = StateHome.choose(config.gradient.state_device, self._world.device, state_bytes)
         dtype = next(self._model.parameters()).dtype
         self._engines = [EngineGroup.of(group, home=home, seed=config.init.seed, dtype=dtype) for group in groups]
         if self._within_sweep is not None:
@@ -236,8 +242,8 @@ class _Calibrator:
             # one that some groups have seen is the same for the others
             chunk = next(chunks_of(left, most, at_looks=target_cosine is not None and not at.chunk_end))
             end = min(at.num_samples + len(chunk) * self._batches.samples_per_step, stop)
-            for index, observer in enumerate(observers):
-                if index >= at.num_groups_ahead and observer is not None:
+            for index, observer in list(enumerate(observers))[at.num_groups_ahead :]:
+                if observer is not None:
                     self._show(route, chunk, observer, progress, counts=index == 0 and at.refinement == 0)
                 if index + 1 < len(observers):
                     self._at = replace(self._at, num_groups_ahead=index + 1, chunk_end=end)
@@ -347,6 +353,8 @@ class _Calibrator:
                     parts = {part.name: saved.tensors[f"{name}.{part.name}"] for part in fields(TruncatedSVD)}
                     self._owned[name] = TruncatedSVD(**parts)
             self._used = DataUsed(**saved.content["data"])
+        # how these were put together in sweeps is not known any more
+        self._state_bytes = max(map(self._plan.state_bytes, self._plan.groups[: len(found.finished)]), default=0)
         self._at, self._within_sweep = Position(group=len(found.finished)), found.newest
         if self._within_sweep is not None:
             self._at = Position.of_json(self._within_sweep.content["position"])

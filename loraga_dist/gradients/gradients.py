@@ -71,3 +71,5 @@ class Gradients:
     """In which the model was gone through."""
     num_bytes_read: int
     """By this run, of weights that stay in files."""
+    state_bytes_per_rank: int
+    """Engine state during the largest sweep; of groups that an earlier run finished, during the largest group."""

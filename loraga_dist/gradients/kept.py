@@ -41,17 +41,25 @@ class FreeSpace:
     memory_bytes: float | None = None
     files_bytes: float | None = None
     """In the directory."""
+    device_bytes: float | None = None
+    """Of a device beside the host."""
     directory: Path
     """The user's, or where files go by default."""
 
 
 def choose_keeping(
-    *, kept_bytes: int, resident_bytes: int, num_microbatches: int, free: FreeSpace, gradient: GradientConfig
+    *,
+    kept_bytes: int,
+    resident_bytes: int,
+    between_bytes: int,
+    num_microbatches: int,
+    free: FreeSpace,
+    gradient: GradientConfig,
 ) -> Keeping:
     """Choose how many microbatches go through the blocks together, and where they are kept: all, if possible in memory.
 
-    kept_bytes: of one microbatch, in memory or in files. resident_bytes: of one, in memory either way.
-    num_microbatches: of one rank.
+    kept_bytes: of one microbatch, in memory or in files. resident_bytes: of one, in memory either way. between_bytes:
+    of the gradients between blocks of one that waits, on a device beside the host. num_microbatches: of one rank.
 
     Raises UserError where not one microbatch has room, or fewer than gradient.chunk_microbatches or in another place
     than gradient.activations_dir.
@@ -62,8 +70,11 @@ def choose_keeping(
             return num_microbatches
         return max(0, int(SHARE * free_bytes // bytes_each))
 
+    most = num_microbatches
+    if free.device_bytes is not None:
+        most = min(most, 1 + int(free.device_bytes // between_bytes))
     chunk = gradient.chunk_microbatches
-    wanted = num_microbatches if chunk == "auto" else min(chunk, num_microbatches)
+    wanted = most if chunk == "auto" else min(chunk, most)
     in_files = min(fitting(free.files_bytes, kept_bytes), fitting(free.memory_bytes, resident_bytes))
     in_memory = 0 if gradient.activations_dir else fitting(free.memory_bytes, kept_bytes + resident_bytes)
     best = max(in_memory, in_files)

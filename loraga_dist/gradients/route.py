@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,8 @@ class ModelOrder(Route):
         self._loss = loss
         self._sharding = sharding
         self._checkpointing: Checkpointing = checkpointing
+        self._shown: tuple[Sequence[str], Sink] | None = None
+        """What the taps are attached for."""
         # ranks that gather by collectives have sequences of other lengths
         self._long = None if sharding.is_sharded else LongSequences.of(model, loss, sharding.world.device)
 
@@ -76,14 +78,20 @@ class ModelOrder(Route):
     def opened(self) -> Iterator[None]:
         try:
             self._called = self._sharding.attach(self._model)
-            yield
+            with ExitStack() as self._taps:
+                yield
         finally:
+            self._shown = None
             self._sharding.detach()
 
     @contextmanager
     def showing(self, chunk: Sequence[Microbatch], names: Sequence[str], sink: Sink) -> Iterator[Take]:
-        with tapped(self._called, names, sink, checkpointing=self._checkpointing):
-            yield self._take
+        # a chunk is one microbatch, and the next one mostly wants the same; a factorized engine holds nothing any more
+        if self._shown != (names, sink):
+            self._taps.close()
+            self._taps.enter_context(tapped(self._called, names, sink, checkpointing=self._checkpointing))
+            self._shown = names, sink
+        yield self._take
 
     def _take(self, microbatch: Microbatch) -> torch.Tensor:
         if self._long is not None and self._long.head.tokens_at_once(microbatch) is not None:

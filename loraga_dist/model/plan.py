@@ -33,11 +33,6 @@ class Plan:
         """Of all groups, by target name."""
         return {matrix.name: matrix for group in self.groups for matrix in group}
 
-    @property
-    def state_bytes_per_rank(self) -> int:
-        """Engine state every rank holds during the largest group."""
-        return max((self.state_bytes(group) for group in self.groups), default=0)
-
     def owned(self, rank: int) -> list[Target]:
         """In the order of their sizes, so that all ranks' next ones are much alike."""
         mine = [target for target in self.targets if self.owners[target.name] == rank]
@@ -110,8 +105,14 @@ def _matrix(target: Target, config: GradientConfig, scheme: Scheme, amount: Amou
     return min(fitting, key=lambda matrix: ENGINES[matrix.engine].cost(matrix, amount))
 
 
-def sweep_end(plan: Plan, config: GradientConfig, first: int) -> int:
-    """How far groups from `first` on can be accumulated at the same time, within the budget; at least one of them."""
+def sweep_end(plan: Plan, config: GradientConfig, first: int, *, in_one_chunk: bool, looks: bool) -> int:
+    """Say up to which group a sweep from `first` on goes; one at least.
+
+    in_one_chunk: all data is, and is kept for one group after the other; else groups that see the data together, within
+    the budget, save passes. looks: the first sweep may end early, and all its groups are to agree to that.
+    """
+    if in_one_chunk and not (looks and first == 0):
+        return first + 1
     most_targets = config.max_targets_in_flight or len(plan.targets)
     end, num_targets, num_bytes = first, 0, 0
     while end < len(plan.groups):

@@ -32,6 +32,12 @@ def return_freed_memory() -> None:
     _of_glibc("malloc_trim", 0)
 
 
+def return_pinned_memory(device: torch.device) -> None:
+    """Have torch give back the pinned host memory that it keeps for later copies from and to this device."""
+    if device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # not in all versions we run with
+        torch.accelerator.empty_host_cache()
+
+
 def _of_glibc(name: str, *numbers: int) -> None:
     try:
         function = getattr(ctypes.CDLL("libc.so.6"), name)

@@ -229,26 +229,24 @@ def _keeping_beside(model: nn.Module, request: Request, world: World) -> Keeping
     microbatches = data.microbatches(0, data.num_samples, 0)
     most_tokens = max(microbatch.inputs["input_ids"].numel() for microbatch in microbatches)
     config: Any = model.config
-    between = most_tokens * config.get_text_config().hidden_size * next(model.parameters()).dtype.itemsize
+    hidden = most_tokens * config.get_text_config().hidden_size * next(model.parameters()).dtype.itemsize
     directory = Path(gradient.activations_dir or tempfile.gettempdir())
-    most = len(microbatches)
-    if world.device.type == "cuda":  # gradients between blocks stay on the device
-        most = min(most, 1 + int(SHARE * free_bytes(world.device, world.ranks_on_node) // (2 * between)))
+    on_device = None if world.device.type == "cpu" else SHARE * free_bytes(world.device, world.ranks_on_node)
     with world.together():
         free = FreeSpace(
             memory_bytes=free_host_bytes() / world.ranks_on_node,
             files_bytes=shutil.disk_usage(existing_parent(directory)).free / world.ranks_on_node,
+            device_bytes=on_device,
             directory=directory,
         )
         keeping = choose_keeping(
-            kept_bytes=(blocks.count + 1) * between,
-            resident_bytes=2 * between,
-            num_microbatches=most,
+            kept_bytes=(blocks.count + 1) * hidden,
+            resident_bytes=2 * hidden,
+            between_bytes=2 * hidden,
+            num_microbatches=len(microbatches),
             free=free,
             gradient=gradient,
         )
-    if keeping.chunk_microbatches is None and most < len(microbatches):
-        keeping = replace(keeping, chunk_microbatches=most)
     chunks = world.all_json(keeping.chunk_microbatches)
     return replace(keeping, chunk_microbatches=min((each for each in chunks if each is not None), default=None))
 

@@ -216,7 +216,7 @@ def make_report(
         seconds=dict(seconds),
         peak_bytes_per_rank=[peak for peak, _ in per_rank],
         planned_peak_bytes_per_rank=[planned for _, planned in per_rank],
-        state_bytes_per_rank=request.plan.state_bytes_per_rank,
+        state_bytes_per_rank=0 if start.gradients is None else start.gradients.state_bytes_per_rank,
         targets=targets,
         rank_budget=SpentBudget.of(config.init, start.targets),
         saved_parameters=request.saved_parameters,

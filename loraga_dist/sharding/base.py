@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -41,8 +42,8 @@ def without_values(base: BaseModel) -> Any:
     from transformers.initialization import no_init_weights
 
     model_class: Any = base.model_class
-    with no_init_weights():
-        model = model_class._from_config(base.config, dtype=base.dtype)
+    with no_init_weights():  # of a copy, as from_pretrained: it writes into the config
+        model = model_class._from_config(copy.deepcopy(base.config), dtype=base.dtype)
     model.tie_weights()  # transformers leaves that out together with the initialization
     return model
 

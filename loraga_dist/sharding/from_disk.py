@@ -193,8 +193,7 @@ class FromDisk(Sharding):
         yield
 
     def attach(self, model: nn.Module) -> NoReturn:
-        problem = "takes the whole model at once, which is larger than memory; write block"
-        raise UserError("gradient.order", "model", problem)
+        raise AssertionError("of a model on disk there is block order alone")
 
     def release(self) -> None:
         return None

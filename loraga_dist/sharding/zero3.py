@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -123,9 +123,12 @@ class Zero3(Sharding):
     def hold(self, parameters: Iterable[Parameter], then: Iterable[Parameter] = ()) -> Iterator[None]:
         import deepspeed
 
-        _gather_under_gloo_by(all_gather_in_place)
-        with deepspeed.zero.GatheredParameters(list(parameters)):
-            _gather_under_gloo_by(dist.all_gather_into_tensor)
+        with ExitStack() as held:
+            try:
+                _gather_under_gloo_by(all_gather_in_place)
+                held.enter_context(deepspeed.zero.GatheredParameters(list(parameters)))
+            finally:
+                _gather_under_gloo_by(dist.all_gather_into_tensor)
             yield
 
     def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:

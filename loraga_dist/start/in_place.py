@@ -18,7 +18,7 @@ from loraga_dist.gradients.kept import Keeping
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
-from loraga_dist.ranks.memory import return_freed_memory
+from loraga_dist.ranks.memory import return_freed_memory, return_pinned_memory
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.words import say
 from loraga_dist.request.request import Request
@@ -85,6 +85,7 @@ def start_in_place(
                 say(f"calibrate: in model order: {why}")
             gradients = calibrate(model, request, sharding=sharding, clock=clock, checkpointer=checkpointer)
         return_freed_memory()  # engine state
+        return_pinned_memory(sharding.world.device)  # that and inputs of blocks, where they lay on the host
     before = probe.logits(model, sharding)
     rerounded = None
     if request.scheme.changes_base:

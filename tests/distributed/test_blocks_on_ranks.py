@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import byte_tokenizer
+from builders import byte_tokenizer, save_model
 from families import TARGETS, padded_microbatches, targets_of, tiny
 from outputs import relative
 from pieces import Loaded, autograd_gradients, exact_gradients, load
@@ -146,3 +146,31 @@ def test_ranks_have_the_unsharded_gradients(world_size: int, models: Path) -> No
         assert part.not_in_blocks == parts[0].not_in_blocks != []
         assert "block 2 uses what a block before it left behind" in part.not_in_blocks[0]
         assert part.amiss == []
+
+
+def fail_to_hold(model: Path) -> list[str]:
+    """What DeepSpeed gathers by after a hold that failed, and during the next."""
+    from deepspeed.comm import comm
+
+    loaded = load(model, World.start())
+    weight: Any = loaded.model.get_submodule("model.layers.1.mlp.down_proj").weight
+
+    def gathers_by() -> str:
+        return comm.cdb.all_gather_function.__name__  # type: ignore[union-attr]
+
+    found = []
+    whole = weight.ds_tensor.data
+    weight.ds_tensor.data = whole[:-1]
+    with pytest.raises(RuntimeError, match="must match the size"), loaded.sharding.hold([weight]):
+        raise AssertionError("not to be reached")
+    found.append(gathers_by())
+    weight.ds_tensor.data = whole
+    with loaded.sharding.hold([weight]):
+        assert weight.shape == weight.ds_shape
+        found.append(gathers_by())
+    return found
+
+
+def test_a_hold_that_fails_leaves_deepspeed_as_it_was(tmp_path: Path) -> None:
+    found = run_on_ranks(fail_to_hold, 2, save_model(tmp_path), timeout_seconds=120)
+    assert found == [["all_gather_into_tensor"] * 2] * 2

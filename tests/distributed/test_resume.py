@@ -83,6 +83,20 @@ def test_the_end_is_the_same(
     require_same_data(out, exact)
 
 
+def test_a_chunk_that_some_groups_have_seen_counts_once(config: Path, exact: Path, tmp_path: Path) -> None:
+    """Also where the next run is asked to stop before it has done anything."""
+    out, overrides = tmp_path / "out", ("--gradient.order", "block", "--gradient.chunk_microbatches", "8")
+    assert [rank.code for rank in start(config, out, 1, stop=7, overrides=overrides)] == [143]
+    for _ in range(2):
+        *_, newest = sorted((tmp_path / ".out.checkpoint").iterdir())
+        assert json.loads((newest / "state.json").read_text())["position"]["num_groups_ahead"] == 2
+        assert [rank.code for rank in start(config, out, 1, stop=1, overrides=overrides)] == [143]
+    succeed(start(config, out, 1, overrides=overrides))
+    products = read_products(out)
+    for name, product in read_products(exact).items():
+        assert relative(products[name], product) < 1e-5, name
+
+
 @pytest.mark.parametrize(
     ("overrides", "stops", "ranks", "least", "tolerance"),
     [

@@ -17,6 +17,7 @@ from subspace import efficiency
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+import loraga_dist
 from loraga_dist.config import GradientConfig, LoraSection, MethodConfig
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import BatchSharder, Microbatch
@@ -248,3 +249,13 @@ def test_kept_inputs_come_back(in_file: bool, tmp_path: Path) -> None:
         for at, tensor in enumerate(hidden):
             kept.put(0, at, tensor)
         assert all(torch.equal(kept.get(0, at), tensor) for at, tensor in enumerate(hidden))
+
+
+@pytest.mark.skipif(not hasattr(torch.accelerator, "empty_host_cache"), reason="this torch keeps it")
+def test_a_start_leaves_no_pinned_memory() -> None:
+    before = torch.cuda.host_memory_stats().get("num_host_alloc", 0)
+    config = {"lora": {"r": 2}, "gradient": {"order": "block", "state_device": "host"}}
+    loraga_dist.initialize(tiny("llama").to(DEVICE), [each.inputs for each in padded_microbatches()], config)
+    after = torch.cuda.host_memory_stats()
+    assert after["num_host_alloc"] > before, "else there is nothing to give back"
+    assert after["allocated_bytes.current"] == after["active_bytes.current"]

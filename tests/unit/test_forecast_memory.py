@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,7 @@ def on_device(world_size: int) -> Setting:
         weights_on_host=False,
         weights_mapped=False,
         from_disk=False,
-        state_on_host=False,
+        state_limit_bytes=math.inf,
     )
 
 
@@ -122,7 +124,7 @@ def test_logits_are_kept_until_they_are_compared() -> None:
 
 def test_a_small_budget_makes_sweeps_and_less_state() -> None:
     whole, shape = tiny_plan(1, engine="sketch")
-    gradient = {"engine": "sketch", "state_budget_gib": whole.state_bytes_per_rank / 2 / 2**30}
+    gradient = {"engine": "sketch", "state_budget_gib": Plan.state_bytes(whole.groups[0]) / 2 / 2**30}
     half, _ = tiny_plan(1, **gradient)
     assert len(half.groups) > len(whole.groups) == 1
     peaks = [
@@ -173,6 +175,19 @@ def test_several_chunks_keep_less_between_blocks_and_the_state_of_more_groups() 
     assert (together.host["forward"][KEPT_INPUTS], apart.host["forward"][KEPT_INPUTS]) == (20 * H, 8 * H)
     assert apart.device["backward"][STATE] == 3 * together.device["backward"][STATE]
     assert KEPT_INPUTS not in in_files.host["forward"]
+
+
+def test_state_goes_to_the_host_by_what_a_sweep_takes() -> None:
+    plan, shape = tiny_plan(2, in_blocks=True, engine="exact")
+    activations = Activations(forward_bytes=0, probe_bytes=0, in_blocks=IN_BLOCKS)
+    of_group = plan.state_bytes(plan.groups[0])
+    setting = replace(on_device(2), state_limit_bytes=2 * of_group)
+    for chunk, on_host in ((None, False), (2, True)):
+        course = course_of(plan, keeping=Keeping(chunk_microbatches=chunk))
+        assert course.state_bytes == (3 * of_group if on_host else of_group)
+        found = rank_memory(0, plan, shape, activations, setting, course, scale="stable")
+        assert found.host["backward"].get(STATE, 0) == (3 * of_group if on_host else 0)
+        assert (found.device["backward"][STATE] < of_group) == on_host, "one target's at a time"
 
 
 def test_work_by_hand() -> None:

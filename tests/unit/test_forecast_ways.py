@@ -19,12 +19,15 @@ from loraga_dist.gradients.kept import FreeSpace, Keeping, choose_keeping
 THERE = Path("there")
 
 
-def keeping(memory: float | None, files: float | None, num_microbatches: int = 10, **gradient: Any) -> Keeping:
-    """Of microbatches that take 100 bytes, and 10 more in memory."""
-    free = FreeSpace(memory_bytes=memory, files_bytes=files, directory=THERE)
-    config = GradientConfig.model_validate(gradient)
+def keeping(memory: float | None, files: float | None, *, device: float | None = None, **gradient: Any) -> Keeping:
+    """Of 10 microbatches that take 100 bytes, 10 more in memory, and 20 on a device while they wait."""
     return choose_keeping(
-        kept_bytes=100, resident_bytes=10, num_microbatches=num_microbatches, free=free, gradient=config
+        kept_bytes=100,
+        resident_bytes=10,
+        between_bytes=20,
+        num_microbatches=10,
+        free=FreeSpace(memory_bytes=memory, files_bytes=files, device_bytes=device, directory=THERE),
+        gradient=GradientConfig.model_validate(gradient),
     )
 
 
@@ -44,6 +47,12 @@ def test_all_in_memory_else_in_files_else_as_many_as_fit(
     memory: float | None, files: float | None, chunk: int | None, directory: Path | None
 ) -> None:
     assert keeping(memory, files) == Keeping(chunk_microbatches=chunk, directory=directory)
+
+
+@pytest.mark.parametrize(("device", "chunk"), [(180, None), (179, 9), (39, 2), (0, 1)])
+def test_no_more_wait_than_the_device_has_room_for(device: float, chunk: int | None) -> None:
+    assert keeping(None, None, device=device) == Keeping(chunk_microbatches=chunk)
+    assert keeping(1300, 0, device=device) == Keeping(chunk_microbatches=min(chunk or 10, 5))
 
 
 def test_the_users_choice_is_kept_or_refused() -> None:

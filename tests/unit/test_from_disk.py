@@ -263,12 +263,6 @@ def test_weights_that_do_not_fit_are_refused(llama: Path) -> None:
         FromDisk(World.alone()).load(base, wrong)
 
 
-def test_model_order_is_refused(llama: Path) -> None:
-    pair = load(llama)
-    with pytest.raises(UserError, match=r"^gradient\.order: 'model': .*; write block$"):
-        pair.disk.attach(pair.model)
-
-
 def test_a_file_that_becomes_shorter_is_named(tmp_path: Path) -> None:
     """By the hold that wants it, also where a thread had read ahead; others go on."""
     pair = load(save_model(tmp_path))

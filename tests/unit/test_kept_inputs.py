@@ -20,6 +20,7 @@ from torch import Tensor
 
 from loraga_dist.config import GradientConfig, LoraSection, MethodConfig
 from loraga_dist.data.microbatches import BatchSharder
+from loraga_dist.engines.base import ERROR_COLUMNS
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError
 from loraga_dist.gradients.calibrate import calibrate
@@ -139,6 +140,13 @@ def test_chunks_leave_the_sketch_its_accuracy(chunk: int | None) -> None:
             efficiency(product(exact, name), each.U_MK[:, r : 2 * r], each.Vh_KN[:r].T) for each in (svd, of_model)
         ]
         assert shares[0] > 0.999 and shares[0] == pytest.approx(shares[1], abs=1e-4), name
+
+
+def test_state_is_that_of_the_largest_sweep() -> None:
+    of_block = calibrated().state_bytes_per_rank
+    assert of_block == 4 * 4 * (32 * 32 + (2 * 32 + 32) * ERROR_COLUMNS)
+    assert calibrated(Keeping(chunk_microbatches=2)).state_bytes_per_rank == 3 * of_block
+    assert calibrated(order="model").state_bytes_per_rank == 3 * of_block
 
 
 def test_one_target_in_flight_holds_the_state_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

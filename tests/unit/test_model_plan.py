@@ -46,17 +46,17 @@ def test_every_target_has_one_owner_and_at_most_one_group(scheme: str, world_siz
             assert (matrix.M, matrix.N, matrix.owner) == (target.M, target.N, plan.owners[target.name])
             assert matrix.num_triplets == SCHEMES[scheme].num_triplets(target.r) <= matrix.width
     else:
-        assert plan.groups == [] and plan.matrices == {} and plan.state_bytes_per_rank == 0
+        assert plan.groups == [] and plan.matrices == {}
 
 
 def test_groups_fill_the_budget_and_no_more() -> None:
     whole = plan_of(30, engine="exact")
     each = [4 * (M * N + 16 * (2 * M + N)) for M, N in itertools.islice(itertools.cycle(SHAPES), 30)]
-    assert len(whole.groups) == 1 and whole.state_bytes_per_rank == sum(each)
+    assert len(whole.groups) == 1 and Plan.state_bytes(whole.groups[0]) == sum(each)
     for budget_bytes in (sum(each) // 2, sum(each) // 7, max(each)):
         plan = plan_of(30, engine="exact", state_budget_gib=budget_bytes / 2**30)
         sizes = [Plan.state_bytes(group) for group in plan.groups]
-        assert max(sizes) == plan.state_bytes_per_rank <= budget_bytes
+        assert max(sizes) <= budget_bytes
         for size, following in zip(sizes[:-1], plan.groups[1:], strict=True):
             assert size + Plan.state_bytes(following[:1]) > budget_bytes, "the next target would have fitted"
     alone = plan_of(30, engine="exact", state_budget_gib=1 / 2**30)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import padded_microbatches, tiny
+from handmade import set_own_forward
 from torch import Tensor
 
 from loraga_dist.gradients.forward import forward
@@ -96,16 +97,10 @@ def test_modules_that_run_early_are_named() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_forward_set_on_a_block_is_used_and_stays(fails: bool) -> None:
-    """As accelerate and others set it on instances."""
     model: Any = tiny("llama")
     first, second, *_ = model.model.layers
-    original, calls = first.forward, []
-
-    def own_forward(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(args))
-        return original(*args, **kwargs)
-
-    first.forward = own_forward
+    calls = set_own_forward(first)
+    own_forward = first.forward
     stubs, (microbatch, *_) = stubs_of(model), padded_microbatches()
     try:
         with torch.no_grad(), stubs.installed():

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from builders import TASKS, make_model
+from families import alone, padded_microbatches, tiny
+from handmade import set_own_forward
 from transformers.pytorch_utils import Conv1D
 
+from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.gradients.forward import forward
+from loraga_dist.gradients.route import ModelOrder
 from loraga_dist.gradients.taps import tapped
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_forward_set_on_a_block_is_used_and_stays(checkpointing: Any, fails: bool) -> None:
-    """As accelerate and others set it on instances."""
     model: Any = make_model("llama")
     first, second, *_ = model.model.layers
-    original, calls = first.forward, []
-
-    def own_forward(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(args))
-        return original(*args, **kwargs)
-
-    first.forward = own_forward
+    calls = set_own_forward(first)
+    own_forward = first.forward
     seen = []
     name = "model.layers.0.mlp.down_proj"
     try:
@@ -72,3 +71,40 @@ def test_taps_see_what_autograd_sees(kind: str, checkpointing: Any) -> None:
     for name, module in layers.items():
         expected = module.weight.grad if isinstance(module, Conv1D) else module.weight.grad.T
         torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+class Taker:
+    """Counts what it is shown."""
+
+    def __init__(self) -> None:
+        self.num_tokens: list[int] = []
+
+    def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
+        self.num_tokens.append(len(x_TN))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_order_leaves_taps_where_the_next_microbatch_wants_them(checkpointing: Any, fails: bool) -> None:
+    model, one, other = tiny("llama").train(), Taker(), Taker()
+    down, head = "model.layers.0.mlp.down_proj", "lm_head"
+    route = ModelOrder(model, causal_lm, sharding=alone(), checkpointing=checkpointing)
+    shown = [([down], one), ([down], one), ([down], other), ([head], other), ([head], other), ([down], one)]
+    batches, hooks = padded_microbatches(count=len(shown)), []
+    try:
+        for _ in range(2):
+            with route.opened():
+                for batch, (names, taker) in zip(batches, shown, strict=True):
+                    with route.showing([batch], names, taker.observe) as take:
+                        take(batch)
+                    hooks.append([*model.get_submodule(down)._forward_hooks, *model.get_submodule(head)._forward_hooks])
+                if fails:
+                    raise KeyError
+            assert model.training
+    except KeyError:
+        assert fails
+    num_tokens, times = [batch.inputs["labels"].numel() for batch in batches], 1 if fails else 2
+    assert one.num_tokens == times * [*num_tokens[:2], num_tokens[5]] and other.num_tokens == times * num_tokens[2:5]
+    same = [before == after for before, after in itertools.pairwise(hooks[:6])]
+    assert same == [True, False, False, True, False] and all(len(each) == 1 for each in hooks)
+    assert model.training and not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
