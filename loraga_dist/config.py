@@ -28,7 +28,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
-from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
+from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES, WHITENINGS
 from loraga_dist.yaml_tree import read_tree, require_plain
 
 
@@ -147,11 +147,16 @@ class SchemeConfig(Section):
     """How A and B start (`schemes.py`)."""
 
     scheme: SchemeName = "lora_ga"
-    """From the gradient: `lora_ga`, and `lora_one` on an unchanged base; from the weights: `pissa`, `olora`; `kaiming`,
-    from neither, is plain LoRA."""
+    """From the gradient: `lora_ga`, and on an unchanged base `lora_one` and `rrr`; from the weights: `pissa`, `olora`;
+    `kaiming`, from neither, is plain LoRA."""
     direction: Annotated[str, NameIn(DIRECTIONS)] = "ArB2r"
     scale: Annotated[str, NameIn(SCALES)] = "stable"
     stable_gamma: Amount | None = None
+    whitening: Annotated[str, NameIn(WHITENINGS)] = "lowrank"
+    """How inputs are made white, so that a step of any of them counts alike: by all of their second moment, N x N
+    (`exact`), by its diagonal and 128 directions (`lowrank`), by its diagonal, or not."""
+    damping: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.3
+    """Added to that second moment, of the mean of its diagonal."""
     rank_budget: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     """Adapter parameters in all, sum of r (M + N), to spend on the targets whose gradients have most energy in further
     directions; each gets rank 1 at least and twice `lora.r` at most, and the scaling of `lora`."""
@@ -168,7 +173,7 @@ class SchemeConfig(Section):
             )
         return value
 
-    @field_validator("direction", "scale", "stable_gamma", "rank_budget")
+    @field_validator("direction", "scale", "stable_gamma", "whitening", "damping", "rank_budget")
     @classmethod
     def _of_this_scheme(cls, value: Any, info: ValidationInfo) -> Any:
         key = info.field_name or ""
@@ -179,6 +184,11 @@ class SchemeConfig(Section):
                 f"concerns {concerned} alone, not {scheme}; write {'null' if default is None else default}"
             )
         return value
+
+    def input_width(self, N: int) -> int | None:
+        """Directions of an input's second moment that are known beside its diagonal; None where inputs stay as they
+        are."""
+        return WHITENINGS[self.whitening](N) if SCHEMES[self.scheme].whitens else None
 
     @property
     def gamma(self) -> float:

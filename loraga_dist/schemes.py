@@ -42,6 +42,14 @@ class SchemeInputs:
     """The weight, in any floating dtype, for the schemes that factorize it; never changed."""
 
 
+WHITENINGS: dict[str, Callable[[int], int | None]] = {
+    "lowrank": lambda N: min(128, N),
+    "exact": lambda N: N,
+    "diagonal": lambda N: 0,
+    "none": lambda N: None,
+}
+"""How many directions of the input's second moment are known beside its diagonal, of N; None: it is not asked for."""
+
 Indices = tuple[Tensor, Tensor]
 Multipliers = tuple[Tensor | float, Tensor | float]
 
@@ -95,6 +103,9 @@ class Scheme:
     """The first forward pass is the original model's."""
     missing_directions: str = ""
     """What becomes of directions that are asked for and that a gradient of low rank does not have."""
+    whitens: bool = False
+    """Takes the gradient for white inputs, as `init.whitening` says: what a start does to the layer's outputs, on the
+    data."""
     init_keys: tuple[str, ...] = ()
     """Keys of the section `init` that concern some schemes only, and this one."""
     stable_gamma: float = 1.0
@@ -123,6 +134,10 @@ def times_full_rate(scheme: Scheme, scale: str, gamma: float, scaling: float) ->
     if best is None or ("scale" in scheme.init_keys and scale != MEASURED_SCALE):
         return None
     return best.times_full * math.sqrt(gamma / scheme.stable_gamma) * best.scaling / scaling
+
+
+KAIMING_ROW_NORM = 1 / math.sqrt(3)
+"""Of the rows of plain LoRA's A, in the mean square."""
 
 
 def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -170,6 +185,22 @@ def lora_one(inputs: SchemeInputs) -> LoraFactors:
         A_RN=(root_R[:, None] * svd.Vh_KN[:r]).contiguous(),
         B_MR=(-svd.U_MK[:, :r] * root_R).contiguous(),
     )
+
+
+def rrr(inputs: SchemeInputs) -> LoraFactors:
+    """Reduced-rank regression: A0 spans the inputs that predict the loss gradient at the output best; B0 is zero.
+
+    Of all maps B A of rank r from x, the least squares one to dy has as rows of A the leading rows of V^T L^-1, with
+    the second moment L L^T of x and U S V^T = E[dy x^T] L^-T. A0 is an orthonormal basis of their span, of the norm of
+    rows of plain LoRA's, so that learning rates carry over; what is missing of a gradient of low rank is arbitrary.
+
+    Source: Izenman 1975, Reduced-rank regression for the multivariate linear model.
+    """
+    svd = inputs.svd
+    assert svd is not None and inputs.r <= svd.width, "reduced-rank regression needs r triplets of the gradient"
+    basis_NR = torch.linalg.qr(svd.Vh_KN[: inputs.r].double().T).Q
+    A_RN = (basis_NR.T * KAIMING_ROW_NORM).float().contiguous()
+    return LoraFactors(A_RN=A_RN, B_MR=torch.zeros(inputs.M, inputs.r))
 
 
 def pissa(inputs: SchemeInputs) -> LoraFactors:
@@ -296,6 +327,17 @@ SCHEMES: dict[str, Scheme] = {
         stable_gamma=128.0,
         best_rate=BestRate(times_full=4, scaling=_RSLORA_SCALING),
         smaller_offset=_LOWER_ALPHA_OR_RAISE_GAMMA,
+    ),
+    "rrr": Scheme(
+        title="RRR",
+        source="gradient",
+        factors=rrr,
+        num_triplets=lambda r: r,
+        changes_base=False,
+        starts_at_model=True,
+        whitens=True,
+        missing_directions="the missing rows of A are arbitrary, as in plain LoRA",
+        init_keys=("whitening", "damping", "rank_budget"),
     ),
     "pissa": Scheme(
         title="PiSSA",

@@ -129,3 +129,9 @@ def line_of(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line with which a command refused."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraga-dist: ")]
     return line
+
+
+def angle_between_rows(one_RN: torch.Tensor, other_RN: torch.Tensor) -> float:
+    """The sine of the largest principal angle between two spans of rows, by float64."""
+    one_NR, other_NR = (torch.linalg.qr(rows.double().T).Q for rows in (one_RN, other_RN))
+    return float(torch.linalg.matrix_norm(one_NR - other_NR @ (other_NR.T @ one_NR), 2))

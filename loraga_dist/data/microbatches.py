@@ -52,6 +52,15 @@ def count_supervised_tokens(labels: Tensor, task_type: TaskType) -> int:
     return int((labels != IGNORED).sum())
 
 
+def counting_tokens(microbatch: Microbatch, shape: tuple[int, ...]) -> Tensor | None:
+    """Which of the tokens that a layer is given are no padding, bool of this shape; None for all, and where a layer's
+    rows are not the microbatch's tokens. Of a copy without supervision none counts."""
+    if not microbatch.num_supervised_tokens:
+        return torch.zeros(shape, dtype=torch.bool)
+    mask = microbatch.inputs.get("attention_mask")
+    return mask.bool() if mask is not None and mask.shape == shape else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleSharder:
     """Samples that every rank knows, split evenly: every rank gets as many microbatches, as each is a collective.

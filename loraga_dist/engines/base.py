@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.engines.home import StateHome
-from loraga_dist.linalg import TruncatedSVD, Whitening
+from loraga_dist.linalg import Moments, TruncatedSVD, Whitening
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,19 @@ class Matrix:
     @property
     def whitening_bytes(self) -> int:
         return 0 if self.input_width is None else Whitening.num_bytes(self.N, self.input_width)
+
+    @property
+    def moments_bytes(self) -> int:
+        """Of its input's sums, until they are made into the whitening."""
+        return 0 if self.input_width is None else Moments.num_bytes(self.N, self.input_width)
+
+    @property
+    def moments_workspace_bytes(self) -> int:
+        return 0 if self.input_width is None else Whitening.workspace_bytes(self.N, self.input_width)
+
+    def white_input_bytes(self, dtype: torch.dtype, num_tokens: int) -> int:
+        """Of x~ and what it is made from, for a moment."""
+        return 0 if self.input_width is None else 2 * dtype.itemsize * num_tokens * self.N
 
     @property
     def triplet_bytes(self) -> int:

@@ -23,19 +23,15 @@ class InputMoments:
     """The second moments of the inputs of some matrices; of neighbours that are given one input, once."""
 
     def __init__(self, matrices: Sequence[Matrix], *, seed: int, device: torch.device) -> None:
-        self._matrices = {matrix.name: matrix for matrix in matrices if matrix.input_width is not None}
+        self._matrices = {matrix.name: matrix for matrix in matrices}
         self._seed = seed
         self._device = device
         self._leader_of: dict[str, str] = {}
         self._sums: dict[str, Moments] = {}
         self._last: tuple[Tensor, str] | None = None
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._matrices)
-
     def observe(self, name: str, x: Tensor, counts: Tensor | None) -> None:
-        """Add the input of a matrix: x (..., N). counts: bool, without the last dimension; None for all tokens."""
+        """Add the input of a matrix: x (..., N). counts: which of its tokens do, bool; None for all."""
         if name not in self._leader_of:
             shared = self._last is not None and _is_same(x, self._last[0])
             self._leader_of[name] = leader = self._last[1] if shared and self._last else name
@@ -44,7 +40,7 @@ class InputMoments:
         leader = self._leader_of[name]
         self._last = x, leader
         if leader == name:
-            self._sums[name].add_(x.flatten(0, -2) if counts is None else x[counts])
+            self._sums[name].add_(x.flatten(0, -2) if counts is None else x[counts.to(x.device)])
 
     def end_microbatch(self) -> None:
         self._last = None
@@ -84,6 +80,10 @@ class Whites:
     @property
     def known(self) -> bool:
         return len(self._of) == len(self._matrices)
+
+    def moments(self, *, seed: int, device: torch.device) -> InputMoments:
+        """What is to be shown the inputs, for `become`."""
+        return InputMoments(list(self._matrices.values()), seed=seed, device=device)
 
     def become(self, found: Mapping[str, Whitening]) -> None:
         self._of = dict(found)

@@ -160,7 +160,13 @@ class Forecaster:
     def plan(self) -> Plan:
         request = self.request
         return make_plan(
-            request.targets, self.config.gradient, request.scheme, self.world_size, self.way.order, request.amount
+            request.targets,
+            self.config.gradient,
+            request.scheme,
+            self.world_size,
+            self.way.order,
+            request.amount,
+            self.config.init.input_width,
         )
 
     @cached_property
@@ -193,7 +199,11 @@ class Forecaster:
             num_tokens = math.prod(shapes["input_ids"])
             return Shown(
                 tuple(
-                    (matrix.name, ENGINES[matrix.engine].observation_bytes(matrix, base.dtype, num_tokens))
+                    (
+                        matrix.name,
+                        ENGINES[matrix.engine].observation_bytes(matrix, base.dtype, num_tokens)
+                        + matrix.white_input_bytes(base.dtype, num_tokens),
+                    )
                     for matrix in group
                 )
             )

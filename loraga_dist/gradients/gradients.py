@@ -23,6 +23,8 @@ class GradientFacts:
     split_half_cosine: float | None
     window_capture: float | None
     engine: str
+    input_rank: float | None = None
+    """Effective rank of the input's second moment, of schemes that whiten."""
 
     @classmethod
     def of(cls, matrix: Matrix, found: GradientSVD) -> GradientFacts:
@@ -34,6 +36,7 @@ class GradientFacts:
             split_half_cosine=found.split_half_cosine,
             window_capture=found.window_capture,
             engine=matrix.engine,
+            input_rank=found.input_rank,
         )
 
     def leading(self, num_triplets: int) -> GradientFacts:

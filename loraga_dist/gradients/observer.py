@@ -46,7 +46,7 @@ class Observer:
     """Shows an engine the x and dy of its targets, without syncs, and accounts for each microbatch to all ranks."""
 
     def __init__(self, engine: EngineGroup, world: World) -> None:
-        self._engine = engine
+        self.engine = engine
         self._world = world
         self.names = list(engine.engine_of)
         self._row = {name: row for row, name in enumerate(self.names)}
@@ -61,11 +61,11 @@ class Observer:
         # summing bfloat16 as it is is many times faster than as float32
         dtype = torch.float32 if dy_TM.dtype == torch.float16 else None
         self._failed[self._row[name]] |= ~dy_TM.sum(dtype=dtype).isfinite()
-        self._engine.observe(name, x_TN, dy_TM)
+        self.engine.observe(name, x_TN, dy_TM)
 
     def begin(self, microbatch: Microbatch) -> None:
         self._began = True
-        self._engine.begin_microbatch(microbatch.index)
+        self.engine.begin_microbatch(microbatch.index)
 
     def end(self, microbatch: Microbatch, loss: torch.Tensor) -> LossTotals:
         """After a backward; a collective. loss: of this rank's microbatch, a sum over its tokens.
@@ -79,7 +79,7 @@ class Observer:
         if failures or not math.isfinite(loss_value):
             failed = [name for name, row in self._row.items() if self._failed[row]]
             raise NotFinite(microbatch, loss.item(), failed)
-        self._engine.end_microbatch(world)
+        self.engine.end_microbatch(world)
         return LossTotals(loss_value, int(tokens))
 
     def require_all_seen(self) -> None:

@@ -132,6 +132,8 @@ def _nystroem(Y_NK: Tensor, omega_NK: Tensor) -> Tensor:
     shifted_NK = Y_NK + shift * omega_NK
     gram_KK = omega_NK.T @ shifted_NK
     values_K, vectors_KK = torch.linalg.eigh((gram_KK + gram_KK.T) / 2)
-    floor = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(gram_KK).clamp(min=torch.finfo(torch.float32).tiny)
+    floor = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(gram_KK).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
     Q_NK, S_K, _ = torch.linalg.svd(shifted_NK @ (vectors_KK * values_K.clamp(min=floor).rsqrt()), full_matrices=False)
     return Q_NK * (S_K.square() - shift).clamp(min=0).sqrt()

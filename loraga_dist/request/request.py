@@ -72,7 +72,10 @@ class Request:
     def in_model_order(self, why: str, world_size: int) -> Self:
         """The same request for a model that turned out to be no sequence of blocks."""
         order = Order(blocks=None, why=why)
-        plan = make_plan(self.targets, self.config.gradient, self.scheme, world_size, order, self.amount)
+        config = self.config
+        plan = make_plan(
+            self.targets, config.gradient, self.scheme, world_size, order, self.amount, config.init.input_width
+        )
         return replace(self, plan=plan)
 
     @property
@@ -170,7 +173,7 @@ def understand(
     saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
     return CheckpointRequest(
         config=_resolved(config, base),
-        plan=make_plan(targets, config.gradient, scheme, world.size, saved or chosen, amount),
+        plan=make_plan(targets, config.gradient, scheme, world.size, saved or chosen, amount, config.init.input_width),
         data=data,
         factor_dtypes=factor_dtypes,
         base=base,
@@ -228,7 +231,7 @@ def understand_model(
         )
     return Request(
         config=config,
-        plan=make_plan(targets, config.gradient, scheme, world.size, order, amount),
+        plan=make_plan(targets, config.gradient, scheme, world.size, order, amount, config.init.input_width),
         data=data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
         amount=amount,
