@@ -79,7 +79,8 @@ def short_head(model: Any, num_tokens: int | None) -> Iterator[None]:
     """
 
     def shorten(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args[0][:, :num_tokens], *args[1:]
+        # of one token it is called contiguous as it is, and with those strides a product of bfloat16 copies the head
+        return args[0][:, :num_tokens].clone(memory_format=torch.contiguous_format), *args[1:]
 
     with ExitStack() as hooks:
         if num_tokens is not None and (head := model.get_output_embeddings()) is not None:

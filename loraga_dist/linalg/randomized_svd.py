@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraga_dist.linalg.orthogonal import thin_qr
+
 _MOST_PRODUCTS = 100  # with G^T G, until vectors of a flat spectrum are left as they are; half of them in float32
 _MOST_DEGREE = 12  # of one filter
 _TOLERANCE = 3e-6  # sine between a computed and a true singular vector
@@ -62,7 +64,7 @@ def truncated_svd(G_MN: Tensor, *, rank: int, oversampling: int, generator: torc
         return _finished(U_MK[:, :width], S_K[:width], Vh_KN[:width])
 
     start_NK = torch.randn(N, width, generator=generator, device=G_MN.device)
-    triplets = _rayleigh_ritz(G_MN, _back_product(G_MN, torch.linalg.qr(G_MN @ start_NK).Q))
+    triplets = _rayleigh_ritz(G_MN, _back_product(G_MN, thin_qr(G_MN @ start_NK)[0]))
     products, least_residual = 0, float("inf")
     while wanted := min(rank, numerical_rank(triplets.S_K, M, N)):
         residual_K, S_K = triplets.residual_K[:wanted], triplets.S_K.double()
@@ -135,8 +137,8 @@ class _Ritz:
 
 def _rayleigh_ritz(G_MN: Tensor, span_NK: Tensor) -> _Ritz:
     """In the dtype of the span, products with G included."""
-    Q_NK = torch.linalg.qr(span_NK).Q
-    basis_MK, R_KK = torch.linalg.qr(_product(G_MN, Q_NK))
+    Q_NK = thin_qr(span_NK)[0]
+    basis_MK, R_KK = thin_qr(_product(G_MN, Q_NK))
     U_KK, S_K, Vh_KK = torch.linalg.svd(R_KK)
     U_MK = basis_MK @ U_KK
     return _Ritz(U_MK, S_K, Q_NK @ Vh_KK.T, _back_product(G_MN, U_MK))

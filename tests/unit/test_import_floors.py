@@ -29,7 +29,7 @@ FLOORS = [
 ]
 # The same inside each wing, from the ground up. A wing's __init__ imports nothing from above the wing's own modules.
 INSIDE = {
-    "linalg": ["randomized_svd", "product", "union"],
+    "linalg": ["orthogonal", "randomized_svd", "product", "union"],
     "engines": ["home", "base", "exact", "sketch_state", "sketch", "__init__", "group"],
     "ranks": [
         "balance",
