@@ -86,6 +86,14 @@ class SampleSharder:
         return len(self.samples)
 
     @property
+    def loss(self) -> str:
+        """Whose gradient is taken: `cross_entropy`, or at the start of `dpo` or of a `policy_gradient`."""
+        first = self.samples[0]  # the columns decide, and all have the same
+        if first.rejected is not None:
+            return "dpo"
+        return "cross_entropy" if first.weight is None else "policy_gradient"
+
+    @property
     def num_tokens(self) -> int:
         return sum(len(inputs["input_ids"]) for sample in self.samples for inputs in sample.sequences)
 

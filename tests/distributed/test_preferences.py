@@ -56,6 +56,7 @@ def test_the_start_is_the_same_on_two_ranks(kind: str, tmp_path: Path) -> None:
     for name, product in expected.items():
         assert relative(found[name], product) < 1e-3, name
     reports = [read_report(outs[ranks]) for ranks in (1, 2)]
+    assert reports[0]["loss"] == {"pairs": "dpo", "rewards": "policy_gradient"}[kind]
     for key in ("num_sequences", "num_supervised_tokens", "data_fingerprint"):
         assert reports[0][key] == reports[1][key]
     for key in ("mean_loss", "split_half_cosine"):
@@ -118,10 +119,9 @@ def start_and_train(base: Path, data: Path, output: Path) -> Trained:
 def test_ten_steps_of_dpo_trainer_from_a_start_in_memory(tmp_path: Path) -> None:
     base, data = save_model(tmp_path / "base"), save_feedback(tmp_path / "data.jsonl", "pairs")
     alone, sharded = (run_on_ranks(start_and_train, ranks, base, data, tmp_path / "dpo")[0] for ranks in (1, 2))
-    print(alone.losses, sharded.losses)
     assert len(sharded.losses) == STEPS
     assert sharded.losses[0] == pytest.approx(math.log(2), rel=1e-4), "the reference is not the model that trains"
-    assert sharded.losses == pytest.approx(alone.losses, rel=1e-2)
+    assert sharded.losses == pytest.approx(alone.losses, rel=1e-4)
     assert max(sharded.losses[5:]) < math.log(2)
     for name, values in alone.singular_values.items():
         assert sharded.singular_values[name][:8] == pytest.approx(values[:8], rel=1e-3), name

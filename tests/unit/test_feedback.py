@@ -293,6 +293,7 @@ def test_pairs_that_contradict_each_other_are_warned_of_with_numbers(tmp_path: P
     samples = samples_of(tmp_path, rows, max_length=64)
     (microbatch,) = microbatches_of(samples, 16)
     assert (report["num_sequences"], report["num_supervised_tokens"]) == (16, microbatch.num_supervised_tokens)
+    assert report["loss"] == "dpo"
     with torch.no_grad():
         logits = causal_lm(llama)(microbatch.inputs["input_ids"], microbatch.inputs["attention_mask"]).logits
     labels = microbatch.inputs["labels"][:, 1:]
