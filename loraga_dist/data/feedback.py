@@ -150,8 +150,10 @@ def _with_prompt(row: Row) -> Row:
         return row
     from trl.data_utils import extract_prompt
 
+    read = messages_in if isinstance(row["chosen"], list) else string_in
     for column in ("chosen", "rejected"):
-        (messages_in if isinstance(row["chosen"], list) else string_in)(row, column)
+        if not read(row, column):
+            raise BadRowError(f"holds {row[column]!r} in column {column}; without a prompt it must not be empty")
     return row | extract_prompt(row)
 
 

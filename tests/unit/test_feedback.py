@@ -262,6 +262,7 @@ PAIR, REWARDED = PAIRS[0], SAMPLED[0]
         (PAIR | {"rejected": 3}, {}, "calibration.data_files", "sample 0 holds 3 in column rejected"),
         (PAIR | {"prompt": None}, {}, "calibration.data_files", "sample 0 holds None in column prompt"),
         ({"chosen": "a", "rejected": ["b"]}, {}, "calibration.data_files", "holds ['b'] in column rejected"),
+        ({"chosen": "a", "rejected": ""}, {}, "calibration.data_files", "must not be empty"),
         (CHAT_PAIRS[0], {}, "calibration.data_files", "no chat template"),
         (REWARDED | {"reward": None}, {}, "calibration.data_files", "sample 0 holds None in column reward"),
         (REWARDED | {"reward": True}, {}, "calibration.data_files", "sample 0 holds True in column reward"),
