@@ -29,14 +29,17 @@ def read_samples(data: str, calibration: CalibrationConfig, tokenizer: Any, num_
     """The file's first samples, shuffled, with the token ids and labels that calibration would make of them.
 
     calibration: of the start, which says what columns mean, where there is a loss, and what is too long.
-    Ends the script with one line where the file holds none.
+    Ends the script with one line where the file holds none, or what a supervised loss does not train on.
     """
     here = {"data_files": data, "dataset_name": None, "dataset_config": None, "split": "train"}
     config = calibration.model_copy(update={**here, "max_samples": num_samples})
     try:
-        return load_samples(config, tokenizer, task_type="CAUSAL_LM", max_positions=None)
+        samples = load_samples(config, tokenizer, task_type="CAUSAL_LM", max_positions=None)
     except LoragaError as error:
         sys.exit(str(error))
+    if samples[0].weight is not None:
+        sys.exit(f"{data} holds preferences or rewards: train with TRL's DPOTrainer or GRPOTrainer")
+    return samples
 
 
 class FirstLosses:

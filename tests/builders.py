@@ -158,6 +158,7 @@ def report_tree(**changes: Any) -> dict[str, Any]:
         "order_reason": "a block is gathered once for all microbatches",
         "calibration_bytes_read": None,
         "refine_passes": 0,
+        "loss": "cross_entropy",
         "num_sequences": 24,
         "num_supervised_tokens": 500,
         "stopped_by": "data",

@@ -87,10 +87,10 @@ def exact_gradients(
                 for microbatch in microbatches:
                     engine.begin_microbatch(microbatch.index)
                     take(microbatch)
-            tokens = torch.tensor(sum(microbatch.num_supervised_tokens for microbatch in microbatches))
-            num_tokens = int(world.sum_(tokens.to(world.device)))
+            terms = torch.tensor(sum(microbatch.num_terms for microbatch in microbatches))
+            num_terms = int(world.sum_(terms.to(world.device)))
             engine.collect(world)
-            yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(num_tokens))
+            yield from ((matrix.name, G_MN) for matrix, G_MN in engine.mean_gradients(num_terms))
 
 
 def block_order(

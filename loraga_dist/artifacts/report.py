@@ -158,12 +158,16 @@ class Report(ReportPart):
     calibration_bytes_read: int | None = None
     """Where the weights stay in files: what calibration read of them."""
     refine_passes: int | None = None
+    loss: str | None = None
+    """`cross_entropy`, `dpo` or `policy_gradient`. Not in reports of earlier versions, which knew the first alone."""
     num_sequences: int | None = None
+    """Of preference data, pairs."""
     num_supervised_tokens: int | None = None
     stopped_by: str | None = None
     split_half_cosine: Number = None
     """Of the median target."""
     mean_loss: Number = None
+    """Over supervised tokens; of preference data over pairs. Weighted: docs/METHOD.md says what it means."""
     seconds: dict[str, float] = {}
     """By phase, and `total`."""
     peak_bytes_per_rank: list[int] = []

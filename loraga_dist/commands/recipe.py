@@ -60,7 +60,7 @@ MEANINGS = {
     "calibration.data_files": "Files, patterns or URLs.",
     "calibration.split": "Split of the dataset; slices such as `train[:10%]`, too.",
     "calibration.dataset_text_field": "The column with plain text.",
-    "calibration.per_device_batch_size": "Sequences in a microbatch of one rank.",
+    "calibration.per_device_batch_size": "Sequences, or pairs of preference data, in a microbatch of one rank.",
     "calibration.assistant_only_loss": "Chats: loss on the assistant's turns alone.",
     # entries of the tables in schemes.py
     "init.stable_gamma": "null is the scheme's own: "

@@ -71,7 +71,7 @@ def data_error(config: CalibrationConfig, problem: str) -> UserError:
     return UserError(*data_source(config), problem)
 
 
-def encoder(
+def supervised_encoder(
     config: CalibrationConfig,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
@@ -80,16 +80,10 @@ def encoder(
 ) -> Callable[[Row], Inputs]:
     """How rows become inputs, from the task and the columns; refuses data that cannot serve before the work starts."""
     columns = dataset.column_names
-    if {"chosen", "rejected"} <= set(columns):
-        raise data_error(
-            config,
-            "holds preference data (chosen, rejected), which has no supervised loss; "
-            "write prompt and completion columns, the completion being what was chosen",
-        )
     if task_type == "SEQ_CLS":
         _require_column(columns, "calibration.dataset_text_field", config.dataset_text_field)
         _require_column(columns, "calibration.label_field", config.label_field)
-        _refuse_assistant_only_loss(config, "belongs to CAUSAL_LM")
+        refuse_assistant_only_loss(config, "belongs to CAUSAL_LM")
         return partial(_classification_inputs, config=config, tokenizer=tokenizer, num_labels=num_labels)
 
     with blame(*data_source(config), "sample 0 cannot be read", "mend or remove it"):
@@ -99,7 +93,7 @@ def encoder(
             raise data_error(
                 config, f"has no columns prompt and completion, which SEQ_2_SEQ_LM needs; it has {', '.join(columns)}"
             )
-        _refuse_assistant_only_loss(config, "belongs to CAUSAL_LM")
+        refuse_assistant_only_loss(config, "belongs to CAUSAL_LM")
         return partial(_sequence_to_sequence_inputs, config=config, tokenizer=tokenizer)
 
     if not _is_prompt_completion(first):
@@ -109,10 +103,10 @@ def encoder(
             _require_column(columns, "calibration.dataset_text_field", config.dataset_text_field)
     chat_template = None
     if "messages" in first or isinstance(first.get("prompt"), list):
-        chat_template = _training_chat_template(config, tokenizer)
+        chat_template = training_chat_template(config, tokenizer)
     else:
-        _refuse_assistant_only_loss(config, "needs conversations, and this data is plain text")
-    return partial(_causal_inputs, config=config, tokenizer=tokenizer, chat_template=chat_template)
+        refuse_assistant_only_loss(config, "needs conversations, and this data is plain text")
+    return partial(causal_inputs, config=config, tokenizer=tokenizer, chat_template=chat_template)
 
 
 def _require_column(columns: list[str], key: str, column: str) -> None:
@@ -120,12 +114,12 @@ def _require_column(columns: list[str], key: str, column: str) -> None:
         raise UserError(key, column, f"is no column of the data; the columns are {', '.join(columns)}")
 
 
-def _refuse_assistant_only_loss(config: CalibrationConfig, problem: str) -> None:
+def refuse_assistant_only_loss(config: CalibrationConfig, problem: str) -> None:
     if config.assistant_only_loss:
         raise UserError("calibration.assistant_only_loss", True, f"{problem}; write false")
 
 
-def _training_chat_template(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def training_chat_template(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The template to use in place of the tokenizer's own when assistant tokens must be marked and are not."""
     if tokenizer.chat_template is None:
         raise data_error(
@@ -165,7 +159,7 @@ def _is_prompt_completion(row: Row) -> bool:
     return "prompt" in row and "completion" in row
 
 
-def _causal_inputs(
+def causal_inputs(
     row: Row, *, config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
 ) -> Inputs:
     """One row of `SFTTrainer._prepare_dataset` (TRL 1.16): its tokens, masks and truncation."""
@@ -179,9 +173,9 @@ def _causal_inputs(
         if config.completion_only_loss is not False:
             masks.append(_completion_mask(prompt_ids, tokens["input_ids"]))
     elif "messages" in row:
-        tokens = render(_messages(row, "messages"), return_assistant_tokens_mask=config.assistant_only_loss)
+        tokens = render(messages_in(row, "messages"), return_assistant_tokens_mask=config.assistant_only_loss)
     else:
-        tokens = plain(_with_eos(_string(row, config.dataset_text_field), tokenizer))
+        tokens = plain(_with_eos(string_in(row, config.dataset_text_field), tokenizer))
     if config.assistant_only_loss:
         masks.append(tokens["assistant_masks"])
 
@@ -229,11 +223,11 @@ def _tokenize_prompt_completion(
 ) -> tuple[list[int], Mapping[str, Any]]:
     """Token ids of the prompt alone, and the tokens of prompt and completion together."""
     if isinstance(row["prompt"], list):
-        prompt = _messages(row, "prompt")
-        together = render(prompt + _messages(row, "completion"), return_assistant_tokens_mask=assistant_only_loss)
+        prompt = messages_in(row, "prompt")
+        together = render(prompt + messages_in(row, "completion"), return_assistant_tokens_mask=assistant_only_loss)
         return render(prompt, add_generation_prompt=True)["input_ids"], together
-    prompt = _string(row, "prompt")
-    together = plain(prompt + _with_eos(_string(row, "completion"), tokenizer))
+    prompt = string_in(row, "prompt")
+    together = plain(prompt + _with_eos(string_in(row, "completion"), tokenizer))
     return plain(prompt)["input_ids"], together
 
 
@@ -268,7 +262,7 @@ def _render(
 def _sequence_to_sequence_inputs(row: Row, *, config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     """Encoder inputs from the prompt, labels from the completion; the tokenizer truncates, to keep its end token."""
     row = _trl_row(row, config.dataset_text_field)
-    source, target = _string(row, "prompt"), _string(row, "completion")
+    source, target = string_in(row, "prompt"), string_in(row, "completion")
     encode = partial(tokenizer, truncation=True, max_length=config.max_length)
     labels = _truncated(lambda text: encode(text_target=text), target, tokenizer, config)["input_ids"]
     return {**_truncated(encode, source, tokenizer, config), "labels": labels}
@@ -292,7 +286,7 @@ def _classification_inputs(
     if label < 0 or (num_labels is not None and label >= num_labels):
         known = "" if num_labels is None else f" to {num_labels - 1}, the model's last"
         raise UserError("calibration.label_field", config.label_field, f"holds class {label}; classes go from 0{known}")
-    text = _string(row, config.dataset_text_field)
+    text = string_in(row, config.dataset_text_field)
     encode = partial(tokenizer, truncation=True, max_length=config.max_length)
     return {**_truncated(encode, text, tokenizer, config), "labels": label}
 
@@ -302,14 +296,14 @@ def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text if not isinstance(eos, str) or text.endswith(eos) else text + eos
 
 
-def _string(row: Row, column: str) -> str:
+def string_in(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         raise BadRowError(f"holds {value!r} in column {column}; it must be a string")
     return value
 
 
-def _messages(row: Row, column: str) -> list[Row]:
+def messages_in(row: Row, column: str) -> list[Row]:
     value = row.get(column)
     if not (isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value)):
         raise BadRowError(f"holds {value!r} in column {column}; it must be a list of messages with role and content")

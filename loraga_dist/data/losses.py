@@ -1,4 +1,7 @@
-"""The training loss per task, as a sum over supervised tokens: the caller divides once, by the global count."""
+"""The training loss per task, as a sum over supervised tokens: the caller divides once, by the global count.
+
+Preference and policy data weigh sequences; at the start that is the gradient of DPO and of GRPO (docs/METHOD.md).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import torch
 import torch.nn.functional as F
 
 IGNORED = -100
+
+DPO_BETA = 0.1
+"""TRL's default. It scales the gradient at the start and changes nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,20 +25,24 @@ class Loss:
     by_token: bool
     """Every position has logits and a label of its own."""
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """logits: (..., V). labels: (...), -100 where there is no loss."""
-        return cross_entropy_sum(logits, self.predicted(labels))
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """logits: (..., V). labels: (...), -100 where there is no loss. weights: of each sequence; None: 1."""
+        return cross_entropy_sum(logits, self.predicted(labels), weights)
 
     def predicted(self, labels: torch.Tensor) -> torch.Tensor:
         """What the logits at each position are to predict; -100 for nothing."""
         return F.pad(labels[..., 1:], (0, 1), value=IGNORED) if self.shifts else labels
 
 
-def cross_entropy_sum(logits: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits (..., V) at the classes (...), in float32."""
-    return F.cross_entropy(
-        logits.flatten(0, -2).float(), predicted.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum"
+def cross_entropy_sum(
+    logits: torch.Tensor, predicted: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy of logits (B, ..., V) at the classes (B, ...), in float32. weights: (B,) float32; None: 1."""
+    reduction = "sum" if weights is None else "none"
+    loss = F.cross_entropy(
+        logits.flatten(0, -2).float(), predicted.flatten().to(logits.device), ignore_index=IGNORED, reduction=reduction
     )
+    return loss if weights is None else loss.view(len(weights), -1).sum(dim=1) @ weights.to(loss.device)
 
 
 causal_lm = Loss(shifts=True, by_token=True)

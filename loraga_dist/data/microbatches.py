@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from loraga_dist.config import TaskType
+from loraga_dist.data.feedback import Encoded
 from loraga_dist.data.formats import Inputs
 from loraga_dist.data.losses import IGNORED
 from loraga_dist.errors import UserError
@@ -21,11 +22,11 @@ _PADDING = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One tokenized row: model inputs without padding, `labels` with -100 where there is no loss."""
+class Sample(Encoded):
+    """One tokenized row of the data."""
 
-    inputs: Inputs
     num_supervised_tokens: int
+    """Of a pair, of both."""
     row: int
     """Number of the row in the data set, before the shuffle."""
 
@@ -40,6 +41,15 @@ class Microbatch:
     """Number of the global microbatch."""
     sample_ids: tuple[int, ...]
     """Rows of the data set, to name a bad batch; empty where they are not known."""
+    weights: Tensor | None = None
+    """Of each sequence's loss, float32; None: 1."""
+    num_pairs: int | None = None
+    """Of preference data; else None."""
+
+    @property
+    def num_terms(self) -> int:
+        """What the loss, a sum, is divided by in the end; of all microbatches."""
+        return self.num_supervised_tokens if self.num_pairs is None else self.num_pairs
 
 
 def count_supervised_tokens(labels: Tensor, task_type: TaskType) -> int:
@@ -85,8 +95,16 @@ class SampleSharder:
         return len(self.samples)
 
     @property
+    def loss(self) -> str:
+        """Whose gradient is taken: `cross_entropy`, or at the start of `dpo` or of a `policy_gradient`."""
+        first = self.samples[0]  # the columns decide, and all have the same
+        if first.rejected is not None:
+            return "dpo"
+        return "cross_entropy" if first.weight is None else "policy_gradient"
+
+    @property
     def num_tokens(self) -> int:
-        return sum(len(sample.inputs["input_ids"]) for sample in self.samples)
+        return sum(len(inputs["input_ids"]) for sample in self.samples for inputs in sample.sequences)
 
     def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
         """This rank's of samples [start, stop); the first global microbatch gets this number."""
@@ -94,11 +112,17 @@ class SampleSharder:
         for index, first in enumerate(range(0, len(samples), self.samples_per_step), first_index):
             own = first + self.rank * self.per_device_batch_size
             mine = samples[own : own + self.per_device_batch_size]
+            shown = mine or samples[:1]
+            has_weights, has_pairs = shown[0].weight is not None, shown[0].rejected is not None
             microbatch = Microbatch(
-                inputs=_collate(mine or samples[:1], self.pad_token_id),
+                inputs=_collate([inputs for sample in shown for inputs in sample.sequences], self.pad_token_id),
                 num_supervised_tokens=sum(sample.num_supervised_tokens for sample in mine),
                 index=index,
                 sample_ids=tuple(sample.row for sample in mine),
+                weights=torch.tensor([weight for sample in shown for weight in sample.weights])
+                if has_weights
+                else None,
+                num_pairs=len(mine) if has_pairs else None,
             )
             microbatches.append(microbatch if mine else without_supervision(microbatch, index))
         return microbatches
@@ -128,18 +152,29 @@ MicrobatchSharder = SampleSharder | BatchSharder
 def without_supervision(microbatch: Microbatch, index: int) -> Microbatch:
     """A copy with every label masked, for a rank that must take part in a step for which it has no data."""
     labels = torch.full_like(microbatch.inputs["labels"], IGNORED)
-    return Microbatch(microbatch.inputs | {"labels": labels}, 0, index, ())
+    return replace(
+        microbatch,
+        inputs=microbatch.inputs | {"labels": labels},
+        num_supervised_tokens=0,
+        index=index,
+        sample_ids=(),
+        num_pairs=None if microbatch.num_pairs is None else 0,
+    )
 
 
 def microbatches_from_batches(
-    batches: Iterable[Mapping[str, Any]], task_type: TaskType, limit: int | None = None
+    batches: Iterable[Mapping[str, Any] | Microbatch], task_type: TaskType, limit: int | None = None
 ) -> list[Microbatch]:
     """The first `limit` batches of a training script's own dataloader as microbatches, on the CPU.
 
-    Entries that are no tensors are left out. Raises UserError when a batch has no `input_ids` or `labels`.
+    Entries that are no tensors are left out; microbatches stay as they are. Raises UserError when a batch has no
+    `input_ids` or `labels`.
     """
     microbatches = []
     for index, batch in enumerate(islice(batches, limit)):
+        if isinstance(batch, Microbatch):
+            microbatches.append(replace(batch, index=index))
+            continue
         if not isinstance(batch, Mapping):
             raise UserError("dataloader", type(batch).__name__, "yields batches that are no dict of tensors")
         inputs = {name: value.detach().cpu() for name, value in batch.items() if isinstance(value, Tensor)}
@@ -173,10 +208,10 @@ def seeded_microbatch(model_config: Any, task_type: TaskType, most_tokens: int) 
     return Microbatch(inputs, count_supervised_tokens(labels, task_type), index=0, sample_ids=())
 
 
-def _collate(samples: list[Sample], pad_token_id: int) -> dict[str, Tensor]:
+def _collate(sequences: list[Inputs], pad_token_id: int) -> dict[str, Tensor]:
     inputs = {}
-    for name in samples[0].inputs:
-        values = [torch.tensor(sample.inputs[name]) for sample in samples]
+    for name in sequences[0]:
+        values = [torch.tensor(sequence[name]) for sequence in sequences]
         if values[0].dim() == 0:
             inputs[name] = torch.stack(values)
         else:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraga_dist.config import CalibrationConfig, TaskType
-from loraga_dist.data.formats import BadRowError, clock_at, data_error, data_source, encoder
+from loraga_dist.data.feedback import encoder
+from loraga_dist.data.formats import BadRowError, clock_at, data_error, data_source
 from loraga_dist.data.microbatches import Sample, count_supervised_tokens
 from loraga_dist.errors import UserError, blame, reason
 
@@ -44,26 +45,31 @@ def load_samples(
 ) -> list[Sample]:
     """Load, shuffle and tokenize the first `most_samples` of the calibration data: the same list on every rank.
 
-    Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM; as there, samples that have
-    nothing to learn from (after truncation) are left out, and the next ones take their place. Raises UserError, with
-    the config key, for data that cannot be read, has the wrong columns or values, does not fit the model's positions,
-    or has no supervised token at all. began: the time that chat templates print; by default now, for all rows.
+    Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM, of `DPOTrainer`'s for
+    preference data; as there, samples that have nothing to learn from (after truncation, or with an advantage of 0) are
+    left out, and the next ones take their place. Raises UserError, with the config key, for data that cannot be read,
+    has the wrong columns or values, does not fit the model's positions, or has no supervised token at all.
+    began: the time that chat templates print; by default now, for all rows.
     """
     dataset = _load_dataset(config)
     encode = encoder(config, tokenizer, dataset, task_type, num_labels)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    samples, source, began = [], data_source(config), began or datetime.now()
-    for position, row in enumerate(order.tolist()):
+    samples, source, began, num_encoded = [], data_source(config), began or datetime.now(), 0
+    for row in order.tolist():
         # a data set in which so many samples in a row have no supervised token is taken to have none at all
-        if len(samples) == config.most_samples or (not samples and position == config.most_samples):
+        if len(samples) == config.most_samples or (not samples and num_encoded == config.most_samples):
             break
         limited = blame(*source, f"sample {row} makes no tokens", "mend or remove it", limit_seconds=ROW_SECONDS)
         with limited, clock_at(began):
             try:
-                inputs = encode(dataset[row])
+                encoded = encode(dataset[row])
             except BadRowError as problem:
                 raise data_error(config, f"sample {row} {problem}") from problem
-        num_tokens = max(len(values) for values in inputs.values() if isinstance(values, list))
+        if encoded is None:
+            continue
+        num_encoded += 1
+        sequences = encoded.sequences
+        num_tokens = max(len(values) for each in sequences for values in each.values() if isinstance(values, list))
         if max_positions is not None and num_tokens > max_positions:
             raise UserError(
                 "calibration.max_length",
@@ -71,9 +77,15 @@ def load_samples(
                 f"sample {row} has {num_tokens} tokens but the model has {max_positions} positions; "
                 f"write {max_positions} or less",
             )
-        num_supervised_tokens = count_supervised_tokens(torch.tensor(inputs["labels"]), task_type)
-        if inputs["input_ids"] and num_supervised_tokens:
-            samples.append(Sample(inputs, num_supervised_tokens, row))
+        num_supervised = sum(count_supervised_tokens(torch.tensor(each["labels"]), task_type) for each in sequences)
+        if all(each["input_ids"] for each in sequences) and num_supervised:
+            samples.append(Sample(**vars(encoded), num_supervised_tokens=num_supervised, row=row))
+    if not num_encoded:
+        raise data_error(
+            config,
+            "has no advantage other than 0: no prompt has completions with different rewards; "
+            "write several completions of each prompt, or a column advantage",
+        )
     if not samples:
         raise data_error(
             config,
@@ -90,10 +102,11 @@ def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def fingerprints(samples: Iterable[Sample]) -> list[str]:
-    """After each sample, the sha256 of all token ids and labels so far: equal between ranks, and between runs."""
+    """After each sample, the sha256 of all token ids, labels and weights so far: equal between ranks, and runs."""
     digest, found = hashlib.sha256(), []
     for sample in samples:
-        digest.update(json.dumps([sample.inputs["input_ids"], sample.inputs["labels"]]).encode())
+        content = [part for inputs in sample.sequences for part in (inputs["input_ids"], inputs["labels"])]
+        digest.update(json.dumps(content if sample.weight is None else [*content, sample.weight]).encode())
         found.append(f"sha256:{digest.hexdigest()}")
     return found
 

@@ -217,7 +217,8 @@ class _Calibrator:
         self._used = replace(
             self._used,
             num_supervised_tokens=totals.num_tokens,
-            mean_loss=totals.loss_sum / totals.num_tokens,
+            num_terms=totals.num_terms,
+            mean_loss=totals.loss_sum / totals.num_terms,
             refine_passes=_refine_passes(config, self._plan, totals.num_tokens / self._num_steps),
         )
         self._save_if_due()
@@ -325,7 +326,7 @@ class _Calibrator:
             phase("factorize", num_owned, "targets", shown=world.is_main, nested=True) as progress,
         ):
             try:
-                for name, found in engines.factorize(world, self._used.num_supervised_tokens):
+                for name, found in engines.factorize(world, self._used.num_terms):
                     svd = found.svd
                     owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
                     mine[name] = asdict(GradientFacts.of(matrices[name], found))

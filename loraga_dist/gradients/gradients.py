@@ -57,6 +57,8 @@ class DataUsed:
     reached_target: bool = False
     """The halves of the data agreed before it was at its end."""
     num_supervised_tokens: int = 0
+    num_terms: int = 0
+    """What loss and gradients are means over: the supervised tokens, of preference data the pairs."""
     mean_loss: float = 0.0
     refine_passes: int = 0
 

@@ -65,7 +65,7 @@ class Head:
                 continue
             leaf = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
-                loss = cross_entropy_sum(self._logits(microbatch, leaf, part), predicted[part])
+                loss = cross_entropy_sum(self._logits(microbatch, leaf, part), predicted[part], microbatch.weights)
             loss.backward()
             assert leaf.grad is not None, "the loss depends on the last block"
             gradient[part] = leaf.grad

@@ -20,13 +20,15 @@ from loraga_dist.sharding.base import Sharding
 
 @dataclass(frozen=True)
 class LossTotals:
-    """The loss and the supervised tokens of all ranks' microbatches."""
+    """The loss, the supervised tokens and what the loss is divided by, of all ranks' microbatches."""
 
     loss_sum: float = 0.0
     num_tokens: int = 0
+    num_terms: int = 0
 
     def __add__(self, other: LossTotals) -> LossTotals:
-        return LossTotals(self.loss_sum + other.loss_sum, self.num_tokens + other.num_tokens)
+        num_tokens, num_terms = self.num_tokens + other.num_tokens, self.num_terms + other.num_terms
+        return LossTotals(self.loss_sum + other.loss_sum, num_tokens, num_terms)
 
 
 class NotFinite(Exception):
@@ -73,14 +75,15 @@ class Observer:
         Raises NotFinite.
         """
         world = self._world
-        tokens_here = torch.tensor(microbatch.num_supervised_tokens, dtype=torch.float64, device=world.device)
-        sums = torch.stack([loss.detach().double(), self._failed.sum().double(), tokens_here])
-        loss_value, failures, tokens = world.sum_(sums).tolist()
+        counts = [microbatch.num_supervised_tokens, microbatch.num_terms]
+        counts_here = torch.tensor(counts, dtype=torch.float64, device=world.device)
+        sums = torch.cat([torch.stack([loss.detach().double(), self._failed.sum().double()]), counts_here])
+        loss_value, failures, tokens, terms = world.sum_(sums).tolist()
         if failures or not math.isfinite(loss_value):
             failed = [name for name, row in self._row.items() if self._failed[row]]
             raise NotFinite(microbatch, loss.item(), failed)
         self.engine.end_microbatch(world)
-        return LossTotals(loss_value, int(tokens))
+        return LossTotals(loss_value, int(tokens), int(terms))
 
     def require_all_seen(self) -> None:
         """Raise UserError, on every rank, when a target took no part in the loss."""

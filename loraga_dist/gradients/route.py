@@ -136,7 +136,7 @@ class ModelOrder(Route):
             return self._take_long(microbatch, self._long)
         logits = self._forward(microbatch)
         return_freed_memory()  # holes that blocks left; the logits and their loss are often the peak
-        loss = self._loss(logits, microbatch.inputs["labels"])
+        loss = self._loss(logits, microbatch.inputs["labels"], microbatch.weights)
         del logits
         loss.backward()
         self._sharding.release()

@@ -42,7 +42,7 @@ def require_state(state: Checkpoint, groups: Sequence[Sequence[Matrix]], num_fin
     _require_seconds(state)
     if position.group != num_finished or not 0 <= position.num_samples <= used.num_samples:
         raise ValueError(f"its position is {content}")
-    if min(position.refinement, position.num_microbatches, position.totals.num_tokens) < 0:
+    if min(position.refinement, position.num_microbatches, position.totals.num_tokens, position.totals.num_terms) < 0:
         raise ValueError(f"its position is {content}")
     end = position.group + position.num_groups
     if not 0 <= position.num_groups_ahead < position.num_groups or end > len(groups):
@@ -60,7 +60,7 @@ def _require_seconds(saved: Checkpoint) -> None:
 
 def _used(content: Any) -> DataUsed:
     used = _typed(DataUsed, content)
-    if min(used.num_samples - 1, used.num_supervised_tokens, used.refine_passes) < 0:
+    if min(used.num_samples - 1, used.num_supervised_tokens, used.num_terms, used.refine_passes) < 0:
         raise ValueError(f"the data it has used is {content}")
     return used
 

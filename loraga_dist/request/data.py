@@ -69,7 +69,7 @@ def _padding(config: InitConfig, base: BaseModel, tokenizer: Any) -> int:
 
 def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Sample]) -> None:
     rows = getattr(base.config.get_text_config(), "vocab_size", None)
-    largest = max(max(sample.inputs["input_ids"]) for sample in samples)
+    largest = max(max(inputs["input_ids"]) for sample in samples for inputs in sample.sequences)
     if isinstance(rows, int) and largest >= rows:
         raise UserError(
             "model.name_or_path",

@@ -18,6 +18,7 @@ from torch import nn
 from loraga_dist.config import InitConfig, LoraSection, MethodConfig
 from loraga_dist.data.microbatches import (
     BatchSharder,
+    Microbatch,
     MicrobatchSharder,
     SampleSharder,
     in_step,
@@ -199,7 +200,7 @@ def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) 
 
 def understand_model(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]] | None,
+    batches: Iterable[Mapping[str, Any] | Microbatch] | None,
     config: MethodConfig,
     world: World,
     *,

@@ -23,6 +23,7 @@ from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
+from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import StagedDirectory, checkpoint_path_of, existing_parent, free_place
@@ -123,7 +124,7 @@ def dry_run(config: InitConfig, world: World) -> None:
 
 def initialize(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]] | None,
+    dataloader: Iterable[Mapping[str, Any] | Microbatch] | None,
     config: MethodConfig | Mapping[str, Any],
     *,
     max_batches: int | None = None,
@@ -133,7 +134,8 @@ def initialize(
     Call it on every rank, before the training `deepspeed.initialize`, and train `Start.model`. The model is either
     partitioned by ZeRO-3 (loaded under `HfDeepSpeedConfig` or `deepspeed.zero.Init`) or whole in a single process.
 
-    dataloader: this rank's own batches, dicts of tensors with `input_ids` and `labels` (-100: no loss); read once.
+    dataloader: this rank's own batches, dicts of tensors with `input_ids` and `labels` (-100: no loss); read once. Of
+        preference and policy data, the microbatches that a `SampleSharder` makes.
         Schemes that take no gradient read one batch, to compare logits, or do without: None.
     config: the sections `lora`, `init`, `gradient` and `deepspeed` of the configuration.
     max_batches: read no more than these from the dataloader.

@@ -189,8 +189,10 @@ def make_report(
     config, targets = request.config, start.reports
     of_data: dict[str, Any] = {}
     if start.gradients is not None:
+        assert request.data is not None, "gradients are of data"
         found = start.gradients.data
         of_data = {
+            "loss": request.data.loss,
             "data_fingerprint": request.data_fingerprints[found.num_samples - 1],
             "engine": config.gradient.engine,
             "order": start.gradients.order.name,

@@ -61,6 +61,12 @@ def test_settings_of_the_start_hold_for_training(tmp_path: Path) -> None:
     assert byte_tokenizer().decode(sample.inputs["input_ids"]) == "a lo"
 
 
+def test_preferences_are_not_trained_on_as_if_all_were_chosen(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n")
+    with pytest.raises(SystemExit, match="train with TRL's DPOTrainer"):
+        FROM_START["read_samples"](str(tmp_path / "data.jsonl"), CalibrationConfig(), byte_tokenizer(), 5)
+
+
 def test_data_that_is_not_there_ends_a_script_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^calibration\.data_files: .*nowhere\.jsonl.*$"):
         FROM_START["read_samples"](str(tmp_path / "nowhere.jsonl"), CalibrationConfig(), byte_tokenizer(), 5)

@@ -45,7 +45,7 @@ INSIDE = {
         "session",
     ],
     "files": ["parallel", "disk", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
-    "data": ["losses", "formats", "microbatches", "samples"],
+    "data": ["losses", "formats", "feedback", "microbatches", "samples"],
     "model": ["base", "blocks", "shape", "targets", "factors", "rank_budget", "plan"],
     "sharding": ["slices", "settings", "gloo", "base", "single", "from_disk", "zero3", "open"],
     "request": ["data", "request"],

@@ -367,7 +367,6 @@ def test_datasets_stays_quiet_and_keeps_its_settings(tmp_path: Path, capfd: pyte
         ([{"prompt": "a", "body": "b"}], {}, "calibration.dataset_text_field", "prompt, body"),
         ([{"text": "abc"}, {"text": 3}], {}, "calibration.data_files", "sample 1 holds 3 in column text"),
         ([{"prompt": "a", "completion": ["b"]}], {}, "calibration.data_files", "sample 0 holds"),
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], {}, "calibration.data_files", "preference"),
         (CHATS, {}, "calibration.data_files", "no chat template"),
         ([{"text": ""}, {"text": "</s>"}], {}, "calibration.data_files", "no supervised token"),
         ([COMPLETIONS[2]], {"max_length": 8}, "calibration.data_files", "calibration.max_length (8)"),
