@@ -15,9 +15,6 @@ from torch import Tensor
 from loraga_dist.engines.base import Collectives, Entries, GradientSVD, Matrix, Tensors, naming, seeded_generator
 from loraga_dist.linalg import Moments, Whitening
 
-WHITENING_SAMPLES = 32
-"""Of the calibration data: what second moments of inputs are taken from. They converge long before gradients do."""
-
 
 class InputMoments:
     """The second moments of the inputs of some matrices; of neighbours that are given one input, once."""

@@ -11,12 +11,11 @@ from torch import nn
 
 from loraga_dist.config import GradientConfig
 from loraga_dist.data.losses import LOSSES
-from loraga_dist.data.microbatches import Microbatch, counting_tokens
+from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines import ENGINES
 from loraga_dist.engines.base import EngineState
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.white import WHITENING_SAMPLES
 from loraga_dist.errors import RunError
 from loraga_dist.files.checkpoint import Checkpoint
 from loraga_dist.gradients.block_order import BlockOrder, OnWay
@@ -27,6 +26,7 @@ from loraga_dist.gradients.kept import Keeping
 from loraga_dist.gradients.observer import NotFinite, Observer, name_the_culprit
 from loraga_dist.gradients.passes import Position, chunks_of, is_time_to_look, median_cosine, steps_to_reach
 from loraga_dist.gradients.route import ModelOrder, Route
+from loraga_dist.gradients.whites import WHITENING_SAMPLES, find_whites
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.blocks import Order
 from loraga_dist.model.plan import Plan, sweep_end
@@ -269,7 +269,10 @@ class _Calibrator:
     ) -> None:
         """Show one group's engines a chunk. counts: its loss and tokens do."""
         if not observer.engine.whites.known:
-            self._see_inputs(route, chunk, observer.engine)
+            first = self._batches.microbatches(0, min(WHITENING_SAMPLES, self._batches.num_samples), 0)
+            # block order has the chunk alone
+            first = first if self._plan.order.blocks is None else chunk[: len(first)]
+            find_whites(observer.engine, route, chunk, first, self._request.config.init, self._world)
         with route.showing(chunk, observer.names, observer.observe) as take:
             for microbatch in chunk:
                 observer.begin(microbatch)
@@ -278,25 +281,6 @@ class _Calibrator:
                 progress.advance()
                 if counts:
                     self._at = replace(self._at, totals=self._at.totals + totals)
-
-    def _see_inputs(self, route: Route, chunk: Sequence[Microbatch], engines: EngineGroup) -> None:
-        """Find what makes a group's inputs white from the first of the data, of which block order has the chunk."""
-        init, world = self._request.config.init, self._world
-        first = self._batches.microbatches(0, min(WHITENING_SAMPLES, self._batches.num_samples), 0)
-        if self._plan.order.blocks is not None:
-            first = chunk[: len(first)]
-        moments = engines.whites.moments(seed=init.seed, device=world.device)
-        at_hand = first[0]
-
-        def see(name: str, x: torch.Tensor) -> None:
-            moments.observe(name, x, counting_tokens(at_hand, x.shape[:-1]))
-
-        with route.inputs(chunk, list(engines.engine_of), see) as look:
-            for microbatch in first:
-                at_hand = microbatch
-                look(microbatch)
-                moments.end_microbatch()
-        engines.whites.become(moments.whitenings(init.damping, world))
 
     def _look(self, target_cosine: float, progress: Progress) -> None:
         """See whether this was data enough, or else how much there may be to come."""
