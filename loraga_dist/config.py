@@ -28,7 +28,8 @@ from pydantic_core import CoreSchema, core_schema
 
 from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
-from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES, WHITENINGS
+from loraga_dist.linalg import WHITENINGS
+from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
 from loraga_dist.yaml_tree import read_tree, require_plain
 
 
@@ -147,8 +148,8 @@ class SchemeConfig(Section):
     """How A and B start (`schemes.py`)."""
 
     scheme: SchemeName = "lora_ga"
-    """From the gradient: `lora_ga`, and on an unchanged base `lora_one` and `rrr`; from the weights: `pissa`, `olora`;
-    `kaiming`, from neither, is plain LoRA."""
+    """From the gradient: `lora_ga`, and on an unchanged base `lora_one`, `rrr` and `rrr_step`; from the weights:
+    `pissa`, `olora`; `kaiming`, from neither, is plain LoRA."""
     direction: Annotated[str, NameIn(DIRECTIONS)] = "ArB2r"
     scale: Annotated[str, NameIn(SCALES)] = "stable"
     stable_gamma: Amount | None = None
@@ -157,6 +158,9 @@ class SchemeConfig(Section):
     (`exact`), by its diagonal and 128 directions (`lowrank`), by its diagonal, or not."""
     damping: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.3
     """Added to that second moment, of the mean of its diagonal."""
+    step: Annotated[float, Field(ge=0, le=1e3)] | None = None
+    """Norm of B over sqrt(M); null searches the one that lowers the loss most on 16 samples, or a quarter of the data,
+    kept apart from the gradient's."""
     rank_budget: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     """Adapter parameters in all, sum of r (M + N), to spend on the targets whose gradients have most energy in further
     directions; each gets rank 1 at least and twice `lora.r` at most, and the scaling of `lora`."""
@@ -173,7 +177,7 @@ class SchemeConfig(Section):
             )
         return value
 
-    @field_validator("direction", "scale", "stable_gamma", "whitening", "damping", "rank_budget")
+    @field_validator("direction", "scale", "stable_gamma", "whitening", "damping", "step", "rank_budget")
     @classmethod
     def _of_this_scheme(cls, value: Any, info: ValidationInfo) -> Any:
         key = info.field_name or ""

@@ -32,6 +32,8 @@ class SchemeInputs:
     direction: str
     scale: str
     stable_gamma: float
+    step: float = 1.0
+    """Length of B, of schemes that take a step."""
     generator: torch.Generator
     """Depends on the seed and the target alone; on the device of what is factorized, else on the CPU."""
     svd: TruncatedSVD | None = None
@@ -41,14 +43,6 @@ class SchemeInputs:
     W_MN: Tensor | None = None
     """The weight, in any floating dtype, for the schemes that factorize it; never changed."""
 
-
-WHITENINGS: dict[str, Callable[[int], int | None]] = {
-    "lowrank": lambda N: min(128, N),
-    "exact": lambda N: N,
-    "diagonal": lambda N: 0,
-    "none": lambda N: None,
-}
-"""How many directions of the input's second moment are known beside its diagonal, of N; None: it is not asked for."""
 
 Indices = tuple[Tensor, Tensor]
 Multipliers = tuple[Tensor | float, Tensor | float]
@@ -106,6 +100,8 @@ class Scheme:
     whitens: bool = False
     """Takes the gradient for white inputs, as `init.whitening` says: what a start does to the layer's outputs, on the
     data."""
+    takes_step: bool = False
+    """B0 is a step of `init.step`, whose length is searched on samples kept apart where it is null."""
     init_keys: tuple[str, ...] = ()
     """Keys of the section `init` that concern some schemes only, and this one."""
     stable_gamma: float = 1.0
@@ -196,11 +192,28 @@ def rrr(inputs: SchemeInputs) -> LoraFactors:
 
     Source: Izenman 1975, Reduced-rank regression for the multivariate linear model.
     """
-    svd = inputs.svd
-    assert svd is not None and inputs.r <= svd.width, "reduced-rank regression needs r triplets of the gradient"
-    basis_NR = torch.linalg.qr(svd.Vh_KN[: inputs.r].double().T).Q
-    A_RN = (basis_NR.T * KAIMING_ROW_NORM).float().contiguous()
-    return LoraFactors(A_RN=A_RN, B_MR=torch.zeros(inputs.M, inputs.r))
+    A_RN, _ = _regression(inputs)
+    return LoraFactors(A_RN=A_RN.float().contiguous(), B_MR=torch.zeros(inputs.M, inputs.r))
+
+
+def rrr_step(inputs: SchemeInputs) -> LoraFactors:
+    """Reduced-rank regression with a step down the loss: A0 as of `rrr`, and B0 A0 along the best predictor of dy.
+
+    B0 has the norm sqrt(M) times `step`, the same for all targets: a unit of step moves each output by as much.
+    """
+    A_RN, B_MR = _regression(inputs)
+    norm = torch.linalg.vector_norm(B_MR).clamp_min(torch.finfo(torch.float32).tiny)
+    step_MR = B_MR * (-inputs.step * math.sqrt(inputs.M) / norm)
+    return LoraFactors(A_RN=A_RN.float().contiguous(), B_MR=step_MR.float().contiguous())
+
+
+def _regression(inputs: SchemeInputs) -> tuple[Tensor, Tensor]:
+    """A_RN with orthogonal rows and B_MR of the predictor B A = U_r S_r V_r^T L^-1; float64."""
+    r, svd = inputs.r, inputs.svd
+    assert svd is not None and r <= svd.width, "reduced-rank regression needs r triplets of the gradient"
+    Q_NR, R_RR = torch.linalg.qr(svd.Vh_KN[:r].double().T)
+    B_MR = svd.U_MK[:, :r].double() * svd.S_K[:r].double() @ R_RR.T
+    return Q_NR.T * KAIMING_ROW_NORM, B_MR / KAIMING_ROW_NORM
 
 
 def pissa(inputs: SchemeInputs) -> LoraFactors:
@@ -338,6 +351,19 @@ SCHEMES: dict[str, Scheme] = {
         whitens=True,
         missing_directions="the missing rows of A are arbitrary, as in plain LoRA",
         init_keys=("whitening", "damping", "rank_budget"),
+    ),
+    "rrr_step": Scheme(
+        title="RRR with a step",
+        source="gradient",
+        factors=rrr_step,
+        num_triplets=lambda r: r,
+        changes_base=False,
+        starts_at_model=False,
+        whitens=True,
+        takes_step=True,
+        missing_directions="the missing rows of A are arbitrary, as in plain LoRA",
+        init_keys=("whitening", "damping", "step", "rank_budget"),
+        smaller_offset="lower init.step",
     ),
     "pissa": Scheme(
         title="PiSSA",

@@ -241,7 +241,12 @@ def _check_triplets(target: Target, svd: TruncatedSVD, report: Report) -> list[s
     name, S_K, K = target.name, svd.S_K, svd.width
     if not (S_K.isfinite().all() and (S_K >= 0).all() and (S_K.diff() <= 0).all()):
         problems.append(f"{FACTORS}: {name}.S is not finite, nonnegative and descending")
-    for part, columns in (("U", svd.U_MK), ("Vh", svd.Vh_KN.T)):
+    orthonormal = [("U", svd.U_MK)]
+    if not report.scheme.whitens:
+        orthonormal.append(("Vh", svd.Vh_KN.T))
+    elif not svd.Vh_KN.isfinite().all():  # orthonormal for white inputs, which files know nothing of
+        problems.append(f"{FACTORS}: {name}.Vh is not finite")
+    for part, columns in orthonormal:
         gram_KK = columns.T @ columns
         error = (gram_KK - torch.eye(K)).abs().max().item() if K else 0.0
         if not error <= _MAX_ORTHONORMALITY_ERROR:  # NaN must fail too

@@ -16,7 +16,8 @@ from loraga_dist.ranks.world import World
 def write_factors(directory: Path, owned: Mapping[str, TruncatedSVD], world: World) -> str:
     """Each rank writes the targets it owns to one file, rank 0 the index; returns their fingerprint; a collective.
 
-    Keys `<target>.U` (M, K), `<target>.S` (K,), `<target>.Vh` (K, N), float32.
+    Keys `<target>.U` (M, K), `<target>.S` (K,), `<target>.Vh` (K, N), float32. Of schemes that whiten, rows of Vh are
+    for inputs as they are: U S Vh is the regression of dy on x, and Vh is not orthonormal.
     """
     tensors = {
         f"{target}.{part}": tensor

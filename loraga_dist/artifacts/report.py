@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,11 +67,23 @@ class TargetReport(ReportPart):
     numerical_rank: int | None = None
     captured_energy: Number = None
     split_half_cosine: Number = None
+    subspace_cosine: Number = None
+    """The same within the directions that were wanted. It and the one below are not in reports of earlier versions."""
+    input_rank: Number = None
+    """Effective rank of the second moment of its input, where the scheme whitens."""
     window_capture: Number = None
     engine: str | None = None
     offset_ratio: Number = None
     """||s B0 A0||_F / ||W||_F."""
     owner_rank: int | None = None
+
+    @property
+    def share_by_rank(self) -> list[float]:
+        """Of all that the gradient could bring to second order, with the input's second moment as Hessian or, where
+        inputs stay as they are, none: what its first 1, 2, ... directions bring."""
+        squares = [value**2 for value in self.singular_values or ()]
+        whole = math.fsum(squares) / (self.captured_energy or math.inf)
+        return [sum_of / whole for sum_of in accumulate(squares)] if whole else []
 
     @classmethod
     def of(cls, target: Target, **facts: Any) -> TargetReport:
@@ -111,6 +124,17 @@ class IdentityCheck(ReportPart):
             largest = f"largest {self.max_abs_logit:.3g} ({self.dtype})"
             parts.append(f"logits differ by {self.max_abs_logit_diff:.2e} at most, {largest}")
         return "; ".join(parts) or "no logits were compared"
+
+
+class FoundStep(ReportPart):
+    """What the search for the length of a first step found, on samples that the gradient has not seen."""
+
+    length: float
+    """0 where no step lowers the loss."""
+    mean_loss_before: Number
+    """Of the model as it is."""
+    mean_loss_after: Number
+    num_sequences: int
 
 
 class SpentBudget(ReportPart):
@@ -168,6 +192,8 @@ class Report(ReportPart):
     """Of the median target."""
     mean_loss: Number = None
     """Over supervised tokens; of preference data over pairs. Weighted: docs/METHOD.md says what it means."""
+    step: FoundStep | None = None
+    """Of schemes that search one. Not in reports of earlier versions."""
     seconds: dict[str, float] = {}
     """By phase, and `total`."""
     peak_bytes_per_rank: list[int] = []

@@ -227,6 +227,14 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
         if getattr(new.output, key) != OutputConfig.model_fields[key].default:
             problem = "is for loraga-dist init alone; upload the directory with `hf upload`, or leave this out"
             raise UserError(f"output.{key}", getattr(new.output, key), problem)
+    whitens, whitened = (SCHEMES[config.init.scheme].whitens for config in (new, old))
+    if whitens != whitened:
+        changed["init.scheme"] = new.init.scheme
+    changed |= {
+        f"init.{key}": getattr(new.init, key)
+        for key in ("whitening", "damping")
+        if getattr(new.init, key) != getattr(old.init, key)
+    }
     if new.deepspeed != old.deepspeed:
         changed["deepspeed"] = new.deepspeed
     if changed:

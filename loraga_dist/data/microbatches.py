@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -140,6 +140,14 @@ class BatchSharder:
     def num_samples(self) -> int:
         return len(self.batches)
 
+    @property
+    def loss(self) -> str:
+        """As of `SampleSharder`."""
+        first = self.batches[0]
+        if first.num_pairs is not None:
+            return "dpo"
+        return "cross_entropy" if first.weights is None else "policy_gradient"
+
     def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
         assert start == first_index, "batches of a dataloader are not dealt out anew"
         return self.batches[start:stop]
@@ -147,6 +155,27 @@ class BatchSharder:
 
 MicrobatchSharder = SampleSharder | BatchSharder
 """This rank's microbatches out of all ranks' data; the same number on every rank."""
+
+Sharder = TypeVar("Sharder", SampleSharder, BatchSharder)
+
+
+STEP_SAMPLES = 16
+"""Kept apart from the gradient's, to search the length of a step."""
+
+
+def kept_apart(data: Sharder) -> tuple[Sharder, Sharder]:
+    """All but the last samples, and these: a quarter at most, one at least.
+
+    Raises ValueError where there is one alone, or the data is not of a loss that can be searched.
+    """
+    if data.loss != "cross_entropy":
+        raise ValueError("has weights, which say where the loss falls at the start and not how far")
+    count = max(1, min(STEP_SAMPLES, data.num_samples // 4))
+    if count == data.num_samples:
+        raise ValueError("is one sample, and the length of a step is searched on another")
+    if isinstance(data, BatchSharder):
+        return BatchSharder(data.batches[:-count]), BatchSharder(data.batches[-count:])
+    return replace(data, samples=data.samples[:-count]), replace(data, samples=data.samples[-count:])
 
 
 def without_supervision(microbatch: Microbatch, index: int) -> Microbatch:

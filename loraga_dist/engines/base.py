@@ -94,6 +94,8 @@ class GradientSVD:
     """Share of ||G||_F^2 in the wanted triplets."""
     split_half_cosine: float | None
     """cos(G_even, G_odd) over halves of the data, from a Gaussian sketch; None with a single half."""
+    subspace_cosine: float | None = None
+    """The same of what both halves have in the span of the wanted left vectors."""
     input_rank: float | None = None
     """(tr C)^2 / ||C||_F^2 of the second moment C of the input; None where it was not asked for, NaN if not known."""
     window_capture: float | None = None

@@ -126,9 +126,14 @@ class ExactEngine(GradientEngine):
                 svd = self.svd(matrix, G_MN)
                 wanted = svd.S_K[: matrix.num_triplets].double().square().sum().item()
                 whole = torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item()
-            cosine = split_half_cosine(self._E.pop(matrix.name), len(self._halves_seen))
-            captured = wanted / whole if whole else 0.0
-            yield matrix.name, GradientSVD(svd=svd, captured_energy=captured, split_half_cosine=cosine)
+            E_2MS, halves_seen = self._E.pop(matrix.name), len(self._halves_seen)
+            found = GradientSVD(
+                svd=svd,
+                captured_energy=wanted / whole if whole else 0.0,
+                split_half_cosine=split_half_cosine(E_2MS, halves_seen),
+                subspace_cosine=split_half_cosine(svd.leading(matrix.num_triplets).U_MK.T @ E_2MS, halves_seen),
+            )
+            yield matrix.name, found
 
     def svd(self, matrix: Matrix, G_MN: torch.Tensor) -> TruncatedSVD:
         """The leading `matrix.width` triplets of one mean gradient, on its device."""

@@ -343,6 +343,7 @@ class SketchEngine(SketchCosts):
             svd=svd,
             captured_energy=_share_held(held_MS, E_MS),
             split_half_cosine=split_half_cosine(E_2MS, len(self._halves_seen)),
+            subspace_cosine=split_half_cosine(wanted.U_MK.T @ E_2MS, len(self._halves_seen)),
             window_capture=_worst_against_best_before(state.captures),
         )
 

@@ -21,6 +21,7 @@ class GradientFacts:
     numerical_rank: int
     captured_energy: float
     split_half_cosine: float | None
+    subspace_cosine: float | None
     window_capture: float | None
     engine: str
     input_rank: float | None = None
@@ -34,6 +35,7 @@ class GradientFacts:
             numerical_rank=numerical_rank(found.svd.S_K, matrix.M, matrix.N),
             captured_energy=found.captured_energy,
             split_half_cosine=found.split_half_cosine,
+            subspace_cosine=found.subspace_cosine,
             window_capture=found.window_capture,
             engine=matrix.engine,
             input_rank=found.input_rank,

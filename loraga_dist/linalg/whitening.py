@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+WHITENINGS: dict[str, Callable[[int], int | None]] = {
+    "lowrank": lambda N: min(128, N),
+    "exact": lambda N: N,
+    "diagonal": lambda N: 0,
+    "none": lambda N: None,
+}
+"""How many directions of the input's second moment are known beside its diagonal, of N; None: it is not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

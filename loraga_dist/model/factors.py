@@ -45,6 +45,7 @@ def make_factors(
             direction=config.direction,
             scale=config.scale,
             stable_gamma=config.gamma,
+            step=1.0 if config.step is None else config.step,
             generator=generator,
             svd=svd,
             weight_S_K=weight_S_R,

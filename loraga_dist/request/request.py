@@ -21,7 +21,9 @@ from loraga_dist.data.microbatches import (
     Microbatch,
     MicrobatchSharder,
     SampleSharder,
+    Sharder,
     in_step,
+    kept_apart,
     microbatches_from_batches,
 )
 from loraga_dist.data.samples import fingerprints
@@ -52,6 +54,8 @@ class Request:
     """Its targets have the ranks planned for: with a rank budget, the largest they may get."""
     data: MicrobatchSharder | None
     """None only where the scheme takes no gradient."""
+    step_data: MicrobatchSharder | None = None
+    """What the length of a step is searched on, where it is searched."""
     factor_dtypes: Mapping[str, torch.dtype]
     """What A0 and B0 of every target are rounded to."""
     amount: Amount = USUAL_AMOUNT
@@ -78,6 +82,11 @@ class Request:
             self.targets, config.gradient, self.scheme, world_size, order, self.amount, config.init.input_width
         )
         return replace(self, plan=plan)
+
+    def with_step(self, length: float) -> Self:
+        """The same request with this step."""
+        init = self.config.init.model_copy(update={"step": length})
+        return replace(self, config=self.config.model_copy(update={"init": init}))
 
     @property
     def lora_in_memory(self) -> LoraSection:
@@ -168,14 +177,15 @@ def understand(
         target.name: factor_dtype(base.dtype, entries[target.weight_key][0], config.output.residual_dtype)
         for target in targets
     }
-    data = None
+    data = step_data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
-        data = read_data(config, base, world, began)
+        data, step_data = _share_out(read_data(config, base, world, began), config, "calibration.max_samples")
     saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
     return CheckpointRequest(
         config=_resolved(config, base),
         plan=make_plan(targets, config.gradient, scheme, world.size, saved or chosen, amount, config.init.input_width),
         data=data,
+        step_data=step_data,
         factor_dtypes=factor_dtypes,
         base=base,
         slots=slots,
@@ -196,6 +206,16 @@ def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) 
         num_samples, num_tokens = data.num_samples, data.num_tokens
     num_microbatches = -(-num_samples // calibration.per_device_batch_size)
     return Amount(num_tokens=num_tokens, num_microbatches=num_microbatches, dtype=dtype)
+
+
+def _share_out(data: Sharder, config: MethodConfig, key: str) -> tuple[Sharder, Sharder | None]:
+    """What gradients are taken of, and what the length of a step is searched on. Raises UserError."""
+    if not SCHEMES[config.init.scheme].takes_step or config.init.step is not None:
+        return data, None
+    try:
+        return kept_apart(data)
+    except ValueError as problem:
+        raise UserError(key, data.num_samples, f"the data {problem}; write init.step, or init.scheme rrr") from problem
 
 
 def understand_model(
@@ -224,8 +244,11 @@ def understand_model(
             raise UserError("dataloader", None, f"{scheme.title} takes gradients; give it batches of calibration data")
         microbatches = microbatches_from_batches(() if batches is None else batches, config.lora.task_type, max_batches)
     dtype, data, amount = next(model.parameters()).dtype, None, USUAL_AMOUNT
+    step_data = None
     if batches is not None:
         data = BatchSharder(in_step(microbatches, world))
+        with world.together():
+            data, step_data = _share_out(data, config, "dataloader")
         num_tokens = torch.tensor(sum(each.inputs["input_ids"].numel() for each in microbatches), device=world.device)
         amount = Amount(
             num_tokens=int(world.sum_(num_tokens)), num_microbatches=data.num_samples * world.size, dtype=dtype
@@ -234,6 +257,7 @@ def understand_model(
         config=config,
         plan=make_plan(targets, config.gradient, scheme, world.size, order, amount, config.init.input_width),
         data=data,
+        step_data=step_data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
         amount=amount,
     )

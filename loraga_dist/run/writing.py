@@ -186,7 +186,7 @@ def make_report(
 ) -> Report:
     """What there is to say of a run; a collective. peaks: bytes on this rank, measured and planned."""
     per_rank = world.all_json(list(peaks))
-    config, targets = request.config, start.reports
+    config, targets = (request if start.step is None else request.with_step(start.step.length)).config, start.reports
     of_data: dict[str, Any] = {}
     if start.gradients is not None:
         assert request.data is not None, "gradients are of data"
@@ -222,6 +222,7 @@ def make_report(
         targets=targets,
         rank_budget=SpentBudget.of(config.init, start.targets),
         saved_parameters=request.saved_parameters,
+        step=start.step,
         identity_check=start.identity_check,
         warnings=find_warnings(
             config.init,

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from loraga_dist.artifacts.report import IdentityCheck, TargetReport
+from loraga_dist.artifacts.report import FoundStep, IdentityCheck, TargetReport
 from loraga_dist.config import LoraSection, SchemeName
+from loraga_dist.data.losses import LOSSES
 from loraga_dist.errors import UserError
 from loraga_dist.gradients.block_order import NotInBlocks
 from loraga_dist.gradients.calibrate import calibrate
@@ -27,6 +28,7 @@ from loraga_dist.sharding.base import Sharding
 from loraga_dist.start.identity import Probe, compare_logits
 from loraga_dist.start.place import Placed, add_adapter, place_factors
 from loraga_dist.start.rounds import make_owned_factors
+from loraga_dist.start.step import search_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Start:
     gradients: Gradients | None
     """None where the scheme takes none."""
     identity_check: IdentityCheck
+    step: FoundStep | None = None
+    """Where its length was searched."""
 
 
 def start_in_place(
@@ -63,7 +67,8 @@ def start_in_place(
     2. Settle the ranks, where there is a budget for them.
     3. Make A0 and B0, every owner those of its targets.
     4. Put them into an adapter, and what they take out of the base out of each rank's part of W.
-    5. Compare the logits.
+    5. Search the length of the step, of schemes that take one.
+    6. Compare the logits.
     """
     clock = Clock() if checkpointer is None else checkpointer.clock
     probe = Probe.of(model, request)
@@ -99,6 +104,14 @@ def start_in_place(
 
     peft_model = add_adapter(model, lora, sharding)
     placed = place_factors(peft_model, plan, owned, sharding=sharding)
+    step = None
+    if request.step_data is not None:
+        loss = LOSSES[lora.task_type]
+        with clock.phase("search"):
+            step = search_step(peft_model.eval(), plan, request.step_data, loss, sharding=sharding)
+            request = request.with_step(step.length)
+            owned = make_owned_factors(model, request, plan, triplets, sharding=sharding)
+            placed = place_factors(peft_model, plan, owned, sharding=sharding)
     del owned  # rank 0 has all of them now, and two copies would be one too many
     return_freed_memory()
 
@@ -122,6 +135,7 @@ def start_in_place(
         reports={target.name: _report(target, plan, gradients, placed) for target in plan.targets},
         gradients=gradients,
         identity_check=identity_check,
+        step=step,
     )
 
 

@@ -123,7 +123,8 @@ PATTERNS = {
     "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6, "c_fc": 3},
     "alpha_pattern": {"v_proj": 5, "c_proj": 2},
 }
-OTHERS = ("lora_one", "pissa", "olora", "kaiming")
+OTHERS = ("lora_one", "rrr", "pissa", "olora", "kaiming")
+OF_GRADIENTS = ("lora_one", "rrr")
 FAMILIES = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "c_fc", "c_proj")}
 
 
@@ -161,7 +162,7 @@ def test_stock_peft_loads_a_verified_start(runs: Callable[..., Path], scheme: st
     assert present == {
         "residual_base": changes_base,
         "loraga_offset": changes_base,
-        "factors": scheme == "lora_one",
+        "factors": scheme in OF_GRADIENTS,
     }
     assert verify(out).residual_checked == changes_base
 
@@ -177,8 +178,8 @@ def test_stock_peft_loads_a_verified_start(runs: Callable[..., Path], scheme: st
         assert diff < 1e-5 * largest
         assert check["max_abs_logit_diff"] < 1e-5 * check["max_abs_logit"]
     for target in read_report(out)["targets"].values():
-        assert (target["singular_values"] is not None) == (target["engine"] is not None) == (scheme == "lora_one")
-        assert (target["offset_ratio"] > 0) == (scheme != "kaiming")
+        assert (target["singular_values"] is not None) == (target["engine"] is not None) == (scheme in OF_GRADIENTS)
+        assert (target["offset_ratio"] > 0) == (scheme not in ("kaiming", "rrr"))
     assert {target["owner_rank"] for target in read_report(out)["targets"].values()} == set(range(world_size))
 
 
@@ -291,7 +292,12 @@ def test_rebuilding_goes_between_the_schemes_of_the_gradient(
         assert f"init.scheme: '{scheme}': does not start from the gradients" in line_of(capsys)
         assert main(["rebuild", str(runs(scheme)), "--to", str(tmp_path / "x")]) == 2
         assert f"was made by {scheme} and holds no gradients" in line_of(capsys)
-    for scheme in ("lora_one", "kaiming"):
+    for one, other in (("lora_ga", "rrr"), ("rrr", "lora_ga")):
+        assert main(["rebuild", str(runs(one)), "--to", str(tmp_path / "x"), "--init.scheme", other]) == 2
+        assert f"init.scheme: '{other}': is settled by the gradients of" in line_of(capsys)
+    assert main(["rebuild", str(runs("rrr")), "--to", str(tmp_path / "x"), "--init.damping", "0.1"]) == 2
+    assert "init.damping: 0.1: is settled by the gradients of" in line_of(capsys)
+    for scheme in ("lora_one", "rrr", "kaiming"):
         assert main(["materialize-base", str(runs(scheme))]) == 2
         assert f"was made by {scheme}, which leaves the base as it is; load loraga_init on" in line_of(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "new"]

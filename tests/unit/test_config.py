@@ -51,8 +51,16 @@ def parsed(key: str = "", value: Any = None) -> InitConfig:
         ("lora.lora_dropout", 1.0, "input should be less than 1"),
         ("lora.target_modules", 3, "input should be a valid string or input should be a valid list"),
         ("lora.task_type", "LM", "input should be 'CAUSAL_LM', 'SEQ_2_SEQ_LM' or 'SEQ_CLS'"),
-        ("init.scheme", "pizza", "input should be 'lora_ga', 'lora_one', 'rrr', 'pissa', 'olora' or 'kaiming'"),
-        ("init.scheme", {"lora_ga": 1}, "input should be 'lora_ga', 'lora_one', 'rrr', 'pissa', 'olora' or 'kaiming'"),
+        (
+            "init.scheme",
+            "pizza",
+            "input should be 'lora_ga', 'lora_one', 'rrr', 'rrr_step', 'pissa', 'olora' or 'kaiming'",
+        ),
+        (
+            "init.scheme",
+            {"lora_ga": 1},
+            "input should be 'lora_ga', 'lora_one', 'rrr', 'rrr_step', 'pissa', 'olora' or 'kaiming'",
+        ),
         ("init.direction", None, "input should be 'ArB2r', 'A2rBr', 'ArBr' or 'random'"),
         ("init.scale", "big", "input should be 'stable', 'unit', 'gd', 'weight_svd' or 'peft'"),
         ("init.stable_gamma", 0, "input should be greater than 0"),
@@ -131,7 +139,7 @@ def test_an_unknown_key_explains_more_than_what_is_missing() -> None:
         ),
         (
             {"scheme": "kaiming", "rank_budget": 16},
-            r"init\.rank_budget: 16: concerns lora_ga and lora_one and rrr alone, not kaiming; write null",
+            r"init\.rank_budget: 16: concerns lora_ga and lora_one and rrr and rrr_step alone, not kaiming; write null",
         ),
     ],
 )
@@ -143,14 +151,7 @@ def test_settings_of_other_schemes_are_refused(init: dict[str, Any], says: str) 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_takes_the_keys_that_concern_it(name: str) -> None:
     values = {"direction": "ArBr", "scale": "unit", "stable_gamma": 2.0, "rank_budget": 100}
-    values |= {"whitening": "exact", "damping": 1.0}
-        "direction": "ArBr",
-        "scale": "unit",
-        "stable_gamma": 2.0,
-        "rank_budget": 100,
-        "whitening": "exact",
-        "damping": 1.0,
-    }
+    values |= {"whitening": "exact", "damping": 1.0, "step": 0.5}
     keys = SCHEMES[name].init_keys
     assert set(keys) <= set(values)
     found = SchemeConfig(scheme=name, **{key: values[key] for key in keys})  # type: ignore[arg-type]

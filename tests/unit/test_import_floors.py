@@ -79,7 +79,7 @@ INSIDE = {
         "checkpointer",
         "calibrate",
     ],
-    "start": ["rounds", "place", "identity", "in_place"],
+    "start": ["rounds", "place", "identity", "step", "in_place"],
     "forecast": [
         "ledger",
         "in_blocks",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from families import TARGETS, padded_microbatches, task_of, tiny
-from outputs import angle_between_rows
+from outputs import angle_between_rows, relative
 from torch import Tensor, nn
 
 import loraga_dist
-from loraga_dist.data.losses import LOSSES
+from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.errors import UserError
 from loraga_dist.gradients.forward import forward
 from loraga_dist.start.in_place import Start
 
@@ -21,8 +23,10 @@ R, DAMPING = 2, 0.3
 FAMILIES = ["llama", "gpt2", "gemma3", "mixtral", "bert"]
 
 
-def truth(model: nn.Module, names: Sequence[str], microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
-    """V_r^T L^-1 by plain autograd and hooks, float64; of tokens that are no padding."""
+def moments(
+    model: nn.Module, names: Sequence[str], microbatches: Sequence[Microbatch]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """sum dy x^T, and the damped mean of x x^T over tokens that are no padding, by autograd and hooks; float64."""
     layers = {name: model.get_submodule(name) for name in names}
     G, C = ({name: torch.zeros(()).double() for name in names} for _ in range(2))
     at_hand: dict[str, Any] = {}
@@ -48,12 +52,19 @@ def truth(model: nn.Module, names: Sequence[str], microbatches: Sequence[Microba
     for handle in handles:
         handle.remove()
     model.requires_grad_(False)
-    rows = {}
+    found = {}
     for name in names:
         C_NN = C[name].detach() / num_rows[name]
-        C_NN = C_NN + DAMPING * C_NN.diagonal().mean() * torch.eye(len(C_NN)).double()
+        found[name] = G[name].detach(), C_NN + DAMPING * C_NN.diagonal().mean() * torch.eye(len(C_NN)).double()
+    return found
+
+
+def truth(model: nn.Module, names: Sequence[str], microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
+    """V_r^T L^-1."""
+    rows = {}
+    for name, (G_MN, C_NN) in moments(model, names, microbatches).items():
         L_NN = torch.linalg.cholesky(C_NN)
-        Vh_KN = torch.linalg.svd(torch.linalg.solve_triangular(L_NN, G[name].detach().T, upper=False).T)[2]
+        Vh_KN = torch.linalg.svd(torch.linalg.solve_triangular(L_NN, G_MN.T, upper=False).T)[2]
         rows[name] = torch.linalg.solve_triangular(L_NN.T, Vh_KN[:R].T, upper=True).T
     return rows
 
@@ -84,3 +95,75 @@ def test_the_rows_are_those_of_float64(kind: str, order: str) -> None:
         assert angle_between_rows(factors.A_RN, rows[name]) < 1e-5, name
     for name, parameter in reference.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def mean_loss(model: nn.Module, microbatches: Sequence[Microbatch]) -> float:
+    loss, num_tokens = 0.0, 0
+    with torch.no_grad():
+        for microbatch in microbatches:
+            logits = forward(model, microbatch, torch.device("cpu"))
+            loss += float(LOSSES["CAUSAL_LM"](logits, microbatch.inputs["labels"]))
+            num_tokens += microbatch.num_supervised_tokens
+    return loss / num_tokens
+
+
+def test_a_step_is_as_long_as_lowers_the_loss_most_on_what_the_gradient_has_not_seen() -> None:
+    model, microbatches = tiny("llama"), padded_microbatches(count=8, longest=30)
+    made = start(model, microbatches, init={"scheme": "rrr_step", "whitening": "exact"})
+    assert made.step is not None and made.gradients is not None
+    assert made.gradients.data.num_samples == 6 and made.step.num_sequences == 2
+    apart = microbatches[-2:]
+    assert made.step.mean_loss_before == pytest.approx(mean_loss(tiny("llama"), apart), rel=1e-5)
+    assert made.step.mean_loss_after == pytest.approx(mean_loss(made.model.eval(), apart), rel=1e-5)
+    assert made.step.mean_loss_after < made.step.mean_loss_before
+    for name, factors in made.factors.items():
+        norm = factors.B_MR.norm() / factors.B_MR.shape[0] ** 0.5
+        assert float(norm) == pytest.approx(made.step.length, rel=1e-5), name
+    longer, shorter = (
+        start(tiny("llama"), microbatches[:6], init=init | {"step": made.step.length * factor})
+        for factor in (2, 0.5)
+        for init in [{"scheme": "rrr_step", "whitening": "exact"}]
+    )
+    assert min(mean_loss(other.model.eval(), apart) for other in (longer, shorter)) > made.step.mean_loss_after
+    rows = start(tiny("llama"), microbatches[:6])
+    for name, factors in rows.factors.items():
+        assert torch.equal(factors.A_RN, made.factors[name].A_RN)
+
+
+def test_a_step_is_along_the_best_predictor() -> None:
+    """B A is -U_r S_r V_r^T L^-1, scaled."""
+    microbatches = padded_microbatches(count=6)
+    made = start(tiny("llama"), microbatches, init={"scheme": "rrr_step", "whitening": "exact", "step": 0.01})
+    assert made.step is None
+    for name, (G_MN, C_NN) in moments(tiny("llama"), list(made.factors), microbatches).items():
+        L_NN = torch.linalg.cholesky(C_NN)
+        U, S, Vh = torch.linalg.svd(torch.linalg.solve_triangular(L_NN, G_MN.T, upper=False).T, full_matrices=False)
+        best_MN = U[:, :R] * S[:R] @ torch.linalg.solve_triangular(L_NN.T, Vh[:R].T, upper=True).T
+        found_MN = (made.factors[name].B_MR @ made.factors[name].A_RN).double()
+        assert relative(found_MN / found_MN.norm(), -best_MN / best_MN.norm()) < 1e-4, name
+
+
+def test_no_step_is_taken_that_does_not_lower_the_loss() -> None:
+    """The sample kept apart contradicts the others: it is to be as the model has it, and they the very opposite."""
+    first = padded_microbatches(count=1, longest=30)[0]
+    with torch.no_grad():
+        logits = forward(tiny("llama"), first, torch.device("cpu"))
+    is_padding = first.inputs["attention_mask"] == 0
+    most, least = (
+        found.roll(1, dims=1).masked_fill(is_padding, IGNORED) for found in (logits.argmax(-1), logits.argmin(-1))
+    )
+    microbatches = [
+        replace(first, index=index, inputs=first.inputs | {"labels": labels})
+        for index, labels in enumerate([least, least, least, most])
+    ]
+    made = start(tiny("llama"), microbatches, init={"scheme": "rrr_step"})
+    assert made.step is not None and made.step.length == 0
+    assert made.step.mean_loss_after == made.step.mean_loss_before
+    assert all(not factors.B_MR.any() for factors in made.factors.values())
+
+
+def test_one_sample_is_not_enough_for_a_step() -> None:
+    with pytest.raises(
+        UserError, match=r"dataloader: 1: the data is one sample, .*; write init.step, or init.scheme rrr"
+    ):
+        start(tiny("llama"), padded_microbatches(count=1), init={"scheme": "rrr_step"})
