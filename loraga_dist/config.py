@@ -28,7 +28,6 @@ from pydantic_core import CoreSchema, core_schema
 
 from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
-from loraga_dist.linalg import WHITENINGS
 from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
 from loraga_dist.yaml_tree import read_tree, require_plain
 
@@ -61,6 +60,7 @@ Checkpointing = Literal["auto", "none", "non_reentrant"]
 OrderName = Literal["auto", "block", "model"]
 StateDevice = Literal["auto", "device", "host"]
 Tracker = Literal["tensorboard", "wandb"]
+Whitening = Literal["exact", "sampled", "diagonal", "none"]
 
 
 def _expression(pattern: str) -> str:
@@ -153,9 +153,9 @@ class SchemeConfig(Section):
     direction: Annotated[str, NameIn(DIRECTIONS)] = "ArB2r"
     scale: Annotated[str, NameIn(SCALES)] = "stable"
     stable_gamma: Amount | None = None
-    whitening: Annotated[str, NameIn(WHITENINGS)] = "lowrank"
-    """How inputs are made white, so that a step of any of them counts alike: by all of their second moment, N x N
-    (`exact`), by its diagonal and 128 directions (`lowrank`), by its diagonal, or not."""
+    whitening: Whitening = "sampled"
+    """What is known of the inputs that a regression is on: their second moment, N x N, from all tokens (`exact`) or
+    from some 16,384 of them (`sampled`), its diagonal, or nothing."""
     damping: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.3
     """Added to that second moment, of the mean of its diagonal."""
     step: Annotated[float, Field(ge=0, le=1e3)] | None = None
@@ -189,10 +189,11 @@ class SchemeConfig(Section):
             )
         return value
 
-    def input_width(self, N: int) -> int | None:
-        """Directions of an input's second moment that are known beside its diagonal; None where inputs stay as they
-        are."""
-        return WHITENINGS[self.whitening](N) if SCHEMES[self.scheme].whitens else None
+    def moment_shape(self, N: int) -> tuple[int, ...] | None:
+        """Of the second moment of an input of N; None where it is not asked for."""
+        if not SCHEMES[self.scheme].whitens or self.whitening == "none":
+            return None
+        return (N,) if self.whitening == "diagonal" else (N, N)
 
     @property
     def gamma(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -62,13 +63,22 @@ def count_supervised_tokens(labels: Tensor, task_type: TaskType) -> int:
     return int((labels != IGNORED).sum())
 
 
-def counting_tokens(microbatch: Microbatch, shape: tuple[int, ...]) -> Tensor | None:
-    """Which of the tokens that a layer is given are no padding, bool of this shape; None for all, and where a layer's
-    rows are not the microbatch's tokens. Of a copy without supervision none counts."""
+def counted_tokens(microbatch: Microbatch, share: float) -> Tensor | None:
+    """Which tokens of a microbatch count where a share of all is enough, bool (B * T,), no padding; None for all.
+
+    A sequence's own tokens decide, so that it does not matter who gets it. Of a copy without supervision none counts.
+    """
+    ids_BT = microbatch.inputs["input_ids"]
     if not microbatch.num_supervised_tokens:
-        return torch.zeros(shape, dtype=torch.bool)
+        return torch.zeros(ids_BT.numel(), dtype=torch.bool)
     mask = microbatch.inputs.get("attention_mask")
-    return mask.bool() if mask is not None and mask.shape == shape else None
+    counts_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask is None else mask.bool()
+    if share < 1:
+        for ids_T, counts_T in zip(ids_BT, counts_BT, strict=True):
+            own_T = ids_T[counts_T]
+            draw = torch.Generator().manual_seed(zlib.crc32(own_T.numpy().tobytes()))
+            counts_T[counts_T.clone()] = torch.rand(len(own_T), generator=draw) < share
+    return None if bool(counts_BT.all()) else counts_BT.flatten()
 
 
 @dataclass(frozen=True, kw_only=True)

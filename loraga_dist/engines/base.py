@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.engines.home import StateHome
-from loraga_dist.linalg import Moments, TruncatedSVD, Whitening
+from loraga_dist.linalg import TruncatedSVD, regression_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +31,21 @@ class Matrix:
     """The rank that factorizes it."""
     engine: str
     """A key of ENGINES."""
-    input_width: int | None = None
-    """K of the whitening of its input; None where inputs are taken as they are."""
+    moment_shape: tuple[int, ...] | None = None
+    """Of the second moment of its input, (N, N) or its diagonal (N,); None where it is not asked for."""
 
     @property
-    def whitening_bytes(self) -> int:
-        return 0 if self.input_width is None else Whitening.num_bytes(self.N, self.input_width)
+    def moment_bytes(self) -> int:
+        return 0 if self.moment_shape is None else 4 * math.prod(self.moment_shape)
 
     @property
-    def moments_bytes(self) -> int:
-        """Of its input's sums, until they are made into the whitening."""
-        return 0 if self.input_width is None else Moments.num_bytes(self.N, self.input_width)
+    def regression_bytes(self) -> int:
+        """Taken for a moment by the owner, for what its triplets are made into."""
+        return 0 if self.moment_shape is None else regression_bytes(self.N, self.width, math.prod(self.moment_shape))
 
-    @property
-    def moments_workspace_bytes(self) -> int:
-        return 0 if self.input_width is None else Whitening.workspace_bytes(self.N, self.input_width)
-
-    def white_input_bytes(self, dtype: torch.dtype, num_tokens: int) -> int:
-        """Of x~ and what it is made from, for a moment."""
-        return 0 if self.input_width is None else 2 * dtype.itemsize * num_tokens * self.N
+    def input_bytes(self, num_tokens: int) -> int:
+        """A float32 copy, for a moment."""
+        return 0 if self.moment_shape is None else 4 * num_tokens * self.N
 
     @property
     def triplet_bytes(self) -> int:
@@ -83,11 +80,7 @@ FLOPS_PER_BYTE = 250
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSVD:
-    """The leading triplets of a mean gradient, with what is known about their quality.
-
-    Of a gradient with white inputs, what is said of it holds for those; `svd` is one for the inputs as they are, whose
-    rows Vh are orthonormal in the metric of their second moment.
-    """
+    """The leading triplets of a mean gradient, or of the regression behind it, and what is known of their quality."""
 
     svd: TruncatedSVD
     captured_energy: float
@@ -97,7 +90,7 @@ class GradientSVD:
     subspace_cosine: float | None = None
     """The same of what both halves have in the span of the wanted left vectors."""
     input_rank: float | None = None
-    """(tr C)^2 / ||C||_F^2 of the second moment C of the input; None where it was not asked for, NaN if not known."""
+    """(tr C)^2 / ||C||_F^2 of the second moment C of the input, where it is known."""
     window_capture: float | None = None
     """Smallest share of a window's energy that its sketch held, relative to the best window before; None without
     windows. A drop says that the data changed on the way."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,17 +24,11 @@ from loraga_dist.engines.base import (
     split_half_cosine,
 )
 from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.product import add_product_, thin_product
 from loraga_dist.linalg import TruncatedSVD, truncated_svd, truncated_svd_bytes
 
 OVERSAMPLING = 32
 """Columns of the randomized SVD beyond the wanted ones, unless the user says otherwise."""
-
-
-@functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has units for it; without them it is many times slower than float32."""
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 class ExactEngine(GradientEngine):
@@ -55,18 +48,10 @@ class ExactEngine(GradientEngine):
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
         kept, E_2MS, Phi_NS = self._G[name], self._E[name], self._Phi[name]
         G_MN = self._home.fetch(kept)
-        if x_TN.dtype == dy_TM.dtype and x_TN.itemsize == 2 and x_TN.is_cuda:
-            # products of 16 bits are exact in float32, which such a device can sum in and hand over
-            G_MN.add_(torch.mm(dy_TM.t(), x_TN, out_dtype=torch.float32))
-        elif x_TN.dtype == dy_TM.dtype == torch.bfloat16 and x_TN.device.type == "cpu" and multiplies_bfloat16():
-            # sums in float32, too, but hands over each product rounded to the precision of x and dy
-            G_MN.add_(dy_TM.t() @ x_TN)
-        else:
-            x_TN, dy_TM = x_TN.float(), dy_TM.float()
-            G_MN.addmm_(dy_TM.t(), x_TN)
+        add_product_(G_MN, dy_TM, x_TN)
         (T, N), M = x_TN.shape, dy_TM.shape[1]
-        if x_TN.dtype == dy_TM.dtype != torch.float16 and T * (M + N) < M * N:
-            E_2MS[self._half].add_(dy_TM.t() @ (x_TN @ Phi_NS.to(x_TN.dtype)))
+        if T * (M + N) < M * N:
+            add_product_(E_2MS[self._half], dy_TM, thin_product(x_TN, Phi_NS))
         else:  # fewer flops: both halves together are G Phi
             torch.addmm(E_2MS[1 - self._half], G_MN, Phi_NS, beta=-1, out=E_2MS[self._half])
         self._home.put_back(kept, G_MN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +18,9 @@ from loraga_dist.engines.base import (
     GradientSVD,
     Matrix,
     Tensors,
-    require_entries,
 )
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.white import Whites
+from loraga_dist.engines.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,8 @@ class EngineGroup:
 
     engine_of: dict[str, GradientEngine]
     """By the name of the matrix."""
-    whites: Whites = field(default_factory=lambda: Whites(()))
-
-    device: torch.device = torch.device("cpu")
+    inputs: Inputs | None = None
+    """What regressions need beside gradients; None where nothing is added to it."""
 
     @classmethod
     def of(cls, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> EngineGroup:
@@ -41,7 +39,7 @@ class EngineGroup:
         for name in dict.fromkeys(matrix.engine for matrix in matrices):
             members = [matrix for matrix in matrices if matrix.engine == name]
             engines[name] = ENGINES[name](members, home=home, seed=seed, dtype=dtype)
-        return cls({matrix.name: engines[matrix.engine] for matrix in matrices}, Whites(matrices), home.device)
+        return cls({matrix.name: engines[matrix.engine] for matrix in matrices}, Inputs(matrices, home))
 
     @cached_property
     def engines(self) -> list[GradientEngine]:
@@ -51,21 +49,27 @@ class EngineGroup:
     def refining(self) -> EngineGroup | None:
         """Those to which further passes over the same data bring something, if there are any."""
         members = {name: engine for name, engine in self.engine_of.items() if engine.refines}
-        return EngineGroup(members, self.whites, self.device) if members else None
+        return EngineGroup(members) if members else None
 
     def begin_refinement(self, world: Collectives) -> None:
         for engine in self.engines:
             engine.begin_refinement(world)
 
-    def begin_microbatch(self, index: int) -> None:
+    def begin_microbatch(self, index: int, rows_T: torch.Tensor | None = None) -> None:
+        """rows_T: which tokens count for the moments of inputs, bool; None for all."""
+        if self.inputs is not None:
+            self.inputs.begin_microbatch(rows_T)
         for engine in self.engines:
             engine.begin_microbatch(index)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
-        self.engine_of[name].observe(name, self.whites.of(name, x_TN), dy_TM)
+        if self.inputs is not None:
+            self.inputs.observe(name, x_TN)
+        self.engine_of[name].observe(name, x_TN, dy_TM)
 
     def end_microbatch(self, world: Collectives) -> None:
-        self.whites.forget()
+        if self.inputs is not None:
+            self.inputs.end_microbatch()
         for engine in self.engines:
             engine.end_microbatch(world)
 
@@ -73,10 +77,11 @@ class EngineGroup:
         return [cosine for engine in self.engines for cosine in engine.split_half_cosines(world)]
 
     def save_state(self, world: Collectives) -> EngineState:
-        states = [engine.save_state(world) for engine in self.engines]
+        assert self.inputs is not None, "the state of all of a group is saved"
+        states = [part.save_state(world) for part in (*self.engines, self.inputs)]
         tensors = {name: tensor for state in states for name, tensor in state.tensors.items()}
-        content = {"engines": [state.content for state in states], "white": self.whites.known}
-        return EngineState(content, tensors | self.whites.state(world.rank))
+        *of_engines, of_inputs = (state.content for state in states)
+        return EngineState({"engines": of_engines, "inputs": of_inputs}, tensors)
 
     @staticmethod
     def check_state(matrices: Sequence[Matrix], content: dict[str, Any], saved: Entries) -> None:
@@ -90,24 +95,25 @@ class EngineGroup:
             prefix = f"{matrix.name}/"
             own = {name.removeprefix(prefix): entry for name, entry in saved.items() if name.startswith(prefix)}
             ENGINES[matrix.engine].check_state(matrix, of_engine[matrix.engine], own)
-            if matrix.input_width is not None and content["white"]:
-                require_entries(own, Whites.entries(matrix))
+            Inputs.check_state(matrix, content["inputs"], own)
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
         for engine, of_engine in zip(self.engines, content["engines"], strict=True):
             engine.load_state(of_engine, tensors, world)
-        if content["white"]:
-            self.whites.load_state(tensors, world, self.device)
+        assert self.inputs is not None, "the state of all of a group is loaded"
+        self.inputs.load_state(content["inputs"], tensors, world)
 
     def collect(self, world: Collectives) -> None:
-        for engine in self.engines:
-            engine.collect(world)
+        for part in (*self.engines, self.inputs):
+            if part is not None:
+                part.collect(world)
 
-    def results(self, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
+    def results(self, num_tokens: int, damping: float = 0.0) -> Iterator[tuple[str, GradientSVD]]:
         for engine in self.engines:
             for name, found in engine.results(num_tokens):
-                yield name, self.whites.undo(name, found)
+                yield name, found if self.inputs is None else self.inputs.regress(name, found, damping)
 
-    def factorize(self, world: Collectives, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
+    def factorize(self, world: Collectives, num_tokens: int, damping: float = 0.0) -> Iterator[tuple[str, GradientSVD]]:
+        """damping: of regressions, as `linalg.regression` takes it."""
         self.collect(world)
-        yield from self.results(num_tokens)
+        yield from self.results(num_tokens, damping)

@@ -116,23 +116,24 @@ class _State:
     """For a moment, of an owner."""
     factorization: int
     """The same."""
-    inputs: int
-    """For a moment, while second moments of inputs are summed and made into what whitens them."""
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Matrix]], rank: int, dtype: torch.dtype, num_tokens: int) -> _State:
         pairs = [(ENGINES[matrix.engine], matrix) for group in groups for matrix in group]
         owned = [(engine, matrix) for engine, matrix in pairs if matrix.owner == rank]
-        whitening = sum(matrix.whitening_bytes for _, matrix in pairs)
+        moments = sum(matrix.moment_bytes for _, matrix in pairs)
         return cls(
-            held=whitening
+            held=moments
             + sum(engine.held_bytes(matrix, dtype, owned=matrix.owner == rank) for engine, matrix in pairs),
-            cold=whitening + sum(engine.cold_bytes(matrix, dtype, num_tokens) for engine, matrix in pairs),
-            visiting=whitening + max(engine.held_bytes(matrix, dtype, owned=True) for engine, matrix in pairs),
+            cold=moments + sum(engine.cold_bytes(matrix, dtype, num_tokens) for engine, matrix in pairs),
+            visiting=max(
+                engine.held_bytes(matrix, dtype, owned=True) + matrix.moment_bytes for engine, matrix in pairs
+            ),
             refresh=max((engine.refresh_bytes(matrix) for engine, matrix in owned), default=0),
-            factorization=max((engine.factorization_bytes(matrix) for engine, matrix in owned), default=0),
-            inputs=sum(matrix.moments_bytes for _, matrix in pairs)
-            + max((matrix.moments_workspace_bytes for _, matrix in owned), default=0),
+            factorization=max(
+                (max(engine.factorization_bytes(matrix), matrix.regression_bytes) for engine, matrix in owned),
+                default=0,
+            ),
         )
 
 
@@ -186,8 +187,6 @@ def _in_model_order(
         log.add("calibrate", {"microbatch": backward}, held)
         log.add("calibrate", {"workspace": state.refresh}, held)
         log.add("calibrate", {"workspace": gathered}, (state.cold, state.visiting))
-        if state.inputs:
-            log.add("calibrate", {"microbatch": backward, "workspace": state.inputs}, (state.cold, state.visiting))
         log.add("factorize", {"workspace": state.factorization}, held)
         for group in sweep:
             log.found(group, rank)
@@ -237,9 +236,6 @@ def _in_block_order(
             fewer = {BETWEEN: between[BETWEEN] - (0 if stage == lowest else found.hidden_bytes)}
             shown = {"microbatch": backward + visiting}
             log.add("backward", gathered | fewer | shown, (held, own.visiting), kept(stage))
-            if own.inputs:
-                seen = {"microbatch": found.forward_bytes + visiting, "workspace": own.inputs}
-                log.add("backward", gathered | between | seen, (held - own.held + own.cold, own.visiting), kept(stage))
             for phase, workspace, num_bytes in (
                 ("backward", own.refresh, held),
                 ("backward", 0, held - own.held + own.cold),

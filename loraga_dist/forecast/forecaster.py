@@ -166,7 +166,7 @@ class Forecaster:
             self.world_size,
             self.way.order,
             request.amount,
-            self.config.init.input_width,
+            self.config.init.moment_shape,
         )
 
     @cached_property
@@ -202,7 +202,7 @@ class Forecaster:
                     (
                         matrix.name,
                         ENGINES[matrix.engine].observation_bytes(matrix, base.dtype, num_tokens)
-                        + matrix.white_input_bytes(base.dtype, num_tokens),
+                        + matrix.input_bytes(num_tokens),
                     )
                     for matrix in group
                 )

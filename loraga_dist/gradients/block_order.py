@@ -26,7 +26,7 @@ from loraga_dist.errors import LoragaError, unforeseen
 from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.kept import Keeping, KeptInputs
 from loraga_dist.gradients.observer import require_all_seen
-from loraga_dist.gradients.route import Route, SeeInput, Take, seeing_inputs
+from loraga_dist.gradients.route import Route, Take
 from loraga_dist.gradients.stubs import Call, Form, Stubs
 from loraga_dist.gradients.taps import Sink, tapped
 from loraga_dist.model.blocks import Blocks
@@ -83,8 +83,8 @@ class BlockOrder(Route):
         self._head = Head(model, self._stubs, loss)
         self._kept = KeptInputs(keeping.directory, sharding.world.device)
         self._trusted = False
-        self._position: dict[int, int] = {}
-        """Of the microbatches that are on their way, by number."""
+        self._chunk: tuple[int, ...] = ()
+        """Numbers of the microbatches that are on their way."""
         self._stage = self._top
         self._calls: list[list[Call]] = []
         self._losses: dict[int, Tensor] = {}
@@ -106,43 +106,21 @@ class BlockOrder(Route):
 
     @contextmanager
     def showing(self, chunk: Sequence[Microbatch], names: Sequence[str], sink: Sink) -> Iterator[Take]:
-        self._reach(chunk, names)
+        (stage,) = {self._stage_of[name] for name in names}
+        numbers = tuple(microbatch.index for microbatch in chunk)
+        if self._chunk != numbers or stage > self._stage:
+            self._begin(chunk)
+            self._chunk = numbers
+        self._descend(stage, chunk)
+        position = {microbatch.index: at for at, microbatch in enumerate(chunk)}
 
         def take(microbatch: Microbatch) -> Tensor:
-            at = self._position[microbatch.index]
-            self._backward(microbatch, at)
+            self._backward(microbatch, position[microbatch.index])
             return_freed_memory()
-            return self._losses[at]
+            return self._losses[position[microbatch.index]]
 
         with tapped(self._model, names, sink, checkpointing="none"):
             yield take
-
-    @contextmanager
-    def inputs(
-        self, chunk: Sequence[Microbatch], names: Sequence[str], see: SeeInput
-    ) -> Iterator[Callable[[Microbatch], None]]:
-        self._reach(chunk, names)
-
-        def look(microbatch: Microbatch) -> None:
-            at = self._position[microbatch.index]
-            hidden = self._kept.get(self._stage, at)
-            if self._stage == self._top:
-                self._head.run(microbatch, hidden)
-            else:
-                self._stubs.run_block(self._stage, hidden, self._calls[at][self._stage])
-            return_freed_memory()
-
-        with seeing_inputs(self._model, names, see):
-            yield look
-
-    def _reach(self, chunk: Sequence[Microbatch], names: Sequence[str]) -> None:
-        """Bring a chunk to the stage of these targets, which is held then."""
-        (stage,) = {self._stage_of[name] for name in names}
-        numbers = [microbatch.index for microbatch in chunk]
-        if list(self._position) != numbers or stage > self._stage:
-            self._begin(chunk)
-            self._position = {number: at for at, number in enumerate(numbers)}
-        self._descend(stage, chunk)
 
     def _begin(self, chunk: Sequence[Microbatch]) -> None:
         """Forward, and the losses; the outside parameters stay held for the backward of the top stage."""

@@ -26,7 +26,6 @@ from loraga_dist.gradients.kept import Keeping
 from loraga_dist.gradients.observer import NotFinite, Observer, name_the_culprit
 from loraga_dist.gradients.passes import Position, chunks_of, is_time_to_look, median_cosine, steps_to_reach
 from loraga_dist.gradients.route import ModelOrder, Route
-from loraga_dist.gradients.whites import WHITENING_SAMPLES, find_whites
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.blocks import Order
 from loraga_dist.model.plan import Plan, sweep_end
@@ -234,7 +233,7 @@ class _Calibrator:
 
         target_cosine: once the median split-half cosine reaches it, no new microbatch is looked at.
         """
-        observers = [each and Observer(each, self._world) for each in observing]
+        observers = [each and Observer(each, self._world, self._request.moment_share) for each in observing]
         while self._at.num_samples < self._used.num_samples:
             at, stop = self._at, self._at.chunk_end or self._used.num_samples
             most = None if at.chunk_end else self._chunk
@@ -268,11 +267,6 @@ class _Calibrator:
         self, route: Route, chunk: Sequence[Microbatch], observer: Observer, progress: Progress, *, counts: bool
     ) -> None:
         """Show one group's engines a chunk. counts: its loss and tokens do."""
-        if not observer.engine.whites.known:
-            first = self._batches.microbatches(0, min(WHITENING_SAMPLES, self._batches.num_samples), 0)
-            # block order has the chunk alone
-            first = first if self._plan.order.blocks is None else chunk[: len(first)]
-            find_whites(observer.engine, route, chunk, first, self._request.config.init, self._world)
         with route.showing(chunk, observer.names, observer.observe) as take:
             for microbatch in chunk:
                 observer.begin(microbatch)
@@ -310,7 +304,7 @@ class _Calibrator:
             phase("factorize", num_owned, "targets", shown=world.is_main, nested=True) as progress,
         ):
             try:
-                for name, found in engines.factorize(world, self._used.num_terms):
+                for name, found in engines.factorize(world, self._used.num_terms, self._request.config.init.damping):
                     svd = found.svd
                     owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
                     mine[name] = asdict(GradientFacts.of(matrices[name], found))

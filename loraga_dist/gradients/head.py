@@ -72,12 +72,6 @@ class Head:
             total += loss.detach()
         return total, gradient
 
-    def run(self, microbatch: Microbatch, hidden: Tensor) -> None:
-        """Have all tokens' logits made, for hooks to see."""
-        num_tokens = self.tokens_at_once(microbatch)
-        for part in [_EVERYTHING] if num_tokens is None else _parts(hidden.shape[1], num_tokens):
-            self._logits(microbatch, hidden[part], part)
-
     def _logits(self, microbatch: Microbatch, hidden: Tensor, part: Part) -> Tensor:
         """Of these tokens' hidden states."""
         inputs = microbatch.inputs

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.data.microbatches import Microbatch, counted_tokens
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.gradients.forward import first_nonfinite_module
@@ -47,8 +47,10 @@ class NotFinite(Exception):
 class Observer:
     """Shows an engine the x and dy of its targets, without syncs, and accounts for each microbatch to all ranks."""
 
-    def __init__(self, engine: EngineGroup, world: World) -> None:
-        self.engine = engine
+    def __init__(self, engine: EngineGroup, world: World, moment_share: float = 1.0) -> None:
+        """moment_share: of the tokens, what moments of inputs are summed over."""
+        self._engine = engine
+        self._share = moment_share
         self._world = world
         self.names = list(engine.engine_of)
         self._row = {name: row for row, name in enumerate(self.names)}
@@ -63,11 +65,11 @@ class Observer:
         # summing bfloat16 as it is is many times faster than as float32
         dtype = torch.float32 if dy_TM.dtype == torch.float16 else None
         self._failed[self._row[name]] |= ~dy_TM.sum(dtype=dtype).isfinite()
-        self.engine.observe(name, x_TN, dy_TM)
+        self._engine.observe(name, x_TN, dy_TM)
 
     def begin(self, microbatch: Microbatch) -> None:
         self._began = True
-        self.engine.begin_microbatch(microbatch.index)
+        self._engine.begin_microbatch(microbatch.index, counted_tokens(microbatch, self._share))
 
     def end(self, microbatch: Microbatch, loss: torch.Tensor) -> LossTotals:
         """After a backward; a collective. loss: of this rank's microbatch, a sum over its tokens.
@@ -82,7 +84,7 @@ class Observer:
         if failures or not math.isfinite(loss_value):
             failed = [name for name, row in self._row.items() if self._failed[row]]
             raise NotFinite(microbatch, loss.item(), failed)
-        self.engine.end_microbatch(world)
+        self._engine.end_microbatch(world)
         return LossTotals(loss_value, int(tokens), int(terms))
 
     def require_all_seen(self) -> None:

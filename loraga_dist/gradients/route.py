@@ -26,23 +26,6 @@ Take = Callable[[Microbatch], torch.Tensor]
 """Takes one microbatch backward; its loss on this rank, a sum over tokens."""
 
 
-SeeInput = Callable[[str, torch.Tensor], None]
-"""see(name, x): the first argument of a module, as it is called."""
-
-
-@contextmanager
-def seeing_inputs(model: nn.Module, names: Sequence[str], see: SeeInput) -> Iterator[None]:
-    """Show what the named modules are called with, while the context lasts."""
-    with ExitStack() as hooks, torch.no_grad():
-        for name in names:
-
-            def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                see(name, args[0])
-
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        yield
-
-
 class Route(ABC):
     """Shows sinks the x and dy of targets for this rank's microbatches. Every rank calls every method alike."""
 
@@ -55,14 +38,6 @@ class Route(ABC):
         """A function to call with every microbatch of the chunk in turn, which shows the sink (x, dy) of these targets.
 
         names: all of one stage. Further calls with the same chunk cost least for the same stage, or a lower one.
-        """
-
-    @abstractmethod
-    def inputs(
-        self, chunk: Sequence[Microbatch], names: Sequence[str], see: SeeInput
-    ) -> AbstractContextManager[Callable[[Microbatch], None]]:
-        """A function to call with some of the microbatches in turn, which shows what goes into these modules; no
-        gradient is taken. names: as in `showing`, whose cost it shares in block order.
         """
 
 
@@ -117,19 +92,6 @@ class ModelOrder(Route):
             self._taps.enter_context(tapped(self._called, names, sink, checkpointing=self._checkpointing))
             self._shown = names, sink
         yield self._take
-
-    @contextmanager
-    def inputs(
-        self, chunk: Sequence[Microbatch], names: Sequence[str], see: SeeInput
-    ) -> Iterator[Callable[[Microbatch], None]]:
-        def look(microbatch: Microbatch) -> None:
-            self._forward(microbatch)
-            self._sharding.release()
-
-        self._taps.close()
-        self._shown = None
-        with seeing_inputs(self._called, names, see):
-            yield look
 
     def _take(self, microbatch: Microbatch) -> torch.Tensor:
         if self._long is not None and self._long.head.tokens_at_once(microbatch) is not None:

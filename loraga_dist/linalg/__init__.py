@@ -2,19 +2,19 @@
 
 from loraga_dist.linalg.product import product_svd
 from loraga_dist.linalg.randomized_svd import TruncatedSVD, numerical_rank, sign_fix, truncated_svd, truncated_svd_bytes
+from loraga_dist.linalg.regression import effective_rank, regression, regression_bytes
 from loraga_dist.linalg.union import boolean_sum, complete_basis, orthonormal_columns
-from loraga_dist.linalg.whitening import WHITENINGS, Moments, Whitening
 
 __all__ = [
-    "WHITENINGS",
-    "Moments",
     "TruncatedSVD",
-    "Whitening",
     "boolean_sum",
     "complete_basis",
+    "effective_rank",
     "numerical_rank",
     "orthonormal_columns",
     "product_svd",
+    "regression",
+    "regression_bytes",
     "sign_fix",
     "truncated_svd",
     "truncated_svd_bytes",

@@ -41,7 +41,7 @@ class Plan:
     @staticmethod
     def state_bytes(group: Sequence[Matrix]) -> int:
         """Engine state every rank holds for one group."""
-        return sum(ENGINES[matrix.engine].state_bytes(matrix) + matrix.whitening_bytes for matrix in group)
+        return sum(ENGINES[matrix.engine].state_bytes(matrix) + matrix.moment_bytes for matrix in group)
 
 
 def make_plan(
@@ -51,20 +51,20 @@ def make_plan(
     world_size: int,
     order: Order = MODEL_ORDER,
     amount: Amount = USUAL_AMOUNT,
-    input_width: Callable[[int], int | None] = lambda N: None,
+    moment_shape: Callable[[int], tuple[int, ...] | None] = lambda N: None,
 ) -> Plan:
     """Cut the targets of each stage into groups that fit the budget; balance each group's owners by SVD cost.
 
     In model order neighbours share a sweep over the data, so that its backward can stop at the group's lowest layer. A
     target larger than the budget gets a group of its own. A scheme that takes no gradient needs no group, only owners.
-    amount: of calibration data, by which engine `auto` decides. input_width: of N, `Matrix.input_width`.
+    amount: of calibration data, by which engine `auto` decides. moment_shape: of N.
     """
     if scheme.source != "gradient":
         groups = []
         costs_of_groups = [{target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}]
     else:
         matrices = [
-            replace(_matrix(target, config, scheme, amount), input_width=input_width(target.N)) for target in targets
+            replace(_matrix(target, config, scheme, amount), moment_shape=moment_shape(target.N)) for target in targets
         ]
         groups = [
             group

@@ -41,6 +41,10 @@ from loraga_dist.request.data import read_data
 from loraga_dist.schemes import SCHEMES, Scheme
 from loraga_dist.sharding.settings import Holding, require_usable
 
+MOMENT_TOKENS = 16384
+"""What `init.whitening: sampled` sums over, in expectation."""
+USUAL_SAMPLES = 256
+
 META_SECONDS = 300
 """To build a model without memory; the largest take a tenth of that."""
 
@@ -70,6 +74,14 @@ class Request:
         return self.plan.targets
 
     @property
+    def moment_share(self) -> float:
+        """Of the tokens, what second moments of inputs are summed over; enough of them where data is cut short."""
+        if self.config.init.whitening != "sampled" or self.data is None:
+            return 1.0
+        usual = self.amount.num_tokens * min(1.0, USUAL_SAMPLES / max(1, self.data.num_samples))
+        return min(1.0, MOMENT_TOKENS / max(1.0, usual))
+
+    @property
     def target_cosine(self) -> float | None:
         """The median split-half cosine at which calibration has seen enough; None: it takes all data."""
         return None
@@ -79,7 +91,7 @@ class Request:
         order = Order(blocks=None, why=why)
         config = self.config
         plan = make_plan(
-            self.targets, config.gradient, self.scheme, world_size, order, self.amount, config.init.input_width
+            self.targets, config.gradient, self.scheme, world_size, order, self.amount, config.init.moment_shape
         )
         return replace(self, plan=plan)
 
@@ -183,7 +195,7 @@ def understand(
     saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
     return CheckpointRequest(
         config=_resolved(config, base),
-        plan=make_plan(targets, config.gradient, scheme, world.size, saved or chosen, amount, config.init.input_width),
+        plan=make_plan(targets, config.gradient, scheme, world.size, saved or chosen, amount, config.init.moment_shape),
         data=data,
         step_data=step_data,
         factor_dtypes=factor_dtypes,
@@ -255,7 +267,7 @@ def understand_model(
         )
     return Request(
         config=config,
-        plan=make_plan(targets, config.gradient, scheme, world.size, order, amount, config.init.input_width),
+        plan=make_plan(targets, config.gradient, scheme, world.size, order, amount, config.init.moment_shape),
         data=data,
         step_data=step_data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),

@@ -7,8 +7,9 @@ import torch
 
 from loraga_dist.engines import ENGINES, USUAL_AMOUNT, Amount, Matrix, StateHome
 from loraga_dist.engines.base import ERROR_COLUMNS, seeded_generator
-from loraga_dist.engines.exact import ExactEngine, multiplies_bfloat16
+from loraga_dist.engines.exact import ExactEngine
 from loraga_dist.engines.group import EngineGroup
+from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.ranks.world import World
 
 

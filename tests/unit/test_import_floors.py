@@ -29,8 +29,8 @@ FLOORS = [
 ]
 # The same inside each wing, from the ground up. A wing's __init__ imports nothing from above the wing's own modules.
 INSIDE = {
-    "linalg": ["orthogonal", "randomized_svd", "product", "union", "whitening"],
-    "engines": ["home", "base", "exact", "sketch_state", "sketch", "white", "__init__", "group"],
+    "linalg": ["orthogonal", "randomized_svd", "product", "union", "regression"],
+    "engines": ["home", "product", "base", "exact", "sketch_state", "sketch", "__init__", "inputs", "group"],
     "ranks": [
         "balance",
         "words",
@@ -72,7 +72,6 @@ INSIDE = {
         "observer",
         "route",
         "block_order",
-        "whites",
         "passes",
         "gradients",
         "saved",

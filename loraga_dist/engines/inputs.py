@@ -1,0 +1,129 @@
+"""Second moments of what goes into layers, for schemes that ask how a layer's outputs move instead of its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraga_dist.engines.base import (
+    Collectives,
+    EngineState,
+    Entries,
+    GradientSVD,
+    Matrix,
+    Tensors,
+    gather_on_owner_,
+    naming,
+    require_entries,
+)
+from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.product import add_product_
+from loraga_dist.linalg import effective_rank, regression
+
+
+class Inputs:
+    """Sums over tokens of x x^T, or of its diagonal, of the inputs of some matrices; what the gradient's triplets are
+    made into by them. Neighbours that are given one input share its sum."""
+
+    def __init__(self, matrices: Sequence[Matrix], home: StateHome) -> None:
+        self._matrices = {matrix.name: matrix for matrix in matrices if matrix.moment_shape is not None}
+        self._home = home
+        self._leader_of: dict[str, str] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._num_tokens = dict[str, Tensor]()
+        self._rows_T: Tensor | None = None
+        self._last: tuple[Tensor, str] | None = None
+
+    def begin_microbatch(self, rows_T: Tensor | None) -> None:
+        """rows_T: which of its tokens count, bool; None for all."""
+        self._rows_T, self._last = rows_T, None
+
+    def observe(self, name: str, x_TN: Tensor) -> None:
+        if name not in self._matrices:
+            return
+        if name not in self._leader_of:
+            leader = self._last[1] if self._last is not None and _is_same(x_TN, self._last[0]) else name
+            self._lead(leader, name)
+        leader = self._leader_of[name]
+        self._last = x_TN, leader
+        if leader != name:
+            return
+        if self._rows_T is not None and len(self._rows_T) == len(x_TN):  # else its rows are other than tokens
+            x_TN = x_TN[self._rows_T.to(x_TN.device)]
+        kept = self._sums[name]
+        sums = self._home.fetch(kept)
+        if sums.dim() == 2:
+            add_product_(sums, x_TN, x_TN)
+        else:
+            sums.add_(x_TN.float().square().sum(dim=0))
+        self._home.put_back(kept, sums)
+        self._num_tokens[name] += len(x_TN)
+
+    def end_microbatch(self) -> None:
+        self._last = None
+
+    def save_state(self, world: Collectives) -> EngineState:
+        """As `GradientEngine.save_state`."""
+        tensors = {}
+        for name, kept in self._sums.items():
+            for part, tensor in (("moment", kept), ("moment_tokens", self._num_tokens[name])):
+                sums = self._home.fetch(tensor)
+                is_owner = gather_on_owner_(sums, self._matrices[name].owner, world)
+                self._home.put_back(tensor, sums)
+                if is_owner:
+                    tensors[f"{name}/{part}"] = sums.cpu()
+        return EngineState({"leader_of": self._leader_of}, tensors)
+
+    def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
+        for name, leader in content["leader_of"].items():
+            self._lead(leader, name)
+        for name, kept in self._sums.items():
+            if self._matrices[name].owner == world.rank:
+                self._home.put_back(kept, tensors[f"{name}/moment"].to(self._home.device))
+                self._num_tokens[name].copy_(tensors[f"{name}/moment_tokens"])
+
+    @staticmethod
+    def check_state(matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
+        """As `GradientEngine.check_state`."""
+        leader = content["leader_of"].get(matrix.name)
+        if not isinstance(leader, str | None):
+            raise ValueError(f"the input of {matrix.name} is that of {leader}")
+        if leader == matrix.name and matrix.moment_shape is not None:
+            entries = {"moment": (torch.float32, matrix.moment_shape), "moment_tokens": (torch.float64, ())}
+            require_entries(saved, entries)
+
+    def collect(self, world: Collectives) -> None:
+        """Sum over ranks; a collective. Whoever owns a matrix needs the moment of its input."""
+        for name, kept in self._sums.items():
+            sums = self._home.fetch(kept)
+            self._home.put_back(kept, world.sum_(sums).div_(world.sum_(self._num_tokens[name]).clamp(min=1)))
+
+    def regress(self, name: str, found: GradientSVD, damping: float) -> GradientSVD:
+        """What was found of a gradient, as a regression on its input; of a matrix whose input was asked for."""
+        matrix = self._matrices.get(name)
+        if matrix is None:
+            return found
+        moment = self._home.fetch(self._sums[self._leader_of[name]])
+        with naming(matrix):
+            svd = regression(found.svd, moment, damping)
+        squares_K = svd.S_K.double().square()
+        whole = squares_K.sum().item()
+        captured = squares_K[: matrix.num_triplets].sum().item() / whole if whole else 0.0
+        return replace(found, svd=svd, captured_energy=captured, input_rank=effective_rank(moment))
+
+    def _lead(self, leader: str, name: str) -> None:
+        self._leader_of[name] = leader
+        if leader == name:
+            shape, device = self._matrices[name].moment_shape, self._home.device
+            assert shape is not None
+            self._sums[name] = self._home.keep(torch.zeros(shape, device=device))
+            self._num_tokens[name] = torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, both alive, are the same memory."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
