@@ -17,7 +17,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from subspace import efficiency
-from torch import Tensor
+from torch import Tensor, nn
 from torchrun import json_of_ranks
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -35,13 +35,14 @@ from loraga_dist.config import CalibrationConfig, LoraSection, ModelConfig
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import Microbatch, SampleSharder, count_supervised_tokens
 from loraga_dist.data.samples import load_samples
-from loraga_dist.engines import ExactEngine, Matrix, SketchEngine, StateHome
-from loraga_dist.gradients.forward import LossTotals, one_pass
-from loraga_dist.model.base import find_base_model
-from loraga_dist.model.targets import meta_copy, select_targets
+from loraga_dist.engines import ExactEngine, GradientEngine, Matrix, SketchEngine, StateHome
+from loraga_dist.gradients.route import ModelOrder
+from loraga_dist.model.base import BaseModel, find_base_model
+from loraga_dist.model.targets import Target, meta_copy, select_targets
 from loraga_dist.ranks.session import run_as_rank
 from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World
+from loraga_dist.sharding.base import Sharding
 from loraga_dist.sharding.single import SingleProcess
 from loraga_dist.sharding.zero3 import Zero3
 
@@ -76,32 +77,68 @@ def write_real(options: argparse.Namespace, world: World) -> None:
         options.json.write_text(json.dumps(rows))
 
 
-class Together:
-    """Several engines on one sweep."""
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's model and the targets that both engines see."""
 
-    def __init__(self, engines: Sequence[Any]) -> None:
-        self.engines = engines
+    base: BaseModel
+    sharding: Sharding
+    model: nn.Module
+    targets: Sequence[Target]
 
-    def begin_microbatch(self, index: int) -> None:
-        for engine in self.engines:
-            engine.begin_microbatch(index)
+    @classmethod
+    def read(cls, directory: str, world: World) -> Loaded:
+        base = find_base_model(ModelConfig(name_or_path=directory), "CAUSAL_LM", world.device)
+        sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
+        model = sharding.load(base, base.slots_of(meta_copy(base.model_class, base.config)))
+        targets = select_targets(meta_copy(base.model_class, base.config), LoraSection(), lambda r: 2 * r).targets
+        return cls(base, sharding, model, targets)
 
-    def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
-        for engine in self.engines:
-            engine.observe(name, x_TN, dy_TM)
+    @property
+    def world(self) -> World:
+        return self.sharding.world
 
-    def end_microbatch(self, world: World) -> None:
-        for engine in self.engines:
-            engine.end_microbatch(world)
+    def show(self, engines: Sequence[GradientEngine], microbatches: Sequence[Microbatch]) -> int:
+        """One pass of all engines at once; returns all ranks' supervised tokens."""
+
+        def observe(name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
+            for engine in engines:
+                engine.observe(name, x_TN, dy_TM)
+
+        route = ModelOrder(self.model, causal_lm, sharding=self.sharding, checkpointing="none")
+        names = [target.name for target in self.targets]
+        with route.opened(), route.showing(microbatches, names, observe) as take:
+            for microbatch in microbatches:
+                for engine in engines:
+                    engine.begin_microbatch(microbatch.index)
+                take(microbatch)
+                for engine in engines:
+                    engine.end_microbatch(self.world)
+        tokens = torch.tensor(sum(microbatch.num_supervised_tokens for microbatch in microbatches))
+        return int(self.world.sum_(tokens.to(self.world.device)))
+
+    def matrices(self, r: int) -> list[Matrix]:
+        return [
+            Matrix(
+                name=target.name,
+                M=target.M,
+                N=target.N,
+                num_triplets=2 * r,
+                width=SketchEngine.width(2 * r, target.M, target.N, None),
+                owner=index % self.world.size,
+                engine="sketch",
+            )
+            for index, target in enumerate(self.targets)
+        ]
 
 
 def real(directory: Path, world: World) -> list[dict[str, Any]]:
-    base = find_base_model(ModelConfig(name_or_path=str(directory / "model")), "CAUSAL_LM", world.device)
+    loaded = Loaded.read(str(directory / "model"), world)
     samples = load_samples(
         CalibrationConfig(data_files=str(directory / "calibration.jsonl"), max_length=256, max_samples=128),
-        AutoTokenizer.from_pretrained(base.directory),
+        AutoTokenizer.from_pretrained(loaded.base.directory),
         task_type="CAUSAL_LM",
-        max_positions=base.max_positions,
+        max_positions=loaded.base.max_positions,
     )
     everything = SampleSharder(
         samples=samples,
@@ -110,76 +147,58 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         per_device_batch_size=4 // world.size or 1,
         pad_token_id=0,
     ).microbatches(0, len(samples), 0)
-    sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
-    slots = base.slots_of(meta_copy(base.model_class, base.config))
-    model = sharding.load(base, slots)
-    targets = select_targets(meta_copy(base.model_class, base.config), LoraSection(), lambda r: 2 * r).targets
-    module = sharding.attach(model)
-
-    def observe(engines: Sequence[Any], microbatches: list[Microbatch]) -> int:
-        with one_pass(
-            module,
-            [target.name for target in targets],
-            Together(engines),  # type: ignore[arg-type]
-            sharding=sharding,
-            loss_sum=causal_lm,
-            checkpointing="none",
-        ) as take:
-            return sum(map(take, microbatches), LossTotals()).num_tokens
-
-    def matrices(r: int) -> list[Matrix]:
-        return [
-            Matrix(
-                name=target.name,
-                M=target.M,
-                N=target.N,
-                num_triplets=2 * r,
-                width=SketchEngine.width(2 * r, target.M, target.N, None),
-                owner=index % world.size,
-                engine="sketch",
-            )
-            for index, target in enumerate(targets)
-        ]
-
-    rows = []
-    home = StateHome(world.device)
     data = {
         "all tokens": everything,
         "1 token a sequence": [_keep(microbatch, 1) for microbatch in everything],
     }
-    for name, microbatches in data.items():
-        exact = ExactEngine(matrices(1), home=home, seed=0, dtype=base.dtype)
-        single = [SketchEngine(matrices(r), home=home, seed=0, dtype=base.dtype) for r in RANKS]
-        num_tokens = observe([exact, *single], microbatches)
-        refined = copy.deepcopy(single)
+    return [
+        row
+        for name, microbatches in data.items()
+        for row in sketch_rows(loaded, f"quickstart model, {name}", microbatches, RANKS, max(REFINES))
+    ]
+
+
+def sketch_rows(
+    loaded: Loaded, gradients: str, microbatches: Sequence[Microbatch], ranks: Sequence[int], refine_passes: int
+) -> list[dict[str, Any]]:
+    """The sketch against the exact gradients of the same pass: a row by rank, after 0 to `refine_passes` more."""
+    world, rows = loaded.world, []
+    home = StateHome(world.device)
+    exact = ExactEngine(loaded.matrices(1), home=home, seed=0, dtype=loaded.base.dtype)
+    single = [SketchEngine(loaded.matrices(r), home=home, seed=0, dtype=loaded.base.dtype) for r in ranks]
+    num_tokens = loaded.show([exact, *single], microbatches)
+    after_passes = [single]
+    for _ in range(refine_passes):
+        refined = copy.deepcopy(after_passes[-1])
         for engine in refined:
             engine.begin_refinement(world)
-        observe(refined, microbatches)
-        exact.collect(world)
-        gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(num_tokens)}
-        energies = {target: torch.linalg.svdvals(G_MN.double()).square() for target, G_MN in gradients.items()}
-        few = num_tokens / len(microbatches) < SketchEngine.width(8, 256, 256, None)
-        for refine_passes, engines in enumerate((single, refined)):
-            for r, engine in zip(RANKS, engines, strict=True):
-                found = dict(engine.factorize(world, num_tokens))
-                scores, misses = [], []
-                for target, result in found.items():
-                    svd, energy = result.svd, energies[target]
-                    scores.append(efficiency(gradients[target], svd.U_MK[:, r : 2 * r], svd.Vh_KN[:r].T))
-                    misses.append(abs(result.captured_energy - (energy[: 2 * r].sum() / energy.sum()).item()))
-                rows.append(
-                    {
-                        "gradients": f"quickstart model, {name}",
-                        "ranks": world.size,
-                        "r": r,
-                        "K": max(result.svd.width for result in found.values()),
-                        "refine_passes": refine_passes,
-                        "default": refine_passes == int(few),
-                        **_gathered(world, scores, misses),
-                    }
-                )
-                _show(rows[-1], world)
-    sharding.detach()
+        loaded.show(refined, microbatches)
+        after_passes.append(refined)
+    exact.collect(world)
+    exact_gradients = {matrix.name: G_MN for matrix, G_MN in exact.mean_gradients(num_tokens)}
+    energies = {target: torch.linalg.svdvals(G_MN.double()).square() for target, G_MN in exact_gradients.items()}
+    few = num_tokens / len(microbatches) < SketchEngine.width(8, 256, 256, None)
+    for passes, engines in enumerate(after_passes):
+        for r, engine in zip(ranks, engines, strict=True):
+            engine.collect(world)
+            found = dict(engine.results(num_tokens))
+            scores, misses = [], []
+            for target, result in found.items():
+                svd, energy = result.svd, energies[target]
+                scores.append(efficiency(exact_gradients[target], svd.U_MK[:, r : 2 * r], svd.Vh_KN[:r].T))
+                misses.append(abs(result.captured_energy - (energy[: 2 * r].sum() / energy.sum()).item()))
+            rows.append(
+                {
+                    "gradients": gradients,
+                    "ranks": world.size,
+                    "r": r,
+                    "K": max(result.svd.width for result in found.values()),
+                    "refine_passes": passes,
+                    "default": passes == int(few),
+                    **_gathered(world, scores, misses),
+                }
+            )
+            _show(rows[-1], world)
     return rows
 
 
@@ -264,7 +283,8 @@ def _synthetic_run(
             engine.begin_microbatch(index)
             engine.observe("G", *stream(index))
             engine.end_microbatch(world)
-    ((_, result),) = engine.factorize(world, 1)
+    engine.collect(world)
+    ((_, result),) = engine.results(1)
     energy = torch.linalg.svdvals(G_MN.double()).square()
     truth = (energy[: 2 * r].sum() / energy.sum()).item()
     score = efficiency(G_MN, result.svd.U_MK[:, r : 2 * r], result.svd.Vh_KN[:r].T)

@@ -21,17 +21,11 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
-import math
-import multiprocessing
 import os
-import platform
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +35,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores
 import torch
 import torch.nn.functional as F
 from convergence_methods import METHODS, Batch, Inputs, R, alignment, best_cosine, full_gradients
-from convergence_report import Results, split_document, write_plots, write_tables
+from convergence_report import MARKERS, Results, tables, write_plots
+from rate_search import Journal, best_rate, run_lines, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from loraga_dist.artifacts.report import versions
-from loraga_dist.errors import LoragaError, RunError, UserError
+from loraga_dist.errors import LoragaError, RunError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +86,7 @@ def main() -> int:
     settings = QUICK if options.quick else Settings()
     try:
         if options.markdown:
-            split_document(options.markdown)  # a mistake there is told before the runs, not after
+            MARKERS.split(options.markdown)  # a mistake there is told before the runs, not after
         journal = Journal(options.json, settings)
         already, started = len(journal.read()), time.monotonic()
         run_all(options.model, settings, journal, options.workers)
@@ -100,7 +94,7 @@ def main() -> int:
             journal.add({"kind": "session", "wall_seconds": round(time.monotonic() - started)})
         results = Results(journal.read())
         if options.markdown:
-            write_tables(results, options.markdown)
+            MARKERS.write(options.markdown, tables(results))
         if options.plots:
             write_plots(results, options.plots)
     except LoragaError as error:
@@ -109,129 +103,26 @@ def main() -> int:
     return 0
 
 
-class Journal:
-    """The results file: a header with the settings, then runs and alignments, each appended in one write."""
-
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path = path
-        wanted = json.loads(json.dumps(asdict(settings)))
-        if path.exists() and (text := path.read_text(encoding="utf-8")):
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:  # a line that a kill cut off
-                path.write_text(whole, encoding="utf-8")
-            header = self.read()[0]
-            if any(header["settings"].get(key) != value for key, value in wanted.items()):
-                raise UserError("--json", str(path), "holds results of other settings; name a new file")
-        else:
-            hardware = {"machine": platform.machine(), "cores": os.cpu_count()}
-            self.add({"kind": "header", "settings": wanted, "hardware": hardware, "versions": versions()})
-
-    def add(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, allow_nan=False) + "\n"
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(file, line.encode())
-        finally:
-            os.close(file)
-
-    def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-
-    def runs(self, task: str, method: str, seed: int) -> dict[float, float]:
-        """The last held-out loss by learning rate; a run that diverged has an infinite one."""
-        return {
-            entry["lr"]: math.inf if entry["final_loss"] is None else entry["final_loss"]
-            for entry in self.read()
-            if entry["kind"] == "run" and (entry["task"], entry["method"], entry["seed"]) == (task, method, seed)
-        }
-
-    def has_alignment(self, task: str, method: str, seed: int) -> bool:
-        return any(
-            entry["kind"] == "alignment" and (entry["task"], entry["method"], entry["seed"]) == (task, method, seed)
-            for entry in self.read()
-        )
-
-
 def run_all(model: str, settings: Settings, journal: Journal, workers: int) -> None:
     """Run what `journal` lacks, in `workers` processes of one thread each."""
-    start = functools.partial(_run_seed, model, settings, journal)
-    lines = [(task, method) for task in settings.tasks for method in METHODS]
-    # forked: this process has imported the libraries, and computes nothing itself
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-        searches: dict[Future[float], tuple[str, str]] = {
-            pool.submit(start, task, method, settings.seeds[0], None): (task, method) for task, method in lines
-        }
-        open_: set[Future[float]] = set(searches)
-        try:
-            while open_:
-                done, open_ = wait(open_, return_when=FIRST_COMPLETED)
-                for future in done:
-                    lr = future.result()
-                    if future in searches:
-                        task, method = searches[future]
-                        open_ |= {pool.submit(start, task, method, seed, lr) for seed in settings.seeds[1:]}
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _end_with(parent: int) -> None:
-    """Workers would wait for more work when the process that started them is killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    first_rates = {(task, method): settings.common_lr for task in settings.tasks for method in METHODS}
+    run_lines(first_rates, settings.seeds, functools.partial(_run_seed, model, settings, journal), workers)
 
 
 def _run_seed(
-    model: str, settings: Settings, journal: Journal, task: str, method: str, seed: int, lr: float | None
+    model: str, settings: Settings, journal: Journal, task: str, method: str, seed: int, lr: float, *, search: bool
 ) -> float:
-    """All runs of one seed: at `lr` and the common rate, or, without `lr`, those of the search. Returns the rate."""
+    """All runs of one seed: those of a search from `lr`, or at `lr` and the common rate. Returns the rate."""
     logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    try:
-        return _runs_of_seed(_bench(model, settings, task), journal, task, method, seed, lr)
-    except LoragaError as error:  # whose arguments do not survive the way between processes
-        raise RunError(f"{task}, {method}, seed {seed}: {error}") from error
-
-
-def _runs_of_seed(bench: Bench, journal: Journal, task: str, method: str, seed: int, lr: float | None) -> float:
-    start = _Start(bench, method, seed)
-    losses = journal.runs(task, method, seed)
+    start = _Start(_bench(model, settings, task), method, seed)
     if not journal.has_alignment(task, method, seed):
         journal.add({"kind": "alignment", "task": task, "method": method, "seed": seed, **start.alignment()})
-
-    def loss_at(lr: float) -> float:
-        if lr not in losses:
-            run = start.train(lr)
-            journal.add({"kind": "run", "task": task, "method": method, "seed": seed, **run})
-            losses[lr] = math.inf if run["final_loss"] is None else run["final_loss"]
-            print(f"{task:<8} {method:<15} seed {seed}  lr {lr:<9g} loss {losses[lr]:.4f}", flush=True)
-        return losses[lr]
-
-    if lr is None:
-        return best_rate(loss_at, bench.settings.common_lr)
+    loss_at = journal.remembering(task, method, seed, start.train)
+    if search:
+        return best_rate(loss_at, lr)
     loss_at(lr)
-    loss_at(bench.settings.common_lr)
+    loss_at(settings.common_lr)
     return lr
-
-
-def best_rate(loss_at: Callable[[float], float], first: float) -> float:
-    """The rate `first` * 2^k with neighbours on both sides that are no better, going down the slope from `first`."""
-    best = first
-    while math.isinf(loss_at(best)):  # diverged
-        best /= 2
-    while True:
-        if loss_at(best * 2) < loss_at(best):
-            best *= 2
-        elif loss_at(best / 2) < loss_at(best):
-            best /= 2
-        else:
-            return best
 
 
 class _Start:
@@ -257,38 +148,17 @@ class _Start:
         return found | {"best_cosine": best_cosine(self.bench.gradients, 2 * self.bench.settings.r)}
 
     def train(self, lr: float) -> dict[str, Any]:
-        started = time.process_time()
         settings = self.bench.settings
-        model = copy.deepcopy(self.model)
-        optimizer = self.method.optimizer(model, lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, settings.steps))
-        curve = [(0, self.heldout_loss)]
-        for step, batch in enumerate(self.bench.training_batches(settings.steps, seed=self.seed), start=1):
-            model(**batch).loss.backward()
-            optimizer.step()
-            if self.method.after_step:
-                self.method.after_step(model, step)
-            optimizer.zero_grad()
-            schedule.step()
-            if step % settings.check_every_steps == 0:
-                loss = self.bench.heldout_loss(model)
-                if not math.isfinite(loss):
-                    curve = []
-                    break
-                curve.append((step, loss))
-        return {
-            "lr": lr,
-            "final_loss": curve[-1][1] if curve else None,
-            "curve": [(step, round(loss, 5)) for step, loss in curve],
-            "cpu_seconds": round(time.process_time() - started, 1),
-        }
-
-
-def _lr_factor(step: int, steps: int) -> float:
-    warmup_steps = max(1, steps // 20)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+        return train(
+            self.bench,
+            copy.deepcopy(self.model),
+            self.method,
+            lr,
+            seed=self.seed,
+            steps=settings.steps,
+            check_every_steps=settings.check_every_steps,
+            loss_before=self.heldout_loss,
+        )
 
 
 class Bench:
@@ -312,6 +182,9 @@ class Bench:
             last = len(self.training_ids) - self.settings.sequence_length
             starts_B = torch.randint(last + 1, (self.settings.batch_size,), generator=generator)
             yield self._windows(self.training_ids, starts_B)
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        return model(**batch).loss
 
     @functools.cached_property
     def gradients(self) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """The methods that benchmarks/convergence.py compares: how each turns the pretrained model into what it trains.
 
-All adapters: every Linear layer but the head, r = 8, lora_alpha = 16, no dropout, float32. Settings beyond these are
-those that the method's authors or PEFT give, so that the scaling s differs: the learning rate is tuned for each.
+All adapters: every Linear layer but the head, r = 8 unless asked for another, lora_alpha = 16, no dropout, float32.
+Settings beyond these are those that the method's authors or PEFT give, so that the scaling s differs: the learning rate
+is tuned for each.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Inputs:
     seed: int
     steps: int
     """Of the training to come: AdaLoRA's schedule."""
+    r: int = R
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +56,27 @@ class Method:
     """Between an optimizer step and the end of its gradients."""
 
 
-def _full(model: Any, inputs: Inputs) -> nn.Module:
+def full(model: Any, inputs: Inputs) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _lora(**settings: Any) -> Callable[[Any, Inputs], nn.Module]:
+def lora(**settings: Any) -> Callable[[Any, Inputs], nn.Module]:
+    """A start by PEFT alone."""
+
     def start(model: Any, inputs: Inputs) -> nn.Module:
-        return get_peft_model(model, _lora_config(**settings))
+        return get_peft_model(model, _lora_config(inputs.r, **settings))
 
     return start
 
 
-def _lora_config(**settings: Any) -> LoraConfig:
-    return LoraConfig(r=R, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+def _lora_config(r: int, **settings: Any) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
 
 
 def _adalora(model: Any, inputs: Inputs) -> nn.Module:
     config = AdaLoraConfig(
         init_r=12,
-        target_r=R,
+        target_r=inputs.r,
         lora_alpha=LORA_ALPHA,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
@@ -87,10 +91,12 @@ def _allocate_ranks(model: Any, step: int) -> None:
     model.base_model.update_and_allocate(step)
 
 
-def _ours(scheme: str, engine: str, stable_gamma: float | None = None) -> Callable[[Any, Inputs], nn.Module]:
+def ours(scheme: str, engine: str, stable_gamma: float | None = None) -> Callable[[Any, Inputs], nn.Module]:
+    """A start by `loraga_dist.initialize`."""
+
     def start(model: Any, inputs: Inputs) -> nn.Module:
         config = {
-            "lora": {"r": R, "lora_alpha": LORA_ALPHA, "use_rslora": True},
+            "lora": {"r": inputs.r, "lora_alpha": LORA_ALPHA, "use_rslora": True},
             "init": {"scheme": scheme, "seed": inputs.seed, "stable_gamma": stable_gamma},
             "gradient": {"engine": engine, "checkpointing": "none"},
         }
@@ -101,7 +107,7 @@ def _ours(scheme: str, engine: str, stable_gamma: float | None = None) -> Callab
 
 def _peft_lora_ga(model: Any, inputs: Inputs) -> nn.Module:
     config = _lora_config(
-        use_rslora=True, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(stable_gamma=STABLE_GAMMA)
+        inputs.r, use_rslora=True, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(stable_gamma=STABLE_GAMMA)
     )
 
     def step() -> None:
@@ -118,14 +124,14 @@ def _peft_lora_ga(model: Any, inputs: Inputs) -> nn.Module:
 @torch.no_grad()
 def _random_directions(model: Any, inputs: Inputs) -> nn.Module:
     """LoRA-GA's scale, and its offset of the base, with directions that know nothing of the gradient."""
-    peft_model = get_peft_model(model, _lora_config(use_rslora=True))
+    peft_model = get_peft_model(model, _lora_config(inputs.r, use_rslora=True))
     for layer in lora_layers(peft_model):
         weight = layer.get_base_layer().weight
         M, N = weight.shape
         factor = M**0.25 / math.sqrt(STABLE_GAMMA)
         A_RN, B_MR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        A_RN.copy_(factor * torch.linalg.qr(torch.randn(N, R)).Q.T)
-        B_MR.copy_(factor * torch.linalg.qr(torch.randn(M, R)).Q)
+        A_RN.copy_(factor * torch.linalg.qr(torch.randn(N, inputs.r)).Q.T)
+        B_MR.copy_(factor * torch.linalg.qr(torch.randn(M, inputs.r)).Q)
         weight.sub_(layer.get_delta_weight("default"))
     return peft_model
 
@@ -134,43 +140,43 @@ def lora_layers(model: nn.Module) -> Iterable[Any]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def _adamw(model: nn.Module, lr: float) -> Optimizer:
+def adamw(model: nn.Module, lr: float) -> Optimizer:
     return AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
 
-def _lora_plus(model: PeftModel, lr: float) -> Optimizer:
+def lora_plus(model: PeftModel, lr: float) -> Optimizer:
     return create_loraplus_optimizer(model, AdamW, lr=lr, loraplus_lr_ratio=LORA_PLUS_RATIO)
 
 
-_PLAIN, _RANK_STABLE = "α/r", "α/√r"
+PLAIN, RANK_STABLE = "α/r", "α/√r"
 
 METHODS: dict[str, Method] = {
-    "full": Method(label="full fine-tuning", scaling="", start=_full, optimizer=_adamw),
-    "lora": Method(label="LoRA", scaling=_PLAIN, start=_lora(), optimizer=_adamw),
-    "rslora": Method(label="rsLoRA", scaling=_RANK_STABLE, start=_lora(use_rslora=True), optimizer=_adamw),
-    "dora": Method(label="DoRA", scaling=_PLAIN, start=_lora(use_dora=True), optimizer=_adamw),
-    "lora_plus": Method(label="LoRA+", scaling=_PLAIN, start=_lora(), optimizer=_lora_plus),
+    "full": Method(label="full fine-tuning", scaling="", start=full, optimizer=adamw),
+    "lora": Method(label="LoRA", scaling=PLAIN, start=lora(), optimizer=adamw),
+    "rslora": Method(label="rsLoRA", scaling=RANK_STABLE, start=lora(use_rslora=True), optimizer=adamw),
+    "dora": Method(label="DoRA", scaling=PLAIN, start=lora(use_dora=True), optimizer=adamw),
+    "lora_plus": Method(label="LoRA+", scaling=PLAIN, start=lora(), optimizer=lora_plus),
     "adalora": Method(
-        label="AdaLoRA", scaling="α/12", start=_adalora, optimizer=_adamw, after_step=_allocate_ranks
+        label="AdaLoRA", scaling="α/12", start=_adalora, optimizer=adamw, after_step=_allocate_ranks
     ),
-    "pissa": Method(label="PiSSA", scaling=_PLAIN, start=_lora(init_lora_weights="pissa"), optimizer=_adamw),
+    "pissa": Method(label="PiSSA", scaling=PLAIN, start=lora(init_lora_weights="pissa"), optimizer=adamw),
     "lora_one": Method(
-        label="LoRA-One", scaling=_RANK_STABLE, start=_ours("lora_one", "exact"), optimizer=_adamw
+        label="LoRA-One", scaling=RANK_STABLE, start=ours("lora_one", "exact"), optimizer=adamw
     ),
     "lora_ga_exact": Method(
-        label="LoRA-GA, exact", scaling=_RANK_STABLE, start=_ours("lora_ga", "exact"), optimizer=_adamw
+        label="LoRA-GA, exact", scaling=RANK_STABLE, start=ours("lora_ga", "exact"), optimizer=adamw
     ),
     "lora_ga_gamma_64": Method(
-        label="LoRA-GA, exact, γ = 64", scaling=_RANK_STABLE, start=_ours("lora_ga", "exact", 64.0), optimizer=_adamw
+        label="LoRA-GA, exact, γ = 64", scaling=RANK_STABLE, start=ours("lora_ga", "exact", 64.0), optimizer=adamw
     ),
     "lora_ga_sketch": Method(
-        label="LoRA-GA, sketch", scaling=_RANK_STABLE, start=_ours("lora_ga", "sketch"), optimizer=_adamw
+        label="LoRA-GA, sketch", scaling=RANK_STABLE, start=ours("lora_ga", "sketch"), optimizer=adamw
     ),
     "peft_lora_ga": Method(
-        label="PEFT's `lora_ga`", scaling=_RANK_STABLE, start=_peft_lora_ga, optimizer=_adamw
+        label="PEFT's `lora_ga`", scaling=RANK_STABLE, start=_peft_lora_ga, optimizer=adamw
     ),
     "random": Method(
-        label="random directions", scaling=_RANK_STABLE, start=_random_directions, optimizer=_adamw
+        label="random directions", scaling=RANK_STABLE, start=_random_directions, optimizer=adamw
     ),
 }  # fmt: skip
 

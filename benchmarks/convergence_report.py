@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from convergence_methods import METHODS
+from rate_report import DASH, Markers, Results, mean, rates_table, table
 
-from loraga_dist.errors import UserError
-
-BEGIN, END = "<!-- written by benchmarks/convergence.py -->", "<!-- end of what it writes -->"
-_DASH = "–"
+MARKERS = Markers("benchmarks/convergence.py")
+BEGIN, END = MARKERS.begin, MARKERS.end
 _STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#1f2328", "linestyle": "--"},
     "lora": {"color": "#1f4e9c", "linewidth": 2.2},
@@ -30,68 +29,10 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-class Results:
-    """What a results file holds, by task, method, seed and learning rate."""
-
-    def __init__(self, entries: Sequence[dict[str, Any]]) -> None:
-        header = entries[0]
-        self.settings: dict[str, Any] = header["settings"]
-        self.hardware: dict[str, Any] = header["hardware"]
-        self.versions: dict[str, str] = header["versions"]
-        self.seeds: list[int] = self.settings["seeds"]
-        self.wall_seconds = sum(entry["wall_seconds"] for entry in entries if entry["kind"] == "session")
-        self.runs = {
-            (entry["task"], entry["method"], entry["seed"], entry["lr"]): entry
-            for entry in entries
-            if entry["kind"] == "run"
-        }
-        self.methods = [method for method in METHODS if any(method == key[1] for key in self.runs)]
-        self.alignments = {
-            (entry["task"], entry["method"], entry["seed"]): entry for entry in entries if entry["kind"] == "alignment"
-        }
-
-    def rates(self, task: str, method: str) -> dict[float, float | None]:
-        """The final loss at each learning rate of the search, None where the run diverged."""
-        found = {
-            lr: run["final_loss"]
-            for (run_task, run_method, seed, lr), run in self.runs.items()
-            if (run_task, run_method, seed) == (task, method, self.seeds[0])
-        }
-        return dict(sorted(found.items()))
-
-    def best_lr(self, task: str, method: str) -> float:
-        losses = {lr: loss for lr, loss in self.rates(task, method).items() if loss is not None}
-        return min(losses, key=losses.__getitem__)
-
-    def final_losses(self, task: str, method: str, lr: float) -> list[float]:
-        """Of every seed; empty if one of them diverged."""
-        losses = [self.runs[task, method, seed, lr]["final_loss"] for seed in self.seeds]
-        return [] if None in losses else losses
-
-    def curves(self, task: str, method: str, lr: float) -> list[list[tuple[int, float]]]:
-        return [self.runs[task, method, seed, lr]["curve"] for seed in self.seeds]
-
-
-def write_tables(results: Results, path: Path) -> None:
-    """Replace what stands between our markers in `path`, or write a new file with nothing else."""
-    before, after = split_document(path)
-    path.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n{END}{after}", encoding="utf-8")
-
-
-def split_document(path: Path) -> tuple[str, str]:
-    """What stands before and after our markers; raises UserError for a document without them."""
-    text = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError("--markdown", str(path), f"has no lines {BEGIN!r} and {END!r}; add them, or name a new file")
-    return before, after
-
-
 def tables(results: Results) -> str:
     parts = [_task_table(results, task) for task in results.settings["tasks"]]
     parts += [_alignment_table(results)]
-    parts += [_rates_table(results, task) for task in results.settings["tasks"]]
+    parts += [rates_table(results, task) for task in results.settings["tasks"]]
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     run_seconds = sum(run["cpu_seconds"] for run in results.runs.values())
     parts.append(
@@ -121,7 +62,7 @@ def _task_table(results: Results, task: str) -> str:
     start = results.runs[task, "full", results.seeds[0], common]["curve"][0][1]
     head = ["", "s", "best rate", "loss at its best rate", f"{_MINUS}LoRA", "steps to LoRA's loss"]
     head += [f"loss at {common:g}", f"{_MINUS}LoRA"]
-    return f"Task `{task}`, loss {start:.3f} before training:\n\n" + _table(head, rows)
+    return f"Task `{task}`, loss {start:.3f} before training:\n\n" + table(head, rows)
 
 
 _MINUS = "− "
@@ -131,16 +72,11 @@ def _losses(results: Results, task: str, method: str, lr: float, lora_lr: float)
     """Mean and standard deviation over seeds, and the same of the difference from LoRA on the same data."""
     losses = results.final_losses(task, method, lr)
     if not losses:
-        return ["diverged", _DASH]
+        return ["diverged", DASH]
     if method == "lora":
-        return [_mean(losses), ""]
+        return [mean(losses), ""]
     differences = [loss - base for loss, base in zip(losses, results.final_losses(task, "lora", lora_lr), strict=True)]
-    return [_mean(losses), _mean(differences, sign="+")]
-
-
-def _mean(values: Sequence[float], sign: str = "") -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.3f}".replace("-", "−") + spread
+    return [mean(losses), mean(differences, sign="+")]
 
 
 def _steps(curves: Sequence[Sequence[tuple[int, float]]], targets: Sequence[float]) -> str:
@@ -148,7 +84,7 @@ def _steps(curves: Sequence[Sequence[tuple[int, float]]], targets: Sequence[floa
     found = [steps_to(curve, target) for curve, target in zip(curves, targets, strict=True)]
     reached = [steps for steps in found if steps is not None]
     if not reached:
-        return _DASH
+        return DASH
     missed = "" if len(reached) == len(found) else f" ({len(reached)} of {len(found)} seeds)"
     return f"{statistics.fmean(reached):.0f}{missed}"
 
@@ -168,36 +104,14 @@ def _alignment_table(results: Results) -> str:
         found = {task: [results.alignments[task, method, seed] for seed in results.seeds] for task in tasks}
         moved = [statistics.fmean(a["start_change"] for a in found[task]) for task in tasks]
         start = [statistics.fmean(a["start_cosine"] for a in found[task]) for task in tasks]
-        cosines = [_mean([a["cosine"] for a in found[task]]) for task in tasks]
-        note = _DASH if not any(moved) else ", ".join(f"{m:.1%} ({c:+.2f})" for m, c in zip(moved, start, strict=True))
+        cosines = [mean([a["cosine"] for a in found[task]]) for task in tasks]
+        note = DASH if not any(moved) else ", ".join(f"{m:.1%} ({c:+.2f})" for m, c in zip(moved, start, strict=True))
         rows.append([METHODS[method].label, *cosines, note.replace("-", "−")])
     seed = results.seeds[0]
     best = [f"{results.alignments[task, 'full', seed]['best_cosine']:.3f}" for task in tasks]
     rows.append([f"the best of rank {2 * results.settings['r']}", *best, ""])
     head = ["first update", *(f"cosine, `{task}`" for task in tasks), "the start itself moves W by (cosine)"]
-    return "Cosine of the first update with full fine-tuning's:\n\n" + _table(head, rows)
-
-
-def _rates_table(results: Results, task: str) -> str:
-    methods = results.methods
-    searched = {method: results.rates(task, method) for method in methods}
-    rates = sorted({lr for found in searched.values() for lr in found})
-    rows = []
-    for method, found in searched.items():
-        best = results.best_lr(task, method)
-        cells = []
-        for lr in rates:
-            loss = found.get(lr)
-            shown = ("diverged" if loss is None else f"{loss:.3f}") if lr in found else ""
-            cells.append(f"**{shown}**" if lr == best else shown)
-        rows.append([METHODS[method].label, *cells])
-    head = ["learning rate", *(f"{lr:g}" for lr in rates)]
-    return f"The search, `{task}`, seed {results.seeds[0]}:\n\n" + _table(head, rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") for cells in lines)
+    return "Cosine of the first update with full fine-tuning's:\n\n" + table(head, rows)
 
 
 def write_plots(results: Results, directory: Path) -> None:

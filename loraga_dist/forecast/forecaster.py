@@ -300,7 +300,7 @@ def refuse_what_cannot_fit(planned: RankMemory, forecaster: Forecaster, world: W
         if verdict(needed, free) == "too large":
             changes = ["use more nodes, or fewer ranks on each, or lower gradient.state_budget_gib"]
             if where == "its device":
-                changes = advice(forecaster, free)
+                changes = advice(forecaster, free, needed)
             raise UserError(
                 "model.name_or_path",
                 forecaster.config.model.name_or_path,
@@ -309,8 +309,11 @@ def refuse_what_cannot_fit(planned: RankMemory, forecaster: Forecaster, world: W
             )
 
 
-def advice(forecaster: Forecaster, limit_bytes: float) -> list[str]:
-    """What to change where a plan does not fit, with the peak each change leads to; where it fits, what is faster."""
+def advice(forecaster: Forecaster, limit_bytes: float, needed_bytes: float = math.inf) -> list[str]:
+    """What to change where a plan does not fit, with the peak each change leads to; where it fits, what is faster.
+
+    needed_bytes: of the data as it is, which may be shorter than the settings allow.
+    """
 
     def judged(peak_bytes: int) -> str:
         return f"{_gib(peak_bytes)} GiB ({verdict(peak_bytes, limit_bytes)})"
@@ -326,7 +329,7 @@ def advice(forecaster: Forecaster, limit_bytes: float) -> list[str]:
     all_changes: dict[str, dict[str, Any]] = {}
     for text, section, keys in _changes(forecaster.config):
         peak = forecaster.changed(**{section: keys}).peak_within(limit_bytes)
-        if peak < 0.99 * now:
+        if peak < 0.99 * min(now, needed_bytes):
             lines.append(f"{text}: {judged(peak)}")
             all_changes[section] = all_changes.get(section, {}) | keys
     if sum(map(len, all_changes.values())) > 1:

@@ -16,6 +16,7 @@ from loraga_dist.schemes import SCHEMES, times_full_rate
 
 RSLORA = 16 / math.sqrt(8)
 """s of the methods that are measured with rsLoRA."""
+BENCHMARKS = ROOT / "docs" / "BENCHMARKS.md"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -25,9 +26,12 @@ def _anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def _rows(document: Path) -> list[list[str]]:
-    """Cells of its tables, without emphasis."""
-    lines = document.read_text().splitlines()
+def _rows(document: Path, section: str = "") -> list[list[str]]:
+    """Cells of its tables, or of one section's, without emphasis."""
+    text = document.read_text()
+    if section:
+        text = text.partition(f"{section}\n")[2].partition("\n## ")[0]
+    lines = text.splitlines()
     return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
@@ -62,19 +66,19 @@ def test_the_drawing_has_every_wing_on_its_floor() -> None:
 
 
 def test_figures_in_the_readme_are_the_benchmarks() -> None:
-    measured = {row[0]: row for row in _rows(ROOT / "docs" / "BENCHMARKS.md")}
+    measured = {row[0]: row for row in _rows(BENCHMARKS)}
     _, _, *table = _rows(ROOT / "README.md")[:5]
     for row, way in zip(table, ("sketch", "peft", "exact"), strict=True):
         _, _, over_floor, over_peft, _, extra_mib, share = measured[way]
         assert row[1:] == [over_floor, over_peft, extra_mib, share]
-    cosines = {row[0]: row[1].split()[0] for row in _rows(ROOT / "docs" / "BENCHMARKS.md") if len(row) == 4}
+    cosines = {row[0]: row[1].split()[0] for row in _rows(BENCHMARKS, "## Convergence") if len(row) == 4}
     words = " ".join((ROOT / "README.md").read_text().split())
     assert f"is {cosines['LoRA-GA, exact']}, plain LoRA's {cosines['LoRA']};" in words
 
 
 def _best_rates() -> dict[str, list[float]]:
     """By method, over full fine-tuning's: on `help` and on `headers`."""
-    rows = [row for row in _rows(ROOT / "docs" / "BENCHMARKS.md") if len(row) == 8 and re.fullmatch(r"0\.\d+", row[2])]
+    rows = [row for row in _rows(BENCHMARKS, "## Convergence") if len(row) == 8 and re.fullmatch(r"0\.\d+", row[2])]
     first, second = ({name: float(rate) for name, _, rate, *_ in half} for half in (rows[:13], rows[13:]))
     full = [half["full fine-tuning"] for half in (first, second)]
     return {name: [round(first[name] / full[0], 4), round(second[name] / full[1], 4)] for name in first}

@@ -1,0 +1,115 @@
+"""What benchmarks that search learning rates show of their results: Markdown, between markers in a document."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convergence_methods import METHODS, Method
+
+from loraga_dist.errors import UserError
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The lines between which a script writes into a document."""
+
+    script: str
+
+    @property
+    def begin(self) -> str:
+        return f"<!-- written by {self.script} -->"
+
+    end = "<!-- end of what it writes -->"
+
+    def write(self, path: Path, text: str) -> None:
+        """Replace what stands between the markers in `path`, or write a new file with nothing else."""
+        before, after = self.split(path)
+        path.write_text(f"{before}{self.begin}\n\n{text}\n{self.end}{after}", encoding="utf-8")
+
+    def split(self, path: Path) -> tuple[str, str]:
+        """What stands before and after the markers; raises UserError for a document without them."""
+        text = path.read_text(encoding="utf-8") if path.exists() else f"{self.begin}\n{self.end}\n"
+        before, begin, rest = text.partition(self.begin)
+        _, end, after = rest.partition(self.end)
+        if not (begin and end):
+            problem = f"has no lines {self.begin!r} and {self.end!r}; add them, or name a new file"
+            raise UserError("--markdown", str(path), problem)
+        return before, after
+
+
+class Results:
+    """What a results file holds, by task, method, seed and learning rate."""
+
+    def __init__(self, entries: Sequence[dict[str, Any]], methods: Mapping[str, Method] = METHODS) -> None:
+        header = entries[0]
+        self.settings: dict[str, Any] = header["settings"]
+        self.hardware: dict[str, Any] = header["hardware"]
+        self.versions: dict[str, str] = header["versions"]
+        self.seeds: list[int] = self.settings["seeds"]
+        self.wall_seconds = sum(entry["wall_seconds"] for entry in entries if entry["kind"] == "session")
+        self.runs = {
+            (entry["task"], entry["method"], entry["seed"], entry["lr"]): entry
+            for entry in entries
+            if entry["kind"] == "run"
+        }
+        self.table = methods
+        self.methods = [method for method in methods if any(method == key[1] for key in self.runs)]
+        self.alignments = {
+            (entry["task"], entry["method"], entry["seed"]): entry for entry in entries if entry["kind"] == "alignment"
+        }
+
+    def rates(self, task: str, method: str) -> dict[float, float | None]:
+        """The final loss at each learning rate of the search, None where the run diverged."""
+        found = {
+            lr: run["final_loss"]
+            for (run_task, run_method, seed, lr), run in self.runs.items()
+            if (run_task, run_method, seed) == (task, method, self.seeds[0])
+        }
+        return dict(sorted(found.items()))
+
+    def best_lr(self, task: str, method: str) -> float:
+        losses = {lr: loss for lr, loss in self.rates(task, method).items() if loss is not None}
+        return min(losses, key=losses.__getitem__)
+
+    def final_losses(self, task: str, method: str, lr: float) -> list[float]:
+        """Of every seed; empty if one of them diverged."""
+        losses = [self.runs[task, method, seed, lr]["final_loss"] for seed in self.seeds]
+        return [] if None in losses else losses
+
+    def curves(self, task: str, method: str, lr: float) -> list[list[tuple[int, float]]]:
+        return [self.runs[task, method, seed, lr]["curve"] for seed in self.seeds]
+
+
+def mean(values: Sequence[float], sign: str = "") -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.3f}".replace("-", "−") + spread
+
+
+def rates_table(results: Results, task: str) -> str:
+    found_rates = {method: results.rates(task, method) for method in results.methods}
+    searched = {
+        method: found for method, found in found_rates.items() if any(loss is not None for loss in found.values())
+    }
+    rates = sorted({lr for found in searched.values() for lr in found})
+    rows = []
+    for method, found in searched.items():
+        best = results.best_lr(task, method)
+        cells = []
+        for lr in rates:
+            loss = found.get(lr)
+            shown = ("diverged" if loss is None else f"{loss:.3f}") if lr in found else ""
+            cells.append(f"**{shown}**" if lr == best else shown)
+        rows.append([results.table[method].label, *cells])
+    head = ["learning rate", *(f"{lr:g}" for lr in rates)]
+    return f"The search, `{task}`, seed {results.seeds[0]}:\n\n" + table(head, rows)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") for cells in lines)
