@@ -59,7 +59,7 @@ class Layout:
             targets=request.targets if targets is None else targets,
             saved_parameters=request.saved_parameters,
             base=request.entries,
-            num_triplets={name: matrix.width for name, matrix in request.plan.matrices.items()},
+            num_triplets={name: matrix.num_kept for name, matrix in request.plan.matrices.items()},
         )
 
     @classmethod

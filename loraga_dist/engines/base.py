@@ -35,6 +35,11 @@ class Matrix:
     """Of the second moment of its input, (N, N) or its diagonal (N,); None where it is not asked for."""
 
     @property
+    def num_kept(self) -> int:
+        """Triplets of a result: all K of a gradient; of a regression, what was made from converged ones."""
+        return self.width if self.moment_shape is None else self.num_triplets
+
+    @property
     def moment_bytes(self) -> int:
         return 0 if self.moment_shape is None else 4 * math.prod(self.moment_shape)
 
@@ -49,8 +54,8 @@ class Matrix:
 
     @property
     def triplet_bytes(self) -> int:
-        """Of a result: K triplets in float32."""
-        return 4 * self.width * (self.M + self.N + 1)
+        """Of a result, in float32."""
+        return 4 * self.num_kept * (self.M + self.N + 1)
 
 
 @dataclass(frozen=True)

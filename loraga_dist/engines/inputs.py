@@ -109,11 +109,9 @@ class Inputs:
             return found
         moment = self._home.fetch(self._sums[self._leader_of[name]])
         with naming(matrix):
-            svd = regression(found.svd, moment, damping)
-        squares_K = svd.S_K.double().square()
-        whole = squares_K.sum().item()
-        captured = squares_K[: matrix.num_triplets].sum().item() / whole if whole else 0.0
-        return replace(found, svd=svd, captured_energy=captured, input_rank=effective_rank(moment))
+            # the others are a by-product, which rounding changes
+            svd = regression(found.svd.leading(matrix.num_triplets), moment, damping)
+        return replace(found, svd=svd, input_rank=effective_rank(moment))
 
     def _lead(self, leader: str, name: str) -> None:
         self._leader_of[name] = leader

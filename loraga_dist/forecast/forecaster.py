@@ -249,7 +249,7 @@ class Forecaster:
         """Of the rank that needs most."""
         plan, work = self.plan, [0] * self.world_size
         for target in plan.targets:
-            width = plan.matrices[target.name].width if plan.groups else target.r
+            width = plan.matrices[target.name].num_kept if plan.groups else target.r
             work[plan.owners[target.name]] += width * (target.M + target.N)
         scale = self.config.init.scale
         workspace = {target.name: weight_workspace_bytes(plan, scale, target) or 0 for target in plan.targets}

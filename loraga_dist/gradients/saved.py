@@ -29,7 +29,7 @@ def require_finished(part: Checkpoint, group: Sequence[Matrix]) -> None:
     _require_seconds(part)
     saved = _entries(part)
     for matrix in group:
-        M, N, K = matrix.M, matrix.N, matrix.width
+        M, N, K = matrix.M, matrix.N, matrix.num_kept
         shapes = {"U_MK": (M, K), "S_K": (K,), "Vh_KN": (K, N)}
         require_entries(saved, {f"{matrix.name}.{name}": (torch.float32, shape) for name, shape in shapes.items()})
 

@@ -13,6 +13,10 @@ from loraga_dist.model.targets import Target
 from loraga_dist.ranks.balance import balance
 from loraga_dist.schemes import Scheme
 
+BEYOND = 40
+"""Triplets of a gradient that a regression is made from, beside those that the scheme takes of it: with 48 it has 0.9998 of
+what it has with all, in docs/BENCHMARKS.md."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -63,9 +67,7 @@ def make_plan(
         groups = []
         costs_of_groups = [{target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}]
     else:
-        matrices = [
-            replace(_matrix(target, config, scheme, amount), moment_shape=moment_shape(target.N)) for target in targets
-        ]
+        matrices = [_matrix(target, config, scheme, amount, moment_shape(target.N)) for target in targets]
         groups = [
             group
             for stage in reversed(range(order.num_stages))
@@ -85,8 +87,12 @@ def make_plan(
     return Plan(scheme=scheme, targets=list(targets), order=order, groups=groups, owners=owners, costs=costs)
 
 
-def _matrix(target: Target, config: GradientConfig, scheme: Scheme, amount: Amount) -> Matrix:
+def _matrix(
+    target: Target, config: GradientConfig, scheme: Scheme, amount: Amount, moment_shape: tuple[int, ...] | None
+) -> Matrix:
     num_triplets = scheme.num_triplets(target.r)
+    if moment_shape is not None:
+        num_triplets = min(num_triplets + BEYOND, target.M, target.N)
 
     def with_engine(name: str) -> Matrix:
         return Matrix(
@@ -97,6 +103,7 @@ def _matrix(target: Target, config: GradientConfig, scheme: Scheme, amount: Amou
             width=ENGINES[name].width(num_triplets, target.M, target.N, config.oversampling),
             engine=name,
             owner=0,
+            moment_shape=moment_shape,
         )
 
     if config.engine != "auto":
