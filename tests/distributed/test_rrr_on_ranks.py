@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from builders import config_tree, save_data, save_model
-from outputs import angle_between_rows, make_output, read_adapter, read_report
+from outputs import angle_between_rows, make_output, read_adapter, read_report, write_config
+from ranks import run_on_ranks
+from stopping import init_until
 
 from loraga_dist.artifacts.verify import verify
 
@@ -41,3 +43,34 @@ def test_ranks_find_the_same_rows(paths: tuple[Path, Path, Path], engine: str, o
             if "lora_A" in key:
                 assert angle_between_rows(tensor, expected[key]) < 1e-4, key
             assert (tensor - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+
+
+def test_ranks_find_the_same_step(paths: tuple[Path, Path, Path]) -> None:
+    root, model, data = paths
+    found = []
+    for size in SIZES:
+        tree = config_tree(model, data, root / f"step-{size}", init={"scheme": "rrr_step"})
+        out = make_output(tree, size)
+        assert verify(out).ok and not (out / "residual_base").exists()
+        report = read_report(out)
+        step = report["step"]
+        assert report["num_sequences"] == 9 and step["num_sequences"] == 3
+        assert step["length"] == report["config"]["init"]["step"] > 0
+        assert step["mean_loss_after"] < step["mean_loss_before"]
+        found.append((step["length"], step["mean_loss_before"], step["mean_loss_after"], read_adapter(out)))
+    (length, *losses, adapter), *others = found
+    for other_length, *other_losses, other in others:
+        assert other_length == length and other_losses == pytest.approx(losses, rel=1e-4)
+        for key, tensor in adapter.items():
+            assert (other[key] - tensor).norm() <= 1e-4 * tensor.norm(), key
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_inputs_it_has_seen(paths: tuple[Path, Path, Path]) -> None:
+    root, model, data = paths
+    gradient = {"order": "model", "engine": "exact"}
+    tree = config_tree(model, data, root / "stopped", init={"scheme": "rrr"}, gradient=gradient)
+    whole = read_adapter(start(paths, "whole", 1, **gradient))
+    (code,) = run_on_ranks(init_until, 1, 4, write_config(tree), [])
+    assert code == 143
+    for key, tensor in read_adapter(make_output(tree, 2)).items():
+        assert (tensor - whole[key]).norm() <= 1e-4 * whole[key].norm(), key
