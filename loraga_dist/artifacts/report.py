@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +67,8 @@ class TargetReport(ReportPart):
     captured_energy: Number = None
     split_half_cosine: Number = None
     subspace_cosine: Number = None
-    """The same within the directions that were wanted. It and the one below are not in reports of earlier versions."""
+    """The same within the left singular directions that were asked of the engine. It and the one below are not in
+    reports of earlier versions."""
     input_rank: Number = None
     """Effective rank of the second moment of its input, where the scheme whitens."""
     window_capture: Number = None
@@ -76,14 +76,6 @@ class TargetReport(ReportPart):
     offset_ratio: Number = None
     """||s B0 A0||_F / ||W||_F."""
     owner_rank: int | None = None
-
-    @property
-    def share_by_rank(self) -> list[float]:
-        """Of all that the gradient could bring to second order, with the input's second moment as Hessian or, where
-        inputs stay as they are, none: what its first 1, 2, ... directions bring."""
-        squares = [value**2 for value in self.singular_values or ()]
-        whole = math.fsum(squares) / (self.captured_energy or math.inf)
-        return [sum_of / whole for sum_of in accumulate(squares)] if whole else []
 
     @classmethod
     def of(cls, target: Target, **facts: Any) -> TargetReport:
@@ -135,6 +127,7 @@ class FoundStep(ReportPart):
     """Of the model as it is."""
     mean_loss_after: Number
     num_sequences: int
+    """Or batches of a dataloader."""
 
 
 class SpentBudget(ReportPart):

@@ -36,13 +36,14 @@ from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
 from loraga_dist.model.base import DTYPES, factor_dtype
 from loraga_dist.model.factors import make_factors, needs_weight, product_norm
+from loraga_dist.model.plan import BEYOND
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import understand
 from loraga_dist.run.writing import Fingerprints, finish_directory, write_adapters
-from loraga_dist.schemes import SCHEMES
+from loraga_dist.schemes import SCHEMES, Scheme
 
 _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_dropout"}
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""
@@ -116,11 +117,14 @@ class _NewStart:
                 "versions": versions(),
                 "targets": self.reports,
                 "rank_budget": SpentBudget.of(self.config.init, targets),
+                "step": old.step
+                if (self.config.init, self.config.lora) == (old.config.init, old.config.lora)
+                else None,
                 # no model was loaded to compare logits
                 "identity_check": IdentityCheck(
                     max_abs_logit_diff=None, max_abs_logit=None, dtype=old.identity_check.dtype
                 ),
-                "warnings": warnings + _beyond_convergence(self.reports),
+                "warnings": warnings + _beyond_convergence(self.reports, SCHEMES[self.config.init.scheme]),
                 "rebuilt": Rebuilt(source=str(source.resolve()), seconds=seconds),
             }
         )
@@ -237,6 +241,8 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
     }
     if new.deepspeed != old.deepspeed:
         changed["deepspeed"] = new.deepspeed
+    if SCHEMES[new.init.scheme].takes_step and new.init.step is None:
+        raise UserError("init.step", None, "its length is searched with the model; write a number, 0.004 for one")
     if changed:
         key, value = next(iter(changed.items()))
         raise UserError(key, value, f"is settled by the gradients of {source}; run loraga-dist init with it")
@@ -281,9 +287,15 @@ def _require_triplets(config: InitConfig, targets: Sequence[Target], held: Mappi
             )
 
 
-def _beyond_convergence(reports: Mapping[str, TargetReport]) -> list[str]:
-    """A warning where more triplets are used than calibration was asked for; the rest of `factors/` is a by-product."""
-    beyond = [name for name, found in reports.items() if len(found.singular_values or ()) > (found.num_converged or 0)]
+def _beyond_convergence(reports: Mapping[str, TargetReport], scheme: Scheme) -> list[str]:
+    """A warning where more triplets are used than calibration was asked for; the rest of `factors/` is a by-product, or
+    what a regression has beside them."""
+    beyond = [
+        name
+        for name, found in reports.items()
+        if (converged := found.num_converged or 0) < min(found.shape)
+        and len(found.singular_values or ()) > converged - (BEYOND if scheme.whitens else 0)
+    ]
     if not beyond:
         return []
     return [

@@ -94,6 +94,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
             for target in targets
         },
         saved_parameters=saved,
+        step=start.step,
         identity_check=start.identity_check,
     )
     staged = StagedDirectory(destination, world, "directory")
@@ -182,6 +183,6 @@ def _known_config(start: Start, name: str, base_dir: Path, destination: Path) ->
             name_or_path=str(base_dir.resolve()) if is_local else name, revision=None if is_local else base_dir.name
         ),
         lora=start.lora,
-        init=SchemeConfig(scheme=start.scheme),
+        init=SchemeConfig(scheme=start.scheme, step=None if start.step is None else start.step.length),
         output=OutputConfig(dir=str(destination), residual_base="none", residual_dtype=dtype),
     )

@@ -63,22 +63,32 @@ def count_supervised_tokens(labels: Tensor, task_type: TaskType) -> int:
     return int((labels != IGNORED).sum())
 
 
-def counted_tokens(microbatch: Microbatch, share: float) -> Tensor | None:
-    """Which tokens of a microbatch count where a share of all is enough, bool (B * T,), no padding; None for all.
+def counted_rows(microbatch: Microbatch, share: float) -> dict[int, Tensor]:
+    """Which rows of a layer's input count where a share of all tokens is enough: their numbers, by how many rows there
+    are. No padding, and of a copy without supervision none; of layers whose rows are other than tokens it says nothing.
 
-    A sequence's own tokens decide, so that it does not matter who gets it. Of a copy without supervision none counts.
+    A sequence's own tokens decide, so that it does not matter who gets it.
     """
+    labels = microbatch.inputs["labels"]
     ids_BT = microbatch.inputs["input_ids"]
-    if not microbatch.num_supervised_tokens:
-        return torch.zeros(ids_BT.numel(), dtype=torch.bool)
     mask = microbatch.inputs.get("attention_mask")
-    counts_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask is None else mask.bool()
-    if share < 1:
-        for ids_T, counts_T in zip(ids_BT, counts_BT, strict=True):
-            own_T = ids_T[counts_T]
-            draw = torch.Generator().manual_seed(zlib.crc32(own_T.numpy().tobytes()))
-            counts_T[counts_T.clone()] = torch.rand(len(own_T), generator=draw) < share
-    return None if bool(counts_BT.all()) else counts_BT.flatten()
+    if mask is None or mask.shape != ids_BT.shape:  # none, or one of blocks
+        mask = torch.ones_like(ids_BT)
+    by_length = {}
+    # a decoder with an encoder has the labels' length; where both are alike, the encoder's padding is left out of both
+    for tokens_BT, kept_BT in ((labels, labels != IGNORED), (ids_BT, mask != 0)):
+        if tokens_BT.dim() != 2:
+            continue
+        counts_BT = kept_BT.clone()
+        if not microbatch.num_supervised_tokens:
+            counts_BT.zero_()
+        elif share < 1:
+            for tokens_T, counts_T in zip(tokens_BT, counts_BT, strict=True):
+                own_T = tokens_T[counts_T]
+                draw = torch.Generator().manual_seed(zlib.crc32(own_T.numpy().tobytes()))
+                counts_T[counts_T.clone()] = torch.rand(len(own_T), generator=draw) < share
+        by_length[counts_BT.numel()] = counts_BT.flatten().nonzero().flatten()
+    return by_length
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,11 @@ class Matrix:
         """Taken for a moment by the owner, for what its triplets are made into."""
         return 0 if self.moment_shape is None else regression_bytes(self.N, self.width, math.prod(self.moment_shape))
 
+    @property
+    def regression_cost(self) -> int:
+        """Of that work, in the unit of `GradientEngine.cost`: a Cholesky factorization in float64."""
+        return 0 if self.moment_shape is None or len(self.moment_shape) < 2 else self.N**3
+
     def input_bytes(self, num_tokens: int) -> int:
         """A float32 copy, for a moment."""
         return 0 if self.moment_shape is None else 4 * num_tokens * self.N

@@ -55,10 +55,7 @@ class EngineGroup:
         for engine in self.engines:
             engine.begin_refinement(world)
 
-    def begin_microbatch(self, index: int, rows_T: torch.Tensor | None = None) -> None:
-        """rows_T: which tokens count for the moments of inputs, bool; None for all."""
-        if self.inputs is not None:
-            self.inputs.begin_microbatch(rows_T)
+    def begin_microbatch(self, index: int) -> None:
         for engine in self.engines:
             engine.begin_microbatch(index)
 
@@ -112,6 +109,8 @@ class EngineGroup:
         for engine in self.engines:
             for name, found in engine.results(num_tokens):
                 yield name, found if self.inputs is None else self.inputs.regress(name, found, damping)
+        if self.inputs is not None:
+            self.inputs.forget()
 
     def factorize(self, world: Collectives, num_tokens: int, damping: float = 0.0) -> Iterator[tuple[str, GradientSVD]]:
         """damping: of regressions, as `linalg.regression` takes it."""

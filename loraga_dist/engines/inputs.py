@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from loraga_dist.engines.base import (
     require_entries,
 )
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.product import add_product_
 from loraga_dist.linalg import effective_rank, regression
 
 
@@ -35,12 +34,18 @@ class Inputs:
         self._leader_of: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
         self._num_tokens = dict[str, Tensor]()
-        self._rows_T: Tensor | None = None
+        self._rows: dict[int, Tensor] = {}
+        self._is_copy = False
         self._last: tuple[Tensor, str] | None = None
 
-    def begin_microbatch(self, rows_T: Tensor | None) -> None:
-        """rows_T: which of its tokens count, bool; None for all."""
-        self._rows_T, self._last = rows_T, None
+    @property
+    def are_wanted(self) -> bool:
+        return bool(self._matrices)
+
+    def begin_microbatch(self, rows: Mapping[int, Tensor], *, is_copy: bool) -> None:
+        """rows: which rows count, by how many there are; all of an input of another number, but none of a copy."""
+        self._rows = {count: chosen.to(self._home.device) for count, chosen in rows.items()}
+        self._is_copy, self._last = is_copy, None
 
     def observe(self, name: str, x_TN: Tensor) -> None:
         if name not in self._matrices:
@@ -50,16 +55,16 @@ class Inputs:
             self._lead(leader, name)
         leader = self._leader_of[name]
         self._last = x_TN, leader
-        if leader != name:
+        if leader != name or self._is_copy:
             return
-        if self._rows_T is not None and len(self._rows_T) == len(x_TN):  # else its rows are other than tokens
-            x_TN = x_TN[self._rows_T.to(x_TN.device)]
-        kept = self._sums[name]
+        if len(x_TN) in self._rows:
+            x_TN = x_TN.index_select(0, self._rows[len(x_TN)])
+        kept, x_TN = self._sums[name], x_TN.float()  # rounded products would not be those of a positive matrix
         sums = self._home.fetch(kept)
         if sums.dim() == 2:
-            add_product_(sums, x_TN, x_TN)
+            sums.addmm_(x_TN.T, x_TN)
         else:
-            sums.add_(x_TN.float().square().sum(dim=0))
+            sums.add_(x_TN.square().sum(dim=0))
         self._home.put_back(kept, sums)
         self._num_tokens[name] += len(x_TN)
 
@@ -113,6 +118,10 @@ class Inputs:
             svd = regression(found.svd.leading(matrix.num_triplets), moment, damping)
         return replace(found, svd=svd, input_rank=effective_rank(moment))
 
+    def forget(self) -> None:
+        """Let go of all sums, when all regressions are made."""
+        self._sums, self._last = {}, None
+
     def _lead(self, leader: str, name: str) -> None:
         self._leader_of[name] = leader
         if leader == name:
@@ -124,4 +133,9 @@ class Inputs:
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors, both alive, are the same memory."""
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    return (
+        one.numel() > 0
+        and one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )

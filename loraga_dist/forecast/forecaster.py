@@ -152,9 +152,9 @@ class Forecaster:
         """Of each rank."""
         if not self.plan.groups:
             return 0
-        data = self.request.data
-        num_sequences = self.config.calibration.most_samples if data is None else data.num_samples
-        return -(-num_sequences // (self.world_size * shapes["input_ids"][0]))
+        if (data := self.request.data) is not None:
+            return -(-data.num_samples // (self.world_size * data.per_device_batch_size))
+        return -(-self.config.calibration.most_samples // (self.world_size * shapes["input_ids"][0]))
 
     @cached_property
     def plan(self) -> Plan:
@@ -266,7 +266,8 @@ class Forecaster:
         data = self.request.data
         if data is None:
             return self.largest_allowed()
-        microbatches = data.microbatches(0, data.num_samples, 0)
+        both = (data, self.request.step_data) if self.request.step_data else (data,)
+        microbatches = [each for part in both for each in part.microbatches(0, part.num_samples, 0)]
         largest = max(microbatches, key=lambda microbatch: microbatch.inputs["input_ids"].numel())
         return {name: tuple(tensor.shape) for name, tensor in largest.inputs.items()}
 

@@ -154,7 +154,7 @@ class PlanReport:
 
     @property
     def microbatches_per_rank(self) -> int:
-        return -(-self.num_used // (self.forecaster.world_size * self.sequences_per_microbatch))
+        return self.forecaster.num_microbatches(self.largest)
 
     @cached_property
     def work(self) -> Work:

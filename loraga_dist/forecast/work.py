@@ -66,6 +66,7 @@ def work(
     pairs = [(ENGINES[matrix.engine], matrix) for matrix in plan.matrices.values()]
     engine_per_token = sum(engine.flops_per_token(matrix) * passes_of(matrix) for engine, matrix in pairs)
     collectives = sum(engine.traffic_bytes(matrix, course.num_microbatches, refine_passes) for engine, matrix in pairs)
+    collectives += sum(2 * matrix.moment_bytes for _, matrix in pairs)
     # each of these weights goes to its owner once
     to_owners = sum(t.M * t.N for t in plan.targets) / setting.world_size if plan.scheme.source == "weight" else 0
     # the model's logits, those of its other rounding, and the start's

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from loraga_dist.data.microbatches import Microbatch, counted_tokens
+from loraga_dist.data.microbatches import Microbatch, counted_rows
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.gradients.forward import first_nonfinite_module
@@ -69,7 +69,10 @@ class Observer:
 
     def begin(self, microbatch: Microbatch) -> None:
         self._began = True
-        self._engine.begin_microbatch(microbatch.index, counted_tokens(microbatch, self._share))
+        self._engine.begin_microbatch(microbatch.index)
+        if self._engine.inputs is not None and self._engine.inputs.are_wanted:
+            is_copy = not microbatch.num_supervised_tokens
+            self._engine.inputs.begin_microbatch(counted_rows(microbatch, self._share), is_copy=is_copy)
 
     def end(self, microbatch: Microbatch, loss: torch.Tensor) -> LossTotals:
         """After a backward; a collective. loss: of this rank's microbatch, a sum over its tokens.

@@ -17,6 +17,8 @@ def regression(svd: TruncatedSVD, moment: Tensor, damping: float) -> TruncatedSV
     moment: float32, E[x x^T] (N, N), or its diagonal (N,); never changed. damping: of the mean of the diagonal, added
     to all of it to give C. For a moment of zero C is the identity.
 
+    Raises ValueError where rounding leaves C no positive matrix.
+
     Source: Izenman 1975, Reduced-rank regression for the multivariate linear model.
     """
     diagonal_N = moment if moment.dim() == 1 else moment.diagonal()
@@ -29,7 +31,10 @@ def regression(svd: TruncatedSVD, moment: Tensor, damping: float) -> TruncatedSV
     else:
         C_NN = moment.double()
         C_NN.diagonal().add_(added)
-        solved_NK = torch.cholesky_solve(V_NK, torch.linalg.cholesky(C_NN))
+        L_NN, failed = torch.linalg.cholesky_ex(C_NN)
+        if failed:
+            raise ValueError("the second moment of its inputs is not positive in rounding; raise init.damping")
+        solved_NK = torch.cholesky_solve(V_NK, L_NN)
     S_K = svd.S_K.double()
     gram_KK = S_K[:, None] * (V_NK.T @ solved_NK) * S_K
     squares_K, Q_KK = torch.linalg.eigh((gram_KK + gram_KK.T) / 2)
@@ -44,8 +49,8 @@ def regression(svd: TruncatedSVD, moment: Tensor, damping: float) -> TruncatedSV
 
 
 def regression_bytes(N: int, width: int, moment_numel: int) -> int:
-    """What `regression` takes beside its arguments: the moment and its factor, and some N x K matrices, in float64."""
-    return 16 * moment_numel + 32 * N * width
+    """What `regression` takes beside its arguments: the moment, its factor and a copy, some N x K matrices; float64."""
+    return 24 * moment_numel + 32 * N * width
 
 
 def effective_rank(moment: Tensor) -> float | None:

@@ -75,7 +75,11 @@ def make_plan(
             for group in _cut(members, config)
         ]
         costs_of_groups = [
-            {matrix.name: ENGINES[matrix.engine].factorization_cost(matrix) for matrix in group} for group in groups
+            {
+                matrix.name: ENGINES[matrix.engine].factorization_cost(matrix) + matrix.regression_cost
+                for matrix in group
+            }
+            for group in groups
         ]
     loads = [0] * world_size
     costs, owners = {}, {}

@@ -250,6 +250,9 @@ def understand_model(
         scheme = SCHEMES[config.init.scheme]
         _, targets, order = _choose_targets(meta_copy(type(model), model.config), config, str, in_pieces=is_partitioned)
         _require_unquantized(model, targets)
+        if config.lora.use_dora and scheme.takes_step and config.init.step is None:
+            problem = "has magnitudes that follow the step whose length is searched; write false, or init.step"
+            raise UserError("lora.use_dora", True, problem)
         if scheme.source != "gradient":
             max_batches = 1
         elif batches is None:

@@ -240,7 +240,8 @@ def _stopped_by(request: CheckpointRequest, used: DataUsed) -> str:
     if used.reached_target:
         return "target_cosine"
     wanted = request.config.calibration
-    if len(request.data_fingerprints) < wanted.most_samples:
+    num_apart = 0 if request.step_data is None else request.step_data.num_samples
+    if len(request.data_fingerprints) + num_apart < wanted.most_samples:
         return "data"
     return "sample_limit" if wanted.max_samples == "auto" else "max_samples"
 

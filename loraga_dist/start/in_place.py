@@ -110,6 +110,7 @@ def start_in_place(
         with clock.phase("search"):
             step = search_step(peft_model.eval(), plan, request.step_data, loss, sharding=sharding)
             request = request.with_step(step.length)
+            del owned, placed  # before they are made again
             owned = make_owned_factors(model, request, plan, triplets, sharding=sharding)
             placed = place_factors(peft_model, plan, owned, sharding=sharding)
     del owned  # rank 0 has all of them now, and two copies would be one too many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ def search_step(peft_model: Any, plan: Plan, data: MicrobatchSharder, loss: Loss
                 layer.scaling["default"] = scaling * length
             sums = torch.zeros(2, dtype=torch.float64, device=world.device)
             for microbatch in microbatches:
-                with sharding.passing(pieces_of(model)):
+                # times 0, an overflow of float16 would be no number
+                off = peft_model.disable_adapter() if length == 0 else nullcontext()
+                with off, sharding.passing(pieces_of(model)):
                     logits = forward(model, microbatch, world.device)
                 sums[0] += _sum_by_parts(logits, loss.predicted(microbatch.inputs["labels"]))
                 sums[1] += microbatch.num_terms

@@ -74,3 +74,15 @@ def test_a_run_that_was_stopped_goes_on_with_the_inputs_it_has_seen(paths: tuple
     assert code == 143
     for key, tensor in read_adapter(make_output(tree, 2)).items():
         assert (tensor - whole[key]).norm() <= 1e-4 * whole[key].norm(), key
+
+
+def test_an_encoder_decoders_padding_and_copies_do_not_count(tmp_path: Path) -> None:
+    """Three samples on two ranks: the last microbatch of one is a copy."""
+    model, data = save_model(tmp_path / "t5", "t5"), save_data(tmp_path / "data.jsonl", "SEQ_2_SEQ_LM", rows=3)
+    outs = [
+        make_output(config_tree(model, data, tmp_path / f"{size}", kind="t5", init={"scheme": "rrr"}), size)
+        for size in (1, 2)
+    ]
+    found, expected = (read_adapter(out) for out in reversed(outs))
+    for key, tensor in expected.items():
+        assert (found[key] - tensor).norm() <= 1e-4 * tensor.norm(), key

@@ -295,6 +295,8 @@ def test_rebuilding_goes_between_the_schemes_of_the_gradient(
     for one, other in (("lora_ga", "rrr"), ("rrr", "lora_ga")):
         assert main(["rebuild", str(runs(one)), "--to", str(tmp_path / "x"), "--init.scheme", other]) == 2
         assert f"init.scheme: '{other}': is settled by the gradients of" in line_of(capsys)
+    assert main(["rebuild", str(runs("rrr")), "--to", str(tmp_path / "x"), "--init.scheme", "rrr_step"]) == 2
+    assert "init.step: None: its length is searched with the model; write a number" in line_of(capsys)
     assert main(["rebuild", str(runs("rrr")), "--to", str(tmp_path / "x"), "--init.damping", "0.1"]) == 2
     assert "init.damping: 0.1: is settled by the gradients of" in line_of(capsys)
     for scheme in ("lora_one", "rrr", "kaiming"):

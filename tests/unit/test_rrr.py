@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import loraga_dist
 from loraga_dist.data.losses import IGNORED, LOSSES
-from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.data.microbatches import Microbatch, counted_rows
 from loraga_dist.errors import UserError
 from loraga_dist.gradients.forward import forward
+from loraga_dist.linalg import regression, truncated_svd
 from loraga_dist.start.in_place import Start
 
 R, DAMPING = 2, 0.3
@@ -167,3 +168,42 @@ def test_one_sample_is_not_enough_for_a_step() -> None:
         UserError, match=r"dataloader: 1: the data is one sample, .*; write init.step, or init.scheme rrr"
     ):
         start(tiny("llama"), padded_microbatches(count=1), init={"scheme": "rrr_step"})
+
+
+def test_dora_has_a_step_that_is_given() -> None:
+    lora = {"r": R, "use_dora": True}
+    with pytest.raises(UserError, match=r"lora.use_dora: True: .*; write false, or init.step"):
+        start(tiny("llama"), padded_microbatches(count=4), lora=lora, init={"scheme": "rrr_step"})
+    init = {"scheme": "rrr_step", "step": 0.01}
+    made = start(tiny("llama"), padded_microbatches(count=4), lora=lora, init=init)
+    plain = start(tiny("llama"), padded_microbatches(count=4), lora={"r": R}, init=init)
+    inputs = padded_microbatches(count=1)[0]
+    logits, expected = (
+        forward(each.model.eval().base_model.model, inputs, torch.device("cpu")) for each in (made, plain)
+    )
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_counts_is_no_change_of_the_microbatch() -> None:
+    microbatch = padded_microbatches(count=1, longest=40)[0]
+    inputs = microbatch.inputs | {"attention_mask": microbatch.inputs["attention_mask"].bool()}
+    before = inputs["attention_mask"].clone()
+    (rows,) = counted_rows(replace(microbatch, inputs=inputs), 0.5).values()
+    assert torch.equal(inputs["attention_mask"], before)
+    assert 0.3 < len(rows) / int(before.sum()) < 0.7
+    assert before.flatten()[rows].all()
+    blocks = inputs | {"attention_mask": before[:, None, None, :].expand(-1, 1, 40, -1)}
+    (rows,) = counted_rows(replace(microbatch, inputs=blocks), 1.0).values()
+    assert len(rows) == before.numel()
+    labels = torch.full((2, 9), 3)
+    labels[1, 5:] = IGNORED
+    rows_of = counted_rows(replace(microbatch, inputs=inputs | {"labels": labels}), 1.0)
+    assert {count: len(rows) for count, rows in rows_of.items()} == {18: 14, 80: int(before.sum())}
+
+
+def test_too_little_damping_is_named() -> None:
+    svd = truncated_svd(torch.randn(8, 64), rank=4, oversampling=4, generator=torch.Generator().manual_seed(0))
+    moment = torch.eye(64)
+    moment[0, 1] = moment[1, 0] = 1 + 1e-4
+    with pytest.raises(ValueError, match=r"raise init.damping"):
+        regression(svd, moment, 1e-6)
