@@ -47,9 +47,10 @@ def task_name(main_steps: int, text: str, length: int | str) -> str:
 
 def tables(results: Results) -> str:
     texts, grid = results.settings["tasks"], results.on_grid()
-    parts = [_task_table(grid, text) for text in texts]
-    parts += [_alignment_table(results)]
-    parts += [rates_table(grid, text) for text in texts]
+    # what others are compared with
+    whole = all({"full", "lora"} <= {*_in_table(grid, text)} for text in texts)
+    parts = [*(_task_table(grid, text) for text in texts), _alignment_table(results)] if whole else []
+    parts += [rates_table(grid, text) for text in texts if any(key[0] == text for key in grid.runs)]
     parts += [part for text in texts for part in _fair_tables(results, text)]
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     run_seconds = sum(run["cpu_seconds"] for run in results.runs.values())
