@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora import LoraGAConfig, LoraLayer
+from peft.tuners.lora import EvaConfig, LoraGAConfig, LoraLayer, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import loraga_dist
+from loraga_dist.schemes import KAIMING_ROW_NORM
 
 R = 8
 LORA_ALPHA = 16
@@ -54,6 +55,8 @@ class Method:
     optimizer: Callable[[Any, float], Optimizer]
     after_step: Callable[[Any, int], None] | None = None
     """Between an optimizer step and the end of its gradients."""
+    longer: str | None = None
+    """The row that this one trains as, for as many more steps as a calibration's compute buys."""
 
 
 def full(model: Any, inputs: Inputs) -> nn.Module:
@@ -91,13 +94,16 @@ def _allocate_ranks(model: Any, step: int) -> None:
     model.base_model.update_and_allocate(step)
 
 
-def ours(scheme: str, engine: str, stable_gamma: float | None = None) -> Callable[[Any, Inputs], nn.Module]:
-    """A start by `loraga_dist.initialize`."""
+def ours(
+    scheme: str, engine: str, stable_gamma: float | None = None, whitening: str | None = None
+) -> Callable[[Any, Inputs], nn.Module]:
+    """A start by `loraga_dist.initialize`. stable_gamma, whitening: of `init`, None for the default."""
+    init = {"scheme": scheme, "stable_gamma": stable_gamma} | ({"whitening": whitening} if whitening else {})
 
     def start(model: Any, inputs: Inputs) -> nn.Module:
         config = {
             "lora": {"r": inputs.r, "lora_alpha": LORA_ALPHA, "use_rslora": True},
-            "init": {"scheme": scheme, "seed": inputs.seed, "stable_gamma": stable_gamma},
+            "init": init | {"seed": inputs.seed},
             "gradient": {"engine": engine, "checkpointing": "none"},
         }
         return loraga_dist.initialize(model, inputs.batches, config).model
@@ -133,6 +139,24 @@ def _random_directions(model: Any, inputs: Inputs) -> nn.Module:
         A_RN.copy_(factor * torch.linalg.qr(torch.randn(N, inputs.r)).Q.T)
         B_MR.copy_(factor * torch.linalg.qr(torch.randn(M, inputs.r)).Q)
         weight.sub_(layer.get_delta_weight("default"))
+    return peft_model
+
+
+@torch.no_grad()
+def _orthonormal(model: Any, inputs: Inputs) -> nn.Module:
+    """What RRR starts with, B = 0 and orthogonal rows of A of the same norm, but of random directions."""
+    peft_model = get_peft_model(model, _lora_config(inputs.r, use_rslora=True))
+    for layer in lora_layers(peft_model):
+        A_RN = layer.lora_A["default"].weight
+        A_RN.copy_(KAIMING_ROW_NORM * torch.linalg.qr(torch.randn(A_RN.T.shape)).Q.T)
+    return peft_model
+
+
+def _eva(model: Any, inputs: Inputs) -> nn.Module:
+    # rho 1: every layer keeps the rank that it has in the other rows
+    config = _lora_config(inputs.r, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    peft_model = get_peft_model(model, config)
+    initialize_lora_eva_weights(peft_model, inputs.batches, show_progress_bar=False)
     return peft_model
 
 
@@ -178,7 +202,42 @@ METHODS: dict[str, Method] = {
     "random": Method(
         label="random directions", scaling=RANK_STABLE, start=_random_directions, optimizer=adamw
     ),
+    "eva": Method(label="EVA", scaling=PLAIN, start=_eva, optimizer=adamw),
+    "orthonormal": Method(
+        label="random orthonormal A", scaling=RANK_STABLE, start=_orthonormal, optimizer=adamw
+    ),
+    "rrr": Method(label="RRR", scaling=RANK_STABLE, start=ours("rrr", "exact"), optimizer=adamw),
+    "rrr_diagonal": Method(
+        label="RRR, whitened by the diagonal", scaling=RANK_STABLE, start=ours("rrr", "exact", whitening="diagonal"),
+        optimizer=adamw,
+    ),
+    "rrr_none": Method(
+        label="RRR, not whitened", scaling=RANK_STABLE, start=ours("rrr", "exact", whitening="none"), optimizer=adamw
+    ),
+    "rrr_plus": Method(label="RRR with LoRA+", scaling=RANK_STABLE, start=ours("rrr", "exact"), optimizer=lora_plus),
+    "rrr_step": Method(
+        label="RRR with a step", scaling=RANK_STABLE, start=ours("rrr_step", "exact"), optimizer=adamw
+    ),
 }  # fmt: skip
+
+
+RowT = TypeVar("RowT", bound=Method)
+
+
+def longer_rows(rows: Mapping[str, RowT]) -> dict[str, RowT]:
+    """Those of `rows` without a start to pay for, with its compute as more steps."""
+    return {
+        f"{name}_longer": replace(rows[name], label=f"{rows[name].label}, more steps", longer=name)
+        for name in ("lora", "rslora", "lora_plus")
+    }
+
+
+LONGER = longer_rows(METHODS)
+ROWS = METHODS | LONGER
+"""By the name in the results."""
+STARTS = ("rrr", "rrr_plus", "rrr_step")
+"""Of METHODS, those whose worth is asked for at several lengths, against the rows of LONGER and what they train as."""
+FAIR = (*(name for row in LONGER.values() if (name := row.longer)), *STARTS, *LONGER)
 
 
 def full_gradients(model: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from convergence_methods import METHODS
+from convergence_methods import FAIR, LONGER, METHODS, ROWS, STARTS
 from rate_report import DASH, Markers, Results, mean, rates_table, table
 
 MARKERS = Markers("benchmarks/convergence.py")
@@ -26,28 +27,48 @@ _STYLES: dict[str, dict[str, Any]] = {
     "lora_ga_sketch": {"color": "#e0732e", "linestyle": ":", "linewidth": 2.2},
     "peft_lora_ga": {"color": "#d4a012"},
     "random": {"color": "#8c959f", "linestyle": "-."},
+    "eva": {"color": "#7a5c3e"},
+    "orthonormal": {"color": "#8c959f", "linestyle": ":"},
+    "rrr": {"color": "#0f7b3f", "linewidth": 2.2},
+    "rrr_diagonal": {"color": "#0f7b3f", "linestyle": "--"},
+    "rrr_none": {"color": "#0f7b3f", "linestyle": ":"},
+    "rrr_plus": {"color": "#5fae3a"},
+    "rrr_step": {"color": "#0b4f6c", "linewidth": 2.2},
 }
+FEW_SHOT = "few-shot"
+
+
+def task_name(main_steps: int, text: str, length: int | str) -> str:
+    """By which results know what is trained on. length: steps, or FEW_SHOT."""
+    if length == main_steps:
+        return text
+    return f"{text}, {length}" if length == FEW_SHOT else f"{text}, {length} steps"
 
 
 def tables(results: Results) -> str:
-    parts = [_task_table(results, task) for task in results.settings["tasks"]]
-    parts += [_alignment_table(results)]
-    parts += [rates_table(results, task) for task in results.settings["tasks"]]
+    texts, grid = results.settings["tasks"], results.on_grid()
+    # what others are compared with
+    whole = all({"full", "lora"} <= {*_in_table(grid, text)} for text in texts)
+    parts = [*(_task_table(grid, text) for text in texts), _alignment_table(results)] if whole else []
+    parts += [rates_table(grid, text) for text in texts if any(key[0] == text for key in grid.runs)]
+    parts += [part for text in texts for part in _fair_tables(results, text)]
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     run_seconds = sum(run["cpu_seconds"] for run in results.runs.values())
-    parts.append(
-        f"{len(results.runs)} runs of {results.settings['steps']} steps in {results.wall_seconds / 60:.1f} minutes on "
-        f"{results.hardware['cores']} cores ({run_seconds / len(results.runs):.0f} s of one core each). "
-        f"Versions: {versions}."
-    )
+    parts.append(f"{len(results.runs)} runs, {run_seconds / 3600:.1f} hours of a core. Versions: {versions}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _in_table(results: Results, text: str) -> list[str]:
+    """Methods of which all is there that the first tables show."""
+    common = results.settings["common_lr"]
+    return [method for method in METHODS if results.is_done(text, method) and results.has(text, method, common)]
 
 
 def _task_table(results: Results, task: str) -> str:
     common = results.settings["common_lr"]
     targets = [curve[-1][1] for curve in results.curves(task, "lora", results.best_lr(task, "lora"))]
     rows = []
-    for method in results.methods:
+    for method in _in_table(results, task):
         lr = results.best_lr(task, method)
         rows.append(
             [
@@ -56,11 +77,20 @@ def _task_table(results: Results, task: str) -> str:
                 f"{lr:g}",
                 *_losses(results, task, method, lr, results.best_lr(task, "lora")),
                 _steps(results.curves(task, method, lr), targets),
+                _spread(results, task, method, lr),
                 *_losses(results, task, method, common, common),
             ]
         )
     start = results.runs[task, "full", results.seeds[0], common]["curve"][0][1]
-    head = ["", "s", "best rate", "loss at its best rate", f"{_MINUS}LoRA", "steps to LoRA's loss"]
+    head = [
+        "",
+        "s",
+        "best rate",
+        "loss at its best rate",
+        f"{_MINUS}LoRA",
+        "steps to LoRA's loss",
+        "mean of half, best, twice",
+    ]
     head += [f"loss at {common:g}", f"{_MINUS}LoRA"]
     return f"Task `{task}`, loss {start:.3f} before training:\n\n" + table(head, rows)
 
@@ -77,6 +107,15 @@ def _losses(results: Results, task: str, method: str, lr: float, lora_lr: float)
         return [mean(losses), ""]
     differences = [loss - base for loss, base in zip(losses, results.final_losses(task, "lora", lora_lr), strict=True)]
     return [mean(losses), mean(differences, sign="+")]
+
+
+def _spread(results: Results, task: str, method: str, lr: float) -> str:
+    """Each seed's mean over half, once and twice the rate; blank where one was not run."""
+    rates = (lr / 2, lr, lr * 2)
+    if not all(results.has(task, method, rate) for rate in rates):
+        return ""
+    losses = [results.final_losses(task, method, rate) for rate in rates]
+    return mean([statistics.fmean(seed) for seed in zip(*losses, strict=True)]) if all(losses) else "diverged"
 
 
 def _steps(curves: Sequence[Sequence[tuple[int, float]]], targets: Sequence[float]) -> str:
@@ -100,7 +139,11 @@ def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float | None:
 def _alignment_table(results: Results) -> str:
     tasks = results.settings["tasks"]
     rows = []
-    for method in results.methods:
+    keys = results.alignments.keys()
+    complete = {(task, seed) for task in tasks for seed in results.seeds}
+    for method in METHODS:
+        if complete - {(task, seed) for task, of, seed in keys if of == method}:
+            continue
         found = {task: [results.alignments[task, method, seed] for seed in results.seeds] for task in tasks}
         moved = [statistics.fmean(a["start_change"] for a in found[task]) for task in tasks]
         start = [statistics.fmean(a["start_cosine"] for a in found[task]) for task in tasks]
@@ -114,6 +157,72 @@ def _alignment_table(results: Results) -> str:
     return "Cosine of the first update with full fine-tuning's:\n\n" + table(head, rows)
 
 
+def _fair_tables(results: Results, text: str) -> list[str]:
+    settings = results.settings
+    lengths = sorted({settings["steps"], *settings["lengths"], settings["longest"]})
+    tasks = {f"{steps} steps": task_name(settings["steps"], text, steps) for steps in lengths}
+    tasks |= {FEW_SHOT: task_name(settings["steps"], text, FEW_SHOT)}
+    found = {length: [method for method in FAIR if results.is_searched(task, method)] for length, task in tasks.items()}
+    shown = {length: tasks[length] for length, methods in found.items() if methods}
+    losses = [
+        [ROWS[method].label, *(_loss_and_rate(results, task, method) for task in shown.values())]
+        for method in FAIR
+        if any(method in methods for methods in found.values())
+    ]
+    plain = [row.longer for row in LONGER.values() if row.longer]
+    differences = [
+        [
+            f"{length}, {ROWS[start].label}",
+            *_compared(results, task, start, plain),
+            *_compared(results, task, start, LONGER),
+        ]
+        for length, task in shown.items()
+        for start in STARTS
+        if start in found[length]
+    ]
+    return [
+        f"Loss at the best rate, `{text}`:\n\n" + table(["", *shown], losses),
+        f"What a start brings, `{text}`:\n\n"
+        + table(
+            ["", f"{_MINUS}best of LoRA, rsLoRA, LoRA+", "seeds below", f"{_MINUS}best with more steps", "seeds below"],
+            differences,
+        ),
+    ]
+
+
+def _loss_and_rate(results: Results, task: str, method: str) -> str:
+    if not results.is_searched(task, method):
+        return ""
+    lr = results.best_lr(task, method)
+    losses = list(_by_seed(results, task, method).values())
+    few = "" if len(losses) == len(results.seeds) else f", {len(losses)} of {len(results.seeds)} seeds"
+    return f"{mean(losses) if math.inf not in losses else 'diverged'} at {lr:.3g}{few}"
+
+
+def _by_seed(results: Results, task: str, method: str) -> dict[int, float]:
+    """The final loss at the best rate of the seeds that ran there; one that diverged is infinite."""
+    lr = results.best_lr(task, method)
+    runs = {seed: results.runs.get((task, method, seed, lr)) for seed in results.seeds}
+    return {
+        seed: math.inf if run["final_loss"] is None else run["final_loss"]
+        for seed, run in runs.items()
+        if run is not None
+    }
+
+
+def _compared(results: Results, task: str, start: str, others: Iterable[str]) -> list[str]:
+    """The difference from what is best of `others` in the mean of the seeds that all ran, and how many are below it."""
+    if not all(results.is_searched(task, method) for method in others):
+        return ["", ""]
+    own = _by_seed(results, task, start)
+    losses = {method: _by_seed(results, task, method) for method in others}
+    seeds = [seed for seed in results.seeds if all(seed in of for of in (own, *losses.values()))]
+    best = min(losses.values(), key=lambda of: sum(of[seed] for seed in seeds))
+    differences = [own[seed] - best[seed] for seed in seeds]
+    shown = mean(differences, sign="+") if all(map(math.isfinite, differences)) else "diverged"
+    return [shown, f"{sum(d < 0 for d in differences)} of {len(seeds)}"]
+
+
 def write_plots(results: Results, directory: Path) -> None:
     """convergence_curves.svg and convergence_rates.svg; needs matplotlib."""
     import matplotlib
@@ -123,7 +232,7 @@ def write_plots(results: Results, directory: Path) -> None:
     from matplotlib import pyplot
 
     directory.mkdir(parents=True, exist_ok=True)
-    tasks = results.settings["tasks"]
+    results, tasks = results.on_grid(), results.settings["tasks"]
     for name, draw in (("convergence_curves", _draw_curves), ("convergence_rates", _draw_rates)):
         figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.6), squeeze=False)
         for axis, task in zip(axes[0], tasks, strict=True):
@@ -139,7 +248,7 @@ def write_plots(results: Results, directory: Path) -> None:
 
 
 def _draw_curves(axis: Any, results: Results, task: str) -> None:
-    for method in results.methods:
+    for method in _in_table(results, task):
         curves = results.curves(task, method, results.best_lr(task, method))
         if not all(curves):
             continue
@@ -155,7 +264,7 @@ def _draw_curves(axis: Any, results: Results, task: str) -> None:
 
 def _draw_rates(axis: Any, results: Results, task: str) -> None:
     rates = set()
-    for method in results.methods:
+    for method in _in_table(results, task):
         found = {lr: loss for lr, loss in results.rates(task, method).items() if loss is not None}
         axis.plot(list(found), list(found.values()), label=_label(method), marker="o", markersize=3, **_STYLES[method])
         rates |= found.keys()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convergence_methods import METHODS, Method
+from convergence_methods import ROWS, Method
+from rate_search import settings_of
 
 from loraga_dist.errors import UserError
 
@@ -46,13 +49,12 @@ class Markers:
 class Results:
     """What a results file holds, by task, method, seed and learning rate."""
 
-    def __init__(self, entries: Sequence[dict[str, Any]], methods: Mapping[str, Method] = METHODS) -> None:
+    def __init__(self, entries: Sequence[dict[str, Any]], methods: Mapping[str, Method] = ROWS) -> None:
         header = entries[0]
-        self.settings: dict[str, Any] = header["settings"]
+        self.settings = settings_of(entries)
         self.hardware: dict[str, Any] = header["hardware"]
         self.versions: dict[str, str] = header["versions"]
         self.seeds: list[int] = self.settings["seeds"]
-        self.wall_seconds = sum(entry["wall_seconds"] for entry in entries if entry["kind"] == "session")
         self.runs = {
             (entry["task"], entry["method"], entry["seed"], entry["lr"]): entry
             for entry in entries
@@ -76,6 +78,30 @@ class Results:
     def best_lr(self, task: str, method: str) -> float:
         losses = {lr: loss for lr, loss in self.rates(task, method).items() if loss is not None}
         return min(losses, key=losses.__getitem__)
+
+    def on_grid(self) -> Results:
+        """The same with learning rates alone that are the common one times a power of two."""
+        found = copy.copy(self)
+        found.runs = {
+            key: run for key, run in self.runs.items() if math.log2(key[3] / self.settings["common_lr"]).is_integer()
+        }
+        return found
+
+    def is_searched(self, task: str, method: str) -> bool:
+        """On the first seed a best rate was found, with worse ones at most twice as far on both sides."""
+        rates = self.rates(task, method)
+        if not any(loss is not None for loss in rates.values()):
+            return False
+        lr = self.best_lr(task, method)
+        return any(0.49 * lr < rate < lr for rate in rates) and any(lr < rate < 2.01 * lr for rate in rates)
+
+    def is_done(self, task: str, method: str) -> bool:
+        """And every seed has run at this rate."""
+        return self.is_searched(task, method) and self.has(task, method, self.best_lr(task, method))
+
+    def has(self, task: str, method: str, lr: float) -> bool:
+        """Every seed has run at this rate."""
+        return all((task, method, seed, lr) in self.runs for seed in self.seeds)
 
     def final_losses(self, task: str, method: str, lr: float) -> list[float]:
         """Of every seed; empty if one of them diverged."""

@@ -27,7 +27,10 @@ Line = tuple[str, str]
 
 
 class Journal:
-    """The results file: a header with the settings, then runs and other entries, each appended in one write."""
+    """The results file: a header with the settings, then runs and other entries, each appended in one write.
+
+    Settings that the benchmark got later than the file began are noted where they first came up.
+    """
 
     def __init__(self, path: Path, settings: Any) -> None:
         self.path = path
@@ -36,9 +39,11 @@ class Journal:
             whole = text[: text.rfind("\n") + 1]
             if whole != text:  # a line that a kill cut off
                 path.write_text(whole, encoding="utf-8")
-            header = self.read()[0]
-            if any(header["settings"].get(key) != value for key, value in wanted.items()):
+            known = settings_of(self.read())
+            if any(known.get(key, value) != value for key, value in wanted.items()):
                 raise UserError("--json", str(path), "holds results of other settings; name a new file")
+            if later := {key: value for key, value in wanted.items() if key not in known}:
+                self.add({"kind": "settings", "settings": later})
         else:
             hardware = {"machine": platform.machine(), "cores": os.cpu_count()}
             self.add({"kind": "header", "settings": wanted, "hardware": hardware, "versions": versions()})
@@ -85,6 +90,15 @@ class Journal:
         return loss_at
 
 
+def settings_of(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of a results file, those that came later with them."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        if entry["kind"] in ("header", "settings"):
+            found |= entry["settings"]
+    return found
+
+
 def best_rate(loss_at: Callable[[float], float], first: float) -> float:
     """The rate `first` * 2^k with neighbours on both sides that are no better, going down the slope from `first`."""
     best = first
@@ -97,6 +111,13 @@ def best_rate(loss_at: Callable[[float], float], first: float) -> float:
             best /= 2
         else:
             return best
+
+
+def finer_rate(loss_at: Callable[[float], float], best: float) -> float:
+    """The best of `best`, of best_rate, and of what is sqrt(2) away."""
+    # of six digits, so that the same rate is the same number from above and from below
+    neighbours = [float(f"{best * factor:.6g}") for factor in (1 / math.sqrt(2), math.sqrt(2))]
+    return min((best, *neighbours), key=loss_at)
 
 
 class RunSeed(Protocol):
@@ -187,12 +208,17 @@ def train(
     steps: int,
     check_every_steps: int,
     loss_before: float,
+    validation_loss: Callable[[Any], float] | None = None,
 ) -> dict[str, Any]:
-    """Train a method's start; the run as results hold it. More than 7 parameters: one each of what a run depends on."""
+    """Train a method's start; the run as results hold it. More than 7 parameters: one each of what a run depends on.
+
+    validation_loss: the final loss is the held-out one at the check where this was lowest, else the last.
+    """
     started = time.process_time()
     optimizer = method.optimizer(model, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
     curve = [(0, loss_before)]
+    validation = [validation_loss(model)] if validation_loss else []
     for step, batch in enumerate(bench.training_batches(steps, seed=seed), start=1):
         bench.loss(model, batch).backward()
         optimizer.step()
@@ -206,9 +232,12 @@ def train(
                 curve = []
                 break
             curve.append((step, loss))
+            if validation_loss:
+                validation.append(validation_loss(model))
+    stop = validation.index(min(validation)) if validation and curve else -1
     return {
         "lr": lr,
-        "final_loss": curve[-1][1] if curve else None,
+        "final_loss": curve[stop][1] if curve else None,
         "curve": [(step, round(loss, 5)) for step, loss in curve],
         "cpu_seconds": round(time.process_time() - started, 1),
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from convergence_methods import PLAIN, RANK_STABLE, Method, adamw, full, lora, lora_plus, ours
+from convergence_methods import PLAIN, RANK_STABLE, Method, adamw, full, longer_rows, lora, lora_plus, ours
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -24,8 +24,6 @@ class Row(Method):
     first_lr: float
     scheme: str | None = None
     """Of `loraga_dist.schemes.SCHEMES`, for starts that are ours."""
-    longer: str | None = None
-    """The row that this one trains as, for as many more steps as a calibration's compute buys."""
 
 
 def _float32_adamw(model: nn.Module, lr: float) -> Optimizer:
@@ -69,19 +67,7 @@ _OWN: dict[str, Row] = {
 }  # fmt: skip
 
 
-def _longer(name: str) -> Row:
-    row = _OWN[name]
-    return Row(
-        label=f"{row.label}, more steps",
-        scaling=row.scaling,
-        start=row.start,
-        optimizer=row.optimizer,
-        first_lr=row.first_lr,
-        longer=name,
-    )
-
-
-ROWS = _OWN | {f"{name}_longer": _longer(name) for name in ("lora", "rslora", "lora_plus")}
+ROWS = _OWN | longer_rows(_OWN)
 """By the name in the results, in the order of work: what needs another row's rate comes after it."""
 
 

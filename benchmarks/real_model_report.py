@@ -19,7 +19,7 @@ def tables(entries: Sequence[dict[str, Any]]) -> str:
         parts.append(_accuracy_table(found))
     tasks = [f"r = {r}" for r in results.settings["ranks"]]
     for task in tasks:
-        done = [method for method in results.methods if _is_done(results, task, method)]
+        done = [method for method in results.methods if results.is_done(task, method)]
         if "lora" in done:
             parts.append(_task_table(results, task, done))
     parts += [rates_table(results, task) for task in tasks if any(key[0] == task for key in results.runs)]
@@ -34,15 +34,6 @@ def _accuracy_table(entries: Sequence[dict[str, Any]]) -> str:
     ]
     head = ["r", "K", "efficiency, mean over targets", "worst", "captured energy off by"]
     return "The sketch against the exact gradient, one pass:\n\n" + table(head, rows)
-
-
-def _is_done(results: Results, task: str, method: str) -> bool:
-    """The search has ended, and every seed has run at its best rate."""
-    rates = results.rates(task, method)
-    if not any(loss is not None for loss in rates.values()):
-        return False
-    lr = results.best_lr(task, method)
-    return {lr / 2, lr * 2} <= rates.keys() and all((task, method, seed, lr) in results.runs for seed in results.seeds)
 
 
 def _task_table(results: Results, task: str, methods: Sequence[str]) -> str:

@@ -351,6 +351,7 @@ SCHEMES: dict[str, Scheme] = {
         whitens=True,
         missing_directions="the missing rows of A are arbitrary, as in plain LoRA",
         init_keys=("whitening", "damping", "rank_budget"),
+        best_rate=BestRate(times_full=4, scaling=_RSLORA_SCALING),
     ),
     "rrr_step": Scheme(
         title="RRR with a step",
@@ -363,6 +364,7 @@ SCHEMES: dict[str, Scheme] = {
         takes_step=True,
         missing_directions="the missing rows of A are arbitrary, as in plain LoRA",
         init_keys=("whitening", "damping", "step", "rank_budget"),
+        best_rate=BestRate(times_full=2, scaling=_RSLORA_SCALING),
         smaller_offset="lower init.step",
     ),
     "pissa": Scheme(

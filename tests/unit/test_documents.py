@@ -78,16 +78,20 @@ def test_figures_in_the_readme_are_the_benchmarks() -> None:
 
 def _best_rates() -> dict[str, list[float]]:
     """By method, over full fine-tuning's: on `help` and on `headers`."""
-    rows = [row for row in _rows(BENCHMARKS, "## Convergence") if len(row) == 8 and re.fullmatch(r"0\.\d+", row[2])]
-    first, second = ({name: float(rate) for name, _, rate, *_ in half} for half in (rows[:13], rows[13:]))
+    rows = [row for row in _rows(BENCHMARKS, "## Convergence") if len(row) == 9 and re.fullmatch(r"0\.\d+", row[2])]
+    second_begins = [name for name, *_ in rows].index("full fine-tuning", 1)
+    halves = rows[:second_begins], rows[second_begins:]
+    first, second = ({name: float(rate) for name, _, rate, *_ in half} for half in halves)
     full = [half["full fine-tuning"] for half in (first, second)]
-    return {name: [round(first[name] / full[0], 4), round(second[name] / full[1], 4)] for name in first}
+    return {
+        name: [round(first[name] / full[0], 4), round(second[name] / full[1], 4)] for name in first if name in second
+    }
 
 
 def test_learning_rates_are_the_benchmarks() -> None:
     best = _best_rates()
     table = [row for row in _rows(ROOT / "docs" / "TRAINING.md") if len(row) == 4 and row[0] in best]
-    assert len(table) == 6
+    assert len(table) == 8
     for name, _, *rates in table:
         assert [float(rate) for rate in rates] == best[name], name
 
@@ -95,6 +99,8 @@ def test_learning_rates_are_the_benchmarks() -> None:
         "LoRA-GA, exact": times_full_rate(SCHEMES["lora_ga"], "stable", 16.0, RSLORA),
         "LoRA-GA, exact, γ = 64": times_full_rate(SCHEMES["lora_ga"], "stable", 64.0, RSLORA),
         "LoRA-One": times_full_rate(SCHEMES["lora_one"], "stable", 128.0, RSLORA),
+        "RRR": times_full_rate(SCHEMES["rrr"], "stable", 1.0, RSLORA),
+        "RRR with a step": times_full_rate(SCHEMES["rrr_step"], "stable", 1.0, RSLORA),
         "PiSSA": times_full_rate(SCHEMES["pissa"], "stable", 1.0, 2.0),
         "LoRA": times_full_rate(SCHEMES["kaiming"], "stable", 1.0, 2.0),
     }
