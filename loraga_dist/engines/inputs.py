@@ -33,7 +33,7 @@ class Inputs:
         self._home = home
         self._leader_of: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
-        self._num_tokens = dict[str, Tensor]()
+        self._num_tokens: dict[str, Tensor] = {}
         self._rows: dict[int, Tensor] = {}
         self._is_copy = False
         self._last: tuple[Tensor, str] | None = None
