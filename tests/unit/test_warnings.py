@@ -128,5 +128,5 @@ def test_a_start_that_is_further_off_than_another_rounding_is_warned_of() -> Non
     (line,) = warned(8 * 2.0**-10)
     assert "KL from the model 0.0078 per token, 8 x that of another bfloat16 rounding" in line
     assert "output.residual_dtype float32" in line and "raise init.stable_gamma" in line
-    assert "init.scheme lora_one or kaiming" in line
+    assert "init.scheme lora_one or rrr or rrr_step or kaiming" in line
     assert "lower lora.lora_alpha" in warned(8 * 2.0**-10, "pissa")[0]
