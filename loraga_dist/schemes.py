@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loraga_dist.linalg import TruncatedSVD, numerical_rank, truncated_svd, truncated_svd_bytes
+from loraga_dist.linalg import TruncatedSVD, numerical_rank, thin_qr, truncated_svd, truncated_svd_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ def _regression(inputs: SchemeInputs) -> tuple[Tensor, Tensor]:
     """A_RN with orthogonal rows and B_MR of the predictor B A = U_r S_r V_r^T L^-1; float64."""
     r, svd = inputs.r, inputs.svd
     assert svd is not None and r <= svd.width, "reduced-rank regression needs r triplets of the gradient"
-    Q_NR, R_RR = torch.linalg.qr(svd.Vh_KN[:r].double().T)
+    Q_NR, R_RR = thin_qr(svd.Vh_KN[:r].double().T)
     B_MR = svd.U_MK[:, :r].double() * svd.S_K[:r].double() @ R_RR.T
     return Q_NR.T * KAIMING_ROW_NORM, B_MR / KAIMING_ROW_NORM
 
@@ -240,7 +240,7 @@ def olora(inputs: SchemeInputs) -> LoraFactors:
     Source: arXiv 2406.01775; PEFT's `init_lora_weights="olora"`, which factorizes a transposed weight as it is stored.
     """
     assert inputs.W_MN is not None, "OLoRA needs W_MN"
-    B_MR = torch.linalg.qr(inputs.W_MN[:, : inputs.r].double()).Q.float().contiguous()
+    B_MR = thin_qr(inputs.W_MN[:, : inputs.r].double())[0].float().contiguous()
     return LoraFactors(A_RN=(B_MR.T @ inputs.W_MN.float()).contiguous(), B_MR=B_MR)
 
 

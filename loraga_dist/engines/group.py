@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,8 +29,8 @@ class EngineGroup:
 
     engine_of: dict[str, GradientEngine]
     """By the name of the matrix."""
-    inputs: Inputs | None = None
-    """What regressions need beside gradients; None where nothing is added to it."""
+    inputs: Inputs = field(default_factory=Inputs.none)
+    """What regressions need beside gradients."""
 
     @classmethod
     def of(cls, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> EngineGroup:
@@ -60,13 +60,11 @@ class EngineGroup:
             engine.begin_microbatch(index)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
-        if self.inputs is not None:
-            self.inputs.observe(name, x_TN)
+        self.inputs.observe(name, x_TN)
         self.engine_of[name].observe(name, x_TN, dy_TM)
 
     def end_microbatch(self, world: Collectives) -> None:
-        if self.inputs is not None:
-            self.inputs.end_microbatch()
+        self.inputs.end_microbatch()
         for engine in self.engines:
             engine.end_microbatch(world)
 
@@ -74,7 +72,6 @@ class EngineGroup:
         return [cosine for engine in self.engines for cosine in engine.split_half_cosines(world)]
 
     def save_state(self, world: Collectives) -> EngineState:
-        assert self.inputs is not None, "the state of all of a group is saved"
         states = [part.save_state(world) for part in (*self.engines, self.inputs)]
         tensors = {name: tensor for state in states for name, tensor in state.tensors.items()}
         *of_engines, of_inputs = (state.content for state in states)
@@ -97,20 +94,17 @@ class EngineGroup:
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
         for engine, of_engine in zip(self.engines, content["engines"], strict=True):
             engine.load_state(of_engine, tensors, world)
-        assert self.inputs is not None, "the state of all of a group is loaded"
         self.inputs.load_state(content["inputs"], tensors, world)
 
     def collect(self, world: Collectives) -> None:
         for part in (*self.engines, self.inputs):
-            if part is not None:
-                part.collect(world)
+            part.collect(world)
 
     def results(self, num_tokens: int, damping: float = 0.0) -> Iterator[tuple[str, GradientSVD]]:
         for engine in self.engines:
             for name, found in engine.results(num_tokens):
-                yield name, found if self.inputs is None else self.inputs.regress(name, found, damping)
-        if self.inputs is not None:
-            self.inputs.forget()
+                yield name, self.inputs.regress(name, found, damping)
+        self.inputs.forget()
 
     def factorize(self, world: Collectives, num_tokens: int, damping: float = 0.0) -> Iterator[tuple[str, GradientSVD]]:
         """damping: of regressions, as `linalg.regression` takes it."""

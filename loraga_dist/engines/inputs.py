@@ -38,6 +38,11 @@ class Inputs:
         self._is_copy = False
         self._last: tuple[Tensor, str] | None = None
 
+    @classmethod
+    def none(cls) -> Inputs:
+        """Of no matrix: what is seen is let go, and gradients stay gradients."""
+        return cls((), StateHome(torch.device("cpu")))
+
     @property
     def are_wanted(self) -> bool:
         return bool(self._matrices)

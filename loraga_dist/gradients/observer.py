@@ -70,7 +70,7 @@ class Observer:
     def begin(self, microbatch: Microbatch) -> None:
         self._began = True
         self._engine.begin_microbatch(microbatch.index)
-        if self._engine.inputs is not None and self._engine.inputs.are_wanted:
+        if self._engine.inputs.are_wanted:
             is_copy = not microbatch.num_supervised_tokens
             self._engine.inputs.begin_microbatch(counted_rows(microbatch, self._share), is_copy=is_copy)
 

@@ -1,5 +1,6 @@
 """Pure torch linear algebra; imports nothing else of this package."""
 
+from loraga_dist.linalg.orthogonal import thin_qr
 from loraga_dist.linalg.product import product_svd
 from loraga_dist.linalg.randomized_svd import TruncatedSVD, numerical_rank, sign_fix, truncated_svd, truncated_svd_bytes
 from loraga_dist.linalg.regression import effective_rank, regression, regression_bytes
@@ -16,6 +17,7 @@ __all__ = [
     "regression",
     "regression_bytes",
     "sign_fix",
+    "thin_qr",
     "truncated_svd",
     "truncated_svd_bytes",
 ]

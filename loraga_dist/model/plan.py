@@ -15,7 +15,7 @@ from loraga_dist.schemes import Scheme
 
 BEYOND = 40
 """Triplets of a gradient that a regression is made from, beside those that the scheme takes of it: with 48 in all it
-has 0.9998 of what it has with every one (docs/BENCHMARKS.md)."""
+has 0.9998 of what it has with every one (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,10 +57,9 @@ def search_step(peft_model: Any, plan: Plan, data: MicrobatchSharder, loss: Loss
     with phase("search step", 5 * len(microbatches), "microbatches", shown=world.is_main) as progress:
         try:
             before, best = mean_loss(0.0), FIRST_LENGTH
-            while better := min(
-                (length for length in (best / 2, best * 2) if SHORTEST <= length <= LONGEST),
-                key=mean_loss,
-            ):
+            while True:
+                neighbours = [length for length in (best / 2, best * 2) if SHORTEST <= length <= LONGEST]
+                better = min(neighbours, key=mean_loss)
                 if mean_loss(better) >= mean_loss(best):
                     break
                 best = better
@@ -73,9 +72,9 @@ def search_step(peft_model: Any, plan: Plan, data: MicrobatchSharder, loss: Loss
     )
 
 
-def _sum_by_parts(logits: torch.Tensor, predicted: torch.Tensor) -> float:
+def _sum_by_parts(logits: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     """The cross-entropy, whose float32 copy of the logits is one of some rows at a time."""
     rows, classes = logits.flatten(0, -2), predicted.flatten()
     num_rows = max(1, LOGITS_AT_ONCE // rows.shape[-1])
     parts = zip(rows.split(num_rows), classes.split(num_rows), strict=True)
-    return sum(float(cross_entropy_sum(part, of_part)) for part, of_part in parts)
+    return torch.stack([cross_entropy_sum(part, of_part).double() for part, of_part in parts]).sum()
