@@ -81,6 +81,14 @@ def launchers_and_ranks(out: Path) -> dict[str, list[int]]:
     return found
 
 
+def state_of(pid: int) -> str | None:
+    """As /proc has it: Z is a process that has ended and that nobody has asked for; None: there is none."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
 @pytest.mark.parametrize(
     ("command", "who", "number"),
     [
@@ -100,8 +108,17 @@ def test_no_rank_outlives_its_launcher_and_all_save(
         tiny.wait_for_checkpoint(out)
         processes = launchers_and_ranks(out)
         assert len(processes["rank"]) == 2, processes
-        os.kill(processes["launch.py"][0] if who == "launch.py" else process.pid, number)
+        # stopped, so that they cannot end before they look for their launcher
+        for rank in processes["rank"]:
+            os.kill(rank, signal.SIGSTOP)
+        launcher = processes["launch.py"][0] if who == "launch.py" else process.pid
+        os.kill(launcher, number)
         deadline = time.monotonic() + 20
+        while state_of(launcher) not in ("Z", None):
+            assert time.monotonic() < deadline, "the launcher goes on"
+            time.sleep(0.02)
+        for rank in processes["rank"]:
+            os.kill(rank, signal.SIGCONT)
         while launchers_and_ranks(out)["rank"]:
             assert time.monotonic() < deadline, "ranks go on alone"
             time.sleep(0.1)
