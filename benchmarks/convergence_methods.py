@@ -94,16 +94,35 @@ def _allocate_ranks(model: Any, step: int) -> None:
     model.base_model.update_and_allocate(step)
 
 
+def target_weights(model: Any) -> dict[str, nn.Parameter]:
+    """Of every Linear layer but the head, by module name."""
+    return {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+
+
 def ours(
-    scheme: str, engine: str, stable_gamma: float | None = None, whitening: str | None = None
+    scheme: str,
+    engine: str,
+    stable_gamma: float | None = None,
+    whitening: str | None = None,
+    *,
+    with_budget: bool = False,
 ) -> Callable[[Any, Inputs], nn.Module]:
-    """A start by `loraga_dist.initialize`. stable_gamma, whitening: of `init`, None for the default."""
+    """A start by `loraga_dist.initialize`. stable_gamma, whitening: of `init`, None for the default.
+
+    with_budget: as many adapter parameters as at one rank for all, spent by what calibration finds.
+    """
     init = {"scheme": scheme, "stable_gamma": stable_gamma} | ({"whitening": whitening} if whitening else {})
 
     def start(model: Any, inputs: Inputs) -> nn.Module:
+        sizes = [sum(weight.shape) for weight in target_weights(model).values()]
+        budget = {"rank_budget": inputs.r * sum(sizes)} if with_budget else {}
         config = {
             "lora": {"r": inputs.r, "lora_alpha": LORA_ALPHA, "use_rslora": True},
-            "init": init | {"seed": inputs.seed},
+            "init": init | budget | {"seed": inputs.seed},
             "gradient": {"engine": engine, "checkpointing": "none"},
         }
         return loraga_dist.initialize(model, inputs.batches, config).model
@@ -121,8 +140,7 @@ def _peft_lora_ga(model: Any, inputs: Inputs) -> nn.Module:
             model(**batch).loss.backward()
 
     # unlike get_peft_model it does not know the shorthand all-linear
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
-    config.target_modules = set(names)
+    config.target_modules = set(target_weights(model))
     preprocess_loraga(model, config, step)
     return get_peft_model(model, config)
 
@@ -214,6 +232,10 @@ METHODS: dict[str, Method] = {
     "rrr_none": Method(
         label="RRR, not whitened", scaling=RANK_STABLE, start=ours("rrr", "exact", whitening="none"), optimizer=adamw
     ),
+    "rrr_budget": Method(
+        label="RRR, ranks by `rank_budget`", scaling=RANK_STABLE, start=ours("rrr", "exact", with_budget=True),
+        optimizer=adamw,
+    ),
     "rrr_plus": Method(label="RRR with LoRA+", scaling=RANK_STABLE, start=ours("rrr", "exact"), optimizer=lora_plus),
     "rrr_step": Method(
         label="RRR with a step", scaling=RANK_STABLE, start=ours("rrr_step", "exact"), optimizer=adamw
@@ -243,14 +265,12 @@ FAIR = (*(name for row in LONGER.values() if (name := row.longer)), *STARTS, *LO
 def full_gradients(model: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """The mean loss's gradient by every Linear weight but the head's, by module name."""
     model = copy.deepcopy(model).requires_grad_(False)
-    targets = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-    for module in targets.values():
-        module.weight.requires_grad_(True)
+    targets = target_weights(model)
+    for weight in targets.values():
+        weight.requires_grad_(True)
     for batch in batches:
         (model(**batch).loss / len(batches)).backward()
-    return {name: module.weight.grad for name, module in targets.items()}
+    return {name: weight.grad for name, weight in targets.items()}
 
 
 def alignment(started: nn.Module, pretrained: nn.Module, gradients: dict[str, Tensor]) -> dict[str, float]:

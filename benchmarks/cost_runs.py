@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, StateDevice
+from loraga_dist.config import GradientConfig, LoraSection, MethodConfig, SchemeConfig, StateDevice
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.engines import Amount, ExactEngine, SketchEngine
@@ -89,6 +89,7 @@ class Bench:
         frequencies = torch.arange(1, shape.vocabulary + 1) ** -1.0
         mine = range(self.world.rank, shape.microbatches, self.world.size)
         self.microbatches = [self._microbatch(index, frequencies) for index in mine]
+        self.amount = Amount(shape.microbatches * (shape.tokens - 1), shape.microbatches, dtype)
         self.lora = LoraSection(r=shape.r)
         scheme = SCHEMES["lora_ga"]
         self.targets = select_targets(meta_copy(LlamaForCausalLM, config), self.lora, scheme.num_triplets).targets
@@ -99,12 +100,13 @@ class Bench:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         return Microbatch(inputs, self.shape.tokens - 1, index, ())
 
-    def plan(self, gradient: GradientConfig) -> Plan:
+    def plan(self, gradient: GradientConfig, init: SchemeConfig | None = None) -> Plan:
         names = [target.name for target in self.targets]
         in_pieces = self.sharding.is_sharded
         order = choose_order(gradient.order, "Llama", find_blocks(self.model), names, in_pieces=in_pieces)
-        amount = Amount(self.shape.microbatches * (self.shape.tokens - 1), self.shape.microbatches, self.dtype)
-        return make_plan(self.targets, gradient, SCHEMES["lora_ga"], self.world.size, order, amount=amount)
+        init = init or SchemeConfig()
+        scheme = SCHEMES[init.scheme]
+        return make_plan(self.targets, gradient, scheme, self.world.size, order, self.amount, init.moment_shape)
 
     def floor(self) -> Outcome:
         """Forward, and backward down to the outputs of the lowest targets: what no way can leave out."""
@@ -137,6 +139,12 @@ class Bench:
         with clocked(SketchEngine, "observe", "end_microbatch") as seconds:
             outcome = self._calibrate("sketch", place=place, state_device=state_device)
         outcome.details |= {f"seconds_{name}": value for name, value in seconds.items()}
+        return outcome
+
+    def rrr(self) -> Outcome:
+        """Ours, with the sketch engine, for reduced-rank regression: what the inputs' moments and it cost beside."""
+        outcome = self._calibrate("sketch", init=SchemeConfig(scheme="rrr"))
+        outcome.directions = {}  # of another quantity than the gradient
         return outcome
 
     def auto(self) -> Outcome:
@@ -191,17 +199,24 @@ class Bench:
         return outcome
 
     def _calibrate(
-        self, engine: Literal["auto", "sketch", "exact"], *, place: bool = False, state_device: StateDevice = "auto"
+        self,
+        engine: Literal["auto", "sketch", "exact"],
+        *,
+        place: bool = False,
+        state_device: StateDevice = "auto",
+        init: SchemeConfig | None = None,
     ) -> Outcome:
+        init = init or SchemeConfig()
         gradient = GradientConfig(
             engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device
         )
-        plan, sharding = self.plan(gradient), self.sharding
+        plan, sharding = self.plan(gradient, init), self.sharding
         request = Request(
-            config=MethodConfig(lora=self.lora, gradient=gradient),
+            config=MethodConfig(lora=self.lora, gradient=gradient, init=init),
             plan=plan,
             data=BatchSharder(self.microbatches),
             factor_dtypes={target.name: self.dtype for target in plan.targets},
+            amount=self.amount,
         )
         clock = Clock()
         with self._measured() as outcome:

@@ -6,8 +6,9 @@
     python benchmarks/init_cost.py --sweep --dtype float32    # where the processor multiplies no bfloat16
 
 In turns, `--repeats` times: *floor* (forward and input gradients alone), *sketch* (ours: calibrate and factorize),
-*peft* (stock `preprocess_loraga` and `get_peft_model`); *exact* (ours with the exact engine) once, as the truth about
-energies. Same model, same batches, no checkpointing, medians. One layer of Llama-2-7B, 32 microbatches of 512 tokens.
+*rrr* (the same for reduced-rank regression), *peft* (stock `preprocess_loraga` and `get_peft_model`); *exact* (ours
+with the exact engine) once, as the truth about energies. Same model, same batches, no checkpointing, medians. One layer
+of Llama-2-7B, 32 microbatches of 512 tokens.
 The sweep has *auto*, too: ours with the engine that costs less.
 """
 
@@ -88,7 +89,7 @@ def compare(shape: Shape, repeats: int, dtype: torch.dtype) -> Iterator[dict[str
     """The figures so far, after every repeat; with energies at last, when the exact gradients are there."""
     bench = Bench(shape, one_process(torch.device("cpu")), dtype)
     bench.warm_up()
-    runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "peft": []}
+    runs: dict[str, list[Outcome]] = {"floor": [], "sketch": [], "rrr": [], "peft": []}
     for repeat in range(repeats):
         for way, outcomes in runs.items():
             outcomes.append(bench.sketch(place=repeat == 0) if way == "sketch" else getattr(bench, way)())
@@ -113,6 +114,7 @@ def figures(runs: dict[str, list[Outcome]], gradients: dict[str, Tensor]) -> dic
             "median_seconds": seconds,
             "cpu_over_floor": ratio(outcomes, runs["floor"], "cpu_seconds"),
             "cpu_over_peft": ratio(outcomes, runs["peft"], "cpu_seconds"),
+            "cpu_over_sketch": ratio(outcomes, runs["sketch"], "cpu_seconds"),
             "cpu_seconds": [outcome.cpu_seconds for outcome in outcomes],
             "over_floor": ratio(outcomes, runs["floor"], "seconds"),
             "over_peft": ratio(outcomes, runs["peft"], "seconds"),
@@ -156,6 +158,7 @@ def show(content: dict[str, Any]) -> None:
         "x PEFT",
         "x floor, of cores",
         "x PEFT, of cores",
+        "x sketch, of cores",
         "extra MiB",
         "captured energy",
         "of exact's",
@@ -170,6 +173,7 @@ def show(content: dict[str, Any]) -> None:
             f"{row['over_peft']:.3f}",
             f"{row['cpu_over_floor']:.3f}",
             f"{row['cpu_over_peft']:.3f}",
+            f"{row['cpu_over_sketch']:.3f}",
             f"{row['extra_bytes'] / 2**20:.0f}",
             "" if energy is None else f"{energy:.4f}",
             "" if energy is None else f"{row['share_of_exact']:.5f}",

@@ -125,6 +125,24 @@ def save_data(path: Path, task_type: str = "CAUSAL_LM", rows: int = 24, seed: in
     return path
 
 
+def save_feedback(path: Path, kind: str) -> Path:
+    """Rows of many lengths: sorted letters are preferred."""
+    generator = torch.Generator().manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for row in range(40 if kind == "pairs" else 7):
+        letters = "".join(chr(97 + int(i)) for i in torch.randint(26, (4 + row % 9,), generator=generator))
+        good, bad = "".join(sorted(letters)), letters[: 3 + row % 5]
+        if kind == "pairs":
+            rows.append({"prompt": f"sort {letters}: ", "chosen": good, "rejected": bad})
+        else:
+            rows += [
+                {"prompt": letters, "completion": good, "reward": 2},
+                {"prompt": letters, "completion": bad, "reward": 0.5},
+            ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def config_tree(
     model: Path, data: Path, out: Path, *, kind: str = "llama", r: int = 4, **sections: dict[str, Any]
 ) -> dict[str, Any]:

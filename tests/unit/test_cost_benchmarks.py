@@ -31,7 +31,7 @@ def test_init_cost(tmp_path: Path) -> None:
     arguments = [str(ROOT / "benchmarks" / "init_cost.py"), "--quick", "--repeats", "1", "--json", str(path)]
     succeed(run_script(arguments, 1, timeout_seconds=200))
     runs = json.loads(path.read_text())["runs"]
-    assert set(runs) == {"floor", "sketch", "peft", "exact"}
+    assert set(runs) == {"floor", "sketch", "rrr", "peft", "exact"}
     assert runs["exact"]["share_of_exact"] == 1
     for way in ("sketch", "peft"):
         assert 0.97 < runs[way]["share_of_exact"] <= 1.001, way
