@@ -54,8 +54,8 @@ class Matrix:
         return 0 if self.moment_shape is None or len(self.moment_shape) < 2 else self.N**3
 
     def input_bytes(self, num_tokens: int) -> int:
-        """A float32 copy, for a moment."""
-        return 0 if self.moment_shape is None else 4 * num_tokens * self.N
+        """A float32 copy, or a product before it is added; for a moment."""
+        return 0 if self.moment_shape is None else 4 * max(num_tokens * self.N, math.prod(self.moment_shape))
 
     @property
     def triplet_bytes(self) -> int:

@@ -21,6 +21,7 @@ from loraga_dist.engines.base import (
     require_entries,
 )
 from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.product import add_product_
 from loraga_dist.linalg import effective_rank, regression
 
 
@@ -64,12 +65,12 @@ class Inputs:
             return
         if len(x_TN) in self._rows:
             x_TN = x_TN.index_select(0, self._rows[len(x_TN)])
-        kept, x_TN = self._sums[name], x_TN.float()  # rounded products would not be those of a positive matrix
+        kept = self._sums[name]
         sums = self._home.fetch(kept)
         if sums.dim() == 2:
-            sums.addmm_(x_TN.T, x_TN)
+            add_product_(sums, x_TN, x_TN)  # what rounding makes negative of it, damping outweighs
         else:
-            sums.add_(x_TN.square().sum(dim=0))
+            sums.add_(x_TN.float().square().sum(dim=0))
         self._home.put_back(kept, sums)
         self._num_tokens[name] += len(x_TN)
 
