@@ -38,7 +38,8 @@ from loraga_dist.data.samples import load_samples
 from loraga_dist.engines import ExactEngine, GradientEngine, Matrix, SketchEngine, StateHome
 from loraga_dist.gradients.route import ModelOrder
 from loraga_dist.model.base import BaseModel, find_base_model
-from loraga_dist.model.targets import Target, meta_copy, select_targets
+from loraga_dist.model.selection import select_targets
+from loraga_dist.model.targets import Target, meta_copy
 from loraga_dist.ranks.session import run_as_rank
 from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World

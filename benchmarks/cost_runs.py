@@ -22,7 +22,8 @@ from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.forward import forward
 from loraga_dist.model.blocks import choose_order, find_blocks
 from loraga_dist.model.plan import Plan, make_plan
-from loraga_dist.model.targets import meta_copy, select_targets
+from loraga_dist.model.selection import select_targets
+from loraga_dist.model.targets import meta_copy
 from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.world import World
@@ -233,7 +234,7 @@ class Bench:
         if place:
             model = copy.deepcopy(self.model)
             started = time.perf_counter()
-            peft_model = add_adapter(model, self.lora, sharding)
+            peft_model = add_adapter(model, self.lora, plan.targets, sharding)
             owned = make_owned_factors(model, request, plan, found.owned, sharding=sharding)
             place_factors(peft_model, plan, owned, sharding=sharding)
             self._wait()

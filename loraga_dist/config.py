@@ -132,6 +132,9 @@ class LoraSection(Section):
     use_rslora: bool = False
     target_modules: NamePattern | list[str] = "all-linear"
     exclude_modules: NamePattern | list[str] | None = None
+    target_parameters: list[str] | None = None
+    """Parameters by the ends of their names, for instance `mlp.experts.gate_up_proj`: of one that stacks matrices each
+    expert gets its own adapter. `all-linear` takes none of them."""
     rank_pattern: dict[NamePattern, Rank] = {}
     alpha_pattern: dict[NamePattern, Alpha] = {}
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)

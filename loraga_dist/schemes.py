@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from torch import Tensor
 from loraga_dist.linalg import TruncatedSVD, numerical_rank, thin_qr, truncated_svd, truncated_svd_bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraFactors:
+class LoraFactors(NamedTuple):
     """The adapter's first factors, fp32, contiguous; the layer adds scaling * B_MR @ A_RN to its weight."""
 
     A_RN: Tensor

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from loraga_dist.config import LoraSection
 from loraga_dist.data.losses import IGNORED
 from loraga_dist.data.microbatches import Microbatch, count_supervised_tokens
-from loraga_dist.model.targets import Target, meta_copy, select_targets
+from loraga_dist.model.selection import select_targets
+from loraga_dist.model.targets import Target, meta_copy
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.single import SingleProcess
 

@@ -34,6 +34,7 @@ from loraga_dist.files.safetensors_io import SafetensorsWriter
 from loraga_dist.model.base import read_checkpoint_index
 from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.world import World
+from loraga_dist.schemes import LoraFactors
 
 K = 8
 PATTERNS: dict[str, Any] = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
@@ -133,11 +134,11 @@ def write_output(
         for target in targets
     }
 
-    def factors(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(target: Target) -> LoraFactors:
         """LoRA-GA's, in its paper's scale."""
-        target = next(target for target in targets if target.name == name)
-        U_MN, _, Vh_NN = svd[name]
-        return target.M**0.25 / 4 * Vh_NN[: target.r], target.M**0.25 / 4 * U_MN[:, target.r : 2 * target.r]
+        U_MN, _, Vh_NN = svd[target.name]
+        scale = target.M**0.25 / 4
+        return LoraFactors(A_RN=scale * Vh_NN[: target.r], B_MR=scale * U_MN[:, target.r : 2 * target.r])
 
     write_adapter(directory / "loraga_offset", config, targets, factors, negate_b=True)
     of_residual = copy.copy(config)

@@ -22,7 +22,8 @@ from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.model.base import BaseModel, find_base_model
 from loraga_dist.model.blocks import Blocks, choose_order, find_blocks
 from loraga_dist.model.plan import make_plan
-from loraga_dist.model.targets import Target, meta_copy, select_targets
+from loraga_dist.model.selection import select_targets
+from loraga_dist.model.targets import Target, meta_copy
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.base import Sharding

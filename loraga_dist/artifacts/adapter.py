@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,16 +16,20 @@ from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraga_dist.artifacts.tensors import entries_of, read_chunks
 from loraga_dist.files.disk import naming_write_errors
 from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, read_header
-from loraga_dist.model.targets import Target
-from loraga_dist.schemes import lora_scaling
+from loraga_dist.model.factors import join, split
+from loraga_dist.model.targets import Target, layers_of
+from loraga_dist.schemes import LoraFactors, lora_scaling
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def adapter_keys(name: str) -> tuple[str, str]:
-    """The keys of a target's A_RN and B_MR in an adapter file."""
-    return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
+_STACKS_AT_HAND = 4
+
+
+def adapter_keys(layer: str) -> tuple[str, str]:
+    """The keys of A_RN and B_MR of one of PEFT's layers in an adapter file."""
+    return f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"
 
 
 def magnitude_key(name: str) -> str:
@@ -37,17 +43,18 @@ def saved_key(parameter_name: str) -> str:
 
 
 def adapter_entries(targets: Iterable[Target], *, use_dora: bool, saved: Entries) -> Entries:
-    """The tensors of an adapter file in their order: A, B and DoRA's magnitudes of every target, fp32, and copies.
+    """The tensors of an adapter file in their order: A, B and DoRA's magnitudes of every layer, fp32, and copies.
 
     saved: dtypes and shapes of the parameters that `modules_to_save` copies, by parameter name.
     """
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for target in targets:
-        a_key, b_key = adapter_keys(target.name)
-        entries[a_key] = (torch.float32, (target.r, target.N))
-        entries[b_key] = (torch.float32, (target.M, target.r))
+    for layer, (first, *others) in layers_of(targets).items():
+        a_key, b_key = adapter_keys(layer)
+        all_ranks = first.r * (1 + len(others))
+        entries[a_key] = (torch.float32, (all_ranks, first.N))
+        entries[b_key] = (torch.float32, (first.M, all_ranks))
         if use_dora:
-            entries[magnitude_key(target.name)] = (torch.float32, (target.M,))
+            entries[magnitude_key(first.name)] = (torch.float32, (first.M,))
     widest_first = sorted(saved.items(), key=lambda item: -item[1][0].itemsize)
     return entries | {saved_key(name): entry for name, entry in widest_first}
 
@@ -56,7 +63,7 @@ def write_adapter(
     directory: Path,
     peft_config: LoraConfig,
     targets: Sequence[Target],
-    factors: Callable[[str], tuple[Tensor, Tensor]],
+    factors: Callable[[Target], LoraFactors],
     *,
     negate_b: bool = False,
     magnitudes: Callable[[Target, Tensor, Tensor], Tensor] | None = None,
@@ -64,7 +71,7 @@ def write_adapter(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32), asking for one target's factors at a time.
 
-    factors: target name -> (A_RN, B_MR), fp32 or castable without a thought. negate_b: write -B (the offset adapter).
+    factors: of a target, fp32 or castable without a thought. negate_b: write -B (the offset adapter).
     magnitudes: of a DoRA adapter, (target, A_RN, B_MR as written) -> (M,); without, the adapter is none.
     saved: checkpoint tensors of the parameters that `modules_to_save` copies into the adapter.
     The config is the given one with the target modules spelled out, `inference_mode` and `init_lora_weights` true,
@@ -73,13 +80,14 @@ def write_adapter(
     copies = {saved_key(name): slot for name, slot in (saved or {}).items()}
     entries = adapter_entries(targets, use_dora=magnitudes is not None, saved=entries_of(saved or {}))
     with SafetensorsWriter(directory / ADAPTER_WEIGHTS, entries) as writer:
-        for target in targets:
-            A_RN, B_MR = (factor.detach().to("cpu", torch.float32) for factor in factors(target.name))
-            assert A_RN.shape == (target.r, target.N) and B_MR.shape == (target.M, target.r), target
-            for key, factor in zip(adapter_keys(target.name), (A_RN, -B_MR if negate_b else B_MR), strict=True):
+        for layer, members in layers_of(targets).items():
+            joined = join([_on_host(target, factors(target)) for target in members])
+            written = joined.A_RN, -joined.B_MR if negate_b else joined.B_MR
+            for key, factor in zip(adapter_keys(layer), written, strict=True):
                 writer.append(key, factor)
             if magnitudes is not None:
-                writer.append(magnitude_key(target.name), magnitudes(target, A_RN, B_MR).float())
+                (target,) = members
+                writer.append(magnitude_key(target.name), magnitudes(target, joined.A_RN, joined.B_MR).float())
         for key in entries:
             if key in copies:
                 for chunk in read_chunks(copies[key]):
@@ -89,12 +97,25 @@ def write_adapter(
         stored_config(peft_config, targets, use_dora=magnitudes is not None).save_pretrained(str(directory))
 
 
+def _on_host(target: Target, factors: LoraFactors) -> LoraFactors:
+    A_RN, B_MR = (factor.detach().to("cpu", torch.float32) for factor in (factors.A_RN, factors.B_MR))
+    assert A_RN.shape == (target.r, target.N) and B_MR.shape == (target.M, target.r), target
+    return LoraFactors(A_RN=A_RN, B_MR=B_MR)
+
+
 def stored_config(peft_config: LoraConfig, targets: Sequence[Target], *, use_dora: bool) -> LoraConfig:
     """What `write_adapter` writes as `adapter_config.json`."""
     config = copy.copy(peft_config)
     config.use_dora = use_dora
-    config.target_modules = sorted(target.name for target in targets)
-    config.fan_in_fan_out = any(target.transposed for target in targets)
+    config.target_modules = sorted(target.name for target in targets if target.pattern_name == target.name)
+    by_parameter = {target.parameter_name for target in targets if target.pattern_name != target.name}
+    config.target_parameters = sorted(by_parameter) or None
+    config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
+    for target in targets:
+        if target.by_parameter:  # patterns were held against the module's name
+            pattern = f"^{re.escape(target.parameter_name)}"
+            config.rank_pattern[pattern], config.alpha_pattern[pattern] = target.r, target.lora_alpha
+    config.fan_in_fan_out = any(target.transposed for target in targets if target.stack is None)
     config.inference_mode = True
     config.init_lora_weights = True
     for key, value in vars(config).items():
@@ -106,7 +127,7 @@ def stored_config(peft_config: LoraConfig, targets: Sequence[Target], *, use_dor
 class FactorSource(Protocol):
     """What gives A_RN and B_MR of a target, one target at a time."""
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]: ...
+    def factors(self, target: Target) -> tuple[Tensor, Tensor]: ...
 
 
 class AdapterFile:
@@ -114,22 +135,31 @@ class AdapterFile:
 
     def __init__(self, directory: Path) -> None:
         self.slots: dict[str, TensorSlot] = read_header(directory / ADAPTER_WEIGHTS)
+        # experts are asked for one after the other, by several threads
+        self._stack = lru_cache(maxsize=_STACKS_AT_HAND)(self._read_stack)
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+    def factors(self, target: Target) -> LoraFactors:
         """A_RN and B_MR of one target; raises RunError on a short read."""
-        a_key, b_key = adapter_keys(name)
-        return self.slots[a_key].read(), self.slots[b_key].read()
+        if target.stack is None:
+            a_key, b_key = adapter_keys(target.layer)
+            return LoraFactors(A_RN=self.slots[a_key].read(), B_MR=self.slots[b_key].read())
+        return self._stack(target.layer, target.stack.size)[target.stack.index]
+
+    def _read_stack(self, layer: str, size: int) -> list[LoraFactors]:
+        a_key, b_key = adapter_keys(layer)
+        found = split(LoraFactors(A_RN=self.slots[a_key].read(), B_MR=self.slots[b_key].read()), size)
+        return [factors._replace(B_MR=factors.B_MR.contiguous()) for factors in found]
 
     def magnitude(self, name: str) -> Tensor:
         """The magnitudes (M,) of one target of a DoRA adapter; raises RunError on a short read."""
         return self.slots[magnitude_key(name)].read()
 
 
-def rank_and_scaling(config: LoraConfig, name: str) -> tuple[int, float, float]:
-    """(r, lora_alpha, scaling) that PEFT gives the module of that name when it loads an adapter of this config."""
+def rank_and_scaling(config: LoraConfig, pattern_name: str) -> tuple[int, float, float]:
+    """(r, lora_alpha, scaling) that PEFT gives what has this name for patterns when it loads such an adapter."""
     from peft.utils.other import get_pattern_key
 
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    r = ranks.get(get_pattern_key(list(ranks), name), config.r)
-    lora_alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    r = ranks.get(get_pattern_key(list(ranks), pattern_name), config.r)
+    lora_alpha = alphas.get(get_pattern_key(list(alphas), pattern_name), config.lora_alpha)
     return r, lora_alpha, lora_scaling(lora_alpha, r, config.use_rslora)

@@ -143,7 +143,7 @@ def check_finite(adapter: AdapterFile, targets: list[Target]) -> list[str]:
     return [
         f"{LORAGA_INIT}: {key} has values that are not finite"
         for target in targets
-        for key, factor in zip(adapter_keys(target.name), adapter.factors(target.name), strict=True)
+        for key, factor in zip(adapter_keys(target.layer), adapter.factors(target), strict=True)
         if not factor.isfinite().all()
     ]
 
@@ -161,9 +161,9 @@ def check_magnitudes(output: OpenedOutput, world: World) -> list[str]:
     require_targets(output.base, output.targets)
     problems = []
     for target in output.targets[world.rank :: world.size]:
-        weight, stored_M = output.base[target.weight_key], output.adapter.magnitude(target.name).double()
-        factors = output.adapter.factors(target.name)
-        expected_M = start_magnitudes(weight, target, *factors, changes_base=output.report.scheme.changes_base)
+        stored_M, factors = output.adapter.magnitude(target.name).double(), output.adapter.factors(target)
+        changes_base = output.report.scheme.changes_base
+        expected_M = start_magnitudes(output.base, target, *factors, changes_base=changes_base)
         error = ((stored_M - expected_M).abs() / expected_M).max().item()
         if not error <= _MAX_MAGNITUDE_ERROR:  # NaN must fail too
             key = magnitude_key(target.name)
@@ -193,9 +193,9 @@ def check_offset(
     for target, offset_target in zip(init_targets, offset_targets, strict=True):
         if target != offset_target:
             problems.append(f"{LORAGA_OFFSET}: {target.name} is scaled otherwise than in {LORAGA_INIT}")
-        A_RN, B_MR = init.factors(target.name)
-        stored = offset.factors(target.name)
-        for key, factor, other in zip(adapter_keys(target.name), (A_RN, -B_MR), stored, strict=True):
+        A_RN, B_MR = init.factors(target)
+        stored = offset.factors(offset_target)
+        for key, factor, other in zip(adapter_keys(target.layer), (A_RN, -B_MR), stored, strict=True):
             if not same_bytes(factor, other):
                 problems.append(f"{LORAGA_OFFSET}: {key} is not (A, -B) of {LORAGA_INIT}")
     return problems
@@ -272,7 +272,7 @@ def _check_made_of(target: Target, svd: TruncatedSVD, output: OpenedOutput) -> l
         target, init.model_copy(update={"scale": "unit"}) if scaled else init, torch.float32, svd=svd, weight=None
     )
     problems = []
-    keys, stored = adapter_keys(target.name), output.adapter.factors(target.name)
+    keys, stored = adapter_keys(target.layer), output.adapter.factors(target)
     for key, *both in zip(keys, stored, (made.A_RN, made.B_MR), strict=True):
         found, expected = (factor.double() for factor in both)
         if scaled:

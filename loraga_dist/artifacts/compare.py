@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import digest_base, subtract_offset
-from loraga_dist.artifacts.tensors import entries_of, read_chunks, read_row_chunks
+from loraga_dist.artifacts.tensors import Region, entries_of, read_chunks, regions_by_key
 from loraga_dist.files.checksums import OnBytes, TensorDigest, fingerprint, no_progress
 from loraga_dist.files.parallel import over_cores, shares
 from loraga_dist.files.safetensors_io import TensorSlot, as_bytes, dtype_name, scan_checkpoint
-from loraga_dist.model.targets import Target
+from loraga_dist.model.targets import Target, holds_rows
 from loraga_dist.ranks.world import World
 
 _EXPONENT_BITS = 0x7FF << 52
@@ -100,14 +100,14 @@ def compare(
     residual = scan_checkpoint(residual_dir)
     if problems := _check_tensors(output, residual):
         return problems, None
-    target_of = {target.weight_key: target for target in output.targets}
+    regions_of_key = regions_by_key(output.targets)
 
     def compare_one(key: str) -> tuple[list[TensorDigest], float]:
         slots = (base[key], residual[key])
-        target = target_of.get(key)
+        regions = regions_of_key.get(key)
         hashes = (hashlib.sha256(), hashlib.sha256())
         worst = 0.0
-        pieces = _copied_pieces(*slots) if target is None else _target_pieces(*slots, target, output.adapter)
+        pieces = _copied_pieces(*slots) if regions is None else _target_pieces(*slots, regions, output.adapter)
         for base_piece, residual_piece, units in pieces:
             hashes[0].update(as_bytes(base_piece))
             hashes[1].update(as_bytes(residual_piece))
@@ -122,7 +122,7 @@ def compare(
     found = Comparison()
     for key, (digests, worst) in zip(share, over_cores(compare_one, share), strict=True):
         found.base_digests[key], found.residual_digests[key] = digests
-        if key in target_of:
+        if key in regions_of_key:
             found.max_units = max(found.max_units, worst)
             if worst > _ROUNDING_TOLERANCE:
                 found.problems.append(f"{RESIDUAL_BASE}: {key} is {worst:.3g} roundings away from W - s B A")
@@ -144,9 +144,10 @@ def _check_tensors(output: OpenedOutput, residual: Mapping[str, TensorSlot]) -> 
             f"it is {_described(expected.get(key))}; {len(differing)} such tensors"
         )
     for target in output.targets:
-        key = target.weight_key
-        if key not in base or base[key].shape != target.stored_shape or not base[key].dtype.is_floating_point:
-            problems.append(f"base: {key} is not the {target.M} x {target.N} matrix of {target.name}")
+        for rows in target.stored_rows:
+            slot = base.get(rows.key)
+            if slot is None or not holds_rows(slot, rows, target) or not slot.dtype.is_floating_point:
+                problems.append(f"base: {rows.key} is not the {target.M} x {target.N} matrix of {target.name}")
     return problems
 
 
@@ -162,17 +163,19 @@ def _copied_pieces(base: TensorSlot, residual: TensorSlot) -> Iterator[tuple[Ten
 
 
 def _target_pieces(
-    base: TensorSlot, residual: TensorSlot, target: Target, adapter: AdapterFile
+    base: TensorSlot, residual: TensorSlot, regions: Sequence[Region], adapter: AdapterFile
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """(base piece, residual piece, the largest |W - (W_res + s B A)| among them in roundings)."""
-    A_RN, B_MR = (factor.double() for factor in adapter.factors(target.name))
-    # two machines' float64 products may differ by this much, which shows where W - s B A all but cancels
-    product_error = 2**-52 * target.r**2 * target.scaling * (A_RN.abs().max() * B_MR.abs().max()).item()
-    for row0, (base_piece, residual_piece) in read_row_chunks(target, base, residual):
-        exact = subtract_offset(target, base_piece, A_RN, B_MR, row0)
-        error = (residual_piece - exact).abs_()
-        units = error.div_(_one_rounding(exact, residual.dtype).add_(product_error)).max().item()
-        yield base_piece, residual_piece, math.inf if math.isnan(units) else units
+    for region in regions:
+        target = region.target
+        A_RN, B_MR = (factor.double() for factor in adapter.factors(target))
+        # two machines' float64 products may differ by this much, which shows where W - s B A all but cancels
+        product_error = 2**-52 * target.r**2 * target.scaling * (A_RN.abs().max() * B_MR.abs().max()).item()
+        for row0, (base_piece, residual_piece) in region.chunks(base, residual):
+            exact = subtract_offset(target, base_piece, A_RN, B_MR, row0)
+            error = (residual_piece - exact).abs_()
+            units = error.div_(_one_rounding(exact, residual.dtype).add_(product_error)).max().item()
+            yield base_piece, residual_piece, math.inf if math.isnan(units) else units
 
 
 def _one_rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -63,7 +63,7 @@ def targets_under(config: LoraConfig, report: Report) -> list[Target]:
     targets = []
     for target in report.lora_targets:
         try:
-            r, lora_alpha, scaling = rank_and_scaling(config, target.name)
+            r, lora_alpha, scaling = rank_and_scaling(config, target.pattern_name)
         except (ArithmeticError, TypeError, ValueError, re.error) as error:
             raise RunError(f"{ADAPTER_CONFIG} gives {target.name} no rank and scaling ({error})") from error
         targets.append(replace(target, r=r, lora_alpha=lora_alpha, scaling=scaling))

@@ -25,7 +25,7 @@ from loraga_dist.config import InitConfig, SchemeConfig
 from loraga_dist.errors import RunError
 from loraga_dist.files.disk import write_json
 from loraga_dist.model.rank_budget import num_parameters
-from loraga_dist.model.targets import Target
+from loraga_dist.model.targets import StackPlace, Target
 from loraga_dist.schemes import FULL_RATE, SCHEMES, Scheme, lora_scaling, times_full_rate
 
 SCHEMA_VERSION = 1
@@ -45,7 +45,7 @@ class ReportPart(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-_OF_TARGET = {"r", "lora_alpha", "scaling", "transposed", "weight_key"}
+_OF_TARGET = {"r", "lora_alpha", "scaling", "transposed", "weight_key", "stack", "by_parameter"}
 """What `Target` and `TargetReport` call alike."""
 
 
@@ -59,6 +59,9 @@ class TargetReport(ReportPart):
     scaling: float
     transposed: bool
     weight_key: str
+    stack: StackPlace | None = None
+    """Where an expert's matrix is. It and the next are not in reports of earlier versions."""
+    by_parameter: bool = False
     singular_values: list[float] | None = None
     """Of the mean gradient, as many as the scheme takes, descending."""
     num_converged: int | None = None
@@ -243,7 +246,7 @@ class Report(ReportPart):
     def lora_targets(self) -> list[Target]:
         """The targets as they started."""
         return [
-            Target(name=name, M=target.shape[0], N=target.shape[1], **target.model_dump(include=_OF_TARGET))
+            Target(name=name, M=target.shape[0], N=target.shape[1], **{key: getattr(target, key) for key in _OF_TARGET})
             for name, target in self.targets.items()
         ]
 

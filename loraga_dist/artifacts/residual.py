@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import FactorSource
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
-from loraga_dist.artifacts.tensors import entries_of, num_bytes_of, read_chunks, read_row_chunks
+from loraga_dist.artifacts.tensors import Region, entries_of, num_bytes_of, read_chunks, regions_by_key, weight_chunks
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
 from loraga_dist.files.disk import MAX_JSON_BYTES, json_text, naming_write_errors, parse_json, read_bounded
@@ -74,12 +75,12 @@ def write_residual_file(
     byte for byte or cast. on_progress: told of bytes written. magnitudes: target name -> (M,), the norms that the
     weights of its outputs are given before the cast. Raises UserError when a value does not fit the dtype.
     """
-    target_of = {target.weight_key: target for target in targets}
+    regions = regions_by_key(targets)
     digests = {}
     with SafetensorsWriter(destination / file.name, file.entries) as writer:
         for key, (dtype, shape) in file.entries.items():
             base_digest, residual_digest = hashlib.sha256(), hashlib.sha256()
-            for base, residual in _residual_chunks(index[key], dtype, target_of.get(key), adapter, magnitudes):
+            for base, residual in _residual_chunks(index, key, dtype, regions.get(key), adapter, magnitudes):
                 writer.append(key, residual)
                 base_digest.update(as_bytes(base))
                 residual_digest.update(as_bytes(residual))
@@ -166,11 +167,13 @@ def subtract_offset(target: Target, weight_rows: Tensor, A_RN: Tensor, B_MR: Ten
     return weight_rows.to(torch.float64, copy=True).addmm_(left[rows], right, alpha=-target.scaling)
 
 
-def output_norms(slot: TensorSlot, target: Target, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def output_norms(
+    index: Mapping[str, TensorSlot], target: Target, factors: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """||.|| over the inputs of every output, (M,) in float64: of W - s B A, or of W where no A_RN, B_MR are given."""
     squares_M = torch.zeros(target.M, dtype=torch.float64)
     as_float64 = factors and (factors[0].double(), factors[1].double())
-    for row0, (rows,) in read_row_chunks(target, slot):
+    for row0, rows in weight_chunks(target, index):
         changed = subtract_offset(target, rows, *as_float64, row0) if as_float64 else rows.to(torch.float64, copy=True)
         squares = changed.square_()
         if target.transposed:
@@ -180,43 +183,49 @@ def output_norms(slot: TensorSlot, target: Target, factors: tuple[Tensor, Tensor
     return squares_M.sqrt_()
 
 
-def start_magnitudes(slot: TensorSlot, target: Target, A_RN: Tensor, B_MR: Tensor, *, changes_base: bool) -> Tensor:
+def start_magnitudes(
+    index: Mapping[str, TensorSlot], target: Target, A_RN: Tensor, B_MR: Tensor, *, changes_base: bool
+) -> Tensor:
     """DoRA's magnitudes (M,), float64, with which it starts as the plain adapter would: the norms of W_res + s B A.
 
-    That is the original W where the base became W - s B A, and W + s B A on an unchanged base. slot: of W. Raises
-    UserError for an output whose weights are all zero, or not finite: DoRA divides by these norms.
+    That is the original W where the base became W - s B A, and W + s B A on an unchanged base. index: of the
+    checkpoint. Raises UserError for an output whose weights are all zero, or not finite: DoRA divides by these norms.
     """
     if changes_base:
-        norms_M = output_norms(slot, target)
+        norms_M = output_norms(index, target)
     else:
-        norms_M = output_norms(slot, replace(target, scaling=-target.scaling), (A_RN, B_MR))
+        norms_M = output_norms(index, replace(target, scaling=-target.scaling), (A_RN, B_MR))
     if not (norms_M.isfinite().all() and (norms_M > 0).all()):
-        problem = f"{slot.name} has an output whose weights are zero or not finite, and DoRA divides by their norm"
+        problem = f"{target.weight_key} has an output whose weights are zero or not finite: DoRA divides by their norm"
         raise UserError("lora.use_dora", True, f"{problem}; write false, or add {target.name} to lora.exclude_modules")
     return norms_M
 
 
 def _residual_chunks(
-    slot: TensorSlot,
+    index: Mapping[str, TensorSlot],
+    key: str,
     dtype: torch.dtype,
-    target: Target | None,
+    regions: Sequence[Region] | None,
     adapter: FactorSource,
     magnitudes: Callable[[str], Tensor] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    if target is None:
+    slot = index[key]
+    if regions is None:
         for base in read_chunks(slot):
             yield base, _cast(base, dtype, slot.name)
         return
-    assert slot.shape == target.stored_shape, (slot, target)
-    A_RN, B_MR = (factor.double() for factor in adapter.factors(target.name))
-    times_M = None
-    if magnitudes is not None:
-        times_M = magnitudes(target.name).double() / output_norms(slot, target, (A_RN, B_MR))
-    for row0, (base,) in read_row_chunks(target, slot):
-        changed = subtract_offset(target, base, A_RN, B_MR, row0)
-        if times_M is not None:
-            changed *= times_M if target.transposed else times_M[row0 : row0 + len(base), None]
-        yield base, _cast(changed, dtype, slot.name)
+    assert sum(region.rows.count for region in regions) == math.prod(slot.shape[:-1]), (slot, regions)
+    for region in regions:
+        target = region.target
+        A_RN, B_MR = (factor.double() for factor in adapter.factors(target))
+        times_M = None
+        if magnitudes is not None:
+            times_M = magnitudes(target.name).double() / output_norms(index, target, (A_RN, B_MR))
+        for row0, (base,) in region.chunks(slot):
+            changed = subtract_offset(target, base, A_RN, B_MR, row0)
+            if times_M is not None:
+                changed *= times_M if target.transposed else times_M[row0 : row0 + len(base), None]
+            yield base, _cast(changed, dtype, slot.name)
 
 
 def _cast(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loraga_dist.files.safetensors_io import Entries, TensorSlot, read_range, read_rows
-from loraga_dist.model.targets import Target
+from loraga_dist.files.safetensors_io import Entries, TensorSlot, read_range
+from loraga_dist.model.targets import StoredRows, Target
 
 CHUNK_ELEMENTS = 2**20
 """Elements handled at once. 8 MiB of float64 stay in the cache; larger chunks were up to twice as slow."""
@@ -31,10 +32,57 @@ def read_chunks(slot: TensorSlot) -> Iterator[Tensor]:
         yield read_range(slot, start, end)
 
 
-def read_row_chunks(target: Target, *slots: TensorSlot) -> Iterator[tuple[int, list[Tensor]]]:
-    """(first row, the next rows of every slot) of tensors stored as the target's weight is; raises RunError."""
-    for row0, row1 in _pieces(target.stored_shape[0], max(1, CHUNK_ELEMENTS // target.stored_shape[1])):
-        yield row0, [read_rows(slot, row0, row1) for slot in slots]
+@dataclass(frozen=True)
+class Region:
+    """Rows of a target's stored matrix that follow one another in a checkpoint tensor."""
+
+    target: Target
+    rows: StoredRows
+    row0: int
+    """Of the stored matrix: the first."""
+
+    def chunks(self, *slots: TensorSlot) -> Iterator[tuple[int, list[Tensor]]]:
+        """(row of the stored matrix, the next rows of every slot) of tensors that are alike; raises RunError."""
+        row_numel = self.target.stored_shape[1]
+        for start, end in _pieces(self.rows.count, max(1, CHUNK_ELEMENTS // row_numel)):
+            first, last = ((self.rows.first + row) * row_numel for row in (start, end))
+            yield self.row0 + start, [read_range(slot, first, last).view(-1, row_numel) for slot in slots]
+
+
+def regions_of(target: Target) -> Iterator[Region]:
+    """All of a target's stored matrix, in its order."""
+    row0 = 0
+    for rows in target.stored_rows:
+        yield Region(target, rows, row0)
+        row0 += rows.count
+
+
+def regions_by_key(targets: Iterable[Target]) -> dict[str, list[Region]]:
+    """What each checkpoint tensor that holds targets consists of, in its order."""
+    found: dict[str, list[Region]] = {}
+    for target in targets:
+        for region in regions_of(target):
+            found.setdefault(region.rows.key, []).append(region)
+    return {key: sorted(regions, key=lambda region: region.rows.first) for key, regions in found.items()}
+
+
+def weight_chunks(target: Target, index: Mapping[str, TensorSlot]) -> Iterator[tuple[int, Tensor]]:
+    """(first row, the next rows) of a target's stored matrix; raises RunError on a short read."""
+    for region in regions_of(target):
+        for row0, (rows,) in region.chunks(index[region.rows.key]):
+            yield row0, rows
+
+
+def read_elements(target: Target, index: Mapping[str, TensorSlot], start: int, end: int) -> Tensor:
+    """Elements [start, end) of a target's flattened stored matrix; raises RunError on a short read."""
+    row_numel, parts = target.stored_shape[1], []
+    for region in regions_of(target):
+        first, past = region.row0 * row_numel, (region.row0 + region.rows.count) * row_numel
+        begin, until = max(start, first), min(end, past)
+        if begin < until:
+            offset = region.rows.first * row_numel - first
+            parts.append(read_range(index[region.rows.key], begin + offset, until + offset))
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def _pieces(length: int, step: int) -> Iterator[tuple[int, int]]:

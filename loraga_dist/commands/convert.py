@@ -24,6 +24,7 @@ from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import product_svd
 from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.progress import phase
+from loraga_dist.schemes import LoraFactors
 
 _MAX_RELATIVE_ERROR = 1e-6
 """Of a stored update, beside what truncation drops; two roundings to float32 cost about a tenth of it."""
@@ -137,12 +138,12 @@ def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, s
     kept, total = {}, {}
     with phase("convert", 2 * len(update.targets), "targets", shown=show_progress) as progress:
 
-        def factors(name: str) -> tuple[Tensor, Tensor]:
-            A_RN, B_MR, S_J = refactorize(*update.factors(name), r)
-            total[name] = S_J.square().sum().item()
-            kept[name] = S_J[:r].square().sum().item()
+        def factors(target: Target) -> LoraFactors:
+            A_RN, B_MR, S_J = refactorize(*update.factors(target), r)
+            total[target.name] = S_J.square().sum().item()
+            kept[target.name] = S_J[:r].square().sum().item()
             progress.advance()
-            return A_RN, B_MR
+            return LoraFactors(A_RN=A_RN, B_MR=B_MR)
 
         targets = [_with_rank(target, r) for target in update.targets.values()]
         config = LoraConfig(
@@ -156,7 +157,7 @@ def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, s
         write_adapter(directory, config, targets, factors, saved=update.saved)
         stored = AdapterFile(directory)
         for target in targets:
-            _check_stored(update, stored, target.name, total[target.name], kept[target.name])
+            _check_stored(update, stored, target, total[target.name], kept[target.name])
             progress.advance()
     return dataclasses.replace(
         found,
@@ -170,14 +171,14 @@ def _with_rank(target: Target, r: int, scaling: float = 1.0) -> Target:
     return dataclasses.replace(target, r=r, lora_alpha=r, scaling=scaling)
 
 
-def _check_stored(update: Update, stored: AdapterFile, name: str, energy: float, kept_energy: float) -> None:
+def _check_stored(update: Update, stored: AdapterFile, target: Target, energy: float, kept_energy: float) -> None:
     """Raise RunError unless the stored factors are as far from the update as truncation makes them."""
-    A_RN, B_MR = stored.factors(name)
-    A_KN, B_MK = update.factors(name)
+    A_RN, B_MR = stored.factors(target)
+    A_KN, B_MK = update.factors(target)
     _, S_J, _ = product_svd(torch.cat([B_MK, -B_MR.double()], dim=1), torch.cat([A_KN, A_RN.double()]))
     error = (S_J.norm().item() - max(0.0, energy - kept_energy) ** 0.5) / (energy or 1.0) ** 0.5
     if not error <= _MAX_RELATIVE_ERROR:
-        raise RunError(f"convert: {name} was stored with a relative error of {error:.1e}; is the disk sound?")
+        raise RunError(f"convert: {target.name} was stored with a relative error of {error:.1e}; is the disk sound?")
 
 
 def _write_merged(

@@ -25,7 +25,7 @@ from loraga_dist.artifacts.names import (
 )
 from loraga_dist.artifacts.report import IdentityCheck, Rebuilt, Report, SpentBudget, TargetReport, versions
 from loraga_dist.artifacts.residual import digest_base, start_magnitudes, write_model
-from loraga_dist.artifacts.tensors import read_chunks
+from loraga_dist.artifacts.tensors import weight_chunks
 from loraga_dist.artifacts.warnings import find_warnings
 from loraga_dist.config import InitConfig, OutputConfig, load_config
 from loraga_dist.errors import RunError, UserError
@@ -43,7 +43,7 @@ from loraga_dist.ranks.progress import phase
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import understand
 from loraga_dist.run.writing import Fingerprints, finish_directory, write_adapters
-from loraga_dist.schemes import SCHEMES, Scheme
+from loraga_dist.schemes import SCHEMES, LoraFactors, Scheme
 
 _CHANGEABLE = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_dropout"}
 """Keys of the section `lora` that the gradients do not depend on; all of `init` and `output` are such too."""
@@ -72,12 +72,12 @@ class _NewStart:
         assert self.old.identity_check is not None, "a run compares logits"
         return DTYPES[self.old.identity_check.dtype]
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        target, scheme = self.targets[name], SCHEMES[self.config.init.scheme]
+    def factors(self, target: Target) -> LoraFactors:
+        name, scheme = target.name, SCHEMES[self.config.init.scheme]
         weight = self.index[target.weight_key]
         U_MK, S_K, Vh_KN = (_whole(self.slots[f"{name}.{part}"]) for part in ("U", "S", "Vh"))
         svd = TruncatedSVD(U_MK=U_MK, S_K=S_K, Vh_KN=Vh_KN)
-        W = _whole(weight).to(self.compute_dtype) if needs_weight(self.config.init) else None
+        W = self._weight(target).to(self.compute_dtype) if needs_weight(self.config.init) else None
         dtype = factor_dtype(self.compute_dtype, weight.dtype, self.config.output.residual_dtype)
         made = make_factors(target, self.config.init, dtype, svd=svd, weight=W)
         before = self.old.targets[name]
@@ -91,14 +91,22 @@ class _NewStart:
             "singular_values": singular_values,
             "numerical_rank": numerical_rank(svd.S_K, target.M, target.N),
             "captured_energy": min(1.0, before.captured_energy * more_energy),
-            "offset_ratio": target.scaling * product_norm(made) / max(_norm(weight), 1e-30),
+            "offset_ratio": target.scaling * product_norm(made) / max(self._norm(target), 1e-30),
         }
         self.reports[name] = TargetReport(**before.model_dump() | found)
-        return made.A_RN, made.B_MR
+        return made
+
+    def _weight(self, target: Target) -> Tensor:
+        return torch.cat([rows for _, rows in weight_chunks(target, self.index)])
+
+    def _norm(self, target: Target) -> float:
+        """||W||_F."""
+        chunks = weight_chunks(target, self.index)
+        return math.fsum(rows.double().square().sum().item() for _, rows in chunks) ** 0.5
 
     def magnitudes(self, target: Target, A_RN: Tensor, B_MR: Tensor) -> Tensor:
         changes_base = SCHEMES[self.config.init.scheme].changes_base
-        return start_magnitudes(self.index[target.weight_key], target, A_RN, B_MR, changes_base=changes_base)
+        return start_magnitudes(self.index, target, A_RN, B_MR, changes_base=changes_base)
 
     def report(self, source: Path, fingerprints: Fingerprints, seconds: float) -> Report:
         """The old report with what is new, once all factors have been made. seconds: that it all took."""
@@ -306,8 +314,3 @@ def _beyond_convergence(reports: Mapping[str, TargetReport], scheme: Scheme) -> 
 
 def _energy(singular_values: Sequence[float]) -> float:
     return math.fsum(value**2 for value in singular_values)
-
-
-def _norm(slot: TensorSlot) -> float:
-    """||W||_F."""
-    return math.fsum(chunk.double().square().sum().item() for chunk in read_chunks(slot)) ** 0.5

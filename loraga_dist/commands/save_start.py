@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,24 @@ from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, versions
 from loraga_dist.artifacts.residual import digest_base
-from loraga_dist.artifacts.tensors import entries_of
+from loraga_dist.artifacts.tensors import entries_of, read_elements
 from loraga_dist.config import InitConfig, ModelConfig, OutputConfig, SchemeConfig
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
-from loraga_dist.files.safetensors_io import TensorSlot, read_range
+from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import StagedDirectory
 from loraga_dist.model.base import WeightKeys, read_checkpoint_index, resolve_model_dir
-from loraga_dist.model.targets import Target, require_targets
+from loraga_dist.model.factors import split
+from loraga_dist.model.selection import stored
+from loraga_dist.model.targets import Target, layers_of, require_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.sharding.open import sharding_of
-from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
+from loraga_dist.sharding.slices import part_of, square_norm, subtract_lowrank_
 from loraga_dist.start.in_place import Start
+from loraga_dist.start.place import adapted_parameter
 
 
 def save_start(start: Start, directory: str | Path, *, base: str | Path | None = None) -> Path:
@@ -58,18 +61,18 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         base_dir = resolve_model_dir(name, revision)
         index = read_checkpoint_index(base_dir)
         keys = WeightKeys(index, model.get_base_model().base_model_prefix)
-        targets = [dataclasses.replace(target, weight_key=keys(target.parameter_name)) for target in start.targets]
+        targets = [stored(target, lambda name: [(key := keys(name), index[key].numel)]) for target in start.targets]
         require_targets(index, targets)
         saved = {name: keys(name) for name in _saved_parameters(model)}
 
-    for target in targets:
-        made = _gather_factors(model, target, sharding)
-        offset = made if scheme.changes_base else None
-        _require_start(model, target, offset, index[target.weight_key], name, sharding)
-        with world.together():
-            put = start.factors[target.name] if world.is_main else made
-            if not (torch.equal(made.A_RN, put.A_RN) and torch.equal(made.B_MR, put.B_MR)):
-                raise UserError("start", target.name, "has been trained already; call save_start before training")
+    for layer, members in layers_of(targets).items():
+        for target, made in zip(members, _gather_factors(model, layer, len(members), sharding), strict=True):
+            offset = made if scheme.changes_base else None
+            _require_start(model, target, offset, index, name, sharding)
+            with world.together():
+                put = start.factors[target.name] if world.is_main else made
+                if not (torch.equal(made.A_RN, put.A_RN) and torch.equal(made.B_MR, put.B_MR)):
+                    raise UserError("start", target.name, "has been trained already; call save_start before training")
     share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
     with world.together():
         digests = digest_base(index, share)
@@ -90,7 +93,9 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         residual_fingerprint=None,
         versions=versions(),
         targets={
-            target.name: start.reports[target.name].model_copy(update={"weight_key": target.weight_key})
+            target.name: start.reports[target.name].model_copy(
+                update={"weight_key": target.weight_key, "stack": target.stack}
+            )
             for target in targets
         },
         saved_parameters=saved,
@@ -107,7 +112,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
                     staged.path / LORAGA_INIT,
                     copy.copy(config),
                     targets,
-                    lambda name: (start.factors[name].A_RN, start.factors[name].B_MR),
+                    lambda target: start.factors[target.name],
                     saved={parameter: index[key] for parameter, key in saved.items()},
                 )
                 report.write(staged.path / REPORT)
@@ -131,19 +136,24 @@ def _saved_parameters(model: Any) -> list[str]:
     ]
 
 
-def _gather_factors(model: Any, target: Target, sharding: Sharding) -> LoraFactors:
-    """A_RN and B_MR of one target as the model holds them, float32 on the host."""
-    layer = model.base_model.model.get_submodule(target.name)
+def _gather_factors(model: Any, layer_name: str, size: int, sharding: Sharding) -> list[LoraFactors]:
+    """A_RN and B_MR of the targets of one of PEFT's layers as the model holds them, float32 on the host."""
+    layer = model.base_model.model.get_submodule(layer_name)
     whole = []
     for holder in (layer.lora_A, layer.lora_B):
         weight = holder["default"].weight
         with sharding.hold([weight]):
             whole.append(weight.detach().to("cpu", torch.float32, copy=True))
-    return LoraFactors(A_RN=whole[0], B_MR=whole[1])
+    return split(LoraFactors(A_RN=whole[0], B_MR=whole[1]), size)
 
 
 def _require_start(
-    model: Any, target: Target, offset: LoraFactors | None, slot: TensorSlot, base: str, sharding: Sharding
+    model: Any,
+    target: Target,
+    offset: LoraFactors | None,
+    index: Mapping[str, TensorSlot],
+    base: str,
+    sharding: Sharding,
 ) -> None:
     """Raise UserError on all ranks unless W_res + s*B*A is the checkpoint's W to rounding; a collective.
 
@@ -151,9 +161,10 @@ def _require_start(
     offset: A and B as they are; None for a scheme that leaves the base as it is, where W itself is held against it.
     """
     world = sharding.world
-    shard, first = sharding.own_slice(model.base_model.model.get_submodule(target.name).get_base_layer().weight)
+    parameter = adapted_parameter(model.base_model.model.get_submodule(target.layer))
+    shard, first = part_of(*sharding.own_slice(parameter), target)
     with world.together():
-        original = read_range(slot, first, first + shard.numel()).float()
+        original = read_elements(target, index, first, first + shard.numel()).float()
         restored = shard.detach().to("cpu", torch.float32, copy=True)
         size = square_norm(original) + square_norm(restored)
         if offset is not None:

@@ -48,13 +48,14 @@ class Update:
     init: AdapterFile
     init_targets: dict[str, Target]
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+    def factors(self, target: Target) -> tuple[Tensor, Tensor]:
         """[A_t; A_0] (2r, N) and [s_t B_t, -s_0 B_0] (M, 2r) in float64, whose product B A is the update; on an
         unchanged base A_t (r, N) and s_t B_t (M, r)."""
-        A_RN, B_MR = (factor.double() for factor in self.trained.factors(name))
+        name = target.name
+        A_RN, B_MR = (factor.double() for factor in self.trained.factors(self.targets[name]))
         if not self.report.scheme.changes_base:
             return A_RN, self.targets[name].scaling * B_MR
-        A0_RN, B0_MR = (factor.double() for factor in self.init.factors(name))
+        A0_RN, B0_MR = (factor.double() for factor in self.init.factors(self.init_targets[name]))
         scaling, scaling0 = self.targets[name].scaling, self.init_targets[name].scaling
         return torch.cat([A_RN, A0_RN]), torch.cat([scaling * B_MR, -scaling0 * B0_MR], dim=1)
 
@@ -181,7 +182,7 @@ def _problem_of_tensors(
 def _problem_of_values(adapter: AdapterFile, init: AdapterFile, targets: list[Target], is_dora: bool) -> str | None:
     changed = False
     for target in targets:
-        keys, values, starts = [*adapter_keys(target.name)], adapter.factors(target.name), init.factors(target.name)
+        keys, values, starts = [*adapter_keys(target.layer)], adapter.factors(target), init.factors(target)
         if is_dora:
             keys.append(magnitude_key(target.name))
             values, starts = (*values, adapter.magnitude(target.name)), (*starts, init.magnitude(target.name))

@@ -57,6 +57,11 @@ class BaseModel:
     def weight_keys(self) -> WeightKeys:
         return WeightKeys(self.index, getattr(self.model_class, "base_model_prefix", ""))
 
+    def stored_as(self, parameter_name: str) -> list[tuple[str, int]]:
+        """Keys and sizes of the tensors that a parameter's elements are, one after the other; raises UserError."""
+        key = self.weight_keys(parameter_name)
+        return [(key, self.index[key].numel)]
+
     def slots_of(self, meta_model: nn.Module) -> dict[str, TensorSlot] | None:
         """Tensors of the checkpoint by the model's names; None when a parameter has none that fits as it is."""
         found = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from loraga_dist.config import SchemeConfig
@@ -59,6 +61,24 @@ def _singular_values(weight: torch.Tensor, target: Target, config: SchemeConfig)
     """The leading r, float32 on the host."""
     generator = seeded_generator(config.seed, f"{target.name}/weight", weight.device)
     return truncated_svd(weight.float(), rank=target.r, oversampling=target.r, generator=generator).S_K.cpu()
+
+
+def join(members: Sequence[LoraFactors]) -> LoraFactors:
+    """A and B of one of PEFT's layers, from those of its E matrices: (E R, N), each one's rows together, and (M, R E),
+    the columns of one component together.
+
+    Source: PEFT's ParamWrapper, `get_delta_weight`.
+    """
+    return LoraFactors(
+        A_RN=torch.cat([factors.A_RN for factors in members]),
+        B_MR=torch.stack([factors.B_MR for factors in members], dim=-1).flatten(1),
+    )
+
+
+def split(layer: LoraFactors, size: int) -> list[LoraFactors]:
+    """What `join` was given; views. size: E."""
+    B_EMR = layer.B_MR.unflatten(1, (-1, size)).permute(2, 0, 1)
+    return [LoraFactors(A_RN=A_RN, B_MR=B_MR) for A_RN, B_MR in zip(layer.A_RN.chunk(size), B_EMR, strict=True)]
 
 
 def product_norm(factors: LoraFactors) -> float:

@@ -5,7 +5,7 @@ Mistakes in settings, model and data show here, before a weight is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -34,8 +34,9 @@ from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_mo
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
+from loraga_dist.model.selection import Selection, StoredAs, select_targets
 from loraga_dist.model.shape import ModelShape
-from loraga_dist.model.targets import Selection, Target, meta_copy, require_targets, select_targets
+from loraga_dist.model.targets import Target, meta_copy, require_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
 from loraga_dist.schemes import SCHEMES, Scheme
@@ -179,10 +180,10 @@ def understand(
         slots = base.slots_of(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks = find_blocks(meta_model)
-    weight_key = base.weight_keys if base.index else str
+    stored_as = base.stored_as if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
-    selection, targets, chosen = _choose_targets(meta_model, config, weight_key, in_pieces=holding.is_sharded)
+    selection, targets, chosen = _choose_targets(meta_model, config, stored_as, in_pieces=holding.is_sharded)
     if base.index:
         require_targets(base.index, targets)
     factor_dtypes = {
@@ -205,7 +206,7 @@ def understand(
         blocks=blocks,
         saved_order=saved,
         amount=amount,
-        saved_parameters={name: weight_key(name) for name in selection.saved_parameters},
+        saved_parameters={name: stored_as(name)[0][0] if stored_as else name for name in selection.saved_parameters},
         entries=entries,
     )
 
@@ -248,7 +249,9 @@ def understand_model(
         if not hasattr(model, "config") or hasattr(model, "peft_config"):
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
-        _, targets, order = _choose_targets(meta_copy(type(model), model.config), config, str, in_pieces=is_partitioned)
+        _, targets, order = _choose_targets(
+            meta_copy(type(model), model.config), config, None, in_pieces=is_partitioned
+        )
         _require_unquantized(model, targets)
         if config.lora.use_dora and scheme.takes_step and config.init.step is None:
             problem = "has magnitudes that follow the step whose length is searched; write false, or init.step"
@@ -279,13 +282,13 @@ def understand_model(
 
 
 def _choose_targets(
-    meta_model: nn.Module, config: MethodConfig, weight_key: Callable[[str], str], *, in_pieces: bool
+    meta_model: nn.Module, config: MethodConfig, stored_as: StoredAs | None, *, in_pieces: bool
 ) -> tuple[Selection, list[Target], Order]:
     """What PEFT selects, the targets with the ranks to plan for, and the order to go through the model in."""
     has_budget = config.init.rank_budget is not None
     num_triplets = SCHEMES[config.init.scheme].num_triplets
     blocks = find_blocks(meta_model)  # PEFT puts its own layers into it
-    selection = select_targets(meta_model, config.lora, num_triplets, any_rank=has_budget, weight_key=weight_key)
+    selection = select_targets(meta_model, config.lora, num_triplets, any_rank=has_budget, stored_as=stored_as)
     targets = planned_targets(selection.targets, config.lora, config.init)
     names = [target.name for target in targets]
     order = choose_order(config.gradient.order, type(meta_model).__name__, blocks, names, in_pieces=in_pieces)

@@ -87,7 +87,7 @@ def write_weights(
                 directory,
                 layout,
                 start.lora,
-                lambda name: (factors[name].A_RN, factors[name].B_MR),
+                lambda target: factors[target.name],
                 request.base.index,
                 None if magnitudes is None else lambda target, A_RN, B_MR: magnitudes[target.name],
             )
@@ -301,7 +301,7 @@ def shared_magnitudes(
     computed: dict[str, Tensor] = {}
     with world.together():
         for target in dealt[world.rank]:
-            norms_M = start_magnitudes(base[target.weight_key], target, *mine[target.name], changes_base=changes_base)
+            norms_M = start_magnitudes(base, target, *mine[target.name], changes_base=changes_base)
             computed[target.name] = norms_M.float()
     found: dict[str, Tensor] = {}
     for target in layout.targets:
@@ -318,7 +318,7 @@ def write_adapters(
     directory: Path,
     layout: Layout,
     lora: LoraSection,
-    factors: Callable[[str], tuple[Tensor, Tensor]],
+    factors: Callable[[Target], LoraFactors],
     base: Mapping[str, TensorSlot],
     magnitudes: Callable[[Target, Tensor, Tensor], Tensor] | None,
 ) -> str:

@@ -18,7 +18,7 @@ from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Piece
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding.slices import square_norm, subtract_lowrank_
+from loraga_dist.sharding.slices import part_of, square_norm, subtract_lowrank_
 
 
 def pretrained(base: BaseModel) -> nn.Module:
@@ -141,8 +141,9 @@ class Sharding(ABC):
         """Undo `attach`, so that the model can be changed or handed to a trainer."""
 
     @abstractmethod
-    def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
-        """The whole parameter on the rank `owner`, None on the others, which receive nothing; a collective."""
+    def weight_on(self, parameter: Parameter, target: Target, owner: int) -> torch.Tensor | None:
+        """A target's matrix as it is stored in the parameter, on the rank `owner`; None on the others, which receive
+        nothing. A collective."""
 
     @abstractmethod
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
@@ -161,7 +162,11 @@ class Sharding(ABC):
         """W_MN -= scaling * B A on this rank's part of W; no communication."""
         # Conv1D stores W transposed, hence (B A)^T = A^T B^T
         left, right = (A_RN.t(), B_MR.t()) if target.transposed else (B_MR, A_RN)
-        self.edit(parameter, lambda shard, start: subtract_lowrank_(shard, start, left, right, target.scaling))
+
+        def subtract(shard: torch.Tensor, start: int) -> None:
+            subtract_lowrank_(*part_of(shard, start, target), left, right, target.scaling)
+
+        self.edit(parameter, subtract)
 
     @torch.no_grad()
     def put(self, parameter: Parameter, full: torch.Tensor) -> None:
@@ -170,7 +175,11 @@ class Sharding(ABC):
         shard.copy_(full.reshape(-1)[start : start + shard.numel()])
 
     @torch.no_grad()
-    def square_norms(self, parameters: Sequence[Parameter]) -> torch.Tensor:
-        """||W||_F^2 of whole parameters, float64, by one collective."""
-        own = torch.stack([square_norm(self.own_slice(parameter)[0]) for parameter in parameters])
-        return self.world.sum_(own.to(self.world.device))
+    def square_norms(self, parameters: Sequence[tuple[Parameter, Sequence[Target]]]) -> torch.Tensor:
+        """||W||_F^2 of every target of these parameters, one after the other, float64, by one collective."""
+        own = [
+            square_norm(part_of(*self.own_slice(parameter), target)[0])
+            for parameter, targets in parameters
+            for target in targets
+        ]
+        return self.world.sum_(torch.stack(own).to(self.world.device))

@@ -22,9 +22,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot, read_into, read_range
 from loraga_dist.model.base import BaseModel
+from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Change, Sharding, read_buffers, slot_for, without_values
-from loraga_dist.sharding.slices import BLOCK_ELEMENTS, elements_of, square_norm
+from loraga_dist.sharding.slices import BLOCK_ELEMENTS, elements_of, part_of, square_norm
 
 _ALIGNMENT_BYTES = 64
 """As torch allots memory: products of matrices elsewhere may be rounded another way."""
@@ -172,20 +173,22 @@ class FromDisk(Sharding):
         else:
             super().edit(parameter, change)
 
-    def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
+    def weight_on(self, parameter: Parameter, target: Target, owner: int) -> torch.Tensor | None:
         with self.hold([parameter]):
-            return parameter.detach().clone()
+            return part_of(parameter.detach().view(-1), 0, target)[0].view(target.stored_shape).clone()
 
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         """As Sharding's, of a parameter that is not the checkpoint's."""
         assert parameter not in self._slots, "it has no memory to write to"
         return elements_of(parameter), 0
 
-    def square_norms(self, parameters: Sequence[Parameter]) -> torch.Tensor:
+    def square_norms(self, parameters: Sequence[tuple[Parameter, Sequence[Target]]]) -> torch.Tensor:
         squares = []
-        for index, parameter in enumerate(parameters):
-            with self.hold([parameter], then=parameters[index + 1 : index + 2]):
-                squares.append(square_norm(parameter.detach().view(-1)))
+        for index, (parameter, targets) in enumerate(parameters):
+            following = [after for after, _ in parameters[index + 1 : index + 2]]
+            with self.hold([parameter], then=following):
+                elements = parameter.detach().view(-1)
+                squares += [square_norm(part_of(elements, 0, target)[0]) for target in targets]
         return torch.stack(squares)
 
     @contextmanager

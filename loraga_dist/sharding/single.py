@@ -12,8 +12,9 @@ from torch.nn import Parameter
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Piece
+from loraga_dist.model.targets import Target
 from loraga_dist.sharding.base import Sharding, pretrained
-from loraga_dist.sharding.slices import elements_of
+from loraga_dist.sharding.slices import elements_of, part_of
 
 
 class SingleProcess(Sharding):
@@ -39,8 +40,8 @@ class SingleProcess(Sharding):
     def passing(self, pieces: Iterable[Piece]) -> Iterator[None]:
         yield
 
-    def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
-        return parameter.detach()
+    def weight_on(self, parameter: Parameter, target: Target, owner: int) -> torch.Tensor | None:
+        return part_of(elements_of(parameter), 0, target)[0].view(target.stored_shape)
 
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         return elements_of(parameter), 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import Parameter
 
+from loraga_dist.model.targets import Target
+
 BLOCK_ELEMENTS = 1 << 22
 """Elements in a wider dtype at a time: 16 MiB in float32."""
 
@@ -13,6 +15,14 @@ def flat_range(numel: int, shard_numel: int, shard_index: int) -> tuple[int, int
     """Elements [start, end) of a flattened parameter that one of its equal shards holds; the last ones are padded."""
     start = min(shard_numel * shard_index, numel)
     return start, min(start + shard_numel, numel)
+
+
+def part_of(shard: torch.Tensor, start: int, target: Target) -> tuple[torch.Tensor, int]:
+    """What a slice of a flattened parameter, which begins at `start`, has of a target's matrix in it: a view, and the
+    position in the matrix of its first element."""
+    first, past = target.first_element, target.first_element + target.M * target.N
+    begin, end = max(start, first), min(start + shard.numel(), past)
+    return (shard[begin - start : end - start], begin - first) if begin < end else (shard[:0], 0)
 
 
 def elements_of(parameter: Parameter) -> torch.Tensor:
@@ -47,5 +57,5 @@ def subtract_lowrank_(
 
 def square_norm(shard: torch.Tensor) -> torch.Tensor:
     """Sum of squares in float64. By blocks, because on a CPU each is first copied to float64."""
-    blocks = shard.split(BLOCK_ELEMENTS)
+    blocks = shard.split(BLOCK_ELEMENTS)  # one at least, be it empty
     return torch.stack([torch.linalg.vector_norm(block, dtype=torch.float64).square() for block in blocks]).sum()

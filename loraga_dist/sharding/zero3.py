@@ -19,11 +19,12 @@ from torch.nn import Parameter
 from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot, read_range
 from loraga_dist.model.base import BaseModel
+from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding, pretrained, read_buffers, slot_for, without_values
 from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.settings import calibration_settings, import_deepspeed, read_deepspeed_config
-from loraga_dist.sharding.slices import flat_range
+from loraga_dist.sharding.slices import flat_range, part_of
 
 _HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 """What `destroy` leaves on modules. The next engine would take these functions for its own, and they fetch parameters
@@ -131,19 +132,25 @@ class Zero3(Sharding):
                 _gather_under_gloo_by(dist.all_gather_into_tensor)
             yield
 
-    def weight_on(self, parameter: Parameter, owner: int) -> torch.Tensor | None:
+    def weight_on(self, parameter: Parameter, target: Target, owner: int) -> torch.Tensor | None:
         sharded: Any = parameter
-        shard = sharded.ds_tensor.detach().view(-1).to(self.world.device)
+        own, first = part_of(*self.own_slice(parameter), target)
+        own = own.detach().to(self.world.device)
         if self.world.rank != owner:
-            _exchange([dist.P2POp(dist.isend, shard, owner)])
+            _exchange([dist.P2POp(dist.isend, own, owner)] if own.numel() else [])
             return None
-        # equal shards, the last ones padded
-        whole = shard.new_empty(self.world.size * shard.numel())
-        parts = whole.split(shard.numel())
-        parts[owner].copy_(shard)
-        others = (rank for rank in range(self.world.size) if rank != owner)
-        _exchange([dist.P2POp(dist.irecv, parts[rank], rank) for rank in others])
-        return whole[: sharded.ds_numel].view(sharded.ds_shape)
+        whole = own.new_empty(target.M * target.N)
+        receiving = []
+        for rank in range(self.world.size):
+            start, end = flat_range(sharded.ds_numel, sharded.ds_tensor.numel(), rank)
+            # of this rank's shard, in the matrix
+            begin, past = (min(max(0, at - target.first_element), whole.numel()) for at in (start, end))
+            if rank == owner:
+                whole[first : first + own.numel()] = own
+            elif begin < past:
+                receiving.append(dist.P2POp(dist.irecv, whole[begin:past], rank))
+        _exchange(receiving)
+        return whole.view(target.stored_shape)
 
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         sharded: Any = parameter

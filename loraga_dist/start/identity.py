@@ -21,6 +21,7 @@ from loraga_dist.ranks.world import World
 from loraga_dist.request.request import Request
 from loraga_dist.schemes import Scheme
 from loraga_dist.sharding.base import Sharding
+from loraga_dist.sharding.slices import part_of
 
 _FLOAT32_TOLERANCE = 1e-3
 """Of the largest logit; runs that are right stay below 1e-5."""
@@ -90,8 +91,9 @@ def flip_last_bits(model: nn.Module, targets: Sequence[Target], sharding: Shardi
     for target in targets:
         step = next((step for step in _FLIPPED if target.M * target.N % step), _FLIPPED[0])
 
-        def flip(shard: torch.Tensor, start: int, step: int = step) -> None:
-            shard[-start % step :: step].view(_BITS[shard.dtype]).bitwise_xor_(1)
+        def flip(shard: torch.Tensor, start: int, target: Target = target, step: int = step) -> None:
+            part, first = part_of(shard, start, target)
+            part[-first % step :: step].view(_BITS[part.dtype]).bitwise_xor_(1)
 
         sharding.edit(model.get_parameter(target.parameter_name), flip)
 

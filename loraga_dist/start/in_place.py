@@ -102,7 +102,7 @@ def start_in_place(
     with clock.phase("factorize"):
         owned = make_owned_factors(model, request, plan, triplets, sharding=sharding, checkpointer=checkpointer)
 
-    peft_model = add_adapter(model, lora, sharding)
+    peft_model = add_adapter(model, lora, plan.targets, sharding)
     placed = place_factors(peft_model, plan, owned, sharding=sharding)
     step = None
     if request.step_data is not None:

@@ -64,7 +64,7 @@ def _own_weight(model: nn.Module, of_ranks: Sequence[Target | None], sharding: S
     for owner, target in enumerate(of_ranks):
         if target is None:
             continue
-        weight = sharding.weight_on(model.get_parameter(target.parameter_name), owner)
+        weight = sharding.weight_on(model.get_parameter(target.parameter_name), target, owner)
         if owner == sharding.world.rank:
             own = weight
     return own

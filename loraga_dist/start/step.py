@@ -14,6 +14,7 @@ from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.head import LOGITS_AT_ONCE
 from loraga_dist.model.blocks import pieces_of
 from loraga_dist.model.plan import Plan
+from loraga_dist.model.targets import layers_of
 from loraga_dist.ranks.progress import phase
 from loraga_dist.sharding.base import Sharding
 
@@ -30,7 +31,7 @@ def search_step(peft_model: Any, plan: Plan, data: MicrobatchSharder, loss: Loss
     Source: a line search by forwards alone (Nocedal, Wright 2006, chapter 3).
     """
     world, model = sharding.world, peft_model.base_model.model
-    layers = [model.get_submodule(target.name) for target in plan.targets]
+    layers = [model.get_submodule(name) for name in layers_of(plan.targets)]
     microbatches = data.microbatches(0, data.num_samples, 0)
     scalings = [layer.scaling["default"] for layer in layers]
     found: dict[float, float] = {}

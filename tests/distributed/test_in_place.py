@@ -94,10 +94,10 @@ def watch_gathered_weights() -> None:
     """Fail when a rank gets a weight while it still holds the one before."""
     gather, storages = Zero3.weight_on, []
 
-    def weight_on(self: Zero3, parameter: nn.Parameter, owner: int) -> Tensor | None:
+    def weight_on(self: Zero3, parameter: nn.Parameter, target: Target, owner: int) -> Tensor | None:
         if owner == self.world.rank:
             assert not any(storage() for storage in storages), "a weight gathered before is still there"
-        weight = gather(self, parameter, owner)
+        weight = gather(self, parameter, target, owner)
         assert (weight is not None) == (owner == self.world.rank)
         if weight is not None:
             storages.append(weakref.ref(weight.untyped_storage()))

@@ -27,7 +27,8 @@ from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.kept import Keeping, KeptInputs
 from loraga_dist.model.blocks import choose_order, find_blocks
 from loraga_dist.model.plan import make_plan
-from loraga_dist.model.targets import meta_copy, select_targets
+from loraga_dist.model.selection import select_targets
+from loraga_dist.model.targets import meta_copy
 from loraga_dist.ranks.memory import PeakMemory
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.world import World

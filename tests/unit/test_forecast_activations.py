@@ -21,7 +21,8 @@ from loraga_dist.gradients.stubs import Form, Stubs
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import MODEL_ORDER, Order, find_blocks
-from loraga_dist.model.targets import meta_copy, select_targets
+from loraga_dist.model.selection import select_targets
+from loraga_dist.model.targets import meta_copy
 from loraga_dist.schemes import SCHEMES
 
 SCHEME = SCHEMES["lora_ga"]

@@ -22,8 +22,9 @@ from loraga_dist.forecast.work import work
 from loraga_dist.gradients.kept import Keeping
 from loraga_dist.model.blocks import MODEL_ORDER, Order, find_blocks
 from loraga_dist.model.plan import Plan, make_plan
+from loraga_dist.model.selection import select_targets
 from loraga_dist.model.shape import ModelShape
-from loraga_dist.model.targets import meta_copy, select_targets
+from loraga_dist.model.targets import meta_copy
 from loraga_dist.schemes import SCHEMES
 
 SCHEME = SCHEMES["lora_ga"]

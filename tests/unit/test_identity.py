@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 import loraga_dist
 from loraga_dist.config import LoraSection
-from loraga_dist.model.targets import Target, meta_copy, select_targets
+from loraga_dist.model.selection import select_targets
+from loraga_dist.model.targets import Target, meta_copy
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.single import SingleProcess
 from loraga_dist.start.identity import divergence, flip_last_bits

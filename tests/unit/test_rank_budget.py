@@ -15,7 +15,8 @@ from peft.utils.other import get_pattern_key
 from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.errors import UserError
 from loraga_dist.model.rank_budget import allocate, planned_targets, spend
-from loraga_dist.model.targets import Target, peft_lora_config, select_targets
+from loraga_dist.model.selection import select_targets
+from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.schemes import SCHEMES
 
 

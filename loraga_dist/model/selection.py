@@ -1,0 +1,266 @@
+"""Which weight matrices get an adapter: PEFT's own matching, tried on a copy of the model that holds no memory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraga_dist.config import LoraSection
+from loraga_dist.errors import UserError, blame
+from loraga_dist.model.stacks import Stack, find_stacks
+from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
+
+SELECTION_SECONDS = 120
+"""PEFT takes a few for the largest models; some regular expressions never end."""
+
+_LEAVE_OUT = "leave it out with lora.exclude_modules"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What PEFT makes of the user's section on one model."""
+
+    targets: list[Target]
+    """In the model's module order."""
+    saved_parameters: list[str]
+    """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
+
+
+StoredAs = Callable[[str], Sequence[tuple[str, int]]]
+"""Of a parameter: keys and sizes of the checkpoint tensors that its elements are, one after the other."""
+
+
+def select_targets(
+    meta_model: nn.Module,
+    lora: LoraSection,
+    num_triplets: Callable[[int], int],
+    *,
+    any_rank: bool = False,
+    stored_as: StoredAs | None = None,
+) -> Selection:
+    """Let PEFT inject its layers into `meta_model` (which is consumed) and read off what it chose.
+
+    num_triplets: how many singular triplets the scheme needs for rank r. any_rank: the targets' ranks are chosen later.
+    stored_as: None where there is no checkpoint.
+    Raises UserError when nothing matches, or when a match is no matrix or stack of them, is tied to another parameter,
+    or is too small for its rank (with any_rank, for rank 1).
+    """
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    tied = _tied_parameters(meta_model)
+    before = {name for name, _ in meta_model.named_modules()}
+    stacks = find_stacks(meta_model)
+    taken_for_experts = _names_taken_for_experts(meta_model)
+    injected = _injected(meta_model, lora)
+    targets: list[Target] = []
+    saved_parameters: list[str] = []
+    for name, layer in injected.named_modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            saved_parameters += [f"{name}.{inner}" for inner, _ in layer.original_module.named_parameters()]
+        if not isinstance(layer, LoraLayer):
+            continue
+        found = _targets_of(name, layer, stacks, before, taken_for_experts, lora)
+        if (parameter_name := found[0].parameter_name) in tied:
+            key = _key_of(found[0])
+            problem = f"{parameter_name} is tied to {tied[parameter_name]}; changing one would change both"
+            raise UserError(key, getattr(lora, key.removeprefix("lora.")), f"{problem}; {_left_out(found[0])}")
+        for target in found:
+            _require_size(target, lora, num_triplets, any_rank=any_rank)
+        targets += found if stored_as is None else [stored(target, stored_as) for target in found]
+    if not targets:
+        raise UserError(
+            "lora.target_modules", lora.target_modules, "matches no module; write names the model has, or all-linear"
+        )
+    _require_plain_inputs(lora, targets)
+    check_patterns(lora, targets)
+    return Selection(targets=targets, saved_parameters=saved_parameters)
+
+
+def _injected(meta_model: nn.Module, lora: LoraSection) -> nn.Module:
+    """The model with PEFT's layers in it."""
+    from peft import get_peft_model
+
+    config: Any = getattr(meta_model, "config", None)
+    if config is not None:
+        # by its name PEFT would take names of modules for those of experts that an earlier transformers had
+        config = copy.copy(config)
+        config.model_type = ""
+        meta_model.config = config
+    instead = "write names of nn.Linear modules, or all-linear"
+    with (
+        blame("lora.target_modules", lora.target_modules, "PEFT refuses it", instead, limit_seconds=SELECTION_SECONDS),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        peft_model: Any = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    return peft_model.base_model.model
+
+
+def _names_taken_for_experts(model: nn.Module) -> set[str]:
+    """Modules that PEFT, given their names, takes for experts of an earlier transformers."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    config = LoraConfig(target_modules=sorted(names))
+    with warnings.catch_warnings(action="ignore"):
+        convert_peft_config_for_transformers(config, model, None)
+    return names - set(config.target_modules or ())
+
+
+def _targets_of(
+    name: str,
+    layer: Any,
+    stacks: Mapping[str, Stack],
+    before: Container[str],
+    taken_for_experts: Container[str],
+    lora: LoraSection,
+) -> list[Target]:
+    """Those that one of PEFT's layers adapts; raises UserError for a layer that is none of matrices.
+
+    stacks: of experts, by parameter name. before: names of the model's own modules.
+    """
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.lora.layer import ParamWrapper
+
+    base = layer.get_base_layer()
+    common = {
+        "r": layer.r["default"],
+        "lora_alpha": layer.lora_alpha["default"],
+        "scaling": layer.scaling["default"],
+    }
+    if isinstance(layer, ParamWrapper):
+        module_name = name.removesuffix(".base_layer")
+        while module_name.endswith(".base_layer"):
+            module_name = module_name.removesuffix(".base_layer")
+        parameter = f"{module_name}.{layer.parameter_name}"
+        if parameter in stacks:
+            shape = stacks[parameter]
+            return [
+                Target(
+                    name=f"{parameter}.{index}",
+                    M=shape.M,
+                    N=shape.N,
+                    transposed=shape.transposed,
+                    weight_key=parameter,
+                    stack=StackPlace(parameter=parameter, index=index, size=shape.E, layer=name),
+                    **common,
+                )
+                for index in range(shape.E)
+            ]
+        is_matrix = type(base) is nn.Linear and layer.parameter_name == "weight"
+        if not is_matrix:
+            problem = f"{parameter} of {type(base).__name__} is neither a matrix of nn.Linear nor a stack of experts'"
+            raise UserError("lora.target_parameters", lora.target_parameters, f"{problem}; leave it out")
+        return [
+            Target(
+                name=module_name,
+                M=base.weight.shape[0],
+                N=base.weight.shape[1],
+                transposed=False,
+                weight_key=parameter,
+                by_parameter=True,
+                **common,
+            )
+        ]
+    transposed = bool(getattr(layer, "fan_in_fan_out", False))
+    if name not in before or type(layer) is not LoraLinear or getattr(base, "weight", torch.empty(0)).ndim != 2:
+        problem = f"{name} ({type(base).__name__}) is not a plain matrix; add it to lora.exclude_modules"
+        raise UserError("lora.target_modules", lora.target_modules, problem)
+    M, N = tuple(base.weight.shape)[::-1] if transposed else tuple(base.weight.shape)
+    by_parameter = name in taken_for_experts
+    return [
+        Target(
+            name=name,
+            M=M,
+            N=N,
+            transposed=transposed,
+            weight_key=f"{name}.weight",
+            by_parameter=by_parameter,
+            **common,
+        )
+    ]
+
+
+def stored(target: Target, stored_as: StoredAs) -> Target:
+    """The target with its place in the checkpoint. Tensors that a stack is made of hold whole rows of it."""
+    parts = stored_as(target.parameter_name)
+    if target.stack is None:
+        return replace(target, weight_key=parts[0][0])
+    rows, row_numel, start = [], target.stored_shape[1], 0
+    for key, numel in parts:
+        first = max(start, target.first_element)
+        end = min(start + numel, target.first_element + target.M * target.N)
+        if first < end:
+            rows.append(StoredRows(key, (first - start) // row_numel, (end - first) // row_numel))
+        start += numel
+    return replace(target, weight_key=rows[0].key, stack=replace(target.stack, rows=tuple(rows)))
+
+
+def _key_of(target: Target) -> str:
+    return "lora.target_modules" if target.stack is None else "lora.target_parameters"
+
+
+def _left_out(target: Target) -> str:
+    return "add it to lora.exclude_modules" if target.stack is None else "leave it out"
+
+
+def _require_size(target: Target, lora: LoraSection, num_triplets: Callable[[int], int], *, any_rank: bool) -> None:
+    """Raise UserError for a matrix that has fewer singular directions than its rank takes."""
+    smallest = min(target.M, target.N)
+    if num_triplets(1 if any_rank else target.r) <= smallest:
+        return
+    fitting = max(rank for rank in range(smallest + 1) if num_triplets(rank) <= smallest)
+    instead = f"write {fitting} or less, there alone with lora.rank_pattern" if fitting else _LEAVE_OUT
+    raise UserError(
+        "lora.r" if target.r == lora.r else "lora.rank_pattern",
+        target.r,
+        f"{target.name} is {target.M} x {target.N} and needs {num_triplets(target.r)} singular directions; {instead}",
+    )
+
+
+def _require_plain_inputs(lora: LoraSection, targets: Iterable[Target]) -> None:
+    """Raise UserError for what PEFT has no place for where it adds an adapter to a parameter's value."""
+    wrapped = next((target for target in targets if target.stack is not None or target.by_parameter), None)
+    if wrapped is None:
+        return
+    problem = f"PEFT adapts {wrapped.parameter_name} by its value, without"
+    if lora.lora_dropout:
+        raise UserError("lora.lora_dropout", lora.lora_dropout, f"{problem} its inputs; write 0.0")
+    if lora.use_dora:
+        raise UserError("lora.use_dora", True, f"{problem} magnitudes; write false")
+
+
+def check_patterns(lora: LoraSection, targets: Sequence[Target]) -> None:
+    """Raise UserError for a rank or alpha pattern that matches no target."""
+    from peft.utils.other import get_pattern_key
+
+    for key, patterns in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern)):
+        used = {
+            get_pattern_key(list(patterns), name) for target in targets for name in (target.pattern_name, target.name)
+        }
+        for pattern in patterns:
+            if pattern not in used:
+                raise UserError(
+                    key, pattern, "matches no target; write a target's name or the end of one, or remove it"
+                )
+
+
+def _tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Every parameter name that shares its tensor, with the name of another holder."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in holders.values()
+        if len(names) > 1
+        for name in names
+    }
