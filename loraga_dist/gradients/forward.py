@@ -1,10 +1,10 @@
-"""The model's forward for one microbatch, and the finder of what in it is not finite."""
+"""The model's forward for one microbatch, the finder of what in it is not finite, and how a module gets another."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,3 +58,18 @@ def first_nonfinite_module(model: nn.Module, microbatch: Microbatch, device: tor
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+@contextmanager
+def forward_set(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module this forward; what the user, or a library, had set is there again on any exit."""
+    # an instance attribute hides the class's forward
+    hidden = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if hidden is None:
+            del module.forward
+        else:
+            module.forward = hidden
