@@ -73,7 +73,7 @@ class _Multiply(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight_EPQ: Tensor, rows: _Rows, *, is_in_out: bool) -> Tensor:
-    y = x.new_empty(len(x), weight_EPQ.shape[2 if is_in_out else 1])
+    y = x.new_zeros(len(x), weight_EPQ.shape[2 if is_in_out else 1])  # for rows that skip all experts
     for expert, own in rows:
         y[own] = x[own] @ (weight_EPQ[expert] if is_in_out else weight_EPQ[expert].T)
     return y

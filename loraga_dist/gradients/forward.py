@@ -22,7 +22,9 @@ def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> t
     # a classifier has one label per sequence, which no decoder could read
     if base.config.is_encoder_decoder and labels.dim() == 2:
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-    if "use_cache" in inspect.signature(base.forward).parameters:
+    parameters = inspect.signature(base.forward).parameters
+    # Granite's mixtures of experts hand it down among others; a cache would be filled again when blocks are recomputed
+    if "use_cache" in parameters or ("kwargs" in parameters and hasattr(base, "generate")):
         inputs["use_cache"] = False
     return model(**inputs).logits
 
