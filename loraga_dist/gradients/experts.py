@@ -123,8 +123,8 @@ def _run_llama4(module: Any, hidden_states: Tensor) -> Tensor:
     and are left out."""
     up, down = _up_and_down[module]
     given_ET = hidden_states.detach().view(len(up.parameter), -1, hidden_states.shape[-1]).any(-1)
-    if isinstance(given_ET, FakeTensor):
-        where = torch.arange(len(hidden_states), device=hidden_states.device)
+    if isinstance(given_ET, FakeTensor):  # for a forecast, one expert per token, as in all that were released
+        where = torch.arange(given_ET.shape[1], device=hidden_states.device)
     else:
         where = given_ET.flatten().nonzero().squeeze(1)
     rows = _rows(given_ET.sum(1).cumsum(0), len(where))
@@ -145,16 +145,12 @@ def experts_tapped(model: nn.Module, names: Sequence[str] = (), sink: Sink | Non
         tapped.setdefault(parts[0], {})[parts[1]] = name
     with ExitStack() as exits:
         for module_name, module in model.named_modules():
-            if attributes := stacked_parameters(module):
-                exits.enter_context(
-                    _running(
-                        module,
-                        [
-                            _stack(module, attribute, tapped.pop(f"{module_name}.{attribute}", {}), sink)
-                            for attribute in attributes
-                        ],
-                    )
-                )
+            stacks = [
+                _stack(module, attribute, tapped.pop(f"{module_name}.{attribute}", {}), sink)
+                for attribute in stacked_parameters(module)
+            ]
+            if stacks:
+                exits.enter_context(_running(module, stacks))
         assert not tapped, f"{[*tapped]} are no experts' parameters"
         yield
 
