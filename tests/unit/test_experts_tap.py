@@ -169,7 +169,7 @@ def test_a_name_of_nothing_is_refused_and_nothing_stays() -> None:
 def test_experts_without_a_gate_with_a_norm_or_stored_otherwise(
     family: str, class_name: str, config: dict[str, Any]
 ) -> None:
-    """Alone, against their own eager code, routed at random; where it knows a choice that skips all experts, with that."""
+    """Alone, against their own eager code, routed at random; some choose none, where it knows that."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     values = {"hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 12, "hidden_act": "silu"} | config
     torch.manual_seed(0)
