@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BartConfig,
     BartForSequenceClassification,
     BertConfig,
@@ -56,9 +58,56 @@ def llama_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**(values | changes))
 
 
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8},
+    "qwen2_moe": {
+        "num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "intermediate_size": 48,
+        "mlp_only_layers": [0],
+    },
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8, "mlp_only_layers": [0]},
+    "deepseek_v3": {
+        "n_routed_experts": 8, "moe_intermediate_size": 24, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 6, "moe_intermediate_size": 24, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "head_dim": 8, "use_qk_norm": True,
+    },
+    # more than 10, whose text order is not their order
+    "olmoe": {"num_experts": 12},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "sliding_window": 32, "max_position_embeddings": 131072},
+    "llama4": {
+        "num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2,
+        "num_experts_per_tok": 1, "attention_chunk_size": 64,
+    },
+    "granitemoe": {"num_local_experts": 6},
+    "phimoe": {"num_local_experts": 4, "router_jitter_noise": 0.0},
+}  # fmt: skip
+"""Mixtures of experts, two layers each, by the family's own names for what they have."""
+
+
+def _moe_model(kind: str) -> torch.nn.Module:
+    values = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 128,
+        "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257, "tie_word_embeddings": False,
+        "initializer_range": 0.1,
+    }  # fmt: skip
+    config = AutoConfig.for_model("llama4_text" if kind == "llama4" else kind, **(values | MOE[kind]))
+    model = AutoModelForCausalLM.from_config(config)
+    # what starts at 0 or 1 would hide a mistake
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(("bias", "sinks")):
+            torch.nn.init.normal_(tensor, std=0.1)
+    return model.eval()
+
+
 def make_model(kind: str, seed: int = 0) -> torch.nn.Module:
-    """A random model of one of the families the tests cover: llama, tied, gpt2, t5, bert, bart."""
+    """A random model of one of the families the tests cover: llama, tied, gpt2, t5, bert, bart, and those of `MOE`."""
     torch.manual_seed(seed)
+    if kind in MOE:
+        return _moe_model(kind)
     special = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257}
     if kind == "llama":
         return LlamaForCausalLM(llama_config()).eval()
@@ -95,6 +144,7 @@ TASKS = {
     "t5": "SEQ_2_SEQ_LM",
     "bert": "SEQ_CLS",
     "bart": "SEQ_CLS",
+    **dict.fromkeys(MOE, "CAUSAL_LM"),
 }
 
 

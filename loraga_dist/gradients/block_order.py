@@ -23,13 +23,15 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.errors import LoragaError, unforeseen
+from loraga_dist.gradients.experts import Sink, experts_tapped
 from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.kept import Keeping, KeptInputs
 from loraga_dist.gradients.observer import require_all_seen
 from loraga_dist.gradients.route import Route, Take
 from loraga_dist.gradients.stubs import Call, Form, Stubs
-from loraga_dist.gradients.taps import Sink, tapped
+from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.blocks import Blocks
+from loraga_dist.model.stacks import module_of
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.sharding.base import Sharding
 
@@ -75,7 +77,7 @@ class BlockOrder(Route):
         inside = [blocks.index_of(name) for name in targets]
         self._lowest = min((index for index in inside if index is not None), default=self._top)
         self._stage_of = dict(zip(targets, (self._top if index is None else index for index in inside), strict=True))
-        self._behind = {name: model.get_submodule(name) for name, at in self._stage_of.items() if at == self._top}
+        self._behind = {name: module_of(model, name) for name, at in self._stage_of.items() if at == self._top}
         in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
         self._outside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
         self._stubs = Stubs(model, self._blocks, sharding.world.device)
@@ -98,7 +100,8 @@ class BlockOrder(Route):
         training = {module: module.training for module in self._model.modules()}
         self._model.eval()
         try:
-            with self._kept, ExitStack() as self._held, self._stubs.installed():
+            # experts multiply alike in every forward, so that a block gives what it gave
+            with self._kept, ExitStack() as self._held, self._stubs.installed(), experts_tapped(self._model):
                 yield
         finally:
             for module, mode in training.items():
@@ -265,7 +268,7 @@ def _called(model: nn.Module, names: Iterable[str]) -> Iterator[set[str]]:
     called: set[str] = set()
     with ExitStack() as hooks:
         for name in names:
-            handle = model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+            handle = module_of(model, name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
             hooks.callback(handle.remove)
         yield called
 

@@ -1,10 +1,10 @@
-"""The model's forward for one microbatch, and the finder of what in it is not finite."""
+"""The model's forward for one microbatch, the finder of what in it is not finite, and how a module gets another."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,9 @@ def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> t
     # a classifier has one label per sequence, which no decoder could read
     if base.config.is_encoder_decoder and labels.dim() == 2:
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-    if "use_cache" in inspect.signature(base.forward).parameters:
+    parameters = inspect.signature(base.forward).parameters
+    # Granite's mixtures of experts hand it down among others; a cache would be filled again when blocks are recomputed
+    if "use_cache" in parameters or ("kwargs" in parameters and hasattr(base, "generate")):
         inputs["use_cache"] = False
     return model(**inputs).logits
 
@@ -58,3 +60,18 @@ def first_nonfinite_module(model: nn.Module, microbatch: Microbatch, device: tor
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+@contextmanager
+def forward_set(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module this forward; what the user, or a library, had set is there again on any exit."""
+    # an instance attribute hides the class's forward
+    hidden = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if hidden is None:
+            del module.forward
+        else:
+            module.forward = hidden

@@ -14,10 +14,11 @@ from torch import nn
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.gradients.experts import Sink
 from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.stubs import Form, Stubs, short_head
-from loraga_dist.gradients.taps import Sink, tapped
+from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.blocks import find_blocks
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.sharding.base import Sharding

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines.home import StateHome
-from loraga_dist.gradients.forward import forward
+from loraga_dist.gradients.forward import forward, forward_set
 
 _HIDDEN = "hidden_states"
 
@@ -102,23 +102,16 @@ class Stubs:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        # an instance attribute hides the class's forward; the user, or a library, may have set one already
-        hidden = [block.__dict__.get("forward") for block in self._blocks]
         self._own = [block.forward for block in self._blocks]
-        try:
+        with ExitStack() as exits:
             for index, block in enumerate(self._blocks):
 
                 def stand_in(*args: Any, index: int = index, **kwargs: Any) -> Any:
                     assert self._on_block is not None, "the model runs through stubs alone"
                     return self._on_block(index, args, kwargs)
 
-                block.forward = stand_in
+                exits.enter_context(forward_set(block, stand_in))
             yield
-        finally:
-            for block, before in zip(self._blocks, hidden, strict=True):
-                del block.__dict__["forward"]
-                if before is not None:
-                    block.forward = before
 
     def run_block(self, index: int, hidden: Tensor, call: Call) -> Any:
         """The block itself."""

@@ -7,8 +7,8 @@ graph: its output requires grad although nothing below does, so backward ends at
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from loraga_dist.config import Checkpointing
-
-Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
-"""sink(name, x_TN, dy_TM): one call per tapped layer and backward."""
+from loraga_dist.gradients.experts import Sink, experts_tapped
+from loraga_dist.gradients.forward import forward_set
 
 
 class _Tap(torch.autograd.Function):
@@ -40,9 +39,9 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing: Checkpointing) -> Iterator[None]:
-    """Attach taps to the named modules, in eval mode (no dropout), and restore the model on any exit.
+    """Attach taps to the named matrices, in eval mode (no dropout), and restore the model on any exit.
 
-    names: modules that compute y = W x (+ b) from their first argument.
+    names: modules that compute y = W x (+ b) from their first argument, or experts' matrices, `<parameter>.<expert>`.
     checkpointing: recompute transformers' decoder blocks in backward instead of keeping their activations.
     """
     modules = dict(model.named_modules())
@@ -58,8 +57,10 @@ def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing:
     model.eval()
     try:
         for name in names:
-            handles.append(modules[name].register_forward_hook(functools.partial(attach, name=name)))
-        with _checkpointed_blocks(modules, checkpointing):
+            if name in modules:
+                handles.append(modules[name].register_forward_hook(functools.partial(attach, name=name)))
+        of_experts = [name for name in names if name not in modules]
+        with experts_tapped(model, of_experts, sink), _checkpointed_blocks(modules, checkpointing):
             yield
     finally:
         for handle in handles:
@@ -76,15 +77,9 @@ def _checkpointed_blocks(modules: dict[str, nn.Module], checkpointing: Checkpoin
         return
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    blocks = {name: module for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
-    # an instance attribute hides the class's forward; the user, or a library, may have set one already
-    hidden = {name: block.__dict__["forward"] for name, block in blocks.items() if "forward" in block.__dict__}
-    try:
-        for block in blocks.values():
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    with ExitStack() as exits:
+        for module in modules.values():
+            if isinstance(module, GradientCheckpointingLayer):
+                again = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+                exits.enter_context(forward_set(module, again))
         yield
-    finally:
-        for name, block in blocks.items():
-            block.__dict__.pop("forward", None)
-            if name in hidden:
-                block.forward = hidden[name]

@@ -46,7 +46,7 @@ INSIDE = {
     ],
     "files": ["parallel", "disk", "safetensors_io", "checksums", "shared_tensors", "staging", "checkpoint"],
     "data": ["losses", "formats", "feedback", "microbatches", "samples"],
-    "model": ["base", "blocks", "shape", "targets", "factors", "rank_budget", "plan"],
+    "model": ["base", "blocks", "stacks", "shape", "targets", "factors", "rank_budget", "plan"],
     "sharding": ["slices", "settings", "gloo", "base", "single", "from_disk", "zero3", "open"],
     "request": ["data", "request"],
     "artifacts": [
@@ -64,8 +64,9 @@ INSIDE = {
         "verify",
     ],
     "gradients": [
-        "taps",
         "forward",
+        "experts",
+        "taps",
         "stubs",
         "head",
         "kept",
