@@ -29,9 +29,10 @@ from loraga_dist.data.microbatches import (
 from loraga_dist.data.samples import fingerprints
 from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
-from loraga_dist.files.safetensors_io import Entries, TensorSlot
+from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
+from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.shape import ModelShape
@@ -113,8 +114,8 @@ class CheckpointRequest(Request):
     config: InitConfig
     """With absolute paths, the commit of a hub's model and the scheme's gamma: right from anywhere, at any time."""
     base: BaseModel
-    slots: dict[str, TensorSlot] | None
-    """The checkpoint's tensors by parameter name; None where transformers has to convert them."""
+    stored: StoredModel
+    """Where the model's parameters lie in the checkpoint."""
     shape: ModelShape
     blocks: Blocks | None
     """What the model is a sequence of, if it is one."""
@@ -176,10 +177,10 @@ def understand(
     instead = "write another, or mend its config.json"
     with blame(key, value, "the model cannot be built", instead, limit_seconds=META_SECONDS):
         meta_model = meta_copy(base.model_class, base.config)
-        slots = base.slots_of(meta_model)
+        stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks = find_blocks(meta_model)
-    weight_key = base.weight_keys if base.index else str
+    weight_key = stored.key_of if base.index else str
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
     selection, targets, chosen = _choose_targets(meta_model, config, weight_key, in_pieces=holding.is_sharded)
@@ -200,7 +201,7 @@ def understand(
         step_data=step_data,
         factor_dtypes=factor_dtypes,
         base=base,
-        slots=slots,
+        stored=stored,
         shape=shape,
         blocks=blocks,
         saved_order=saved,
