@@ -130,7 +130,7 @@ class _Source:
         for pattern, found in numbers.items():
             missing = set(expected).difference(found)
             if missing:
-                key = str(pattern).replace("*", str(min(missing)))
+                key = str(pattern).replace("*", str(min(missing))).replace("\\.", ".").strip(".")
                 raise UserError(
                     "model.name_or_path",
                     parameter,

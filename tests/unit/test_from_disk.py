@@ -32,7 +32,7 @@ from loraga_dist.start.identity import flip_last_bits
 from loraga_dist.start.place import add_adapter
 
 IDS = torch.arange(40, 72)[None]
-KINDS = ["llama", "tied", "gpt2"]
+KINDS = ["llama", "tied", "gpt2", "mixtral", "deepseek_v3", "gpt_oss"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def test_edits_are_made_whenever_a_weight_is_read(saved: Path, dtype: Dtype) -> 
     """As in memory bit by bit: each is rounded once."""
     pair, memory = load(saved, dtype), SingleProcess(World.alone())
     meta_model = meta_copy(pair.base.model_class, pair.base.config)
-    targets = select_targets(meta_model, LoraSection(r=2, target_modules="all-linear"), lambda r: r).targets
+    section = LoraSection(r=2, target_modules=r".*attn\.\w+_proj|.*\.c_\w+")
+    targets = select_targets(meta_model, section, lambda r: r).targets
     draw = torch.Generator().manual_seed(0)
     for _ in range(2):
         for target in targets:
