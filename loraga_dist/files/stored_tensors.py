@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -49,6 +49,13 @@ class StoredTensor:
                 yield self.slots[index], first, past
             start, index = max(start, self.starts[index + 1]), index + 1
 
+    def row(self, index: int) -> StoredTensor:
+        """One of the first axis: of a stack of experts, an expert's matrix."""
+        shape = self.shape[1:]
+        start = index * math.prod(shape)
+        pieces = self.pieces(start, start + math.prod(shape))
+        return StoredTensor(shape, tuple(_cut(slot, first, past) for slot, first, past in pieces))
+
     def read_into(self, start: int, elements: Tensor) -> None:
         """Fill `elements` from element `start` on, cast to their dtype. Raises RunError on a short read.
 
@@ -62,3 +69,11 @@ class StoredTensor:
             for block in part.split(_CAST_ELEMENTS):
                 block.copy_(read_range(slot, first, first + block.numel()))
                 first += block.numel()
+
+
+def _cut(slot: TensorSlot, first: int, past: int) -> TensorSlot:
+    """Where these elements of the flattened tensor lie; the whole slot as it is."""
+    if past - first == slot.numel:
+        return slot
+    width = slot.dtype.itemsize
+    return replace(slot, shape=(past - first,), offset=slot.offset + first * width, num_bytes=(past - first) * width)
