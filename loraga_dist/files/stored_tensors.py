@@ -47,7 +47,7 @@ class StoredTensor:
             past = min(end - self.starts[index], self.slots[index].numel)
             if past > first:
                 yield self.slots[index], first, past
-            start, index = max(start, self.starts[index + 1]), index + 1
+            start, index = self.starts[index + 1], index + 1
 
     def row(self, index: int) -> StoredTensor:
         """One of the first axis: of a stack of experts, an expert's matrix."""

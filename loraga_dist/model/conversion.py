@@ -104,7 +104,7 @@ class _Source:
         if self.converter is None:
             return as_they_are[None][0]  # of several, transformers takes the first
         patterns = self.converter.source_patterns
-        if not as_they_are.keys() <= set(patterns) or len(self.converter.target_patterns) > 1:
+        if not as_they_are.keys() <= set(patterns):
             return None
         operands = [as_they_are[pattern] for pattern in patterns if pattern in as_they_are]
         for operation in self.converter.operations:
@@ -164,7 +164,7 @@ def _sources(meta_model: nn.Module, index: Mapping[str, TensorSlot]) -> dict[str
         converted, pattern = apply_converters(matched, converters)
         name, _ = rename_source_key(converted, [], [], prefix, state)
         if name not in state and key in state:
-            name, pattern = key, None
+            (name, _), pattern = rename_source_key(key, [], [], prefix, state), None
         if name in state:
             source = sources[name]
             source.found[pattern].append((matched, index[key]))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from loraga_dist.errors import UserError
 from loraga_dist.files.stored_tensors import StoredTensor
@@ -47,6 +48,21 @@ def without_values(base: BaseModel) -> Any:
         model = model_class._from_config(copy.deepcopy(base.config), dtype=base.dtype)
     model.tie_weights()  # transformers leaves that out together with the initialization
     return model
+
+
+def model_on_meta(base: BaseModel) -> Any:
+    """The model of a config, its parameters on the meta device; buffers, also those of no file, are real."""
+
+    def without_memory(module: nn.Module, name: str, parameter: Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(without_memory)
+    try:
+        return without_values(base)
+    finally:
+        hook.remove()
 
 
 def stored_as(name: str, shape: Sequence[int], stored: Mapping[str, StoredTensor]) -> StoredTensor:

@@ -11,18 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
 from torch.nn import Parameter
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from loraga_dist.errors import UserError
 from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding.base import Change, Sharding, read_buffers, stored_as, wanted_dtypes, without_values
+from loraga_dist.sharding.base import Change, Sharding, model_on_meta, read_buffers, stored_as, wanted_dtypes
 from loraga_dist.sharding.slices import elements_of, square_norm
 
 _ALIGNMENT_BYTES = 64
@@ -64,7 +63,7 @@ class FromDisk(Sharding):
         if stored is None:
             problem = "transformers has to convert its tensors, all of them in memory; write a copy that it saved"
             raise UserError("model.name_or_path", str(base.directory), problem)
-        model = _model_on_meta(base)
+        model = model_on_meta(base)
         dtypes = wanted_dtypes(model, base.dtype)
         names = {parameter: name for name, parameter in model.named_parameters()}
 
@@ -195,21 +194,6 @@ class FromDisk(Sharding):
 
     def detach(self) -> None:
         return None
-
-
-def _model_on_meta(base: BaseModel) -> Any:
-    """The model of a config, its parameters on the meta device; buffers, also those of no file, are real."""
-
-    def without_memory(module: nn.Module, name: str, parameter: Parameter | None) -> Any:
-        if parameter is None or parameter.is_meta:
-            return parameter
-        return Parameter(parameter.to("meta"), requires_grad=False)
-
-    hook = register_module_parameter_registration_hook(without_memory)
-    try:
-        return without_values(base)
-    finally:
-        hook.remove()
 
 
 def _read_all(tensors: Sequence[StoredTensor], wholes: Sequence[torch.Tensor]) -> None:

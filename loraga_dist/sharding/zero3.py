@@ -20,7 +20,15 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding.base import Sharding, pretrained, read_buffers, stored_as, wanted_dtypes, without_values
+from loraga_dist.sharding.base import (
+    Sharding,
+    model_on_meta,
+    pretrained,
+    read_buffers,
+    stored_as,
+    wanted_dtypes,
+    without_values,
+)
 from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.settings import calibration_settings, import_deepspeed, read_deepspeed_config
 from loraga_dist.sharding.slices import flat_range
@@ -70,6 +78,11 @@ class Zero3(Sharding):
     def _load_slices(self, base: BaseModel, stored: Mapping[str, StoredTensor]) -> nn.Module:
         with self.new_parameters(base.dtype):
             model = without_values(base)
+        # zero.Init rounds all that is made to the model's dtype, also rotary frequencies, which are float32 elsewhere
+        for name, module in model_on_meta(base).named_modules():
+            for key, buffer in module._buffers.items():
+                buffers = model.get_submodule(name)._buffers
+                buffers[key] = None if buffer is None else buffer.to(self.world.device)
         with self.world.together():
             self._read_slices(model, base, stored)
         return model

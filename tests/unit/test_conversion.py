@@ -13,13 +13,14 @@ import torch
 from builders import MOE, TASKS, make_model, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV4ForCausalLM
 
 from loraga_dist.config import ModelConfig
 from loraga_dist.errors import UserError
+from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel, find_base_model
-from loraga_dist.model.conversion import StoredModel
+from loraga_dist.model.conversion import StoredModel, stored_model
 from loraga_dist.model.targets import meta_copy
 from loraga_dist.sharding.base import pretrained
 
@@ -133,6 +134,19 @@ def test_experts_that_are_fused_in_the_file_are_one_tensor(tmp_path: Path) -> No
     _, stored = find(tmp_path)
     assert stored.key_of(f"{EXPERTS}.gate_up_proj") == f"{EXPERTS}.gate_up_proj"
     assert torch.equal(read(stored.tensors[f"{EXPERTS}.down_proj"]), model.get_parameter(f"{EXPERTS}.down_proj"))
+
+
+def test_names_that_only_look_like_those_of_files_are_kept() -> None:
+    """DeepSeek-V4 calls `norm.weight` in its files what is `kv_norm.weight` in memory, and has a `norm.weight`, too."""
+    config = AutoConfig.for_model("deepseek_v4", num_hidden_layers=2)
+    meta_model = meta_copy(DeepseekV4ForCausalLM, config)
+    index = {
+        name: TensorSlot(name, Path("model.safetensors"), torch.float32, tuple(tensor.shape), 0, 4 * tensor.numel())
+        for name, tensor in meta_model.state_dict().items()
+    }
+    stored = stored_model(meta_model, index)
+    assert stored.as_it_is is not None
+    assert {name: stored.key_of(name) for name in stored.tensors} == dict(zip(index, index, strict=True))
 
 
 @pytest.mark.parametrize("missing", ["3.w1", "0.w3", "7.w1"])
