@@ -91,7 +91,7 @@ class Loaded:
     def read(cls, directory: str, world: World) -> Loaded:
         base = find_base_model(ModelConfig(name_or_path=directory), "CAUSAL_LM", world.device)
         sharding = Zero3(world, None) if world.size > 1 else SingleProcess(world)
-        model = sharding.load(base, base.slots_of(meta_copy(base.model_class, base.config)))
+        model = sharding.load(base, base.stored(meta_copy(base.model_class, base.config)).as_it_is)
         targets = select_targets(meta_copy(base.model_class, base.config), LoraSection(), lambda r: 2 * r).targets
         return cls(base, sharding, model, targets)
 

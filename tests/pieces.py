@@ -51,7 +51,7 @@ def load(model_dir: Path, world: World) -> Loaded:
     base = find_base_model(ModelConfig(name_or_path=str(model_dir)), "CAUSAL_LM", world.device)
     sharding = open_sharding(world, None)
     meta_model = meta_copy(base.model_class, base.config)
-    model = sharding.load(base, base.slots_of(meta_model))
+    model = sharding.load(base, base.stored(meta_model).as_it_is)
     return Loaded(base, sharding, model, meta_model)
 
 

@@ -21,10 +21,11 @@ from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import StagedDirectory
-from loraga_dist.model.base import WeightKeys, read_checkpoint_index, resolve_model_dir
+from loraga_dist.model.base import read_checkpoint_index, resolve_model_dir
+from loraga_dist.model.conversion import stored_model
 from loraga_dist.model.factors import split
-from loraga_dist.model.selection import stored
-from loraga_dist.model.targets import Target, layers_of, require_targets
+from loraga_dist.model.selection import with_places
+from loraga_dist.model.targets import Target, layers_of, meta_copy, require_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.sharding.base import Sharding
@@ -60,10 +61,11 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         revision = None if base is not None else getattr(model.config, "_commit_hash", None)
         base_dir = resolve_model_dir(name, revision)
         index = read_checkpoint_index(base_dir)
-        keys = WeightKeys(index, model.get_base_model().base_model_prefix)
-        targets = [stored(target, lambda name: [(key := keys(name), index[key].numel)]) for target in start.targets]
+        original = model.get_base_model()
+        stored = stored_model(meta_copy(type(original), original.config), index)
+        targets = [with_places(target, stored) for target in start.targets]
         require_targets(index, targets)
-        saved = {name: keys(name) for name in _saved_parameters(model)}
+        saved = {name: stored.key_of(name) for name in _saved_parameters(model)}
 
     for layer, members in layers_of(targets).items():
         for target, made in zip(members, _gather_factors(model, layer, len(members), sharding), strict=True):

@@ -98,7 +98,7 @@ def ways(request: CheckpointRequest, world_size: int) -> Iterator[Way]:
         yield Way(order=in_pieces, checkpointing="none")
     in_blocks = in_pieces.blocks if request.scheme.source == "gradient" else request.blocks
     # a configuration alone says nothing of its files
-    if is_whole and in_blocks is not None and (request.slots is not None or not request.base.index):
+    if is_whole and in_blocks is not None and (request.stored.as_it_is is not None or not request.base.index):
         if in_pieces.blocks is not None:
             in_pieces = replace(in_pieces, why="the model has no room, and a block is read once for all microbatches")
         yield Way(order=in_pieces, checkpointing="none", from_disk=True)

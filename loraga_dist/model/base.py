@@ -17,6 +17,7 @@ from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.disk import BrokenFileError
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
+from loraga_dist.model.conversion import StoredModel, stored_model
 
 AUTO_CLASSES: dict[TaskType, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -53,48 +54,9 @@ class BaseModel:
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return positions if isinstance(positions, int) and positions > 0 else None
 
-    @property
-    def weight_keys(self) -> WeightKeys:
-        return WeightKeys(self.index, getattr(self.model_class, "base_model_prefix", ""))
-
-    def stored_as(self, parameter_name: str) -> list[tuple[str, int]]:
-        """Keys and sizes of the tensors that a parameter's elements are, one after the other; raises UserError."""
-        key = self.weight_keys(parameter_name)
-        return [(key, self.index[key].numel)]
-
-    def slots_of(self, meta_model: nn.Module) -> dict[str, TensorSlot] | None:
-        """Tensors of the checkpoint by the model's names; None when a parameter has none that fits as it is."""
-        found = {
-            name: self.index[key]
-            for name, _ in [*meta_model.named_parameters(), *meta_model.named_buffers()]
-            if (key := self.weight_keys.find(name)) is not None
-        }
-        return found if all(name in found for name, _ in meta_model.named_parameters()) else None
-
-
-@dataclass(frozen=True)
-class WeightKeys:
-    """Checkpoint key of a parameter: its name, with or without the model's base prefix, as transformers accepts it."""
-
-    index: dict[str, TensorSlot]
-    prefix: str
-
-    def find(self, parameter_name: str) -> str | None:
-        bare = parameter_name.removeprefix(f"{self.prefix}.")
-        return next(
-            (key for key in (parameter_name, bare, f"{self.prefix}.{parameter_name}") if key in self.index), None
-        )
-
-    def __call__(self, parameter_name: str) -> str:
-        key = self.find(parameter_name)
-        if key is not None:
-            return key
-        raise UserError(
-            "model.name_or_path",
-            parameter_name,
-            "the checkpoint has no tensor of this name, so its residual cannot be written; save the model again with "
-            "this version of transformers, or leave the module out (lora.exclude_modules, lora.modules_to_save)",
-        )
+    def stored(self, meta_model: nn.Module) -> StoredModel:
+        """Where the model's parameters lie. Raises UserError as `stored_model`."""
+        return stored_model(meta_model, self.index)
 
 
 def find_base_model(

@@ -13,6 +13,7 @@ from torch import nn
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
+from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.stacks import Stack, find_stacks
 from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
 
@@ -32,22 +33,18 @@ class Selection:
     """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
 
 
-StoredAs = Callable[[str], Sequence[tuple[str, int]]]
-"""Of a parameter: keys and sizes of the checkpoint tensors that its elements are, one after the other."""
-
-
 def select_targets(
     meta_model: nn.Module,
     lora: LoraSection,
     num_triplets: Callable[[int], int],
     *,
     any_rank: bool = False,
-    stored_as: StoredAs | None = None,
+    in_files: StoredModel | None = None,
 ) -> Selection:
     """Let PEFT inject its layers into `meta_model` (which is consumed) and read off what it chose.
 
     num_triplets: how many singular triplets the scheme needs for rank r. any_rank: the targets' ranks are chosen later.
-    stored_as: None where there is no checkpoint.
+    in_files: None where there is no checkpoint.
     Raises UserError when nothing matches, or when a match is no matrix or stack of them, is tied to another parameter,
     or is too small for its rank (with any_rank, for rank 1).
     """
@@ -73,7 +70,7 @@ def select_targets(
             raise UserError(key, getattr(lora, key.removeprefix("lora.")), f"{problem}; {_left_out(found[0])}")
         for target in found:
             _require_size(target, lora, num_triplets, any_rank=any_rank)
-        targets += found if stored_as is None else [stored(target, stored_as) for target in found]
+        targets += found if in_files is None else [with_places(target, in_files) for target in found]
     if not targets:
         raise UserError(
             "lora.target_modules", lora.target_modules, "matches no module; write names the model has, or all-linear"
@@ -189,19 +186,15 @@ def _targets_of(
     ]
 
 
-def stored(target: Target, stored_as: StoredAs) -> Target:
-    """The target with its place in the checkpoint. Tensors that a stack is made of hold whole rows of it."""
-    parts = stored_as(target.parameter_name)
+def with_places(target: Target, in_files: StoredModel) -> Target:
+    """The target with its place in the checkpoint. Raises UserError where it has none."""
     if target.stack is None:
-        return replace(target, weight_key=parts[0][0])
-    rows, row_numel, start = [], target.stored_shape[1], 0
-    for key, numel in parts:
-        first = max(start, target.first_element)
-        end = min(start + numel, target.first_element + target.M * target.N)
-        if first < end:
-            rows.append(StoredRows(key, (first - start) // row_numel, (end - first) // row_numel))
-        start += numel
-    return replace(target, weight_key=rows[0].key, stack=replace(target.stack, rows=tuple(rows)))
+        return replace(target, weight_key=in_files.key_of(target.parameter_name))
+    first, row_numel = target.first_element, target.stored_shape[1]
+    pieces = in_files.tensor_of(target.parameter_name).pieces(first, first + target.M * target.N)
+    # tensors that a stack is made of hold whole rows of it
+    rows = tuple(StoredRows(slot.name, start // row_numel, (end - start) // row_numel) for slot, start, end in pieces)
+    return replace(target, weight_key=rows[0].key, stack=replace(target.stack, rows=rows))
 
 
 def _key_of(target: Target) -> str:

@@ -29,12 +29,13 @@ from loraga_dist.data.microbatches import (
 from loraga_dist.data.samples import fingerprints
 from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
-from loraga_dist.files.safetensors_io import Entries, TensorSlot
+from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
+from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
-from loraga_dist.model.selection import Selection, StoredAs, select_targets
+from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import Target, meta_copy, require_targets
 from loraga_dist.ranks.world import World
@@ -114,8 +115,8 @@ class CheckpointRequest(Request):
     config: InitConfig
     """With absolute paths, the commit of a hub's model and the scheme's gamma: right from anywhere, at any time."""
     base: BaseModel
-    slots: dict[str, TensorSlot] | None
-    """The checkpoint's tensors by parameter name; None where transformers has to convert them."""
+    stored: StoredModel
+    """Where the model's parameters lie in the checkpoint."""
     shape: ModelShape
     blocks: Blocks | None
     """What the model is a sequence of, if it is one."""
@@ -177,13 +178,13 @@ def understand(
     instead = "write another, or mend its config.json"
     with blame(key, value, "the model cannot be built", instead, limit_seconds=META_SECONDS):
         meta_model = meta_copy(base.model_class, base.config)
-        slots = base.slots_of(meta_model)
+        stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks = find_blocks(meta_model)
-    stored_as = base.stored_as if base.index else None
+    in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
-    selection, targets, chosen = _choose_targets(meta_model, config, stored_as, in_pieces=holding.is_sharded)
+    selection, targets, chosen = _choose_targets(meta_model, config, in_files, in_pieces=holding.is_sharded)
     if base.index:
         require_targets(base.index, targets)
     factor_dtypes = {
@@ -201,12 +202,12 @@ def understand(
         step_data=step_data,
         factor_dtypes=factor_dtypes,
         base=base,
-        slots=slots,
+        stored=stored,
         shape=shape,
         blocks=blocks,
         saved_order=saved,
         amount=amount,
-        saved_parameters={name: stored_as(name)[0][0] if stored_as else name for name in selection.saved_parameters},
+        saved_parameters={name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters},
         entries=entries,
     )
 
@@ -282,13 +283,13 @@ def understand_model(
 
 
 def _choose_targets(
-    meta_model: nn.Module, config: MethodConfig, stored_as: StoredAs | None, *, in_pieces: bool
+    meta_model: nn.Module, config: MethodConfig, in_files: StoredModel | None, *, in_pieces: bool
 ) -> tuple[Selection, list[Target], Order]:
     """What PEFT selects, the targets with the ranks to plan for, and the order to go through the model in."""
     has_budget = config.init.rank_budget is not None
     num_triplets = SCHEMES[config.init.scheme].num_triplets
     blocks = find_blocks(meta_model)  # PEFT puts its own layers into it
-    selection = select_targets(meta_model, config.lora, num_triplets, any_rank=has_budget, stored_as=stored_as)
+    selection = select_targets(meta_model, config.lora, num_triplets, any_rank=has_budget, in_files=in_files)
     targets = planned_targets(selection.targets, config.lora, config.init)
     names = [target.name for target in targets]
     order = choose_order(config.gradient.order, type(meta_model).__name__, blocks, names, in_pieces=in_pieces)

@@ -269,7 +269,7 @@ def _load(request: CheckpointRequest, clock: Clock, world: World, *, from_disk: 
     """The model, and what holds it; a collective."""
     sharding = open_sharding(world, request.config.deepspeed, from_disk=from_disk)
     with clock.phase("load"), phase("load weights", request.shape.num_bytes, "B", shown=world.is_main, counted=False):
-        return sharding.load(request.base, request.slots), sharding
+        return sharding.load(request.base, request.stored.as_it_is), sharding
 
 
 def _checkpointer(

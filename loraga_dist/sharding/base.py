@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Piece
 from loraga_dist.model.targets import Target
@@ -48,24 +50,57 @@ def without_values(base: BaseModel) -> Any:
     return model
 
 
-def slot_for(name: str, shape: Sequence[int], slots: Mapping[str, TensorSlot]) -> TensorSlot:
-    """Where the parameter's elements lie. Raises UserError unless they have its shape."""
-    slot = slots[name]
-    if slot.shape != tuple(shape):
+def model_on_meta(base: BaseModel) -> Any:
+    """The model of a config, its parameters on the meta device; buffers, also those of no file, are real."""
+
+    def without_memory(module: nn.Module, name: str, parameter: Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(without_memory)
+    try:
+        return without_values(base)
+    finally:
+        hook.remove()
+
+
+def stored_as(name: str, shape: Sequence[int], stored: Mapping[str, StoredTensor]) -> StoredTensor:
+    """Where the elements of this name lie. Raises UserError unless they have this shape."""
+    tensor = stored[name]
+    if tensor.shape != tuple(shape):
         raise UserError(
             "model.name_or_path",
-            str(slot.path),
-            f"{name} has shape {slot.shape}, the model's config says {tuple(shape)}",
+            str(tensor.slots[0].path),
+            f"{name} has shape {tensor.shape}, the model's config says {tuple(shape)}",
         )
-    return slot
+    return tensor
+
+
+def wanted_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Parameters and buffers that a model's class wants in another dtype than the model's, as from_pretrained does."""
+    return {
+        name: wanted
+        for part, wanted in reversed(model._get_dtype_plan(dtype).items())  # the first that fits is the last here
+        for name, _ in [*model.named_parameters(), *model.named_buffers()]
+        if re.search(part.replace("*", ".*"), name)
+    }
 
 
 @torch.no_grad()
-def read_buffers(model: nn.Module, slots: Mapping[str, TensorSlot]) -> None:
-    """Read the buffers that the checkpoint holds; the others are the config's. Raises RunError on a short read."""
-    for name, buffer in model.named_buffers():
-        if name in slots:
-            buffer.copy_(slots[name].read().view(buffer.shape))
+def read_buffers(model: nn.Module, stored: Mapping[str, StoredTensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Read the buffers that the checkpoint holds; the others are the config's. Raises RunError on a short read.
+
+    dtypes: of those that shall have another than they have.
+    """
+    for path, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            name = f"{path}.{key}".removeprefix(".")
+            module._buffers[key] = whole = buffer.to(dtypes.get(name, buffer.dtype))
+            if name in stored:
+                stored_as(name, whole.shape, stored).read_into(0, whole.view(-1))
 
 
 Change = Callable[[torch.Tensor, int], None]
@@ -90,10 +125,10 @@ class Sharding(ABC):
         """From files since loading, of parameters that stay there."""
 
     @abstractmethod
-    def load(self, base: BaseModel, slots: dict[str, TensorSlot] | None) -> nn.Module:
+    def load(self, base: BaseModel, stored: Mapping[str, StoredTensor] | None) -> nn.Module:
         """The frozen pretrained model, in eval mode.
 
-        slots: where its tensors lie, by its own names; None where transformers has to convert them.
+        stored: where its tensors lie, by its own names; None where transformers has to convert them.
         """
 
     @abstractmethod

@@ -6,26 +6,24 @@ ahead at one time, none larger than the largest piece.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
 from torch.nn import Parameter
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import TensorSlot, read_into, read_range
+from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding.base import Change, Sharding, read_buffers, slot_for, without_values
-from loraga_dist.sharding.slices import BLOCK_ELEMENTS, elements_of, part_of, square_norm
+from loraga_dist.sharding.base import Change, Sharding, model_on_meta, read_buffers, stored_as, wanted_dtypes
+from loraga_dist.sharding.slices import elements_of, part_of, square_norm
 
 _ALIGNMENT_BYTES = 64
 """As torch allots memory: products of matrices elsewhere may be rounded another way."""
@@ -52,40 +50,36 @@ class FromDisk(Sharding):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._slots: dict[Parameter, TensorSlot] = {}
+        self._stored: dict[Parameter, StoredTensor] = {}
         self._edits: defaultdict[Parameter, list[Change]] = defaultdict(list)
         self._held: set[Parameter] = set()
         self._ahead: _Piece | None = None
         self._free: list[torch.Tensor] = []
 
-    def load(self, base: BaseModel, slots: dict[str, TensorSlot] | None) -> nn.Module:
+    def load(self, base: BaseModel, stored: Mapping[str, StoredTensor] | None) -> nn.Module:
         """The model with parameters that have dtype, shape and device, but no memory.
 
         Raises UserError where tensors would have to be converted, or have another shape than the config says.
         """
-        if slots is None:
+        if stored is None:
             problem = "transformers has to convert its tensors, all of them in memory; write a copy that it saved"
             raise UserError("model.name_or_path", str(base.directory), problem)
-        model = _model_on_meta(base)
-        plan: Mapping[str, torch.dtype] = model._get_dtype_plan(base.dtype)
-        names = {tensor: name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-
-        def dtype_of(tensor: torch.Tensor) -> torch.dtype:
-            """As from_pretrained: some models want some tensors in float32."""
-            wanted = (dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), names[tensor]))
-            return next(wanted, tensor.dtype)
+        model = model_on_meta(base)
+        dtypes = wanted_dtypes(model, base.dtype)
+        names = {parameter: name for name, parameter in model.named_parameters()}
 
         empty: dict[Parameter, Parameter] = {}  # tied ones are one
         for module in model.modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter not in empty:
-                    one = torch.empty((), dtype=dtype_of(parameter), device=self.world.device)
+                    dtype = dtypes.get(names[parameter], parameter.dtype)
+                    one = torch.empty((), dtype=dtype, device=self.world.device)
                     empty[parameter] = Parameter(one.expand(parameter.shape), requires_grad=False)
-                    self._slots[empty[parameter]] = slot_for(names[parameter], parameter.shape, slots)
+                    self._stored[empty[parameter]] = stored_as(names[parameter], parameter.shape, stored)
                 module._parameters[key] = None if parameter is None else empty[parameter]
             for key, buffer in module._buffers.items():
-                module._buffers[key] = None if buffer is None else buffer.to(self.world.device, dtype_of(buffer))
-        read_buffers(model, slots)
+                module._buffers[key] = None if buffer is None else buffer.to(self.world.device)
+        read_buffers(model, stored, dtypes)
         return model.eval()
 
     @contextmanager
@@ -94,7 +88,7 @@ class FromDisk(Sharding):
 
         Parameters that are not the checkpoint's, or are held already, tied ones for instance, are left alone.
         """
-        wanted = [parameter for parameter in self._stored(parameters) if parameter not in self._held]
+        wanted = [parameter for parameter in self._of_checkpoint(parameters) if parameter not in self._held]
         if self._ahead is not None and self._ahead.is_of(wanted):
             piece, self._ahead = self._ahead, None
         else:
@@ -103,7 +97,7 @@ class FromDisk(Sharding):
         self._held.update(wanted)
         try:
             piece.reading.result()
-            self._read_ahead(self._stored(then))
+            self._read_ahead(self._of_checkpoint(then))
             for parameter, whole in piece.wholes.items():
                 parameter.data = whole.to(self.world.device)
                 self._edit_whole(parameter)
@@ -120,9 +114,9 @@ class FromDisk(Sharding):
         for change in self._edits.get(parameter, ()):
             change(parameter.data.view(-1), 0)
 
-    def _stored(self, parameters: Iterable[Parameter]) -> list[Parameter]:
+    def _of_checkpoint(self, parameters: Iterable[Parameter]) -> list[Parameter]:
         """Those of the checkpoint, each once."""
-        return list(dict.fromkeys(parameter for parameter in parameters if parameter in self._slots))
+        return list(dict.fromkeys(parameter for parameter in parameters if parameter in self._stored))
 
     def _read_ahead(self, parameters: Sequence[Parameter]) -> None:
         if not parameters or self._ahead is not None and self._ahead.is_of(parameters):
@@ -144,10 +138,10 @@ class FromDisk(Sharding):
             parameter: buffer[place].view(parameter.dtype).view(parameter.shape)
             for parameter, place in zip(parameters, places, strict=True)
         }
-        slots = [self._slots[parameter] for parameter in parameters]
-        self.num_bytes_read += sum(slot.num_bytes for slot in slots)
+        tensors = [self._stored[parameter] for parameter in parameters]
+        self.num_bytes_read += sum(tensor.num_bytes for tensor in tensors)
         thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        reading = thread.submit(_read_all, slots, list(wholes.values()))
+        reading = thread.submit(_read_all, tensors, list(wholes.values()))
         thread.shutdown(wait=False)
         return _Piece(wholes, buffer, reading)
 
@@ -168,7 +162,7 @@ class FromDisk(Sharding):
     def edit(self, parameter: Parameter, change: Change) -> None:
         """As Sharding's; of a parameter of the checkpoint the change is kept, and made whenever it is held."""
         assert parameter not in self._held, "a held parameter would not show it"
-        if parameter in self._slots:
+        if parameter in self._stored:
             self._edits[parameter].append(change)
         else:
             super().edit(parameter, change)
@@ -179,7 +173,7 @@ class FromDisk(Sharding):
 
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         """As Sharding's, of a parameter that is not the checkpoint's."""
-        assert parameter not in self._slots, "it has no memory to write to"
+        assert parameter not in self._stored, "it has no memory to write to"
         return elements_of(parameter), 0
 
     def square_norms(self, parameters: Sequence[tuple[Parameter, Sequence[Target]]]) -> torch.Tensor:
@@ -205,28 +199,7 @@ class FromDisk(Sharding):
         return None
 
 
-def _model_on_meta(base: BaseModel) -> Any:
-    """The model of a config, its parameters on the meta device; buffers, also those of no file, are real."""
-
-    def without_memory(module: nn.Module, name: str, parameter: Parameter | None) -> Any:
-        if parameter is None or parameter.is_meta:
-            return parameter
-        return Parameter(parameter.to("meta"), requires_grad=False)
-
-    hook = register_module_parameter_registration_hook(without_memory)
-    try:
-        return without_values(base)
-    finally:
-        hook.remove()
-
-
-def _read_all(slots: Sequence[TensorSlot], wholes: Sequence[torch.Tensor]) -> None:
+def _read_all(tensors: Sequence[StoredTensor], wholes: Sequence[torch.Tensor]) -> None:
     """Read tensors into memory of their shapes, cast where it is of another dtype. Raises RunError on a short read."""
-    for slot, whole in zip(slots, wholes, strict=True):
-        elements = whole.view(-1)
-        if slot.dtype == whole.dtype:
-            read_into(slot, 0, elements)
-            continue
-        for start in range(0, slot.numel, BLOCK_ELEMENTS):
-            part = elements[start : start + BLOCK_ELEMENTS]
-            part.copy_(read_range(slot, start, start + part.numel()))
+    for tensor, whole in zip(tensors, wholes, strict=True):
+        tensor.read_into(0, whole.view(-1))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 
-from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Piece
 from loraga_dist.model.targets import Target
@@ -20,7 +20,7 @@ from loraga_dist.sharding.slices import elements_of, part_of
 class SingleProcess(Sharding):
     is_sharded = False
 
-    def load(self, base: BaseModel, slots: dict[str, TensorSlot] | None) -> nn.Module:
+    def load(self, base: BaseModel, stored: Mapping[str, StoredTensor] | None) -> nn.Module:
         return pretrained(base).to(self.world.device).requires_grad_(False).eval()
 
     def attach(self, model: nn.Module) -> nn.Module:

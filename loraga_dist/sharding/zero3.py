@@ -7,7 +7,7 @@ direct `loss.backward()`, and an undestroyed engine breaks the next `deepspeed.i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,11 +17,19 @@ from torch import nn
 from torch.nn import Parameter
 
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import TensorSlot, read_range
+from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding.base import Sharding, pretrained, read_buffers, slot_for, without_values
+from loraga_dist.sharding.base import (
+    Sharding,
+    model_on_meta,
+    pretrained,
+    read_buffers,
+    stored_as,
+    wanted_dtypes,
+    without_values,
+)
 from loraga_dist.sharding.gloo import all_gather_in_place
 from loraga_dist.sharding.settings import calibration_settings, import_deepspeed, read_deepspeed_config
 from loraga_dist.sharding.slices import flat_range, part_of
@@ -63,27 +71,30 @@ class Zero3(Sharding):
         self._engine: Any = None
         _start_deepspeed()
 
-    def load(self, base: BaseModel, slots: dict[str, TensorSlot] | None) -> nn.Module:
+    def load(self, base: BaseModel, stored: Mapping[str, StoredTensor] | None) -> nn.Module:
         """Every rank reads its own byte ranges where tensors can be taken as they are; else through transformers."""
-        model = self._load_pretrained(base) if slots is None else self._load_slices(base, slots)
+        model = self._load_pretrained(base) if stored is None else self._load_slices(base, stored)
         return model.requires_grad_(False).eval()
 
-    def _load_slices(self, base: BaseModel, slots: dict[str, TensorSlot]) -> nn.Module:
+    def _load_slices(self, base: BaseModel, stored: Mapping[str, StoredTensor]) -> nn.Module:
         with self.new_parameters(base.dtype):
             model = without_values(base)
+        # zero.Init rounds all that is made to the model's dtype, also rotary frequencies, which are float32 elsewhere
+        for name, module in model_on_meta(base).named_modules():
+            for key, buffer in module._buffers.items():
+                buffers = model.get_submodule(name)._buffers
+                buffers[key] = None if buffer is None else buffer.to(self.world.device)
         with self.world.together():
-            self._read_slices(model, slots)
+            self._read_slices(model, base, stored)
         return model
 
     @torch.no_grad()
-    def _read_slices(self, model: nn.Module, slots: dict[str, TensorSlot]) -> None:
+    def _read_slices(self, model: nn.Module, base: BaseModel, stored: Mapping[str, StoredTensor]) -> None:
         parameter: Any
         for name, parameter in model.named_parameters():
-            slot = slot_for(name, parameter.ds_shape, slots)
             shard, start = self.own_slice(parameter)
-            if shard.numel():
-                shard.copy_(read_range(slot, start, start + shard.numel()))
-        read_buffers(model, slots)
+            stored_as(name, parameter.ds_shape, stored).read_into(start, shard)
+        read_buffers(model, stored, wanted_dtypes(model, base.dtype))
 
     def _load_pretrained(self, base: BaseModel) -> nn.Module:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config

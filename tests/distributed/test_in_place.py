@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import loraga_dist
 from loraga_dist.data.microbatches import microbatches_from_batches
 from loraga_dist.gradients.forward import forward
+from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.zero3 import Zero3
 from loraga_dist.start.identity import flip_last_bits

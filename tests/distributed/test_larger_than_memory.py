@@ -28,8 +28,10 @@ def from_disk(forecaster: Forecaster, *_: Any) -> Forecaster:
         ("llama", "float32", {"init": {"scheme": "pissa"}}),
         ("llama", "float32", {"lora": {"use_dora": True}}),
         ("llama", "float32", {"init": {"scheme": "rrr_step"}}),
+        ("mixtral", "float32", {"lora": {"target_modules": ["q_proj", "v_proj"]}}),
+        ("deepseek_v3", "bfloat16", {"lora": {"target_modules": ["q_b_proj", "o_proj"], "r": 2}}),
     ],
-    ids=["saved-modules", "gpt2-bfloat16", "pissa", "dora", "rrr_step"],
+    ids=["saved-modules", "gpt2-bfloat16", "pissa", "dora", "rrr_step", "mixtral", "deepseek_v3-bfloat16"],
 )
 def test_from_disk_as_in_memory(
     kind: str, dtype: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

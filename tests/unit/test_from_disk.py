@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from transformers import LlamaForCausalLM
 
 from loraga_dist.config import Dtype, LoraSection, ModelConfig
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.files.safetensors_io import TensorSlot, read_header
+from loraga_dist.files.safetensors_io import read_header
+from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel, find_base_model
 from loraga_dist.model.blocks import find_blocks, pieces_of
 from loraga_dist.model.selection import select_targets
@@ -32,7 +33,7 @@ from loraga_dist.start.identity import flip_last_bits
 from loraga_dist.start.place import add_adapter
 
 IDS = torch.arange(40, 72)[None]
-KINDS = ["llama", "tied", "gpt2"]
+KINDS = ["llama", "tied", "gpt2", "mixtral", "deepseek_v3", "gpt_oss"]
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ class Pair:
 def load(directory: Path, dtype: Dtype = "auto") -> Pair:
     base = find_base_model(ModelConfig(name_or_path=str(directory), dtype=dtype), "CAUSAL_LM", torch.device("cpu"))
     disk = FromDisk(World.alone())
-    model = disk.load(base, slots_of(base))
+    model = disk.load(base, stored_in(base))
     return Pair(base, disk, model, pretrained(base).requires_grad_(False).eval())
 
 
-def slots_of(base: BaseModel) -> dict[str, TensorSlot] | None:
-    return base.slots_of(meta_copy(base.model_class, base.config))
+def stored_in(base: BaseModel) -> Mapping[str, StoredTensor] | None:
+    return base.stored(meta_copy(base.model_class, base.config)).as_it_is
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -178,7 +179,8 @@ def test_edits_are_made_whenever_a_weight_is_read(saved: Path, dtype: Dtype) -> 
     """As in memory bit by bit: each is rounded once."""
     pair, memory = load(saved, dtype), SingleProcess(World.alone())
     meta_model = meta_copy(pair.base.model_class, pair.base.config)
-    targets = select_targets(meta_model, LoraSection(r=2, target_modules="all-linear"), lambda r: r).targets
+    section = LoraSection(r=2, target_modules=r".*attn\.\w+_proj|.*\.c_\w+")
+    targets = select_targets(meta_model, section, lambda r: r).targets
     draw = torch.Generator().manual_seed(0)
     for _ in range(2):
         for target in targets:
@@ -241,7 +243,7 @@ def test_parameters_that_a_class_wants_in_float32_are(llama: Path) -> None:
     plain = find_base_model(ModelConfig(name_or_path=str(llama)), "CAUSAL_LM", torch.device("cpu"))
     base = replace(plain, model_class=Careful)
     disk = FromDisk(World.alone())
-    pair = Pair(base, disk, disk.load(base, slots_of(base)), pretrained(base))
+    pair = Pair(base, disk, disk.load(base, stored_in(base)), pretrained(base))
     assert {parameter.dtype for parameter in pair.in_memory.parameters()} == {torch.float32, torch.bfloat16}
     pair.assert_same()
 
@@ -255,18 +257,18 @@ def test_buffers_of_the_checkpoint_are_read(llama: Path) -> None:
     plain = find_base_model(ModelConfig(name_or_path=str(llama)), "CAUSAL_LM", torch.device("cpu"))
     save_file({"bias": torch.arange(3.0)}, llama / "buffer.safetensors")
     base = replace(plain, model_class=WithBuffer, index=plain.index | read_header(llama / "buffer.safetensors"))
-    model = FromDisk(World.alone()).load(base, slots_of(base))
+    model = FromDisk(World.alone()).load(base, stored_in(base))
     assert torch.equal(model.get_buffer("bias"), torch.arange(3, dtype=torch.bfloat16))
 
 
 def test_weights_that_do_not_fit_are_refused(llama: Path) -> None:
     base = find_base_model(ModelConfig(name_or_path=str(llama)), "CAUSAL_LM", torch.device("cpu"))
-    slots = slots_of(base)
-    assert slots is not None
+    stored = stored_in(base)
+    assert stored is not None
     with pytest.raises(UserError, match="transformers has to convert its tensors"):
         FromDisk(World.alone()).load(base, None)
     name = "model.norm.weight"
-    wrong = slots | {name: replace(slots[name], shape=(8, 8))}
+    wrong = {**stored, name: replace(stored[name], shape=(8, 8))}
     with pytest.raises(UserError, match=r"model\.norm\.weight has shape \(8, 8\), the model's config says \(64,\)"):
         FromDisk(World.alone()).load(base, wrong)
 
@@ -307,11 +309,11 @@ def anonymous_bytes():
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 base = find_base_model(ModelConfig(name_or_path=sys.argv[1]), "CAUSAL_LM", torch.device("cpu"))
-slots = base.slots_of(meta_copy(base.model_class, base.config))
+stored = base.stored(meta_copy(base.model_class, base.config)).as_it_is
 import transformers.initialization  # code counts for little, but not for nothing
 start = anonymous_bytes()
 disk = FromDisk(World.alone())
-model = disk.load(base, slots)
+model = disk.load(base, stored)
 loaded = anonymous_bytes()
 layers = list(model.model.layers)
 highest = 0

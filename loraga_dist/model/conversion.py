@@ -1,0 +1,221 @@
+"""Where a model's parameters lie in a checkpoint whose tensors have other names, or are parts of parameters.
+
+transformers renames tensors and fuses experts when it loads a checkpoint. Here the same is done to where they lie.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from loraga_dist.errors import UserError
+from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.files.stored_tensors import StoredTensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which elements of a flattened parameter a tensor of the checkpoint holds: as many as it has, from `start` on."""
+
+    parameter: str
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """Where the parameters and buffers of a model lie in its checkpoint."""
+
+    tensors: Mapping[str, StoredTensor]
+    """By the model's own names; a shape may be another than the config says."""
+    changed: Sequence[str]
+    """Parameters and buffers that are not the elements of tensors one after the other."""
+    lacking: Sequence[str]
+    """Parameters and persistent buffers of which the checkpoint holds nothing."""
+    is_quantized: bool
+
+    @property
+    def as_it_is(self) -> Mapping[str, StoredTensor] | None:
+        """Where everything lies; None where transformers has to make values of the checkpoint's."""
+        return None if self.changed or self.lacking or self.is_quantized else self.tensors
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """What tensors of the checkpoint are in the model, by their keys; those that it does not use are left out."""
+        return {
+            slot.name: Place(name, start)
+            for name, stored in self.tensors.items()
+            for slot, start in zip(stored.slots, stored.starts, strict=False)
+        }
+
+    def key_of(self, name: str) -> str:
+        """The key of the one tensor that is this parameter. Raises UserError where there is none."""
+        stored = self.tensors.get(name)
+        if stored is not None and len(stored.slots) == 1:
+            return stored.slots[0].name
+        raise _without_place(name)
+
+    def tensor_of(self, name: str) -> StoredTensor:
+        """Where this parameter lies. Raises UserError where it is not the elements of tensors of the checkpoint."""
+        if name not in self.tensors:
+            raise _without_place(name)
+        return self.tensors[name]
+
+
+def _without_place(name: str) -> UserError:
+    return UserError(
+        "model.name_or_path",
+        name,
+        "the checkpoint has no tensor of this name, so its residual cannot be written; save the model again with "
+        "this version of transformers, or leave the module out (lora.exclude_modules, lora.modules_to_save)",
+    )
+
+
+def stored_model(meta_model: nn.Module, index: Mapping[str, TensorSlot]) -> StoredModel:
+    """Find where every parameter and buffer of a model lies, as transformers would load it.
+
+    meta_model: not yet changed by PEFT. Raises UserError for a checkpoint that lacks some of a layer's experts.
+    """
+    names = [name for name, _ in [*meta_model.named_parameters(), *meta_model.named_buffers()]]
+    sources = _sources(meta_model, index)
+    made = {name: sources[name].converted(name) for name in names if name in sources}
+    needed = meta_model.state_dict().keys()  # with all names of tied parameters, without buffers of no file
+    return StoredModel(
+        tensors={name: stored for name, stored in made.items() if stored is not None},
+        changed=[name for name, stored in made.items() if stored is None],
+        lacking=[name for name in names if name in needed and name not in made],
+        is_quantized=getattr(getattr(meta_model, "config", None), "quantization_config", None) is not None,
+    )
+
+
+@dataclass
+class _Source:
+    """The tensors of a checkpoint that one parameter is made of, in the order in which transformers meets them."""
+
+    converter: Any = None
+    """What makes the parameter of them; None where one of them is the parameter."""
+    found: defaultdict[str | None, list[tuple[str, TensorSlot]]] = field(default_factory=lambda: defaultdict(list))
+    """By the converter's pattern, with the name that the pattern matched."""
+
+    def converted(self, parameter: str) -> StoredTensor | None:
+        """What transformers makes of them; None where elements would change, or their order within a tensor."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        as_they_are = {
+            pattern: [StoredTensor(slot.shape, (slot,)) for _, slot in found] for pattern, found in self.found.items()
+        }
+        if self.converter is None:
+            return as_they_are[None][0]  # of several, transformers takes the first
+        patterns = self.converter.source_patterns
+        if not as_they_are.keys() <= set(patterns):
+            return None
+        operands = [as_they_are[pattern] for pattern in patterns if pattern in as_they_are]
+        for operation in self.converter.operations:
+            if type(operation) is MergeModulelist and operation.dim == 0 and self._has_experts_in_order(parameter):
+                results = [_stack(tensors) for tensors in operands]
+            elif type(operation) is Concatenate:
+                results = [_concatenate([tensor for tensors in operands for tensor in tensors], operation.dim)]
+            else:
+                return None
+            operands = [[result] for result in results if result is not None]
+            if len(operands) < len(results):
+                return None
+        return operands[0][0] if len(operands) == len(operands[0]) == 1 else None
+
+    def _has_experts_in_order(self, parameter: str) -> bool:
+        """Whether they are experts 0, 1, 2, ... for each pattern. Raises UserError for one that is missing."""
+        numbers = {
+            pattern: [_expert_number(str(pattern), name) for name, _ in found] for pattern, found in self.found.items()
+        }
+        if any(number is None for found in numbers.values() for number in found):
+            return False
+        expected = list(range(max(len(found) for found in numbers.values())))
+        for pattern, found in numbers.items():
+            missing = set(expected).difference(found)
+            if missing:
+                key = str(pattern).replace("*", str(min(missing))).replace("\\.", ".").strip(".")
+                raise UserError(
+                    "model.name_or_path",
+                    parameter,
+                    f"the checkpoint lacks {key} of it and holds other experts; copy or download it again",
+                )
+        return all(found == expected for found in numbers.values())
+
+
+def _sources(meta_model: nn.Module, index: Mapping[str, TensorSlot]) -> dict[str, _Source]:
+    """What transformers' `convert_and_load_state_dict_in_model` collects, by the names of the model's state."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_converters,
+        apply_renamings,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(meta_model)  # type: ignore[arg-type]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state: dict[str, Any] = dict(meta_model.state_dict())
+    prefix: Any = getattr(meta_model, "base_model_prefix", "")
+
+    sources: defaultdict[str, _Source] = defaultdict(_Source)
+    for key in sorted(index, key=dot_natural_key):
+        matched = apply_renamings(key, renamings)
+        converted, pattern = apply_converters(matched, converters)
+        name, _ = rename_source_key(converted, [], [], prefix, state)
+        if name not in state and key in state:
+            (name, _), pattern = rename_source_key(key, [], [], prefix, state), None
+        if name in state:
+            source = sources[name]
+            source.found[pattern].append((matched, index[key]))
+            source.converter = source.converter or (None if pattern is None else converter_of[pattern])
+    return dict(sources)
+
+
+def _expert_number(pattern: str, name: str) -> int | None:
+    """What stands in the name where the pattern has its one star."""
+    if pattern.count("*.") != 1:
+        return None
+    match = re.search(pattern.replace("*.", r"(?P<expert>\d+)\."), name)
+    return int(match["expert"]) if match else None
+
+
+def _stack(tensors: Sequence[StoredTensor]) -> StoredTensor | None:
+    """Tensors of one shape, along a new first axis."""
+    shape = tensors[0].shape
+    if any(tensor.shape != shape for tensor in tensors):
+        return None
+    return StoredTensor((len(tensors), *shape), tuple(slot for tensor in tensors for slot in tensor.slots))
+
+
+def _concatenate(tensors: Sequence[StoredTensor], dim: int) -> StoredTensor | None:
+    """Tensors one after the other along an axis; None where that would cut a tensor of the checkpoint."""
+    first = tensors[0].shape
+    before, after = first[:dim], first[dim:][1:]
+    if any((tensor.shape[:dim], tensor.shape[dim:][1:]) != (before, after) for tensor in tensors):
+        return None
+    runs = [_runs(tensor, math.prod(before)) for tensor in tensors]
+    shape = (*before, sum(tensor.shape[dim] for tensor in tensors), *after)
+    if any(run is None for run in runs):
+        return None
+    whole = [run for run in runs if run is not None]
+    return StoredTensor(shape, tuple(slot for row in zip(*whole, strict=True) for part in row for slot in part))
+
+
+def _runs(tensor: StoredTensor, count: int) -> list[tuple[TensorSlot, ...]] | None:
+    """The slots of `count` equal runs of elements; None where a slot reaches over two."""
+    index_at = {start: index for index, start in enumerate(tensor.starts)}
+    cuts = [index_at.get(run * tensor.numel // max(1, count)) for run in range(count + 1)]
+    if any(cut is None for cut in cuts):
+        return None
+    return [tensor.slots[a:b] for a, b in pairwise(cuts)]

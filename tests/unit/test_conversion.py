@@ -1,0 +1,201 @@
+"""Where parameters lie in checkpoints, held against what from_pretrained loads, for families that it makes of parts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import MOE, TASKS, make_model, save_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV4ForCausalLM
+
+from loraga_dist.config import ModelConfig
+from loraga_dist.errors import UserError
+from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.files.stored_tensors import StoredTensor
+from loraga_dist.model.base import BaseModel, find_base_model
+from loraga_dist.model.conversion import StoredModel, stored_model
+from loraga_dist.model.targets import meta_copy
+from loraga_dist.sharding.base import pretrained
+
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+def find(directory: Path, kind: str = "llama") -> tuple[BaseModel, StoredModel]:
+    base = find_base_model(ModelConfig(name_or_path=str(directory)), TASKS[kind], torch.device("cpu"))
+    return base, base.stored(meta_copy(base.model_class, base.config))
+
+
+def read(stored: StoredTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    elements = torch.empty(stored.numel, dtype=dtype)
+    stored.read_into(0, elements)
+    return elements.view(stored.shape)
+
+
+def change(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Edit the tensors of a checkpoint of one file."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("mixtral"), "mixtral")
+
+
+@pytest.mark.parametrize("kind", [*MOE, "llama", "tied", "gpt2", "t5", "bert", "bart"])
+def test_everything_lies_where_transformers_takes_it_from(kind: str, tmp_path: Path) -> None:
+    base, stored = find(save_model(tmp_path, kind), kind)
+    assert stored.as_it_is == stored.tensors
+    model = pretrained(base)
+    state = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in stored.tensors}
+    assert state.keys() == stored.tensors.keys()
+    for name, tensor in state.items():
+        assert stored.tensors[name].shape == tensor.shape
+        assert torch.equal(read(stored.tensors[name]), tensor), name
+    assert stored.places.keys() == base.index.keys()
+    for key, place in stored.places.items():  # the other way round
+        part = state[place.parameter].flatten()[place.start :][: base.index[key].numel]
+        assert torch.equal(base.index[key].read().flatten(), part), key
+
+
+def test_rows_of_fused_experts_are_found_in_their_files(tmp_path: Path) -> None:
+    """Of 12 experts, whose numbers are not in the order of their letters."""
+    base, stored = find(save_model(tmp_path, "olmoe"), "olmoe")
+    gate_up = stored.tensors[f"{EXPERTS}.gate_up_proj"]
+    keys = [f"{EXPERTS}.{e}.{part}.weight" for e in range(12) for part in ("gate_proj", "up_proj")]
+    assert (gate_up.shape, [slot.name for slot in gate_up.slots]) == ((12, 48, 32), keys)
+    assert stored.places[f"{EXPERTS}.11.up_proj.weight"].start == (11 * 48 + 24) * 32
+    assert stored.places[f"{EXPERTS}.2.down_proj.weight"].start == 2 * 32 * 24
+    first_row = (10 * 48 + 20) * 32  # of expert 10: the last rows of gate, the first of up
+    found = [(slot.name, first, past) for slot, first, past in gate_up.pieces(first_row, first_row + 10 * 32)]
+    assert found == [(keys[20], 20 * 32, 24 * 32), (keys[21], 0, 6 * 32)]
+    assert any(len({slot.path for slot in tensor.slots}) > 1 for tensor in stored.tensors.values()), "in several files"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "gpt_oss"])
+def test_an_experts_matrix_is_a_row(kind: str, tmp_path: Path) -> None:
+    """Of tensors that are its parts, and of one tensor of all experts."""
+    _, stored = find(save_model(tmp_path, kind), kind)
+    for name, parameter in make_model(kind).named_parameters():
+        if parameter.ndim == 3:
+            for expert, weight in enumerate(parameter):
+                row = stored.tensors[name].row(expert)
+                assert torch.equal(read(row), weight), name
+                assert row.num_bytes == weight.nbytes
+
+
+def test_any_range_is_read_and_cast(mixtral: Path) -> None:
+    _, stored = find(mixtral)
+    tensor = stored.tensors[f"{EXPERTS}.gate_up_proj"]
+    whole = read(tensor).flatten()
+    chance = random.Random(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for _ in range(50):
+            start, end = sorted(chance.choices(range(tensor.numel + 1), k=2))
+            elements = torch.empty(end - start, dtype=dtype)
+            tensor.read_into(start, elements)
+            assert torch.equal(elements, whole[start:end].to(dtype))
+
+
+def test_parts_of_several_dtypes_are_read(tmp_path: Path) -> None:
+    def half_of_them(tensors: dict[str, Tensor]) -> None:
+        tensors.update({key: value.bfloat16() for key, value in tensors.items() if "w1" in key})
+
+    base, stored = find(change(save_model(tmp_path, "mixtral", shards=False), half_of_them))
+    name = f"{EXPERTS}.gate_up_proj"
+    assert torch.equal(read(stored.tensors[name]), pretrained(base).get_parameter(name))
+
+
+def test_the_base_of_a_model_is_found_without_its_prefix(tmp_path: Path) -> None:
+    """As transformers loads it: only the head is missing."""
+    model: Any = make_model("mixtral")
+    model.model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    _, stored = find(tmp_path)
+    assert config["architectures"] == ["MixtralModel"]
+    assert (stored.lacking, stored.changed, stored.as_it_is) == (["lm_head.weight"], [], None)
+    assert torch.equal(read(stored.tensors[f"{EXPERTS}.down_proj"]), model.get_parameter(f"{EXPERTS}.down_proj"))
+    assert stored.key_of("model.layers.1.mlp.gate.weight") == "layers.1.block_sparse_moe.gate.weight"
+
+
+def test_experts_that_are_fused_in_the_file_are_one_tensor(tmp_path: Path) -> None:
+    model = make_model("qwen3_moe")
+    save_model(tmp_path, "qwen3_moe", shards=False)
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors", {"format": "pt"})
+    _, stored = find(tmp_path)
+    assert stored.key_of(f"{EXPERTS}.gate_up_proj") == f"{EXPERTS}.gate_up_proj"
+    assert torch.equal(read(stored.tensors[f"{EXPERTS}.down_proj"]), model.get_parameter(f"{EXPERTS}.down_proj"))
+
+
+def test_names_that_only_look_like_those_of_files_are_kept() -> None:
+    """DeepSeek-V4 calls `norm.weight` in its files what is `kv_norm.weight` in memory, and has a `norm.weight`, too."""
+    config = AutoConfig.for_model("deepseek_v4", num_hidden_layers=2)
+    meta_model = meta_copy(DeepseekV4ForCausalLM, config)
+    index = {
+        name: TensorSlot(name, Path("model.safetensors"), torch.float32, tuple(tensor.shape), 0, 4 * tensor.numel())
+        for name, tensor in meta_model.state_dict().items()
+    }
+    stored = stored_model(meta_model, index)
+    assert stored.as_it_is is not None
+    assert {name: stored.key_of(name) for name in stored.tensors} == dict(zip(index, index, strict=True))
+
+
+@pytest.mark.parametrize("missing", ["3.w1", "0.w3", "7.w1"])
+def test_a_missing_expert_is_named(missing: str, tmp_path: Path) -> None:
+    key = f"model.layers.1.block_sparse_moe.experts.{missing}.weight"
+    change(save_model(tmp_path, "mixtral", shards=False), lambda tensors: tensors.__delitem__(key))
+    with pytest.raises(UserError, match=rf"{EXPERTS}\.gate_up_proj': the checkpoint lacks experts\.{missing}\.weight"):
+        find(tmp_path)
+
+
+def test_fewer_experts_than_the_config_says_have_another_shape(tmp_path: Path) -> None:
+    def without_the_last(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if ".experts.7." in key]:
+            del tensors[key]
+
+    _, stored = find(change(save_model(tmp_path, "mixtral", shards=False), without_the_last))
+    assert stored.tensors[f"{EXPERTS}.gate_up_proj"].shape == (7, 48, 32)
+
+
+def test_a_stack_of_unequal_experts_is_left_to_transformers(tmp_path: Path) -> None:
+    def transpose_one(tensors: dict[str, Tensor]) -> None:
+        key = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+        tensors[key] = tensors[key].t().contiguous()
+
+    _, stored = find(change(save_model(tmp_path, "mixtral", shards=False), transpose_one))
+    assert (stored.changed, stored.as_it_is) == ([f"{EXPERTS}.down_proj"], None)
+
+
+def test_tensors_that_transformers_cuts_are_left_to_it(tmp_path: Path) -> None:
+    """HRM's gate and up are one tensor in its files and two in memory."""
+    config = AutoConfig.for_model(
+        "hrm_text", vocab_size=258, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=8, pad_token_id=256, bos_token_id=257, eos_token_id=257,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    _, stored = find(tmp_path)
+    assert stored.as_it_is is None and stored.changed
+    assert not stored.tensors.keys() & set(stored.changed)
+
+
+def test_a_quantized_checkpoint_is_left_to_transformers(mixtral: Path, tmp_path: Path) -> None:
+    base, _ = find(mixtral)
+    base.config.quantization_config = {"quant_method": "fp8"}
+    assert base.stored(meta_copy(base.model_class, base.config)).as_it_is is None
+
+
+def test_what_has_no_tensor_of_its_own_has_no_key(mixtral: Path) -> None:
+    _, stored = find(mixtral)
+    assert stored.key_of("model.layers.1.mlp.gate.weight") == "model.layers.1.block_sparse_moe.gate.weight"
+    for name in (f"{EXPERTS}.gate_up_proj", "model.layers.9.mlp.gate.weight"):
+        with pytest.raises(UserError, match="has no tensor of this name, so its residual cannot be written"):
+            stored.key_of(name)
