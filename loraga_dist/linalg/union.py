@@ -65,15 +65,14 @@ def complete_bases(bases: Sequence[Tensor], held_BK: Tensor, generators: Sequenc
     assert all(U_BMK.shape[1] >= K for U_BMK in bases), [U_BMK.shape for U_BMK in bases]
     held = [held_BK] * len(bases)
     # again: where K is nearly M, a random column may lie almost within the others
-    while not (is_whole := torch.stack(held).all(dim=2).all(dim=0)).all():
-        wanted = [not whole for whole in is_whole.tolist()]
+    while (missing := K - torch.stack(held).sum(dim=2)).any():
         sides = []
-        for U_BMK, held_of_side in zip(bases, held, strict=True):
+        for U_BMK, of_side in zip(bases, missing.tolist(), strict=True):
             X_BMK = torch.zeros_like(U_BMK)
-            for X_MK, generator, is_wanted in zip(X_BMK, generators, wanted, strict=True):
-                if is_wanted:
-                    X_MK.copy_(torch.randn(X_MK.shape, generator=generator, device=generator.device))
-            sides.append((X_BMK.mul_(~held_of_side[:, None]), U_BMK))
+            for X_MK, generator, count in zip(X_BMK, generators, of_side, strict=True):
+                if count:
+                    X_MK[:, :count] = torch.randn(len(X_MK), count, generator=generator, device=generator.device)
+            sides.append((X_BMK, U_BMK))
         splits = _splits(*sides)
         bases = []
         for at, split in enumerate(splits):

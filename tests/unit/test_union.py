@@ -103,4 +103,4 @@ def test_completed_bases_keep_what_was_there() -> None:
 
 def test_whole_bases_are_left_as_they_are() -> None:
     U_BMK = basis(M, 0, 2)
-    assert complete_bases([U_BMK], torch.ones(2, K, dtype=torch.bool), [])[0] is U_BMK
+    assert complete_bases([U_BMK], torch.ones(2, K, dtype=torch.bool), [generator()] * 2)[0] is U_BMK
