@@ -33,6 +33,9 @@ class Matrix:
     """A key of ENGINES."""
     moment_shape: tuple[int, ...] | None = None
     """Of the second moment of its input, (N, N) or its diagonal (N,); None where it is not asked for."""
+    is_routed: bool = False
+    """Its rows are the tokens that were sent to it: in any order, and in some microbatches or on some ranks none. Every
+    other matrix has a row for each token of every microbatch."""
 
     @property
     def num_kept(self) -> int:
@@ -262,8 +265,8 @@ class GradientEngine(ABC):
         """Taken for a moment by `observe`."""
 
     @staticmethod
-    def refresh_bytes(matrix: Matrix) -> int:
-        """Taken for a moment by the owner in `end_microbatch`."""
+    def refresh_bytes(matrices: Sequence[Matrix]) -> int:
+        """Taken for a moment by the owner of all these, in `end_microbatch` and before the first of the `results`."""
         return 0
 
     @staticmethod
@@ -288,12 +291,14 @@ class GradientEngine(ABC):
 
 
 @contextmanager
-def naming(matrix: Matrix) -> Iterator[None]:
-    """Have an error of linear algebra, or of memory, say which matrix it is about."""
+def naming(matrix: Matrix, num_others: int = 0) -> Iterator[None]:
+    """Have an error of linear algebra, or of memory, say which matrix it is about, or which batch of equal ones."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        error.add_note(f"of {matrix.name}, {matrix.M} x {matrix.N}")
+        if not hasattr(error, "__notes__"):  # within a batch, one may have been named
+            others = f" (or of {num_others} others of this shape)" if num_others else ""
+            error.add_note(f"of {matrix.name}, {matrix.M} x {matrix.N}{others}")
         raise
 
 

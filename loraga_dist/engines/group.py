@@ -60,7 +60,7 @@ class EngineGroup:
             engine.begin_microbatch(index)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
-        self.inputs.observe(name, x_TN)
+        self.inputs.observe(name, x_TN, dy_TM)
         self.engine_of[name].observe(name, x_TN, dy_TM)
 
     def end_microbatch(self, world: Collectives) -> None:

@@ -27,7 +27,7 @@ from loraga_dist.linalg import effective_rank, regression
 
 class Inputs:
     """Sums over tokens of x x^T, or of its diagonal, of the inputs of some matrices; what the gradient's triplets are
-    made into by them. Neighbours that are given one input share its sum."""
+    made into by them. Neighbours that are given one input share its sum; a routed matrix has its own."""
 
     def __init__(self, matrices: Sequence[Matrix], home: StateHome) -> None:
         self._matrices = {matrix.name: matrix for matrix in matrices if matrix.moment_shape is not None}
@@ -38,6 +38,9 @@ class Inputs:
         self._rows: dict[int, Tensor] = {}
         self._is_copy = False
         self._last: tuple[Tensor, str] | None = None
+        for name, matrix in self._matrices.items():
+            if matrix.is_routed:  # what a rank was shown must not decide whose its sum is
+                self._lead(name, name)
 
     @classmethod
     def none(cls) -> Inputs:
@@ -53,8 +56,14 @@ class Inputs:
         self._rows = {count: chosen.to(self._home.device) for count, chosen in rows.items()}
         self._is_copy, self._last = is_copy, None
 
-    def observe(self, name: str, x_TN: Tensor) -> None:
+    def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
         if name not in self._matrices:
+            return
+        if self._matrices[name].is_routed:
+            if not self._is_copy:
+                # padding is routed, too, but has no gradient
+                counts_T = (dy_TM != 0).any(dim=1)
+                self._add(name, x_TN * counts_T[:, None], counts_T.sum())
             return
         if name not in self._leader_of:
             leader = self._last[1] if self._last is not None and _is_same(x_TN, self._last[0]) else name
@@ -65,6 +74,9 @@ class Inputs:
             return
         if len(x_TN) in self._rows:
             x_TN = x_TN.index_select(0, self._rows[len(x_TN)])
+        self._add(name, x_TN, len(x_TN))
+
+    def _add(self, name: str, x_TN: Tensor, num_tokens: int | Tensor) -> None:
         kept = self._sums[name]
         sums = self._home.fetch(kept)
         if sums.dim() == 2:
@@ -72,7 +84,7 @@ class Inputs:
         else:
             sums.add_(x_TN.float().square().sum(dim=0))
         self._home.put_back(kept, sums)
-        self._num_tokens[name] += len(x_TN)
+        self._num_tokens[name] += num_tokens
 
     def end_microbatch(self) -> None:
         self._last = None

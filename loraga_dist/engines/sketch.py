@@ -3,10 +3,12 @@
 Per target and token, with bases P_MK and Q_NK: Y_MK += dy (Q^T x)^T and Z_NK += x (P^T dy)^T, so that Y = G Q and
 Z = G^T P over a window of global microbatches. At the end of a window the ranks' sketches are summed on the target's
 owner, united with what earlier windows found (`linalg.boolean_sum`), and only the new bases travel back. Each refresh
-multiplies the estimate by new data, a step of subspace iteration that costs no pass of its own; windows double.
+multiplies the estimate by new data, a step of subspace iteration that costs no pass of its own; windows double. Owners
+unite matrices of one shape as one batch: on a GPU a small eigenproblem each would cost more than the pass.
 
-The first microbatch has no bases yet. Each rank keeps its x and dy of it, or a low-rank product that stands for them if
-they have many rows, until the ranks have found bases together; then it is sketched like any other data.
+The first microbatch that reaches a matrix has no bases yet. Each rank keeps its x and dy of it, or a low-rank product
+that stands for them if they have many rows, until the ranks have found bases together; then it is sketched like any
+other data. A routed matrix has windows of its own: only microbatches that sent some rank a row count.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ from loraga_dist.engines.base import (
     split_half_cosine,
 )
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.sketch_state import SketchCosts, State, Window, kept_rows
-from loraga_dist.linalg import TruncatedSVD, boolean_sum, complete_basis, orthonormal_columns
+from loraga_dist.engines.sketch_state import SketchCosts, State, Window, equal_batches, kept_rows
+from loraga_dist.engines.sketch_union import shares_held, unite
+from loraga_dist.linalg import TruncatedSVD, complete_bases, orthonormal_columns
 
 COLD_ITERATIONS = 2
 """Rounds of subspace iteration on the first microbatch's gradient."""
@@ -58,8 +61,9 @@ class SketchEngine(SketchCosts):
 
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
         state = self._states[name]
+        state.rows_here += len(x_TN)
         if state.window is None:
-            x_TN, dy_TM = self._few_rows(state.matrix, x_TN, dy_TM)
+            x_TN, dy_TM = self._few_rows(state, x_TN, dy_TM)
             state.cold.append((self._home.keep(x_TN), self._home.keep(dy_TM)))
         else:
             self._sketch(state, state.window, x_TN, dy_TM)
@@ -75,17 +79,19 @@ class SketchEngine(SketchCosts):
             self._add(state.E_2MS[self._half], product_MC[:, K:])
         self._add(window.Z_NK, x_TN.t() @ (dy_TM @ self._home.fetch(window.P_MK).to(dy_TM.dtype)))
 
+    def _fetched(self, rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._home.fetch(rows[0]), self._home.fetch(rows[1])
+
     def _add(self, kept: Tensor, increment: Tensor) -> None:
         accumulator = self._home.fetch(kept)
         self._home.put_back(kept, accumulator.add_(increment))
 
     def end_microbatch(self, world: Collectives) -> None:
         """A collective: starts targets that have seen their first token, refreshes those whose window is full."""
-        self._start_cold(world)
+        reached = self._reached(world)
+        self._start([state for state in reached if state.window is None], world)
         due = []
-        for state in self._states.values():
-            if state.window is None:
-                continue
+        for state in reached:
             state.num_microbatches += 1
             power_of_two = state.num_microbatches & (state.num_microbatches - 1) == 0
             if power_of_two and state.num_microbatches > 1 and not state.refining:
@@ -111,7 +117,8 @@ class SketchEngine(SketchCosts):
         """
         self._refresh(self._unfinished(), world)
         for state in self._states.values():
-            state.S_J = None
+            if state.S_K is not None:
+                state.S_K.zero_()
             state.refining = True
 
     def save_state(self, world: Collectives) -> EngineState:
@@ -126,16 +133,13 @@ class SketchEngine(SketchCosts):
                 self._home.put_back(tensor, sums)
             if state.matrix.owner == world.rank:
                 kept |= {"captures": torch.tensor(state.captures, dtype=torch.float64)}
-                kept |= {"S": state.S_J, "earlier_E": state.earlier_E_MS}
                 if state.window is not None:
-                    kept["P"], kept["Q"] = self._bases(state, state.window)
-                tensors |= {
-                    f"{name}/{part}": self._home.fetch(tensor).cpu()
-                    for part, tensor in kept.items()
-                    if tensor is not None
-                }
+                    assert state.S_K is not None and state.earlier_E_MS is not None
+                    kept |= {"S": state.S_K, "earlier_E": state.earlier_E_MS}
+                    kept["P"], kept["Q"] = state.bases(self._home)
+                tensors |= {f"{name}/{part}": self._home.fetch(tensor).cpu() for part, tensor in kept.items()}
         counts = {
-            name: [state.window is not None, state.num_microbatches, state.refreshed_at, state.refining]
+            name: [state.window is not None, state.num_microbatches, state.refreshed_at, state.refining, state.num_rows]
             for name, state in self._states.items()
         }
         return EngineState({"halves_seen": sorted(self._halves_seen), "counts": counts}, tensors)
@@ -143,41 +147,38 @@ class SketchEngine(SketchCosts):
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
         self._halves_seen = set(content["halves_seen"])
         for name, state in self._states.items():
-            started, state.num_microbatches, state.refreshed_at, state.refining = content["counts"][name]
+            started, *counts = content["counts"][name]
+            state.num_microbatches, state.refreshed_at, state.refining, state.num_rows = counts
             is_owner = state.matrix.owner == world.rank
             if started:
                 P_MK, Q_NK = (tensors[f"{name}/{part}"].to(self._device) for part in "PQ")
-                state.window = self._window(state.matrix, P_MK, Q_NK)
+                window = self._open(state, P_MK, Q_NK, is_owner=is_owner)
                 if is_owner:
-                    self._keep_rest(state, state.window, P_MK, Q_NK)
-                    self._home.put_back(state.window.Y_MK, tensors[f"{name}/Y"].to(self._device))
-                    self._home.put_back(state.window.Z_NK, tensors[f"{name}/Z"].to(self._device))
+                    assert state.S_K is not None and state.earlier_E_MS is not None
+                    state.S_K.copy_(tensors[f"{name}/S"])
+                    for kept, part in ((window.Y_MK, "Y"), (window.Z_NK, "Z"), (state.earlier_E_MS, "earlier_E")):
+                        self._home.put_back(kept, tensors[f"{name}/{part}"].to(self._device))
             if is_owner:
                 self._home.put_back(state.E_2MS, tensors[f"{name}/E"].to(self._device))
                 state.captures = tensors[f"{name}/captures"].tolist()
-                if f"{name}/S" in tensors:
-                    state.S_J = tensors[f"{name}/S"].to(self._device)
-                if f"{name}/earlier_E" in tensors:
-                    state.earlier_E_MS = self._home.keep(tensors[f"{name}/earlier_E"].to(self._device))
 
     @classmethod
     def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
         require_halves(content["halves_seen"])
         counts = content["counts"][matrix.name]
-        started, num_microbatches, refreshed_at, refining = counts
-        if [type(count) for count in counts] != [bool, int, int, bool] or not 0 <= refreshed_at <= num_microbatches:
+        started, num_microbatches, refreshed_at, _, num_rows = counts
+        is_typed = [type(count) for count in counts] == [bool, int, int, bool, int]
+        if not is_typed or not 0 <= refreshed_at <= num_microbatches or num_rows < 0:
             raise ValueError(f"{matrix.name} has the counts {counts}")
         M, N, K, float32 = matrix.M, matrix.N, matrix.width, torch.float32
-        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"E": (float32, (2, M, ERROR_COLUMNS))}
+        # of as many windows as there were
+        (windows,) = saved["captures"][1]
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "E": (float32, (2, M, ERROR_COLUMNS)), "captures": (torch.float64, (windows,))
+        }  # fmt: skip
         if started:
             expected |= {name: (float32, (rows, K)) for name, rows in (("Y", M), ("Z", N), ("P", M), ("Q", N))}
-        if "earlier_E" in saved:
-            expected["earlier_E"] = float32, (M, ERROR_COLUMNS)
-        # of as many windows and directions as there were
-        (windows,), (J,) = saved["captures"][1], saved["S"][1] if "S" in saved else (0,)
-        expected["captures"] = torch.float64, (windows,)
-        if "S" in saved:
-            expected["S"] = float32, (min(J, K),)
+            expected |= {"S": (float32, (K,)), "earlier_E": (float32, (M, ERROR_COLUMNS))}
         require_entries(saved, expected)
 
     def collect(self, world: Collectives) -> None:
@@ -185,83 +186,104 @@ class SketchEngine(SketchCosts):
         self._states = {name: state for name, state in self._states.items() if state.matrix.owner == world.rank}
 
     def results(self, num_tokens: int) -> Iterator[tuple[str, GradientSVD]]:
-        for name in list(self._states):
-            state = self._states.pop(name)
-            with naming(state.matrix):
-                if state.window is not None and state.num_microbatches > state.refreshed_at:
-                    self._unite(state, state.window)
-                result = self._result(state, num_tokens)
-            yield name, result
+        for batch in equal_batches(self._states.values()):
+            self._unite([state for state in batch if state.is_unfinished])
+            self._start_anywhere([state for state in batch if state.window is None])
+            for state in batch:
+                with naming(state.matrix):
+                    result = self._result(self._states.pop(state.matrix.name), num_tokens)
+                yield state.matrix.name, result
 
     def _unfinished(self) -> list[State]:
-        return [state for state in self._states.values() if state.num_microbatches > state.refreshed_at]
+        return [state for state in self._states.values() if state.is_unfinished]
 
-    def _start_cold(self, world: Collectives) -> None:
-        cold = [state for state in self._states.values() if state.window is None]
-        if not cold:
-            return
-        seen = world.sum_(torch.stack([self._largest_gradient(state) for state in cold])).tolist()
-        for state, any_rank in zip(cold, seen, strict=True):
-            if any_rank:
-                state.window = self._first_window(state, world)
-            state.cold.clear()
+    def _reached(self, world: Collectives) -> list[State]:
+        """Those that have bases or can have them now, unless they are routed and no rank was shown a row of theirs.
+
+        A collective while there is one of which this is not known beforehand.
+        """
+        asked = [state for state in self._states.values() if state.window is None or state.matrix.is_routed]
+        unreached = set()
+        if asked:
+            rows = torch.tensor([state.rows_here for state in asked], dtype=torch.float64, device=self._device)
+            signs = rows.clone()
+            for at, state in enumerate(asked):
+                if state.window is None:
+                    signs[at] = self._largest_gradient(state)
+            for state, any_sign, num_rows in zip(asked, *world.sum_(torch.stack([signs, rows])).tolist(), strict=True):
+                if state.matrix.is_routed and not state.refining:
+                    state.num_rows += int(num_rows)
+                if not any_sign:
+                    unreached.add(state.matrix.name)
+                    state.cold.clear()
+        for state in self._states.values():
+            state.rows_here = 0
+        return [state for name, state in self._states.items() if name not in unreached]
 
     def _largest_gradient(self, state: State) -> Tensor:
         """Largest magnitude in the cold rows' dy; 0 without rows."""
-        # rows whose product is zero may have been compressed to none
         magnitudes = [self._home.fetch(dy_TM).abs().amax().float() for _, dy_TM in state.cold if dy_TM.numel()]
         return torch.stack([*magnitudes, torch.zeros((), device=self._device)]).amax()
 
-    def _first_window(self, state: State, world: Collectives) -> Window:
+    def _start(self, states: Sequence[State], world: Collectives) -> None:
         """Bases from the first microbatch by subspace iteration over ranks; then its sketch, as of any other data."""
-        matrix, generator = state.matrix, self._generator(f"{state.matrix.name}/start")
-        rows = [(self._home.fetch(x_TN), self._home.fetch(dy_TM)) for x_TN, dy_TM in state.cold]
+        for batch in equal_batches(states):
+            matrix, generators = batch[0].matrix, [self._generator(state, "start") for state in batch]
+            X_BMK = torch.zeros(len(batch), matrix.M, matrix.width, device=self._device)
+            random = [torch.randn(matrix.N, matrix.width, generator=generator) for generator in generators]
+            X_BNK = torch.stack(random).to(self._device)
+            for _ in range(COLD_ITERATIONS):
+                X_BMK.zero_()
+                for state, X_MK, X_NK in zip(batch, X_BMK, X_BNK, strict=True):
+                    for x_TN, dy_TM in map(self._fetched, state.cold):
+                        X_MK += _product(dy_TM, x_TN, X_NK)
+                self._share_bases(X_BMK, matrix.owner, generators, world)
+                X_BNK.zero_()
+                for state, X_MK, X_NK in zip(batch, X_BMK, X_BNK, strict=True):
+                    for x_TN, dy_TM in map(self._fetched, state.cold):
+                        X_NK += _product(x_TN, dy_TM, X_MK)
+                self._share_bases(X_BNK, matrix.owner, generators, world)
+            for state, P_MK, Q_NK in zip(batch, X_BMK, X_BNK, strict=True):
+                window = self._open(state, P_MK, Q_NK, is_owner=world.rank == matrix.owner)
+                for x_TN, dy_TM in map(self._fetched, state.cold):
+                    self._sketch(state, window, x_TN, dy_TM)
+                state.cold.clear()
 
-        def shared_basis(X_MK: Tensor) -> Tensor:
-            world.reduce_(X_MK, matrix.owner)
-            if world.rank == matrix.owner:
-                X_MK = complete_basis(orthonormal_columns(X_MK)[0], matrix.width, generator)
-            return world.broadcast_(X_MK, matrix.owner)
+    def _share_bases(
+        self, X_BMK: Tensor, owner: int, generators: Sequence[torch.Generator], world: Collectives
+    ) -> None:
+        """Put orthonormal columns that span the sum over ranks in its place."""
+        world.reduce_(X_BMK, owner)
+        if world.rank == owner:
+            W_BMK, held_BK = orthonormal_columns(X_BMK)
+            X_BMK.copy_(complete_bases([W_BMK], held_BK, generators)[0])
+        world.broadcast_(X_BMK, owner)
 
-        P_MK = torch.zeros(matrix.M, matrix.width, device=self._device)
-        Q_NK = torch.randn(matrix.N, matrix.width, generator=generator).to(self._device)
-        for _ in range(COLD_ITERATIONS):
-            P_MK = shared_basis(sum((_product(dy, x, Q_NK) for x, dy in rows), torch.zeros_like(P_MK)))
-            Q_NK = shared_basis(sum((_product(x, dy, P_MK) for x, dy in rows), torch.zeros_like(Q_NK)))
-        window = self._window(matrix, P_MK, Q_NK)
-        for x_TN, dy_TM in rows:
-            self._sketch(state, window, x_TN, dy_TM)
-        if world.rank == matrix.owner:
-            self._keep_rest(state, window, P_MK, Q_NK)
-        return window
+    def _start_anywhere(self, states: Sequence[State]) -> None:
+        """On the owner: bases for matrices of one shape that no token has reached."""
+        if states:
+            matrix, B = states[0].matrix, len(states)
+            none = [torch.zeros(B, rows, matrix.width, device=self._device) for rows in (matrix.M, matrix.N)]
+            is_held = torch.zeros(B, matrix.width, dtype=torch.bool, device=self._device)
+            bases = complete_bases(none, is_held, [self._generator(state, "padding") for state in states])
+            for state, P_MK, Q_NK in zip(states, *bases, strict=True):
+                self._open(state, P_MK, Q_NK, is_owner=True)
 
-    def _window(self, matrix: Matrix, P_MK: Tensor, Q_NK: Tensor) -> Window:
-        """An empty window with these bases."""
-        Phi_NS = torch.randn(matrix.N, ERROR_COLUMNS, generator=self._generator(f"{matrix.name}/error"))
-        return Window(
-            P_MK=self._home.keep(P_MK.to(self._dtype)),
-            QPhi_NC=self._home.keep(torch.cat([Q_NK, Phi_NS.to(self._device)], dim=1).to(self._dtype)),
-            Y_MK=self._home.keep(torch.zeros_like(P_MK)),
-            Z_NK=self._home.keep(torch.zeros_like(Q_NK)),
+    def _open(self, state: State, P_MK: Tensor, Q_NK: Tensor, *, is_owner: bool) -> Window:
+        """Begin a first window, empty, with these bases; copies of them."""
+        matrix, home = state.matrix, self._home
+        Phi_NS = torch.randn(matrix.N, ERROR_COLUMNS, generator=self._generator(state, "error"))
+        state.window = Window(
+            P_MK=home.keep(P_MK.to(self._dtype, copy=True)),
+            QPhi_NC=home.keep(torch.cat([Q_NK, Phi_NS.to(self._device)], dim=1).to(self._dtype)),
+            Y_MK=home.keep(torch.zeros_like(P_MK)),
+            Z_NK=home.keep(torch.zeros_like(Q_NK)),
         )
-
-    def _keep_rest(self, state: State, window: Window, P_MK: Tensor, Q_NK: Tensor) -> None:
-        """On the owner: what the window's 16 bits leave of float32 bases, in 16 bits again."""
-        in_P_MK, in_Q_NK = self._in_window(state, window)
-        if in_P_MK.dtype != P_MK.dtype:
-            state.P_rest_MK = self._home.keep((P_MK - in_P_MK).to(in_P_MK.dtype))
-            state.Q_rest_NK = self._home.keep((Q_NK - in_Q_NK).to(in_Q_NK.dtype))
-
-    def _bases(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
-        """On the owner: P and Q in float32, of 32 bits or, within some 2^-18 of a column's norm, of twice 16."""
-        P_MK, Q_NK = (basis.float() for basis in self._in_window(state, window))
-        if state.P_rest_MK is not None and state.Q_rest_NK is not None:
-            P_MK += self._home.fetch(state.P_rest_MK)
-            Q_NK += self._home.fetch(state.Q_rest_NK)
-        return P_MK, Q_NK
-
-    def _in_window(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
-        return self._home.fetch(window.P_MK), self._home.fetch(window.QPhi_NC)[:, : state.matrix.width]
+        if is_owner:
+            state.S_K = torch.zeros(matrix.width, device=self._device)
+            state.earlier_E_MS = home.keep(torch.zeros(matrix.M, ERROR_COLUMNS, device=self._device))
+            state.keep_rest(home, P_MK, Q_NK)
+        return state.window
 
     def _reduce(self, states: Sequence[State], world: Collectives) -> list[tuple[State, Window]]:
         """Sum the windows on the owners."""
@@ -276,10 +298,8 @@ class SketchEngine(SketchCosts):
     def _refresh(self, states: Sequence[State], world: Collectives) -> None:
         # three rounds over the targets, so that owners unite theirs at the same time
         windows = self._reduce(states, world)
-        for state, window in windows:
-            if state.matrix.owner == world.rank:
-                with naming(state.matrix):
-                    self._unite(state, window)
+        for batch in equal_batches(state for state, _ in windows if state.matrix.owner == world.rank):
+            self._unite(batch)
         for state, window in windows:
             for kept in (window.P_MK, window.QPhi_NC):
                 self._home.put_back(kept, world.broadcast_(self._home.fetch(kept), state.matrix.owner))
@@ -290,93 +310,55 @@ class SketchEngine(SketchCosts):
                 self._home.put_back(kept, self._home.fetch(kept).zero_())
             state.refreshed_at = state.num_microbatches
 
-    def _unite(self, state: State, window: Window) -> None:
-        """On the owner: this window's sketches and the estimate of the earlier ones become the new estimate."""
-        K, fetch = state.matrix.width, self._home.fetch
-        P_MK, Q_NK = self._bases(state, window)
-        Y_MK, Z_NK, E_MS = fetch(window.Y_MK), fetch(window.Z_NK), fetch(state.E_2MS).sum(dim=0)
-        QPhi_NC = fetch(window.QPhi_NC)
-        if not state.refining:
-            Phi_NS = QPhi_NC[:, K:].float()
-            window_E_MS = E_MS if state.earlier_E_MS is None else E_MS - fetch(state.earlier_E_MS)
-            # P P^T G + (I - P P^T) G Q Q^T on Phi
-            outside = Y_MK @ (Q_NK.T @ Phi_NS)
-            held_MS = outside + P_MK @ (Z_NK.T @ Phi_NS - P_MK.T @ outside)
-            state.captures.append(_share_held(held_MS, window_E_MS))
-        if state.S_J is not None:
-            # the carried estimate joins after the reduce, or it would count once per rank; its vectors lead P and Q
-            J = len(state.S_J)
-            Y_MK[:, :J] += P_MK[:, :J] * state.S_J
-            Z_NK[:, :J] += Q_NK[:, :J] * state.S_J
-        svd = boolean_sum(Y_MK, Z_NK, P_MK, Q_NK, K)
-        state.S_J = svd.S_K
-        generator = self._generator(f"{state.matrix.name}/refresh{state.num_microbatches}")
-        P_MK, Q_NK = complete_basis(svd.U_MK, K, generator), complete_basis(svd.Vh_KN.T, K, generator)
-        QPhi_NC[:, :K] = Q_NK
-        self._home.put_back(window.P_MK, fetch(window.P_MK).copy_(P_MK))
-        self._home.put_back(window.QPhi_NC, QPhi_NC)
-        self._keep_rest(state, window, P_MK, Q_NK)
-        state.earlier_E_MS = self._home.keep(E_MS)
+    def _unite(self, states: Sequence[State]) -> None:
+        """On the owner: the estimate of each takes in its window; of matrices of one shape."""
+        if states:
+            uses = (f"refresh{state.num_microbatches}" for state in states)
+            unite(states, self._home, [self._generator(*each) for each in zip(states, uses, strict=True)])
 
     def _result(self, state: State, num_tokens: int) -> GradientSVD:
         """On the owner: `width` triplets; those beyond the estimate have singular value 0 and arbitrary vectors."""
         matrix, fetch = state.matrix, self._home.fetch
-        K = matrix.width
-        if state.window is None:  # no token reached this target
-            generator = self._generator(f"{matrix.name}/padding")
-            P_MK, Q_NK = (
-                complete_basis(torch.zeros(rows, 0, device=self._device), K, generator) for rows in (matrix.M, matrix.N)
-            )
-            S_J = torch.zeros(0, device=self._device)
-            Phi_NS = torch.zeros(matrix.N, ERROR_COLUMNS, device=self._device)
-        else:
-            assert state.S_J is not None
-            (P_MK, Q_NK), S_J = self._bases(state, state.window), state.S_J
-            Phi_NS = fetch(state.window.QPhi_NC)[:, K:].float()
-        svd = TruncatedSVD(
-            U_MK=P_MK, S_K=torch.cat([S_J, S_J.new_zeros(K - len(S_J))]) / num_tokens, Vh_KN=Q_NK.T.contiguous()
-        )
+        assert state.window is not None and state.S_K is not None
+        P_MK, Q_NK = state.bases(self._home)
+        Phi_NS = fetch(state.window.QPhi_NC)[:, matrix.width :].float()
+        if matrix.is_routed:
+            state.S_K[state.num_rows :] = 0  # what products in 16 bits have rounded looks like more
+        svd = TruncatedSVD(U_MK=P_MK, S_K=state.S_K / num_tokens, Vh_KN=Q_NK.T.contiguous())
         E_2MS = fetch(state.E_2MS)
         wanted, E_MS = svd.leading(matrix.num_triplets), E_2MS.sum(dim=0) / num_tokens
         held_MS = wanted.U_MK @ (wanted.S_K[:, None] * (wanted.Vh_KN @ Phi_NS))
         return GradientSVD(
             svd=svd,
-            captured_energy=_share_held(held_MS, E_MS),
+            captured_energy=shares_held(held_MS[None], E_MS[None])[0],
             split_half_cosine=split_half_cosine(E_2MS, len(self._halves_seen)),
             subspace_cosine=split_half_cosine(wanted.U_MK.T @ E_2MS, len(self._halves_seen)),
             window_capture=_worst_against_best_before(state.captures),
         )
 
-    def _few_rows(self, matrix: Matrix, x_TN: Tensor, dy_TM: Tensor) -> tuple[Tensor, Tensor]:
+    def _few_rows(self, state: State, x_TN: Tensor, dy_TM: Tensor) -> tuple[Tensor, Tensor]:
         """x and dy as they are while the window that takes their place is no smaller, else a product close to theirs.
 
         The product is found by subspace iteration on the factors and has 2K rows.
         """
         itemsize = max(x_TN.itemsize, dy_TM.itemsize)
-        width = kept_rows(matrix, len(x_TN), itemsize)
+        width = kept_rows(state.matrix, len(x_TN), itemsize)
         if width == len(x_TN):
             return x_TN, dy_TM
-        V_NK = torch.randn(matrix.N, width, generator=self._generator(f"{matrix.name}/cold")).to(x_TN.device)
-        U_MK, _ = orthonormal_columns(_product(dy_TM, x_TN, V_NK))
-        V_NK, _ = orthonormal_columns(_product(x_TN, dy_TM, U_MK))
+        V_NK = torch.randn(x_TN.shape[1], width, generator=self._generator(state, "cold")).to(x_TN.device)
+        U_MK = orthonormal_columns(_product(dy_TM, x_TN, V_NK)[None])[0][0]
+        V_NK = orthonormal_columns(_product(x_TN, dy_TM, U_MK)[None])[0][0]
         # G V V^T, as "rows" V^T of x and (G V)^T of dy
         return V_NK.t().to(x_TN.dtype), _product(dy_TM, x_TN, V_NK).t().to(dy_TM.dtype)
 
-    def _generator(self, name: str) -> torch.Generator:
+    def _generator(self, state: State, use: str) -> torch.Generator:
         # on the CPU, so that ranks draw the same numbers whatever their devices are
-        return seeded_generator(self._seed, name, torch.device("cpu"))
+        return seeded_generator(self._seed, f"{state.matrix.name}/{use}", torch.device("cpu"))
 
 
 def _product(left_TM: Tensor, right_TN: Tensor, basis_NK: Tensor) -> Tensor:
     """left^T (right basis), float32."""
     return (left_TM.t() @ (right_TN @ basis_NK.to(right_TN.dtype))).float()
-
-
-def _share_held(held_MS: Tensor, E_MS: Tensor) -> float:
-    """1 - ||(G - H) Phi||^2 / ||G Phi||^2 from H Phi and G Phi, an estimate of the energy share of G that H holds."""
-    rest = torch.linalg.vector_norm(E_MS - held_MS, dtype=torch.float64).square()
-    whole = torch.linalg.vector_norm(E_MS, dtype=torch.float64).square()
-    return 1 - (rest / whole).item() if whole else 0.0
 
 
 def _worst_against_best_before(captures: Sequence[float]) -> float | None:

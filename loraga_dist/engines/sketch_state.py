@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from loraga_dist.engines.base import ERROR_COLUMNS, FLOPS_PER_BYTE, Amount, GradientEngine, Matrix
+from loraga_dist.engines.home import StateHome
 
 _WINDOW_BYTES = 8
 """Of a window, per column and row of the matrix: Y or Z, and P or Q in 32 bits or twice 16."""
@@ -16,6 +19,10 @@ _NARROW = 1.35
 """Time of a flop in products with K columns, in that of a large product: measured in float32."""
 _UNION_COPIES = 6
 """M x K and N x K float32 matrices alive at once while a window's sketches are united with the estimate so far."""
+_UNION_CORES = 40
+"""K x K float64 matrices, the same."""
+_BATCH_BYTES = 1 << 29
+"""Taken for a moment by a batch of equal matrices, or by a single one that needs more."""
 
 
 @dataclass
@@ -43,17 +50,45 @@ class State:
     window: Window | None = None
     """None until the target has seen a token."""
     num_microbatches: int = 0
+    """Of all ranks, since there are bases; those that sent no rank a row do not count."""
     refreshed_at: int = 0
     refining: bool = False
+    rows_here: int = 0
+    """That this rank was shown in the microbatch at hand."""
+    num_rows: int = 0
+    """Of all ranks, where the matrix is routed: no gradient has a higher rank."""
     P_rest_MK: Tensor | None = None
     Q_rest_NK: Tensor | None = None
     """On the owner, if the window's bases have 16 bits: 16 more of them."""
-    S_J: Tensor | None = None
-    """On the owner, once there is an estimate: singular values of sum(dy x^T), whose vectors lead P and Q."""
+    S_K: Tensor | None = None
+    """On the owner: singular values of the estimate of sum(dy x^T), whose vectors are P and Q; zero without one."""
     earlier_E_MS: Tensor | None = None
     """On the owner: E of both halves at the last refresh."""
     captures: list[float] = field(default_factory=list)
     """On the owner: share of each window's energy that its own sketch held."""
+
+    @property
+    def is_unfinished(self) -> bool:
+        return self.num_microbatches > self.refreshed_at
+
+    def bases(self, home: StateHome) -> tuple[Tensor, Tensor]:
+        """On the owner: P and Q in float32, of 32 bits or, within some 2^-18 of a column's norm, of twice 16."""
+        P_MK, Q_NK = (basis.float() for basis in self._in_window(home))
+        if self.P_rest_MK is not None and self.Q_rest_NK is not None:
+            P_MK += home.fetch(self.P_rest_MK)
+            Q_NK += home.fetch(self.Q_rest_NK)
+        return P_MK, Q_NK
+
+    def keep_rest(self, home: StateHome, P_MK: Tensor, Q_NK: Tensor) -> None:
+        """On the owner: what the window's 16 bits leave of float32 bases, in 16 bits again."""
+        in_P_MK, in_Q_NK = self._in_window(home)
+        if in_P_MK.dtype != P_MK.dtype:
+            self.P_rest_MK = home.keep((P_MK - in_P_MK).to(in_P_MK.dtype))
+            self.Q_rest_NK = home.keep((Q_NK - in_Q_NK).to(in_Q_NK.dtype))
+
+    def _in_window(self, home: StateHome) -> tuple[Tensor, Tensor]:
+        assert self.window is not None
+        return home.fetch(self.window.P_MK), home.fetch(self.window.QPhi_NC)[:, : self.matrix.width]
 
 
 def kept_rows(matrix: Matrix, num_tokens: int, itemsize: int) -> int:
@@ -62,6 +97,30 @@ def kept_rows(matrix: Matrix, num_tokens: int, itemsize: int) -> int:
     if num_tokens * itemsize <= _WINDOW_BYTES * K or num_tokens <= 2 * K:
         return num_tokens
     return min(2 * K, matrix.M, matrix.N)
+
+
+def union_bytes(matrix: Matrix) -> int:
+    """Taken by a single union."""
+    K = matrix.width
+    return 4 * _UNION_COPIES * K * (matrix.M + matrix.N) + 8 * _UNION_CORES * K**2
+
+
+def batch_size(matrix: Matrix) -> int:
+    """How many matrices of this shape are united at a time."""
+    return max(1, _BATCH_BYTES // union_bytes(matrix))
+
+
+def equal_batches(states: Iterable[State]) -> list[list[State]]:
+    """Those of one shape and owner together, as many as are united at a time; in an order that all ranks have."""
+    of_kind: dict[tuple[int, ...], list[State]] = {}
+    for state in states:
+        matrix = state.matrix
+        of_kind.setdefault((matrix.M, matrix.N, matrix.width, matrix.owner), []).append(state)
+    batches = []
+    for equal in of_kind.values():
+        size = batch_size(equal[0].matrix)
+        batches += [equal[first : first + size] for first in range(0, len(equal), size)]
+    return batches
 
 
 class SketchCosts(GradientEngine):
@@ -109,12 +168,17 @@ class SketchCosts(GradientEngine):
         return products if rows == num_tokens else max(products, (16 + dtype.itemsize) * rows * largest)
 
     @staticmethod
-    def refresh_bytes(matrix: Matrix) -> int:
-        return 4 * _UNION_COPIES * matrix.width * (matrix.M + matrix.N)
+    def refresh_bytes(matrices: Sequence[Matrix]) -> int:
+        counts = Counter((matrix.M, matrix.N, matrix.width) for matrix in matrices)
+        of_shape = {(matrix.M, matrix.N, matrix.width): matrix for matrix in matrices}
+        return max(
+            (min(counts[shape], batch_size(matrix)) * union_bytes(matrix) for shape, matrix in of_shape.items()),
+            default=0,
+        )
 
-    @classmethod
-    def factorization_bytes(cls, matrix: Matrix) -> int:
-        return cls.refresh_bytes(matrix)
+    @staticmethod
+    def factorization_bytes(matrix: Matrix) -> int:
+        return union_bytes(matrix)
 
     @classmethod
     def cost(cls, matrix: Matrix, amount: Amount) -> int:

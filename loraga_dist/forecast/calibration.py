@@ -121,6 +121,10 @@ class _State:
     def of(cls, groups: Sequence[Sequence[Matrix]], rank: int, dtype: torch.dtype, num_tokens: int) -> _State:
         pairs = [(ENGINES[matrix.engine], matrix) for group in groups for matrix in group]
         owned = [(engine, matrix) for engine, matrix in pairs if matrix.owner == rank]
+        refresh = max(
+            (engine.refresh_bytes([matrix for its, matrix in owned if its is engine]) for engine in dict(owned)),
+            default=0,
+        )
         moments = sum(matrix.moment_bytes for _, matrix in pairs)
         return cls(
             held=moments
@@ -129,9 +133,9 @@ class _State:
             visiting=max(
                 engine.held_bytes(matrix, dtype, owned=True) + matrix.moment_bytes for engine, matrix in pairs
             ),
-            refresh=max((engine.refresh_bytes(matrix) for engine, matrix in owned), default=0),
+            refresh=refresh,
             factorization=max(
-                (max(engine.factorization_bytes(matrix), matrix.regression_bytes) for engine, matrix in owned),
+                (max(engine.factorization_bytes(matrix), matrix.regression_bytes, refresh) for engine, matrix in owned),
                 default=0,
             ),
         )

@@ -4,12 +4,12 @@ from loraga_dist.linalg.orthogonal import thin_qr
 from loraga_dist.linalg.product import product_svd
 from loraga_dist.linalg.randomized_svd import TruncatedSVD, numerical_rank, sign_fix, truncated_svd, truncated_svd_bytes
 from loraga_dist.linalg.regression import effective_rank, regression, regression_bytes
-from loraga_dist.linalg.union import boolean_sum, complete_basis, orthonormal_columns
+from loraga_dist.linalg.union import boolean_sum, complete_bases, orthonormal_columns
 
 __all__ = [
     "TruncatedSVD",
     "boolean_sum",
-    "complete_basis",
+    "complete_bases",
     "effective_rank",
     "numerical_rank",
     "orthonormal_columns",

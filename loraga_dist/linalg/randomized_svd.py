@@ -101,13 +101,13 @@ def _is_dense(M: int, N: int, width: int) -> bool:
 
 
 def sign_fix(U_MK: Tensor, Vh_KN: Tensor) -> tuple[Tensor, Tensor]:
-    """Flip pairs (u_i, v_i) so that the entry of largest magnitude in each right vector is positive.
+    """Flip pairs (u_i, v_i) so that the entry of largest magnitude in each right vector is positive; of batches, too.
 
     The convention of scikit-learn's `svd_flip` with `u_based_decision=False`.
     """
-    peak_K1 = Vh_KN.gather(1, Vh_KN.abs().argmax(dim=1, keepdim=True))
+    peak_K1 = Vh_KN.gather(-1, Vh_KN.abs().argmax(dim=-1, keepdim=True))
     sign_K1 = torch.where(peak_K1 < 0, -1, 1).to(Vh_KN.dtype)
-    return U_MK * sign_K1.T, Vh_KN * sign_K1
+    return U_MK * sign_K1.mT, Vh_KN * sign_K1
 
 
 def numerical_rank(S_K: Tensor, M: int, N: int) -> int:

@@ -30,7 +30,18 @@ FLOORS = [
 # The same inside each wing, from the ground up. A wing's __init__ imports nothing from above the wing's own modules.
 INSIDE = {
     "linalg": ["orthogonal", "randomized_svd", "product", "union", "regression"],
-    "engines": ["home", "product", "base", "exact", "sketch_state", "sketch", "__init__", "inputs", "group"],
+    "engines": [
+        "home",
+        "product",
+        "base",
+        "exact",
+        "sketch_state",
+        "sketch_union",
+        "sketch",
+        "__init__",
+        "inputs",
+        "group",
+    ],
     "ranks": [
         "balance",
         "words",
