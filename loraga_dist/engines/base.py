@@ -179,6 +179,9 @@ class GradientEngine(ABC):
         self._half = index % 2
         self._halves_seen.add(self._half)
 
+    def is_routed(self, name: str) -> bool:
+        return self._matrices[name].is_routed
+
     @abstractmethod
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None: ...
 

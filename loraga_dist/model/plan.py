@@ -108,6 +108,7 @@ def _matrix(
             engine=name,
             owner=0,
             moment_shape=moment_shape,
+            is_routed=target.stack is not None,
         )
 
     if config.engine != "auto":

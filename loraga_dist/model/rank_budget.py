@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.errors import UserError
 from loraga_dist.linalg import numerical_rank
-from loraga_dist.model.targets import Target
+from loraga_dist.model.targets import Target, layers_of
 from loraga_dist.schemes import SCHEMES, lora_scaling
 
 LARGEST = 2
@@ -56,25 +56,31 @@ def spend(
     """
     assert init.rank_budget is not None
     num_triplets = SCHEMES[init.scheme].num_triplets
+    layers = list(layers_of(planned).values())  # of one rank: PEFT gives all experts of a parameter the same
     energies = []
-    for target in planned:
-        held = singular_values[target.name]
-        ends = [(num_triplets(r), num_triplets(r + 1)) for r in range(target.r) if num_triplets(r + 1) <= len(held)]
-        # what lies below rounding would be bought in another order on another number of ranks
-        values = held[: numerical_rank(torch.tensor(held), target.M, target.N)]
-        energies.append([math.fsum(value**2 for value in values[start:end]) for start, end in ends])
-    ranks = allocate(init.rank_budget, [target.M + target.N for target in planned], energies)
-    targets = [_with_rank(target, lora, r) for target, r in zip(planned, ranks, strict=True)]
+    for members in layers:
+        of_members = [_energies(target, singular_values[target.name], num_triplets) for target in members]
+        energies.append([math.fsum(of_rank) for of_rank in zip(*of_members, strict=False)])
+    ranks = allocate(init.rank_budget, [sum(it.M + it.N for it in members) for members in layers], energies)
+    rank_of = {target.name: r for members, r in zip(layers, ranks, strict=True) for target in members}
+    targets = [_with_rank(target, lora, rank_of[target.name]) for target in planned]
     # one pattern a rank: PEFT tries them all on every name, and Python keeps 512 compiled. ^ makes names whole ones
     of_rank = {target.r: target for target in targets}
-    keys = {
-        r: f"^(?:{'|'.join(re.escape(target.name) for target in targets if target.r == r)})" for r in sorted(of_rank)
-    }
+    names = {r: sorted({target.pattern_name for target in targets if target.r == r}) for r in sorted(of_rank)}
+    keys = {r: f"^(?:{'|'.join(map(re.escape, of_r))})" for r, of_r in names.items()}
     patterns = {
         "rank_pattern": {key: r for r, key in keys.items()},
         "alpha_pattern": {key: of_rank[r].lora_alpha for r, key in keys.items()},
     }
     return targets, lora.model_copy(update=patterns)
+
+
+def _energies(target: Target, held: Sequence[float], num_triplets: Callable[[int], int]) -> list[float]:
+    """What each further rank captures of a gradient's energy. held: its singular values, descending."""
+    ends = [(num_triplets(r), num_triplets(r + 1)) for r in range(target.r) if num_triplets(r + 1) <= len(held)]
+    # what lies below rounding would be bought in another order on another number of ranks
+    values = held[: numerical_rank(torch.tensor(held), target.M, target.N)]
+    return [math.fsum(value**2 for value in values[start:end]) for start, end in ends]
 
 
 def allocate(budget: int, sizes: Sequence[int], energies: Sequence[Sequence[float]]) -> list[int]:
