@@ -51,10 +51,18 @@ def find_warnings(
         return {name: value for name, value in values.items() if value is not None}
 
     large = {name: ratio for name, ratio in known("offset_ratio").items() if ratio > LARGE_OFFSET_RATIO}
-    noisy = {name: cosine for name, cosine in known("split_half_cosine").items() if cosine < LOW_SPLIT_HALF_COSINE}
+    ranks = known("numerical_rank")
+    noisy = {
+        name: cosine
+        for name, cosine in known("split_half_cosine").items()
+        if cosine < LOW_SPLIT_HALF_COSINE and ranks.get(name) != 0
+    }
     drifted = {name: capture for name, capture in known("window_capture").items() if capture < LOW_WINDOW_CAPTURE}
+    unrouted = [name for name, rank in known("numerical_rank").items() if rank == 0]
     deficient = {
-        name: rank for name, rank in known("numerical_rank").items() if rank < len(targets[name].singular_values or ())
+        name: rank
+        for name, rank in known("numerical_rank").items()
+        if 0 < rank < len(targets[name].singular_values or ())
     }
     lines = []
     if large:
@@ -80,6 +88,12 @@ def find_warnings(
                 "rank or all directions its gradient has; raise lora.r (and lora.lora_alpha with it) to allow larger "
                 "ranks"
             )
+    if unrouted:
+        named = ", ".join(unrouted[:_MOST_NAMED]) + (", ..." if len(unrouted) > _MOST_NAMED else "")
+        lines.append(
+            f"{len(unrouted)} of {len(targets)} targets ({named}) got no gradient, their experts no supervised token: "
+            f"they start with arbitrary A, and B zero; use more data ({_MORE_DATA[stopped_by]})"
+        )
     if noisy:
         lines.append(
             f"split_half_cosine below {LOW_SPLIT_HALF_COSINE} in {_worst(noisy, targets)}: two halves of the data "

@@ -315,7 +315,11 @@ class _Calibrator:
                 raise
         facts = {name: GradientFacts(**it) for part in world.all_json(mine) for name, it in part.items()}
         tiny = torch.finfo(torch.float32).tiny
-        zero = [name for name, of_target in facts.items() if not of_target.singular_values[0] > tiny]
+        zero = [
+            name
+            for name, of_target in facts.items()
+            if not (of_target.singular_values[0] > tiny or matrices[name].is_routed)
+        ]
         with world.together():
             if zero:
                 raise RunError(

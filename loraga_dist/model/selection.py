@@ -168,7 +168,9 @@ def _targets_of(
             )
         ]
     transposed = bool(getattr(layer, "fan_in_fan_out", False))
-    if name not in before or type(layer) is not LoraLinear or getattr(base, "weight", torch.empty(0)).ndim != 2:
+    is_router = isinstance(base, nn.Linear) and type(base).__name__.endswith("Router")  # Llama4's gives a tuple
+    is_matrix = type(layer) is LoraLinear and getattr(base, "weight", torch.empty(0)).ndim == 2
+    if name not in before or not is_matrix or is_router:
         problem = f"{name} ({type(base).__name__}) is not a plain matrix; add it to lora.exclude_modules"
         raise UserError("lora.target_modules", lora.target_modules, problem)
     M, N = tuple(base.weight.shape)[::-1] if transposed else tuple(base.weight.shape)
