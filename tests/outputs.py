@@ -22,6 +22,8 @@ from loraga_dist.cli import init_main
 
 IDS = torch.arange(3, 43).view(2, 20) % 250
 """Token ids of which logits are compared."""
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+"""Ends of the names of all experts' parameters, in every family of `builders.MOE`."""
 
 
 def write_config(tree: dict[str, Any]) -> Path:
