@@ -22,7 +22,7 @@ from loraga_dist.cli import main
 from loraga_dist.ranks.world import World
 
 STEPS = 10
-KINDS = ["mixtral", "gpt_oss", "llama4"]
+KINDS = ["mixtral", "deepseek_v3", "gpt_oss", "llama4"]
 
 
 def initialize_and_train(root: Path) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
@@ -31,7 +31,7 @@ def initialize_and_train(root: Path) -> dict[str, tuple[list[float], dict[str, T
 
     world, found = World.start(), {}
     for kind in KINDS:
-        config = {"lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": EXPERTS}}
+        config = {"lora": {"r": 4, "lora_alpha": 8, "exclude_modules": ["router"], "target_parameters": EXPERTS}}
         with zero3(world):
             model = causal_lm(root / kind / "model")
             start = loraga_dist.initialize(model, batches(1, 4, world), config)
