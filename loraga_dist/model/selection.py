@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,7 @@ def select_targets(
     before = {name for name, _ in meta_model.named_modules()}
     stacks = find_stacks(meta_model)
     taken_for_experts = _names_taken_for_experts(meta_model)
+    _require_parameters(meta_model, stacks, lora)
     injected = _injected(meta_model, lora)
     targets: list[Target] = []
     saved_parameters: list[str] = []
@@ -75,9 +76,34 @@ def select_targets(
         raise UserError(
             "lora.target_modules", lora.target_modules, "matches no module; write names the model has, or all-linear"
         )
-    _require_plain_inputs(lora, targets)
+    for target in targets:
+        if target.by_parameter:
+            _require_nothing_of_inputs(lora, target.parameter_name)
     check_patterns(lora, targets)
     return Selection(targets=targets, saved_parameters=saved_parameters)
+
+
+def _require_parameters(model: nn.Module, stacks: Mapping[str, Stack], lora: LoraSection) -> None:
+    """Raise UserError for an end of names that is no parameter's, or of one that cannot be adapted."""
+    for end in lora.target_parameters or ():
+        found = {
+            name: parameter.ndim
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if f".{name}".endswith(f".{end}")
+        }
+        if not found:
+            ends = sorted({".".join(name.split(".")[-2:]) for name in stacks})
+            instead = f"write {' and '.join(ends)} for experts" if ends else "this model has no experts; leave it out"
+            raise UserError("lora.target_parameters", end, f"is the end of no parameter's name; {instead}")
+        for name, ndim in found.items():
+            if ndim not in (2, 3):
+                raise _no_matrix(name, model.get_submodule(name.rpartition(".")[0]), lora)
+        _require_nothing_of_inputs(lora, next(iter(found)))
+
+
+def _no_matrix(parameter: str, module: nn.Module, lora: LoraSection) -> UserError:
+    problem = f"{parameter} of {type(module).__name__} is neither a matrix of nn.Linear nor a stack of experts'"
+    return UserError("lora.target_parameters", lora.target_parameters, f"{problem}; leave it out")
 
 
 def _injected(meta_model: nn.Module, lora: LoraSection) -> nn.Module:
@@ -152,10 +178,8 @@ def _targets_of(
                 )
                 for index in range(shape.E)
             ]
-        is_matrix = type(base) is nn.Linear and layer.parameter_name == "weight"
-        if not is_matrix:
-            problem = f"{parameter} of {type(base).__name__} is neither a matrix of nn.Linear nor a stack of experts'"
-            raise UserError("lora.target_parameters", lora.target_parameters, f"{problem}; leave it out")
+        if type(base) is not nn.Linear or layer.parameter_name != "weight":
+            raise _no_matrix(parameter, base, lora)
         return [
             Target(
                 name=module_name,
@@ -221,12 +245,9 @@ def _require_size(target: Target, lora: LoraSection, num_triplets: Callable[[int
     )
 
 
-def _require_plain_inputs(lora: LoraSection, targets: Iterable[Target]) -> None:
+def _require_nothing_of_inputs(lora: LoraSection, parameter: str) -> None:
     """Raise UserError for what PEFT has no place for where it adds an adapter to a parameter's value."""
-    wrapped = next((target for target in targets if target.stack is not None or target.by_parameter), None)
-    if wrapped is None:
-        return
-    problem = f"PEFT adapts {wrapped.parameter_name} by its value, without"
+    problem = f"PEFT adapts {parameter} by its value, without"
     if lora.lora_dropout:
         raise UserError("lora.lora_dropout", lora.lora_dropout, f"{problem} its inputs; write 0.0")
     if lora.use_dora:
@@ -238,14 +259,13 @@ def check_patterns(lora: LoraSection, targets: Sequence[Target]) -> None:
     from peft.utils.other import get_pattern_key
 
     for key, patterns in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern)):
-        used = {
-            get_pattern_key(list(patterns), name) for target in targets for name in (target.pattern_name, target.name)
-        }
+        # of a dense weight that is adapted by its name, the module's was held against the user's patterns
+        names = {target.name for target in targets if target.stack is None} | {each.pattern_name for each in targets}
+        used = {get_pattern_key(list(patterns), name) for name in names}
         for pattern in patterns:
             if pattern not in used:
-                raise UserError(
-                    key, pattern, "matches no target; write a target's name or the end of one, or remove it"
-                )
+                instead = "write a target's name or the end of one, of experts their parameter's, or remove it"
+                raise UserError(key, pattern, f"matches no target; {instead}")
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, str]:
