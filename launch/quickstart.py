@@ -1,7 +1,8 @@
 """Make, once, what configs/quickstart.yaml points at: a small pretrained byte-level model and a calibration set.
 
-`--model moe` makes the mixture of experts of configs/quickstart-moe.yaml instead of a Llama. Nothing is downloaded. The model learns the source of this Python's standard library; the calibration passages are the
-English help topics that ship with it, another distribution than the one the model has learned.
+`--model moe` makes the mixture of experts of configs/quickstart-moe.yaml instead of a Llama. Nothing is downloaded. The
+model learns the source of this Python's standard library; the calibration passages are the English help topics that
+ship with it, another distribution than the one the model has learned.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class MoeRecipe(Recipe):
     heldout_windows: int = 32
     target_loss: float = 2.4
     balance: float = 0.02
-    """Of the loss that keeps experts equally busy; without it some would see next to nothing of the calibration data."""
+    """Weight of the loss that keeps experts equally busy; else some see next to nothing of the calibration data."""
 
 
 RECIPES = {"dense": Recipe(), "moe": MoeRecipe()}
@@ -235,7 +236,6 @@ def _new_model(recipe: Recipe) -> PreTrainedModel:
         config = Qwen3MoeConfig(
             **common,
             num_key_value_heads=recipe.num_heads,
-            head_dim=recipe.hidden_size // recipe.num_heads,
             moe_intermediate_size=recipe.intermediate_size,
             num_experts=recipe.num_experts,
             num_experts_per_tok=recipe.experts_per_token,

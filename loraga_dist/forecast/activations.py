@@ -20,6 +20,7 @@ from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch
 from loraga_dist.forecast.in_blocks import InBlocks, Shown, run_in_blocks, signature
 from loraga_dist.forecast.ledger import DEVICE, Ledger, Shapes, microbatch_of, without_memory
+from loraga_dist.gradients.experts import experts_tapped
 from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
@@ -86,7 +87,8 @@ def forecast_activations(
 
 def _forward(model: nn.Module, microbatch: Microbatch, *, gathers: bool) -> tuple[int, int]:
     """Bytes of a forward whose pieces are held for the time of theirs, and of the logits that are kept of it."""
-    with Ledger(model) as ledger, torch.no_grad():
+    # products of experts as in calibration: those of transformers run by no shape alone
+    with Ledger(model) as ledger, torch.no_grad(), experts_tapped(model):
         if gathers:
             for piece in pieces_of(model):
                 num_bytes = sum(parameter.nbytes for parameter in piece.parameters)

@@ -14,12 +14,21 @@ from torch import nn
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
 from loraga_dist.model.conversion import StoredModel
-from loraga_dist.model.stacks import Stack, find_stacks
+from loraga_dist.model.stacks import (
+    NOT_IN_INTERFACE,
+    TO_ADD_EXPERTS,
+    ExpertsLeftOut,
+    Stack,
+    ends_of,
+    find_stacks,
+    untappable,
+)
 from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
 
 SELECTION_SECONDS = 120
 """PEFT takes a few for the largest models; some regular expressions never end."""
 
+_REMOVE = "leave it out"
 _LEAVE_OUT = "leave it out with lora.exclude_modules"
 
 
@@ -31,6 +40,8 @@ class Selection:
     """In the model's module order."""
     saved_parameters: list[str]
     """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
+    experts_left_out: ExpertsLeftOut | None
+    """Where `all-linear` was all that was asked for; who names modules or parameters knows what is left out."""
 
 
 def select_targets(
@@ -55,6 +66,9 @@ def select_targets(
     before = {name for name, _ in meta_model.named_modules()}
     stacks = find_stacks(meta_model)
     taken_for_experts = _names_taken_for_experts(meta_model)
+    asks_for_all = lora.target_modules == "all-linear" and not lora.target_parameters
+    left_out = ExpertsLeftOut.of(meta_model) if asks_for_all else None
+    _require_names(meta_model, lora)
     injected = _injected(meta_model, lora)
     targets: list[Target] = []
     saved_parameters: list[str] = []
@@ -77,7 +91,34 @@ def select_targets(
         )
     _require_plain_inputs(lora, targets)
     check_patterns(lora, targets)
-    return Selection(targets=targets, saved_parameters=saved_parameters)
+    return Selection(targets=targets, saved_parameters=saved_parameters, experts_left_out=left_out)
+
+
+def _require_names(model: nn.Module, lora: LoraSection) -> None:
+    """Raise UserError for names that PEFT would pass over: of no parameter, or of what were experts' modules once; and
+    for experts that cannot be tapped."""
+    ends = ends_of(find_stacks(model))
+    instead = f"write {TO_ADD_EXPERTS.format(', '.join(ends))}" if ends else _REMOVE
+    if ends and isinstance(lora.target_modules, list):
+        modules = [name for name, _ in model.named_modules()]
+        for end in lora.target_modules:
+            if not _with_end(modules, end):
+                problem = "matches no module; experts of this model are parameters"
+                raise UserError("lora.target_modules", end, f"{problem}: leave it out, and for experts {instead}")
+    parameters, closed = [name for name, _ in model.named_parameters()], untappable(model)
+    for end in lora.target_parameters or ():
+        found = _with_end(parameters, end)
+        if not found:
+            raise UserError("lora.target_parameters", end, f"matches no parameter; {instead}")
+        for module in closed:
+            if any(name.startswith(f"{module}.") for name in found):
+                problem = f"has experts that cannot be tapped, {NOT_IN_INTERFACE}"
+                raise UserError("lora.target_parameters", module, f"{problem}; leave them out")
+
+
+def _with_end(names: Iterable[str], end: str) -> list[str]:
+    """As PEFT matches them."""
+    return [name for name in names if f".{name}".endswith(f".{end}")]
 
 
 def _injected(meta_model: nn.Module, lora: LoraSection) -> nn.Module:

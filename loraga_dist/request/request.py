@@ -37,6 +37,7 @@ from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.shape import ModelShape
+from loraga_dist.model.stacks import ExpertsLeftOut
 from loraga_dist.model.targets import Target, meta_copy, require_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
@@ -66,6 +67,7 @@ class Request:
     """What A0 and B0 of every target are rounded to."""
     amount: Amount = USUAL_AMOUNT
     """Of calibration data."""
+    experts_left_out: ExpertsLeftOut | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -207,6 +209,7 @@ def understand(
         blocks=blocks,
         saved_order=saved,
         amount=amount,
+        experts_left_out=selection.experts_left_out,
         saved_parameters={name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters},
         entries=entries,
     )
