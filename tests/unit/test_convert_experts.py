@@ -68,7 +68,8 @@ def test_each_is_the_update_of_its_tensor(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_truncated_one_keeps_what_pefts_layout_keeps(tmp_path: Path) -> None:
-    _, _, inputs = start(tmp_path, "mixtral")
+    _, out, inputs = start(tmp_path, "mixtral")
+    assert "vLLM and SGLang want `--per_expert`" in (out / "README.md").read_text()
     for to, more in (("stacked", []), ("apart", ["--per_expert"])):
         assert main(["convert", *inputs, "--to", str(tmp_path / to), "--rank", "3", *more]) == 0
     stacked, apart = read_adapter(tmp_path, "stacked"), read_adapter(tmp_path, "apart")
@@ -83,7 +84,9 @@ def test_a_truncated_one_keeps_what_pefts_layout_keeps(tmp_path: Path) -> None:
 
 
 def test_experts_in_one_tensor_have_no_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, _, inputs = start(tmp_path, "gpt_oss")
+    _, out, inputs = start(tmp_path, "gpt_oss")
+    readme = (out / "README.md").read_text()
+    assert "set_z3_leaf_modules" in readme and "per_expert" not in readme
     assert main(["convert", *inputs, "--to", str(tmp_path / "to"), "--per_expert"]) == 2
     assert "--per_expert: True: names experts as the checkpoint does, but" in capsys.readouterr().err
     assert not (tmp_path / "to").exists()
