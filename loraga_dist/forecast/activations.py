@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,9 @@ def forecast_activations(
     checkpointing: of model order. gathers: parameters are sharded, so those in use are gathered.
     """
     try:
-        with without_memory():
+        with without_memory(), ExitStack() as exits:
             model, microbatch = without_values(base).requires_grad_(False).eval(), microbatch_of(shapes)
+            exits.enter_context(experts_tapped(model))  # as in calibration; transformers' own need values, or bfloat16
             in_blocks = None
             if order.blocks is not None and groups:
                 in_blocks = run_in_blocks(model, order, microbatch, groups, loss)
@@ -87,8 +88,7 @@ def forecast_activations(
 
 def _forward(model: nn.Module, microbatch: Microbatch, *, gathers: bool) -> tuple[int, int]:
     """Bytes of a forward whose pieces are held for the time of theirs, and of the logits that are kept of it."""
-    # products of experts as in calibration: those of transformers run by no shape alone
-    with Ledger(model) as ledger, torch.no_grad(), experts_tapped(model):
+    with Ledger(model) as ledger, torch.no_grad():
         if gathers:
             for piece in pieces_of(model):
                 num_bytes = sum(parameter.nbytes for parameter in piece.parameters)
