@@ -253,7 +253,7 @@ def understand_model(
         if not hasattr(model, "config") or hasattr(model, "peft_config"):
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
-        _, targets, order = _choose_targets(
+        selection, targets, order = _choose_targets(
             meta_copy(type(model), model.config), config, None, in_pieces=is_partitioned
         )
         _require_unquantized(model, targets)
@@ -282,6 +282,7 @@ def understand_model(
         step_data=step_data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
         amount=amount,
+        experts_left_out=selection.experts_left_out,
     )
 
 

@@ -14,6 +14,7 @@ from outputs import make_output, read_report, write_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import loraga_dist
 from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import main
 from loraga_dist.config import LoraSection
@@ -39,6 +40,15 @@ def other_kind(kind: str, **config: Any) -> nn.Module:
     """A family whose experts cannot be tapped."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, num_hidden_layers=2, **config))
+
+
+def test_in_memory_it_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
+    ids = torch.arange(3, 43).view(2, 20)
+    batch, lora = {"input_ids": ids, "labels": ids}, {"r": 2, "target_modules": "all-linear"}
+    loraga_dist.initialize(make_model("mixtral"), [batch], {"lora": lora})
+    assert f"warning: {SAID}" in capsys.readouterr().err
+    start = loraga_dist.initialize(make_model("mixtral"), [batch], {"lora": lora | {"target_parameters": ENDS}})
+    assert len(start.targets) == 2 * (4 + 2 * 8) and SAID not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
@@ -99,7 +109,8 @@ def test_start_plan_and_card_say_what_is_left_out(tmp_path: Path, capsys: pytest
     model, data = save_model(tmp_path / "model", "mixtral", shards=False), save_data(tmp_path / "data.jsonl", rows=4)
     tree = config_tree(model, data, tmp_path / "out", kind="mixtral", r=2, lora={"target_modules": "all-linear"})
     assert main(["plan", "--config", str(write_config(tree))]) == 0
-    assert f"warning: {SAID}" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"warning: {SAID}" in said and "activations are not counted" not in said
     out = make_output(tree)
     assert read_report(out)["warnings"][0] == SAID
     rebuilt = tmp_path / "rebuilt"
