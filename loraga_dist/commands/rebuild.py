@@ -113,7 +113,11 @@ class _NewStart:
         old, targets = self.old, list(self.targets.values())
         assert old.identity_check is not None, "a run compares logits"
         warnings = find_warnings(
-            self.config.init, self.reports, stopped_by=old.stopped_by, refine_passes=old.refine_passes
+            self.config.init,
+            self.reports,
+            stopped_by=old.stopped_by,
+            refine_passes=old.refine_passes,
+            experts_left_out=old.experts_left_out,
         )
         return old.model_copy(
             update={

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,9 @@ def forecast_activations(
     checkpointing: of model order. gathers: parameters are sharded, so those in use are gathered.
     """
     try:
-        with without_memory():
+        with without_memory(), ExitStack() as exits:
             model, microbatch = without_values(base).requires_grad_(False).eval(), microbatch_of(shapes)
+            exits.enter_context(experts_tapped(model))  # as in calibration; transformers' own need values, or bfloat16
             in_blocks = None
             if order.blocks is not None and groups:
                 in_blocks = run_in_blocks(model, order, microbatch, groups, loss)

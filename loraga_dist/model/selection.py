@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,21 @@ from torch import nn
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
 from loraga_dist.model.conversion import StoredModel
-from loraga_dist.model.stacks import Stack, find_stacks
+from loraga_dist.model.stacks import (
+    NOT_IN_INTERFACE,
+    TO_ADD_EXPERTS,
+    ExpertsLeftOut,
+    Stack,
+    ends_of,
+    find_stacks,
+    untappable,
+)
 from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
 
 SELECTION_SECONDS = 120
 """PEFT takes a few for the largest models; some regular expressions never end."""
 
+_REMOVE = "leave it out"
 _LEAVE_OUT = "leave it out with lora.exclude_modules"
 
 
@@ -31,6 +40,8 @@ class Selection:
     """In the model's module order."""
     saved_parameters: list[str]
     """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
+    experts_left_out: ExpertsLeftOut | None
+    """Where `all-linear` was all that was asked for; who names modules or parameters knows what is left out."""
 
 
 def select_targets(
@@ -55,7 +66,9 @@ def select_targets(
     before = {name for name, _ in meta_model.named_modules()}
     stacks = find_stacks(meta_model)
     taken_for_experts = _names_taken_for_experts(meta_model)
-    _require_parameters(meta_model, stacks, lora)
+    asks_for_all = lora.target_modules == "all-linear" and not lora.target_parameters
+    left_out = ExpertsLeftOut.of(meta_model) if asks_for_all else None
+    _require_names(meta_model, stacks, lora)
     injected = _injected(meta_model, lora)
     targets: list[Target] = []
     saved_parameters: list[str] = []
@@ -80,25 +93,38 @@ def select_targets(
         if target.by_parameter:
             _require_nothing_of_inputs(lora, target.parameter_name)
     check_patterns(lora, targets)
-    return Selection(targets=targets, saved_parameters=saved_parameters)
+    return Selection(targets=targets, saved_parameters=saved_parameters, experts_left_out=left_out)
 
 
-def _require_parameters(model: nn.Module, stacks: Mapping[str, Stack], lora: LoraSection) -> None:
-    """Raise UserError for an end of names that is no parameter's, or of one that cannot be adapted."""
+def _require_names(model: nn.Module, stacks: Mapping[str, Stack], lora: LoraSection) -> None:
+    """Raise UserError for names that PEFT would pass over: of no parameter, or of what were experts' modules once; and
+    for parameters that cannot be adapted."""
+    ends = ends_of(stacks)
+    instead = f"write {TO_ADD_EXPERTS.format(', '.join(ends))}" if ends else _REMOVE
+    if ends and isinstance(lora.target_modules, list):
+        modules = [name for name, _ in model.named_modules()]
+        for end in lora.target_modules:
+            if not _with_end(modules, end):
+                problem = "matches no module; experts of this model are parameters"
+                raise UserError("lora.target_modules", end, f"{problem}: leave it out, and for experts {instead}")
+    parameters, closed = dict(model.named_parameters(remove_duplicate=False)), untappable(model)
     for end in lora.target_parameters or ():
-        found = {
-            name: parameter.ndim
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if f".{name}".endswith(f".{end}")
-        }
+        found = _with_end(parameters, end)
         if not found:
-            ends = sorted({".".join(name.split(".")[-2:]) for name in stacks})
-            instead = f"write {' and '.join(ends)} for experts" if ends else "this model has no experts; leave it out"
-            raise UserError("lora.target_parameters", end, f"is the end of no parameter's name; {instead}")
-        for name, ndim in found.items():
-            if ndim not in (2, 3):
+            raise UserError("lora.target_parameters", end, f"matches no parameter; {instead}")
+        for module in closed:
+            if any(name.startswith(f"{module}.") for name in found):
+                problem = f"has experts that cannot be tapped, {NOT_IN_INTERFACE}"
+                raise UserError("lora.target_parameters", module, f"{problem}; leave them out")
+        for name in found:
+            if parameters[name].ndim not in (2, 3):
                 raise _no_matrix(name, model.get_submodule(name.rpartition(".")[0]), lora)
-        _require_nothing_of_inputs(lora, next(iter(found)))
+        _require_nothing_of_inputs(lora, found[0])
+
+
+def _with_end(names: Iterable[str], end: str) -> list[str]:
+    """As PEFT matches them."""
+    return [name for name in names if f".{name}".endswith(f".{end}")]
 
 
 def _no_matrix(parameter: str, module: nn.Module, lora: LoraSection) -> UserError:

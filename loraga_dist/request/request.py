@@ -37,7 +37,7 @@ from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.shape import ModelShape
-from loraga_dist.model.stacks import Stack, find_stacks
+from loraga_dist.model.stacks import ExpertsLeftOut, Stack, find_stacks
 from loraga_dist.model.targets import Target, meta_copy, require_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
@@ -67,6 +67,7 @@ class Request:
     """What A0 and B0 of every target are rounded to."""
     amount: Amount = USUAL_AMOUNT
     """Of calibration data."""
+    experts_left_out: ExpertsLeftOut | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -208,6 +209,7 @@ def understand(
         blocks=blocks,
         saved_order=saved,
         amount=amount,
+        experts_left_out=selection.experts_left_out,
         saved_parameters={name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters},
         entries=entries,
     )
@@ -251,7 +253,7 @@ def understand_model(
         if not hasattr(model, "config") or hasattr(model, "peft_config"):
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
-        _, targets, order = _choose_targets(
+        selection, targets, order = _choose_targets(
             meta_copy(type(model), model.config), config, None, in_pieces=is_partitioned
         )
         _require_unquantized(model, targets)
@@ -280,6 +282,7 @@ def understand_model(
         step_data=step_data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
         amount=amount,
+        experts_left_out=selection.experts_left_out,
     )
 
 
