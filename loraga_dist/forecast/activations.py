@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,12 @@ from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch
 from loraga_dist.forecast.in_blocks import InBlocks, Shown, run_in_blocks, signature
 from loraga_dist.forecast.ledger import DEVICE, Ledger, Shapes, microbatch_of, without_memory
+from loraga_dist.gradients.experts import experts_tapped
 from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Blocks, Order, pieces_of
+from loraga_dist.model.stacks import is_llama4_experts
 from loraga_dist.sharding.base import without_values
 
 _BLOCKS_RUN = 3
@@ -86,7 +88,7 @@ def forecast_activations(
 
 def _forward(model: nn.Module, microbatch: Microbatch, *, gathers: bool) -> tuple[int, int]:
     """Bytes of a forward whose pieces are held for the time of theirs, and of the logits that are kept of it."""
-    with Ledger(model) as ledger, torch.no_grad():
+    with Ledger(model) as ledger, _experts_with_shapes(model), torch.no_grad():
         if gathers:
             for piece in pieces_of(model):
                 num_bytes = sum(parameter.nbytes for parameter in piece.parameters)
@@ -94,6 +96,12 @@ def _forward(model: nn.Module, microbatch: Microbatch, *, gathers: bool) -> tupl
                 piece.module.register_forward_hook(lambda *_, num_bytes=num_bytes: ledger.hold(-num_bytes))
         logits = forward(model, microbatch, DEVICE)
     return ledger.peak_bytes, 4 * logits.shape[-1] * min(PROBE_TOKENS, math.prod(logits.shape[1:-1]))
+
+
+def _experts_with_shapes(model: nn.Module) -> AbstractContextManager[None]:
+    """Grouped products, which experts run by themselves, have no shape function in every dtype; ours take as much.
+    Llama4's experts multiply another way."""
+    return nullcontext() if any(map(is_llama4_experts, model.modules())) else experts_tapped(model)
 
 
 def _backward(

@@ -129,7 +129,8 @@ class _State:
         return cls(
             held=moments
             + sum(engine.held_bytes(matrix, dtype, owned=matrix.owner == rank) for engine, matrix in pairs),
-            cold=moments + sum(engine.cold_bytes(matrix, dtype, num_tokens) for engine, matrix in pairs),
+            cold=moments
+            + sum(engine.cold_bytes(matrix, dtype, matrix.expected_rows(num_tokens)) for engine, matrix in pairs),
             visiting=max(
                 engine.held_bytes(matrix, dtype, owned=True) + matrix.moment_bytes for engine, matrix in pairs
             ),
