@@ -99,9 +99,11 @@ def _forward(model: nn.Module, microbatch: Microbatch, *, gathers: bool) -> tupl
 
 
 def _experts_with_shapes(model: nn.Module) -> AbstractContextManager[None]:
-    """Grouped products, which experts run by themselves, have no shape function in every dtype; ours take as much.
-    Llama4's experts multiply another way."""
-    return nullcontext() if any(map(is_llama4_experts, model.modules())) else experts_tapped(model)
+    """Grouped products, which most experts run by themselves, have a shape function in bfloat16 alone; else ours, which
+    take about as much."""
+    is_bfloat16 = all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    has_shapes = is_bfloat16 or any(map(is_llama4_experts, model.modules()))
+    return nullcontext() if has_shapes else experts_tapped(model)
 
 
 def _backward(

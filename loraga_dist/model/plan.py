@@ -67,10 +67,13 @@ def make_plan(
         groups = []
         costs_of_groups = [{target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}]
     else:
-        matrices = [_matrix(target, config, scheme, amount, moment_shape(target.N)) for target in targets]
+        alike: dict[tuple[float, ...], Matrix] = {}
         of_stage: dict[int, list[Matrix]] = {}
-        for matrix in matrices:
-            of_stage.setdefault(order.stage_of(matrix.name), []).append(matrix)
+        for target in targets:
+            key = (target.M, target.N, target.r, target.stack is None, target.row_share)
+            if key not in alike:
+                alike[key] = _matrix(target, config, scheme, amount, moment_shape(target.N))
+            of_stage.setdefault(order.stage_of(target.name), []).append(replace(alike[key], name=target.name))
         groups = [group for stage in sorted(of_stage, reverse=True) for group in _cut(of_stage[stage], config)]
         costs_of_groups = [
             {

@@ -162,7 +162,7 @@ def real_bytes_in_blocks(
             if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() != hidden.data_ptr()
         }
 
-        def forward_of(index: int) -> object:
+        def forward_of(index: int) -> object:  # a graph, as in the first chunk
             return stubs.run_block(
                 index, hidden.detach().requires_grad_(), calls[index]
             )  # a graph, as in the first chunk
