@@ -36,6 +36,8 @@ class Matrix:
     is_routed: bool = False
     """Its rows are the tokens that were sent to it: in any order, and in some microbatches or on some ranks none. Every
     other matrix has a row for each token of every microbatch."""
+    row_share: float = 1.0
+    """Rows it is expected to have, of all tokens."""
 
     @property
     def num_kept(self) -> int:
@@ -55,6 +57,9 @@ class Matrix:
     def regression_cost(self) -> int:
         """Of that work, in the unit of `GradientEngine.cost`: a Cholesky factorization in float64."""
         return 0 if self.moment_shape is None or len(self.moment_shape) < 2 else self.N**3
+
+    def expected_rows(self, num_tokens: int) -> int:
+        return math.ceil(self.row_share * num_tokens)
 
     def input_bytes(self, num_tokens: int) -> int:
         """A float32 copy, or a product before it is added; for a moment."""

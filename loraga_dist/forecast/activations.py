@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Blocks, Order, pieces_of
+from loraga_dist.model.stacks import is_llama4_experts
 from loraga_dist.sharding.base import without_values
 
 _BLOCKS_RUN = 3
@@ -88,8 +89,7 @@ def forecast_activations(
 
 def _forward(model: nn.Module, microbatch: Microbatch, *, gathers: bool) -> tuple[int, int]:
     """Bytes of a forward whose pieces are held for the time of theirs, and of the logits that are kept of it."""
-    # experts as they are tapped: shapes of transformers' own products are known for bfloat16 alone
-    with Ledger(model) as ledger, torch.no_grad(), experts_tapped(model):
+    with Ledger(model) as ledger, _experts_with_shapes(model), torch.no_grad():
         if gathers:
             for piece in pieces_of(model):
                 num_bytes = sum(parameter.nbytes for parameter in piece.parameters)
@@ -97,6 +97,14 @@ def _forward(model: nn.Module, microbatch: Microbatch, *, gathers: bool) -> tupl
                 piece.module.register_forward_hook(lambda *_, num_bytes=num_bytes: ledger.hold(-num_bytes))
         logits = forward(model, microbatch, DEVICE)
     return ledger.peak_bytes, 4 * logits.shape[-1] * min(PROBE_TOKENS, math.prod(logits.shape[1:-1]))
+
+
+def _experts_with_shapes(model: nn.Module) -> AbstractContextManager[None]:
+    """Grouped products, which most experts run by themselves, have a shape function in bfloat16 alone; else ours, which
+    take about as much."""
+    is_bfloat16 = all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    has_shapes = is_bfloat16 or any(map(is_llama4_experts, model.modules()))
+    return nullcontext() if has_shapes else experts_tapped(model)
 
 
 def _backward(

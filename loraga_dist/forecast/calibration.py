@@ -129,7 +129,8 @@ class _State:
         return cls(
             held=moments
             + sum(engine.held_bytes(matrix, dtype, owned=matrix.owner == rank) for engine, matrix in pairs),
-            cold=moments + sum(engine.cold_bytes(matrix, dtype, num_tokens) for engine, matrix in pairs),
+            cold=moments
+            + sum(engine.cold_bytes(matrix, dtype, matrix.expected_rows(num_tokens)) for engine, matrix in pairs),
             visiting=max(
                 engine.held_bytes(matrix, dtype, owned=True) + matrix.moment_bytes for engine, matrix in pairs
             ),
@@ -233,8 +234,10 @@ def _in_block_order(
             log.add("loss", leaving | {BETWEEN: (chunk - 1) * found.hidden_bytes}, before, kept(top))
         for at, group in enumerate(sweep):
             stage, backward = plan.order.stage_of(group[0].name), next(backward_bytes)
-            own, held = _State.of([group], rank, shape.dtype, course.most_tokens), all_states.held
-            left = _State.of(sweep[at:], rank, shape.dtype, course.most_tokens).held
+            own, left, held = all_states, all_states.held, all_states.held
+            if len(sweep) > 1:
+                own = _State.of([group], rank, shape.dtype, course.most_tokens)
+                left = _State.of(sweep[at:], rank, shape.dtype, course.most_tokens).held
             gathered = {"gathered": outside if stage == top else block}
             between = {BETWEEN: (chunk if stage in (top, lowest) else 2 * chunk) * found.hidden_bytes}
             fewer = {BETWEEN: between[BETWEEN] - (0 if stage == lowest else found.hidden_bytes)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from loraga_dist.data.losses import Loss, cross_entropy_sum
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.forecast.ledger import DEVICE, Ledger, key_of
+from loraga_dist.gradients.experts import experts_tapped
 from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.stubs import Call, Form, Stubs
 from loraga_dist.gradients.taps import tapped
@@ -30,9 +32,13 @@ class Shown:
     def names(self) -> list[str]:
         return [name for name, _ in self.observed]
 
+    @cached_property
+    def _bytes_of(self) -> dict[str, int]:
+        return dict(self.observed)
+
     def take(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
         """The sink of its taps."""
-        torch.empty(dict(self.observed)[name], dtype=torch.uint8)
+        torch.empty(self._bytes_of[name], dtype=torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ def run_in_blocks(
     assert order.blocks is not None
     blocks = order.blocks.of(model)
     stubs = Stubs(model, blocks, DEVICE)
-    with stubs.installed(), torch.no_grad():
+    with stubs.installed(), experts_tapped(model), torch.no_grad():
         stubs.run(microbatch, _finding_form(stubs))
         entry = stubs.enter(microbatch, {})
         hidden, calls = entry.hidden, entry.calls
@@ -80,7 +86,8 @@ def run_in_blocks(
         backward_bytes = []
         for group, stage in zip(groups, stages, strict=True):
             goes_on = stage > min(stages)
-            key = _what_it_is(group, blocks[stage] if stage < len(blocks) else None), goes_on
+            prefix = f"{order.blocks.prefix}.{stage}."
+            key = _what_it_is(group, prefix, blocks[stage] if stage < len(blocks) else None), goes_on
             if key not in found:
                 with tapped(model, group.names, group.take, checkpointing="none"):
                     if stage == len(blocks):
@@ -114,11 +121,11 @@ def _finding_form(stubs: Stubs) -> Any:
     return on_block
 
 
-def _what_it_is(group: Shown, block: nn.Module | None) -> Any:
-    """The same for groups that take the same of alike blocks."""
+def _what_it_is(group: Shown, prefix: str, block: nn.Module | None) -> Any:
+    """The same for groups that take the same of alike blocks; prefix: of names in the block."""
     if block is None:
         return group
-    return signature(block), tuple((name.rpartition(".")[2], num_bytes) for name, num_bytes in group.observed)
+    return signature(block), tuple((name.removeprefix(prefix), num_bytes) for name, num_bytes in group.observed)
 
 
 def _backward(model: nn.Module, stubs: Stubs, index: int, hidden: Tensor, call: Call, *, goes_on: bool) -> int:

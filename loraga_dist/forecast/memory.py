@@ -12,7 +12,7 @@ from loraga_dist.forecast.activations import Activations
 from loraga_dist.forecast.calibration import Course, Parts, Setting, moments
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.shape import ModelShape
-from loraga_dist.model.targets import Target
+from loraga_dist.model.targets import Target, layers_of
 from loraga_dist.schemes import SCALES
 from loraga_dist.sharding.slices import BLOCK_ELEMENTS
 
@@ -106,7 +106,11 @@ def rank_memory(
             whole = shape.num_bytes_each * target.M * target.N if setting.gathers else 0
             factorize.append(({"gathered": whole, "workspace": workspace}, found_host | owned_factors | logits))
 
-    largest_target = max(target.adapter_bytes for target in plan.targets)
+    # of a stack's layer, the experts' A and B are put together
+    largest_layer = max(
+        min(2, len(members)) * sum(target.adapter_bytes for target in members)
+        for members in layers_of(plan.targets).values()
+    )
     largest_block = min(BLOCK_ELEMENTS, max(target.M * target.N for target in plan.targets))
     placing = found_host | owned_factors | all_factors | logits
     comparing = found_host | all_factors | {"logits": logits["logits"] + probe}
@@ -114,7 +118,7 @@ def rank_memory(
         "load": ({"gathered": gathered}, {}),
         **{phase: _highest(those, setting) for phase, those in calibration.items()},
         "factorize": _highest(factorize, setting),
-        "place": ({"adapter": adapter, "workspace": largest_target + 12 * largest_block}, placing),
+        "place": ({"adapter": adapter, "workspace": largest_layer + 12 * largest_block}, placing),
         "compare": ({"adapter": adapter, "microbatch": max(forward, 2 * probe)}, comparing),
         "write": ({"adapter": adapter}, found_host | all_factors | {"workspace": _WRITE_BYTES}),
     }

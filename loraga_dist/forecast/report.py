@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from rich import box
@@ -20,6 +19,7 @@ from loraga_dist.artifacts.layout import Layout
 from loraga_dist.errors import printable
 from loraga_dist.forecast.calibration import KEPT_INPUTS, Course
 from loraga_dist.forecast.forecaster import Forecaster, advice
+from loraga_dist.forecast.kinds import Kind, experts_line, few_tokens, kinds_of
 from loraga_dist.forecast.ledger import Shapes
 from loraga_dist.forecast.memory import RankMemory
 from loraga_dist.forecast.speed import measured_tflops
@@ -44,24 +44,6 @@ _LEAST_LABEL = 12
 _LEAST_COLUMNS = 80
 _COLUMNS = 110
 """Where there is no terminal."""
-
-
-class Kind(NamedTuple):
-    """Targets that are alike."""
-
-    module: str
-    M: int
-    N: int
-    r: int
-    engine: str | None
-    width: int | None
-    state_bytes_each: int
-
-    @classmethod
-    def of(cls, target: Target, plan: Plan) -> Kind:
-        matrix = plan.matrices.get(target.name)
-        of_engine = (None, None, 0) if matrix is None else (matrix.engine, matrix.width, plan.state_bytes([matrix]))
-        return cls(target.name.rpartition(".")[2], target.M, target.N, target.r, *of_engine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +138,18 @@ class PlanReport:
     def microbatches_per_rank(self) -> int:
         return self.forecaster.num_microbatches(self.largest)
 
+    @property
+    def all_tokens(self) -> int:
+        return self.num_tokens or self.num_used * self.tokens_per_sequence
+
+    @property
+    def experts(self) -> str | None:
+        return experts_line(self.kinds, self.all_tokens)
+
+    @property
+    def unseen(self) -> list[str]:
+        return few_tokens(self.kinds, self.all_tokens, self.plan.scheme) if self.plan.groups else []
+
     @cached_property
     def work(self) -> Work:
         gradient = self.forecaster.config.gradient
@@ -164,7 +158,7 @@ class PlanReport:
             self.forecaster.request.shape,
             self.fitted.setting,
             self.course,
-            num_tokens=self.num_tokens or self.num_used * self.tokens_per_sequence,
+            num_tokens=self.all_tokens,
             recomputes=self.way.checkpointing != "none",
             refine_passes=0 if gradient.refine_passes == "auto" else gradient.refine_passes,
         )
@@ -224,10 +218,10 @@ class PlanReport:
         where = "memory" if directory is None else str(directory)
         return f"{self.way.title}, {together} together: {_gib(self.kept_bytes)} GiB of inputs of blocks in {where}"
 
-    @property
+    @cached_property
     def kinds(self) -> dict[Kind, int]:
         """How many targets there are of each kind."""
-        return Counter(Kind.of(target, self.plan) for target in self.plan.targets)
+        return kinds_of(self.plan)
 
     @property
     def owned(self) -> list[list[Target]]:
@@ -288,7 +282,10 @@ class PlanReport:
                 "microbatches_per_rank": self.microbatches_per_rank,
                 "refine_passes": config.gradient.refine_passes,
             },
-            "targets": [kind._asdict() | {"count": count} for kind, count in self.kinds.items()],
+            "targets": [
+                kind._asdict() | {"count": count, "tokens_each": kind.tokens_each(self.all_tokens)}
+                for kind, count in self.kinds.items()
+            ],
             "owners": {"targets_per_rank": [len(mine) for mine in self.owned], "busiest_to_mean": self.busiest_to_mean},
             "rank_budget": self.budget,
             "order": {

@@ -64,7 +64,10 @@ def work(
             flops_per_token += through.flops_per_token
             gathered += course.num_chunks * through.gathered_numel
     pairs = [(ENGINES[matrix.engine], matrix) for matrix in plan.matrices.values()]
-    engine_per_token = sum(engine.flops_per_token(matrix) * passes_of(matrix) for engine, matrix in pairs)
+    of_engines = sum(
+        matrix.expected_rows(num_tokens) * engine.flops_per_token(matrix) * passes_of(matrix)
+        for engine, matrix in pairs
+    )
     collectives = sum(engine.traffic_bytes(matrix, course.num_microbatches, refine_passes) for engine, matrix in pairs)
     collectives += sum(2 * matrix.moment_bytes for _, matrix in pairs)
     # each of these weights goes to its owner once
@@ -73,7 +76,7 @@ def work(
     num_compared = 3 if plan.scheme.changes_base and shape.dtype != torch.float32 else 2
     away = 1 - 1 / setting.world_size
     return Work(
-        flops={"model": num_tokens * flops_per_token, "engine": num_tokens * engine_per_token},
+        flops={"model": num_tokens * flops_per_token, "engine": of_engines},
         traffic_bytes_per_rank={
             "weights gathered": int(away * (gathered + to_owners) * shape.num_bytes_each),
             "logits compared": int(away * num_compared * sum(shape.numels) * shape.num_bytes_each),
@@ -96,10 +99,9 @@ def _runs(course: Course, passes_of: Callable[[Matrix], int]) -> Iterator[list[S
 
 
 def _through_model(shape: ModelShape, *, recomputes: bool) -> _Run:
-    recomputed = shape.block_numel if recomputes else 0
     return _Run(
-        flops_per_token=2 * (2 * shape.linear_numel + recomputed),
-        gathered_numel=2 * sum(shape.numels) + recomputed - shape.embedding_numel,
+        flops_per_token=2 * (2 * shape.linear_numel + recomputes * shape.block_linear_numel),
+        gathered_numel=2 * sum(shape.numels) + recomputes * shape.block_numel - shape.embedding_numel,
     )
 
 

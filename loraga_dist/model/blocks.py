@@ -25,8 +25,10 @@ class Blocks:
 
     def index_of(self, name: str) -> int | None:
         """Of the block that holds a module or parameter; None outside of all."""
-        found = re.match(rf"{re.escape(self.prefix)}\.(\d+)\.", name)
-        return int(found[1]) if found else None
+        if not name.startswith(f"{self.prefix}."):
+            return None
+        number, dot, _ = name[len(self.prefix) + 1 :].partition(".")
+        return int(number) if dot and number.isdecimal() else None
 
     def of(self, model: nn.Module) -> list[nn.Module]:
         return [model.get_submodule(f"{self.prefix}.{index}") for index in range(self.count)]

@@ -67,13 +67,14 @@ def make_plan(
         groups = []
         costs_of_groups = [{target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}]
     else:
-        matrices = [_matrix(target, config, scheme, amount, moment_shape(target.N)) for target in targets]
-        groups = [
-            group
-            for stage in reversed(range(order.num_stages))
-            if (members := [matrix for matrix in matrices if order.stage_of(matrix.name) == stage])
-            for group in _cut(members, config)
-        ]
+        alike: dict[tuple[float, ...], Matrix] = {}
+        of_stage: dict[int, list[Matrix]] = {}
+        for target in targets:
+            key = (target.M, target.N, target.r, target.stack is None, target.row_share)
+            if key not in alike:
+                alike[key] = _matrix(target, config, scheme, amount, moment_shape(target.N))
+            of_stage.setdefault(order.stage_of(target.name), []).append(replace(alike[key], name=target.name))
+        groups = [group for stage in sorted(of_stage, reverse=True) for group in _cut(of_stage[stage], config)]
         costs_of_groups = [
             {
                 matrix.name: ENGINES[matrix.engine].factorization_cost(matrix) + matrix.regression_cost
@@ -109,8 +110,10 @@ def _matrix(
             owner=0,
             moment_shape=moment_shape,
             is_routed=target.stack is not None,
+            row_share=target.row_share,
         )
 
+    amount = replace(amount, num_tokens=int(amount.num_tokens * target.row_share))
     if config.engine != "auto":
         return with_engine(config.engine)
     suiting = [matrix for matrix in map(with_engine, ENGINES) if ENGINES[matrix.engine].suits(matrix)]

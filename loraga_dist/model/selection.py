@@ -199,7 +199,9 @@ def _targets_of(
                     N=shape.N,
                     transposed=shape.transposed,
                     weight_key=parameter,
-                    stack=StackPlace(parameter=parameter, index=index, size=shape.E, layer=name),
+                    stack=StackPlace(
+                        parameter=parameter, index=index, size=shape.E, num_chosen=shape.num_chosen, layer=name
+                    ),
                     **common,
                 )
                 for index in range(shape.E)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from loraga_dist.model.blocks import find_blocks
+from loraga_dist.model.stacks import Stack, find_stacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,9 @@ class ModelShape:
     embedding_numel: int
     """Parameters that are looked up, not multiplied."""
     linear_numel: int
-    """Entries of all matrices a token is multiplied with."""
+    """Entries of all matrices a token is multiplied with, of experts those that it goes to."""
+    block_linear_numel: int
+    """The same, in the blocks that checkpointing recomputes."""
     numels_of_blocks: list[int]
     """Parameters of each block the model is a sequence of; none where it is no sequence."""
     linear_numels_of_blocks: list[int]
@@ -37,15 +41,17 @@ class ModelShape:
         embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
         found = find_blocks(model)
         sequence = found.of(model) if found else []
+        stacks = {id(model.get_parameter(name)): stack for name, stack in find_stacks(model).items()}
         return cls(
             dtype=dtype,
             numels=[parameter.numel() for parameter in model.parameters()],
             largest_module_numel=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules),
             block_numel=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
             embedding_numel=sum(parameter.numel() for module in embeddings for parameter in module.parameters()),
-            linear_numel=_linear_numel(model),
+            linear_numel=_linear_numel(model, stacks),
+            block_linear_numel=sum(_linear_numel(block, stacks) for block in blocks),
             numels_of_blocks=[sum(parameter.numel() for parameter in block.parameters()) for block in sequence],
-            linear_numels_of_blocks=list(map(_linear_numel, sequence)),
+            linear_numels_of_blocks=[_linear_numel(block, stacks) for block in sequence],
         )
 
     @property
@@ -70,6 +76,9 @@ class ModelShape:
         return self.num_bytes_each * sum(math.ceil(numel / world_size) for numel in self.numels)
 
 
-def _linear_numel(model: nn.Module) -> int:
+def _linear_numel(model: nn.Module, stacks: Mapping[int, Stack]) -> int:
+    """stacks: by the identity of their parameters."""
+    chosen = [stacks[id(parameter)] for parameter in model.parameters() if id(parameter) in stacks]
+    of_experts = sum(stack.num_chosen * stack.M * stack.N for stack in chosen)
     weights = [getattr(module, "weight", None) for module in model.modules() if not isinstance(module, nn.Embedding)]
-    return sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2)
+    return of_experts + sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,8 @@ class Stack:
     E: int
     M: int
     N: int
+    num_chosen: int
+    """Experts that a token goes to."""
     transposed: bool
     """Each matrix is stored (N, M), and the module says so: y = x W."""
     swapped: bool
@@ -80,6 +83,7 @@ def find_stacks(model: nn.Module) -> dict[str, Stack]:
     Of shapes alone: the model may be on the meta device, or its parameters in ZeRO-3's shards.
     """
     found = {}
+    config = getattr(model, "config", None)
     for module_name, module in model.named_modules():
         for attribute in stacked_parameters(module):
             E, P, Q = shape_of(getattr(module, attribute))
@@ -87,7 +91,13 @@ def find_stacks(model: nn.Module) -> dict[str, Stack]:
             transposed = bool(getattr(module, "is_transposed", False))
             M, N = (Q, P) if transposed else (P, Q)
             found[name] = Stack(
-                parameter_name=name, E=E, M=M, N=N, transposed=transposed, swapped=is_llama4_experts(module)
+                parameter_name=name,
+                E=E,
+                M=M,
+                N=N,
+                num_chosen=_num_chosen(config, E),
+                transposed=transposed,
+                swapped=is_llama4_experts(module),
             )
     return found
 
@@ -131,8 +141,17 @@ def is_llama4_experts(module: nn.Module) -> bool:
     return any(base.__name__ == "Llama4TextExperts" for base in type(module).__mro__)
 
 
+_CHOICES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
+"""Names that configurations have for the number of experts a token goes to."""
+
 _FLAGS = ("has_gate", "has_bias", "is_transposed")
 """What transformers' `use_experts_implementation` sets."""
+
+
+def _num_chosen(config: Any, E: int) -> int:
+    """Where it is not known: all, so that a plan has room for them."""
+    values = (getattr(config.get_text_config(), name, None) for name in _CHOICES) if config is not None else ()
+    return min(next((value for value in values if isinstance(value, int)), E), E)
 
 
 def _is_stack(parameter: nn.Parameter | None) -> bool:

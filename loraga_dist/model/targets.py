@@ -38,6 +38,8 @@ class StackPlace:
     index: int
     size: int
     """E: matrices in it."""
+    num_chosen: int
+    """Those that a token goes to."""
     layer: str
     """PEFT's layer that adapts all of them; as it holds another one, its name may go on after the module's."""
     rows: tuple[StoredRows, ...] = ()
@@ -63,6 +65,11 @@ class Target:
     """None for a matrix that is a parameter of its own."""
     by_parameter: bool = False
     """PEFT has to be told the weight's name: it would take the module's for one of experts."""
+
+    @property
+    def row_share(self) -> float:
+        """Of tokens that are multiplied with it, on average."""
+        return 1.0 if self.stack is None else self.stack.num_chosen / self.stack.size
 
     @property
     def parameter_name(self) -> str:
@@ -103,6 +110,12 @@ class Target:
     @property
     def stored_shape(self) -> tuple[int, int]:
         return (self.N, self.M) if self.transposed else (self.M, self.N)
+
+
+def kind_of(name: str) -> str:
+    """What to call all targets like this one: the last part of its name; experts by their parameter."""
+    *outer, last = name.split(".")
+    return ".".join(outer[-2:]) if last.isdecimal() and outer else last
 
 
 def layers_of(targets: Iterable[Target]) -> dict[str, list[Target]]:

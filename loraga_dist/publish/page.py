@@ -25,13 +25,23 @@ def write_report_page(directory: Path, report: Report) -> None:
             "report.html.j2",
             report=report,
             drawings=draw(report, directory / PLOTS),
-            rows=sorted(report.targets.items(), key=lambda row: _goodness(row[1])),
+            rows=_rows(report),
             engines=", ".join(f"{number} {engine}" for engine, number in engines.items()),
             data=_data(report.config.calibration),
             versions=", ".join(f"{package} {version}" for package, version in report.versions.items()),
             dash=DASH,
         )
         (directory / REPORT_PAGE).write_text(page, encoding="utf-8")
+
+
+def _rows(report: Report) -> list[tuple[str, TargetReport, int]]:
+    """Name, target, and of how many it is the worst: thousands of experts are a row for each stack."""
+    rows: dict[str, tuple[str, TargetReport, int]] = {}
+    for name, target in sorted(report.targets.items(), key=lambda row: _goodness(row[1])):
+        place = name if target.stack is None else target.stack.parameter
+        worst_name, worst, count = rows.get(place, (name, target, 0))
+        rows[place] = worst_name, worst, count + 1
+    return [*rows.values()]
 
 
 def _goodness(target: TargetReport) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,11 +187,9 @@ def _spectra(grid: _Grid) -> Figure:
         axis.grid(True)
         for layer, targets in by_layer.items():
             color = _INK if layer is None else color_of(span(layer))
-            for values in (target.singular_values or [] for target in targets):
-                # zeros, of a gradient with fewer directions than asked for, have no place on a log scale
-                shares = [value / values[0] if value and values[0] else math.nan for value in values]
-                smallest = min([smallest, *(share for share in shares if share > 0)])
-                axis.plot(range(1, len(values) + 1), shares, color=color, linewidth=1, alpha=0.8)
+            shares = _mean_spectrum(targets)
+            smallest = min([smallest, *(share for share in shares if share > 0)])
+            axis.plot(range(1, len(shares) + 1), shares, color=color, linewidth=1, alpha=0.8)
     decades = -math.log10(smallest)
     first = axes[0]  # the others share its scales
     first.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1,)))
@@ -208,6 +207,15 @@ def _spectra(grid: _Grid) -> Figure:
         bar = figure.colorbar(ScalarMappable(span, color_of), ax=list(figure.axes), label="layer", aspect=40, pad=0.02)
         bar.locator = MaxNLocator(6, integer=True)
     return figure
+
+
+def _mean_spectrum(targets: Sequence[TargetReport]) -> list[float]:
+    """Singular values by the largest of each target, the mean over a layer's experts. Zeros, of a gradient with fewer
+    directions than asked for, are none: they have no place on a log scale."""
+    spectra = [values for target in targets if (values := target.singular_values) and values[0]]
+    columns = zip_longest(*([value / values[0] for value in values] for values in spectra), fillvalue=0.0)
+    known = ([share for share in column if share > 0] for column in columns)
+    return [sum(shares) / len(shares) if shares else math.nan for shares in known]
 
 
 def _heatmap(grid: _Grid, field: str, title: str, *, is_share: bool) -> Figure:

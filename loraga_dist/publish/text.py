@@ -15,6 +15,7 @@ from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BAS
 from loraga_dist.artifacts.report import Report, TargetReport
 from loraga_dist.errors import printable
 from loraga_dist.model.base import AUTO_CLASSES
+from loraga_dist.model.targets import kind_of
 from loraga_dist.publish.rendering import render
 
 
@@ -26,7 +27,7 @@ def print_summary(report: Report, directory: str, verified: str) -> None:
         table.add_column(column, justify="left" if column == "module" else "right")
     kinds: dict[tuple[Any, ...], list[TargetReport]] = {}
     for name, target in report.targets.items():
-        kinds.setdefault((name.rpartition(".")[2], *target.shape), []).append(target)
+        kinds.setdefault((kind_of(name), *target.shape), []).append(target)
     for (kind, M, N), members in kinds.items():
         ranks = sorted({member.r for member in members})
         table.add_row(

@@ -223,7 +223,8 @@ class TestStacks:
                     M, N = N, M
                 expected = Stack(
                     parameter_name=stack.parameter_name,
-                    E=count, M=M, N=N, transposed=kind == "gpt_oss", swapped=kind == "llama4",
+                    E=count, M=M, N=N, num_chosen=1 if kind == "llama4" else 2,
+                    transposed=kind == "gpt_oss", swapped=kind == "llama4",
                 )  # fmt: skip
                 assert stack == expected, kind
 

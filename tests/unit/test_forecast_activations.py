@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.forecast.activations import forecast_activations
 from loraga_dist.forecast.in_blocks import InBlocks, Shown
+from loraga_dist.gradients.experts import experts_tapped
 from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.head import LOGITS_AT_ONCE
 from loraga_dist.gradients.stubs import Form, Stubs
@@ -22,23 +25,27 @@ from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import MODEL_ORDER, Order, find_blocks
 from loraga_dist.model.selection import select_targets
-from loraga_dist.model.targets import meta_copy
+from loraga_dist.model.stacks import find_stacks
+from loraga_dist.model.targets import Target, meta_copy
 from loraga_dist.schemes import SCHEMES
 
 SCHEME = SCHEMES["lora_ga"]
 BATCH, LENGTH = 4, 96
+EXPERTS = ("mixtral", "gpt_oss", "llama4")
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
-@pytest.mark.parametrize(("kind", "layers"), [("llama", 3), ("llama", 12), ("t5", 2), ("gpt2", 2), ("bert", 2)])
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("llama", 3), ("llama", 12), ("t5", 2), ("gpt2", 2), ("bert", 2), *((kind, 2) for kind in EXPERTS)],
+)
 def test_the_forecast_is_what_a_run_takes(kind: str, layers: int, checkpointing: Checkpointing) -> None:
     model = LlamaForCausalLM(llama_config(num_hidden_layers=layers)).eval() if kind == "llama" else make_model(kind)
     model.requires_grad_(False)
     task = TASKS[kind]
     labels = (BATCH,) if task == "SEQ_CLS" else (BATCH, LENGTH)
     shapes = {"input_ids": (BATCH, LENGTH), "attention_mask": (BATCH, LENGTH), "labels": labels}
-    lora = LoraSection(task_type=task, exclude_modules=["score", "classifier"] if task == "SEQ_CLS" else None)  # type: ignore[arg-type]
-    targets = select_targets(meta_copy(type(model), model.config), lora, SCHEME.num_triplets).targets
+    targets = targets_of(model, task)
     names = [target.name for target in targets]
     shown = Shown(tuple((name, 0) for name in names))
     forecast = forecast_activations(
@@ -47,6 +54,21 @@ def test_the_forecast_is_what_a_run_takes(kind: str, layers: int, checkpointing:
     assert forecast is not None
     measured = real_peak_bytes(model, shapes, names, task, checkpointing)
     assert forecast.backward_bytes == pytest.approx(measured, rel=0.1)
+    if kind in EXPERTS:  # of grouped products, and of another implementation than the taps'
+        microbatch = padded_microbatch(shapes)
+        with torch.no_grad():
+            forward_bytes = peak_of(lambda: forward(model, microbatch, torch.device("cpu")))
+        assert forecast.forward_bytes == pytest.approx(forward_bytes, rel=0.15)
+
+
+def targets_of(model: Any, task: str) -> list[Target]:
+    lora = LoraSection(
+        r=4,
+        task_type=task,  # type: ignore[arg-type]
+        exclude_modules=["score", "classifier"] if task == "SEQ_CLS" else ["router"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"] if find_stacks(model) else None,
+    )
+    return select_targets(meta_copy(type(model), model.config), lora, SCHEME.num_triplets).targets
 
 
 def base_of(model: torch.nn.Module) -> BaseModel:
@@ -92,15 +114,14 @@ def peak_of(work: Callable[[], object]) -> int:
     return peak
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", *EXPERTS])
 def test_a_block_takes_what_the_forecast_says(kind: str) -> None:
     model = make_model(kind).requires_grad_(False)
     task, blocks = TASKS[kind], find_blocks(model)
     assert blocks is not None
     labels = (BATCH,) if task == "SEQ_CLS" else (BATCH, LENGTH)
     shapes = {"input_ids": (BATCH, LENGTH), "attention_mask": (BATCH, LENGTH), "labels": labels}
-    lora = LoraSection(task_type=task, exclude_modules=["score", "classifier"] if task == "SEQ_CLS" else None)  # type: ignore[arg-type]
-    targets = select_targets(meta_copy(type(model), model.config), lora, SCHEME.num_triplets).targets
+    targets = targets_of(model, task)
     order = Order(blocks=blocks, why="")
     groups = [[t.name for t in targets if order.stage_of(t.name) == stage] for stage in (blocks.count - 1, 0)]
     forecast = forecast_activations(
@@ -125,13 +146,13 @@ def test_a_block_takes_what_the_forecast_says(kind: str) -> None:
 def real_bytes_in_blocks(
     model: torch.nn.Module, order: Order, shapes: dict[str, tuple[int, ...]], groups: list[list[str]], task: str
 ) -> InBlocks:
-    """The same of real tensors, of the first block's forward and of the stages of the groups."""
+    """The same of real tensors, of the blocks' forward and of the stages of the groups."""
     assert order.blocks is not None
     blocks, microbatch = order.blocks.of(model), padded_microbatch(shapes)
     assert BATCH * LENGTH * 258 < LOGITS_AT_ONCE, "all logits are there at a time"
     stubs = Stubs(model, blocks, torch.device("cpu"))
     stubs.form = Form(None)
-    with stubs.installed():
+    with stubs.installed(), experts_tapped(model):
         found = stubs.enter(microbatch, {})
         hidden, calls = found.hidden, found.calls
         tensors = {
@@ -141,8 +162,10 @@ def real_bytes_in_blocks(
             if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() != hidden.data_ptr()
         }
 
-        def forward_of_first() -> object:
-            return stubs.run_block(0, hidden.detach().requires_grad_(), calls[0])  # a graph, as in the first chunk
+        def forward_of(index: int) -> object:  # a graph, as in the first chunk
+            return stubs.run_block(
+                index, hidden.detach().requires_grad_(), calls[index]
+            )  # a graph, as in the first chunk
 
         def backward(names: list[str]) -> int:
             stage = order.stage_of(names[0])
@@ -162,7 +185,7 @@ def real_bytes_in_blocks(
         return InBlocks(
             hidden_bytes=hidden.nbytes,
             argument_bytes=sum(tensors.values()),
-            forward_bytes=peak_of(forward_of_first),
+            forward_bytes=max(peak_of(functools.partial(forward_of, index)) for index in range(order.blocks.count)),
             loss_bytes=peak_of(leave),
             backward_bytes=tuple(map(backward, groups)),
         )

@@ -70,6 +70,7 @@ def test_shapes_by_hand() -> None:
     assert shape.num_bytes == 2 * (2 * vocabulary * d + layers * block + d)
     assert shape.block_numel == layers * block
     assert shape.embedding_numel == vocabulary * d
+    assert shape.block_linear_numel == layers * (block - 2 * d)
     assert shape.linear_numel == vocabulary * d + layers * (block - 2 * d)
     assert shape.largest_module_numel == vocabulary * d
     # of a 64-vector three ranks hold 22 elements each, of a 64 x 112 matrix 2390
@@ -194,7 +195,7 @@ def test_state_goes_to_the_host_by_what_a_sweep_takes() -> None:
 def test_work_by_hand() -> None:
     plan, shape = tiny_plan(2, engine="exact")
     done = work(plan, shape, on_device(2), course_of(plan), num_tokens=10, recomputes=True, refine_passes=0)
-    assert done.flops["model"] == 10 * (4 * shape.linear_numel + 2 * shape.block_numel)
+    assert done.flops["model"] == 10 * (4 * shape.linear_numel + 2 * shape.block_linear_numel)
     assert done.flops["engine"] == 10 * 2 * 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 112)
     blocks, rest = shape.block_numel, sum(shape.numels) - shape.block_numel - shape.embedding_numel
     gathers = 3 * blocks + 2 * rest + shape.embedding_numel

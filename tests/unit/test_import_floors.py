@@ -120,6 +120,7 @@ INSIDE = {
         "work",
         "ways",
         "forecaster",
+        "kinds",
         "speed",
         "report",
     ],

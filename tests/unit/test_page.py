@@ -25,7 +25,7 @@ from loraga_dist.cli import main
 from loraga_dist.errors import RunError, printable
 from loraga_dist.files.checksums import check_checksums
 from loraga_dist.publish.page import write_report_page
-from loraga_dist.publish.plots import _plots
+from loraga_dist.publish.plots import _mean_spectrum, _plots
 from loraga_dist.ranks.world import World
 
 pytestmark = pytest.mark.plots
@@ -224,6 +224,24 @@ def test_kinds_have_the_shortest_names_that_tell_them_apart(
     _, page = read(tmp_path)
     assert kinds <= set(page.texts)
     assert sorted(row[0] for row in page.rows[-len(names) :]) == sorted(names)
+
+
+def test_experts_are_a_row_for_each_stack_and_a_line_for_each_layer(report: dict[str, Any], tmp_path: Path) -> None:
+    parameters = [f"layers.{layer}.experts.up_proj" for layer in range(3)]
+    tree = with_targets(report, [f"{parameter}.{expert}" for parameter in parameters for expert in range(8)])
+    for number, (name, target) in enumerate(tree["targets"].items()):
+        parameter, _, expert = name.rpartition(".")
+        target["stack"] = {"parameter": parameter, "index": int(expert), "size": 8, "num_chosen": 2, "layer": "l"}
+        target["captured_energy"] = 0.9 - number / 100
+        target["singular_values"] = [0.0, 0.0] if expert == "3" else [4.0, 2.0 if int(expert) % 2 else 1.0]
+    write_page(tmp_path, tree)
+    text, page = read(tmp_path)
+    rows = [row[0] for row in page.rows[-3:]]
+    assert rows == [f"{parameter}.7, the worst of 8" for parameter in reversed(parameters)]
+    assert "Of experts there is the worst of each layer" in text
+    targets = Report.parse(json.dumps(tree)).targets
+    mean = _mean_spectrum([target for name, target in targets.items() if name.startswith(parameters[0])])
+    assert mean == pytest.approx([1.0, (4 * 0.25 + 3 * 0.5) / 7])
 
 
 def test_without_matplotlib_the_page_says_how_to_get_plots(
