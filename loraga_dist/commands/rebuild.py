@@ -83,7 +83,7 @@ class _NewStart:
         before = self.old.targets[name]
         assert before.singular_values is not None and before.captured_energy is not None, "of a gradient"
         singular_values = svd.S_K[: scheme.num_triplets(target.r)].tolist()
-        more_energy = _energy(singular_values) / _energy(before.singular_values)
+        more_energy = _energy(singular_values) / (_energy(before.singular_values) or 1.0)  # of no gradient none
         found = {
             "r": target.r,
             "lora_alpha": target.lora_alpha,

@@ -88,7 +88,8 @@ def forecast_activations(
 
 def _forward(model: nn.Module, microbatch: Microbatch, *, gathers: bool) -> tuple[int, int]:
     """Bytes of a forward whose pieces are held for the time of theirs, and of the logits that are kept of it."""
-    with Ledger(model) as ledger, torch.no_grad():
+    # experts as they are tapped: shapes of transformers' own products are known for bfloat16 alone
+    with Ledger(model) as ledger, torch.no_grad(), experts_tapped(model):
         if gathers:
             for piece in pieces_of(model):
                 num_bytes = sum(parameter.nbytes for parameter in piece.parameters)
