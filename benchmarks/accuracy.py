@@ -54,7 +54,7 @@ REFINES = (0, 1)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", default="build/quickstart", help="made by launch/quickstart.py")
-    parser.add_argument("--only", choices=("real", "synthetic"))
+    parser.add_argument("--only", choices=("real", "synthetic", "experts"))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes for the model's gradients")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -62,11 +62,13 @@ def main() -> None:
     if "RANK" in os.environ:  # one of the ranks started below
         leave_process(run_as_rank(lambda world, stop: write_real(options, world)))
     rows = []
-    if options.only != "synthetic":
+    if options.only in (None, "real"):
         for num_ranks in options.ranks:
             rows += json_of_ranks(__file__, num_ranks, "--directory", options.directory)
-    if options.only != "real":
+    if options.only in (None, "synthetic"):
         rows += synthetic()
+    if options.only in (None, "experts"):
+        rows += experts()
     if options.json:
         hardware = {"machine": platform.machine(), "cores": os.cpu_count()}
         options.json.write_text(json.dumps({"rows": rows, "hardware": hardware, "versions": versions()}, indent=2))
@@ -290,6 +292,84 @@ def _synthetic_run(
     truth = (energy[: 2 * r].sum() / energy.sum()).item()
     score = efficiency(G_MN, result.svd.U_MK[:, r : 2 * r], result.svd.Vh_KN[:r].T)
     return score, abs(result.captured_energy - truth)
+
+
+def experts(
+    n: int = 512, r: int = 8, microbatches: int = 64, tokens: int = 2048, num_experts: int = 12
+) -> list[dict[str, Any]]:
+    """Experts of one stack, each of which is sent half as many tokens as the one before: one pass, and a refined one.
+
+    Gradients and noise as of `synthetic`, i^-0.75; the truth is the gradient of the very rows that an expert saw.
+    """
+    matrices = [
+        Matrix(
+            name=str(expert),
+            M=n,
+            N=n,
+            num_triplets=2 * r,
+            width=SketchEngine.width(2 * r, n, n, None),
+            owner=0,
+            engine="sketch",
+            is_routed=True,
+        )
+        for expert in range(num_experts)
+    ]
+    found: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
+    for seed in (0, 1):
+        draw = torch.Generator().manual_seed(seed)
+        signals = []
+        for _ in matrices:
+            U, V = (torch.linalg.qr(torch.randn(n, n, generator=draw)).Q for _ in range(2))
+            signals.append(U * torch.arange(1, n + 1) ** -0.75 @ V.T)
+        shares = 0.5 ** torch.arange(num_experts)
+        routes = [
+            torch.multinomial(shares, tokens, replacement=True, generator=draw).bincount(minlength=num_experts).tolist()
+            for _ in range(microbatches)
+        ]
+        engine = SketchEngine(matrices, home=StateHome(torch.device("cpu")), seed=seed, dtype=torch.float32)
+        exact = [torch.zeros(n, n) for _ in matrices]
+        for refinement in (0, 1):
+            if refinement:
+                engine.begin_refinement(World.current())
+            for index, route in enumerate(routes):
+                inner = torch.Generator().manual_seed(seed * 1000 + index)
+                engine.begin_microbatch(index)
+                for expert, rows in enumerate(route):
+                    dy_TM = torch.randn(rows, n, generator=inner)
+                    noise_TN = torch.randn(rows, n, generator=inner) * (3 * signals[expert].square().sum() / n).sqrt()
+                    x_TN = dy_TM @ signals[expert] + noise_TN
+                    if rows:  # the tap shows none of an expert without
+                        engine.observe(str(expert), x_TN, dy_TM)
+                    if not refinement:
+                        exact[expert] += dy_TM.T @ x_TN
+                engine.end_microbatch(World.current())
+            ended = copy.deepcopy(engine)
+            ended.collect(World.current())
+            for name, result in ended.results(1):
+                G_MN = exact[int(name)]
+                score = efficiency(G_MN, result.svd.U_MK[:, r : 2 * r], result.svd.Vh_KN[:r].T)
+                energy = torch.linalg.svdvals(G_MN.double()).square()
+                miss = abs(result.captured_energy - (energy[: 2 * r].sum() / energy.sum()).item())
+                num_rows = sum(route[int(name)] for route in routes)
+                found.setdefault((int(name), refinement), []).append((score, miss, num_rows))
+    rows = []
+    for (expert, refinement), of_seeds in sorted(found.items()):
+        scores, misses, num_rows = zip(*of_seeds, strict=True)
+        rows.append(
+            {
+                "gradients": f"expert of {sum(num_rows) // len(num_rows)} rows",
+                "ranks": 1,
+                "r": r,
+                "K": matrices[expert].width,
+                "refine_passes": refinement,
+                "default": refinement == 0,
+                "mean": sum(scores) / len(scores),
+                "worst": min(scores),
+                "captured_energy_error": sum(misses) / len(misses),
+            }
+        )
+        _show(rows[-1], World.current())
+    return rows
 
 
 def _gathered(world: World, scores: list[float], misses: list[float]) -> dict[str, float]:

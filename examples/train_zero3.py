@@ -28,6 +28,7 @@ import torch.distributed as dist
 import transformers
 from from_start import FirstLosses, base_of, read_samples
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -92,6 +93,9 @@ def main() -> Any:
     learning_rate = options.learning_rate
     if learning_rate is None:
         learning_rate = Report.read(options.loraga_dir or start_directory).learning_rate
+    if any(isinstance(module, ParamWrapper) for module in model.modules()):
+        # experts: which run differs between ranks, and PEFT's layers nest, so each is gathered at once
+        deepspeed.utils.set_z3_leaf_modules(model, [ParamWrapper])
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate, options.loraplus_lr_ratio))
     engine, *_ = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)
     del keep_alive

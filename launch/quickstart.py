@@ -1,7 +1,8 @@
-"""Make, once, what configs/quickstart.yaml points at: a small pretrained byte-level Llama and a calibration set.
+"""Make, once, what configs/quickstart.yaml points at: a small pretrained byte-level model and a calibration set.
 
-Nothing is downloaded. The model learns the source of this Python's standard library; the calibration passages are the
-English help topics that ship with it, another distribution than the one the model has learned.
+`--model moe` makes the mixture of experts of configs/quickstart-moe.yaml instead of a Llama. Nothing is downloaded. The
+model learns the source of this Python's standard library; the calibration passages are the English help topics that
+ship with it, another distribution than the one the model has learned.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 # threads that spin while they wait are ten times slower as soon as anything else runs on the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -27,7 +29,14 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from loraga_dist.errors import LoragaError, RunError, UserError
 
@@ -60,6 +69,26 @@ class Recipe:
     target_loss: float = 1.6
     time_limit_seconds: float = 1800.0
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class MoeRecipe(Recipe):
+    """Of a Qwen3-MoE; `intermediate_size` is that of one expert."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 96
+    num_layers: int = 2
+    num_experts: int = 8
+    experts_per_token: int = 2
+    decay_end_step: int = 120
+    heldout_windows: int = 32
+    target_loss: float = 2.4
+    balance: float = 0.02
+    """Weight of the loss that keeps experts equally busy; else some see next to nothing of the calibration data."""
+
+
+RECIPES = {"dense": Recipe(), "moe": MoeRecipe()}
+DIRECTORIES = {"dense": Path("build/quickstart"), "moe": Path("build/quickstart-moe")}
 
 
 def ensure_quickstart(directory: Path, recipe: Recipe | None = None) -> Path:
@@ -188,34 +217,45 @@ def _standard_library() -> tuple[torch.Tensor, torch.Tensor]:
     return training_ids, torch.cat(heldout)
 
 
-def _new_model(recipe: Recipe) -> LlamaForCausalLM:
+def _new_model(recipe: Recipe) -> PreTrainedModel:
     torch.manual_seed(recipe.seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=END_OF_TEXT_ID,
-        eos_token_id=END_OF_TEXT_ID,
-        pad_token_id=PAD_ID,
-        dtype="float32",
-    )
-    model = LlamaForCausalLM(config)
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": recipe.intermediate_size,
+        "num_hidden_layers": recipe.num_layers,
+        "num_attention_heads": recipe.num_heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": END_OF_TEXT_ID,
+        "eos_token_id": END_OF_TEXT_ID,
+        "pad_token_id": PAD_ID,
+        "dtype": "float32",
+    }
+    if isinstance(recipe, MoeRecipe):
+        config = Qwen3MoeConfig(
+            **common,
+            num_key_value_heads=recipe.num_heads,
+            moe_intermediate_size=recipe.intermediate_size,
+            num_experts=recipe.num_experts,
+            num_experts_per_tok=recipe.experts_per_token,
+            norm_topk_prob=True,
+        )
+        model: PreTrainedModel = Qwen3MoeForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**common))
     # Blocks that start as the identity, and a loss that starts at log(vocabulary), make early steps count.
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj", "lm_head.weight")):
             torch.nn.init.zeros_(parameter)
         elif name.endswith("embed_tokens.weight"):
             torch.nn.init.normal_(parameter, std=0.5)
-        elif parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
+        elif parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
     return model
 
 
-def _pretrain(recipe: Recipe) -> tuple[LlamaForCausalLM, float]:
+def _pretrain(recipe: Recipe) -> tuple[PreTrainedModel, float]:
     """Train until the held-out loss is below the target; raises RunError at the step or time limit."""
     torch.set_num_threads(os.cpu_count() or 1)
     training_ids, heldout_ids = _standard_library()
@@ -229,6 +269,7 @@ def _pretrain(recipe: Recipe) -> tuple[LlamaForCausalLM, float]:
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, recipe)) for o in optimizers]
     batches = _batches(training_ids, recipe)
+    options = {"output_router_logits": True} if isinstance(recipe, MoeRecipe) else {}
     # Autocast pays only where the processor multiplies bf16 itself; elsewhere it is emulated, many times slower.
     bf16 = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -239,9 +280,9 @@ def _pretrain(recipe: Recipe) -> tuple[LlamaForCausalLM, float]:
             step += 1
             ids_BS = next(batches)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                logits = model(ids_BS).logits
-            loss = _next_byte_loss(logits, ids_BS)
-            loss.backward()
+                outputs = model(ids_BS, **options)
+            loss = _next_byte_loss(outputs.logits, ids_BS)
+            (loss + recipe.balance * outputs.aux_loss if isinstance(recipe, MoeRecipe) else loss).backward()
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 optimizer.zero_grad()
@@ -286,7 +327,7 @@ def _batches(ids: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def _heldout_loss(model: LlamaForCausalLM, ids: torch.Tensor, recipe: Recipe) -> float:
+def _heldout_loss(model: PreTrainedModel, ids: torch.Tensor, recipe: Recipe) -> float:
     """Mean nats per byte over evenly spaced held-out windows, in fp32 as the model is saved."""
     starts_B1 = torch.linspace(0, len(ids) - recipe.sequence_length, recipe.heldout_windows).long()[:, None]
     windows_BS = ids[starts_B1 + torch.arange(recipe.sequence_length)].long()
@@ -300,10 +341,12 @@ def _next_byte_loss(logits_BSV: torch.Tensor, ids_BS: torch.Tensor) -> torch.Ten
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--directory", type=Path, default=Path("build/quickstart"))
-    directory: Path = parser.parse_args().directory
+    parser.add_argument("--model", choices=list(RECIPES), default="dense", help="moe: a mixture of experts")
+    parser.add_argument("--directory", type=Path, help="by default build/quickstart, or build/quickstart-moe")
+    options = parser.parse_args()
+    directory: Path = options.directory or DIRECTORIES[options.model]
     try:
-        ensure_quickstart(directory)
+        ensure_quickstart(directory, RECIPES[options.model])
     except LoragaError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -34,6 +34,7 @@ class Gradients(dict[str, Tensor]):
 
     def take(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
         assert len(x_TN) == len(dy_TM) > 0
+        assert not (x_TN.requires_grad or dy_TM.requires_grad), "who keeps rows keeps the graph with them"
         self.calls.append(name)
         self[name] = self.get(name, 0) + dy_TM.T @ x_TN
 

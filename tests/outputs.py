@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from launching import INIT, succeed
+from launching import INIT, free_port, succeed
 from peft import PeftModel
-from ranks import run_script
+from ranks import run_on_ranks, run_script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +22,8 @@ from loraga_dist.cli import init_main
 
 IDS = torch.arange(3, 43).view(2, 20) % 250
 """Token ids of which logits are compared."""
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+"""Ends of the names of all experts' parameters, in every family of `builders.MOE`."""
 
 
 def write_config(tree: dict[str, Any]) -> Path:
@@ -42,6 +46,19 @@ def make_output(tree: dict[str, Any], world_size: int = 1, *options: str, forked
     return Path(tree["output"]["dir"])
 
 
+def make_outputs(trees: Sequence[dict[str, Any]], world_size: int) -> list[Path]:
+    """The same of several trees, one after the other in the same processes."""
+    runs = [(free_port(), ["--config", str(write_config(tree))]) for tree in trees]
+    run_on_ranks(_init_in_turn, world_size, runs, timeout_seconds=280)
+    return [Path(tree["output"]["dir"]) for tree in trees]
+
+
+def _init_in_turn(runs: Sequence[tuple[int, list[str]]]) -> None:
+    for port, arguments in runs:
+        os.environ["MASTER_PORT"] = str(port)  # each has a group of its own
+        assert init_main(arguments) == 0
+
+
 def read_report(out: Path) -> dict[str, Any]:
     return json.loads((out / "loraga_report.json").read_text())
 
@@ -50,14 +67,22 @@ def read_adapter(out: Path, name: str = "loraga_init") -> dict[str, torch.Tensor
     return load_file(out / name / "adapter_model.safetensors")
 
 
+def read_start(out: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A0 and B0 of every target by its name, float64; of experts taken out of their layer's as PEFT reads that."""
+    adapter, found = read_adapter(out), {}
+    for name, target in read_report(out)["targets"].items():
+        stack = target.get("stack")
+        layer = f"base_model.model.{stack['layer'] if stack else name}"
+        A, B = (adapter[f"{layer}.lora_{letter}.weight"].double() for letter in "AB")
+        if stack:
+            A, B = A[stack["index"] * target["r"] :][: target["r"]], B[:, stack["index"] :: stack["size"]]
+        found[name] = A, B
+    return found
+
+
 def read_products(out: Path) -> dict[str, torch.Tensor]:
-    """B0 A0 of every target by its module's name, which no sign or split of the factors can hide a difference in."""
-    adapter, start = read_adapter(out), "base_model.model."
-    names = [key.removesuffix(".lora_A.weight") for key in adapter if key.endswith(".lora_A.weight")]
-    return {
-        name.removeprefix(start): adapter[f"{name}.lora_B.weight"].double() @ adapter[f"{name}.lora_A.weight"].double()
-        for name in names
-    }
+    """B0 A0 of every target by its name, which no sign or split of the factors can hide a difference in."""
+    return {name: B @ A for name, (A, B) in read_start(out).items()}
 
 
 def read_factors(out: Path) -> dict[str, torch.Tensor]:

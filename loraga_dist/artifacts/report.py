@@ -25,6 +25,7 @@ from loraga_dist.config import InitConfig, SchemeConfig
 from loraga_dist.errors import RunError
 from loraga_dist.files.disk import write_json
 from loraga_dist.model.rank_budget import num_parameters
+from loraga_dist.model.stacks import ExpertsLeftOut
 from loraga_dist.model.targets import StackPlace, Target
 from loraga_dist.schemes import FULL_RATE, SCHEMES, Scheme, lora_scaling, times_full_rate
 
@@ -200,6 +201,8 @@ class Report(ReportPart):
     saved_parameters: dict[str, str] = {}
     """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
     identity_check: IdentityCheck | None = None
+    experts_left_out: ExpertsLeftOut | None = None
+    """Not in reports of earlier versions."""
     warnings: list[str] = []
     rebuilt: Rebuilt | None = None
     """Written only where the output was rebuilt."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from loraga_dist.artifacts.report import IdentityCheck, TargetReport
 from loraga_dist.config import SchemeConfig
+from loraga_dist.model.stacks import ExpertsLeftOut
 from loraga_dist.schemes import SCHEMES
 
 LOW_SPLIT_HALF_COSINE = 0.5
@@ -38,6 +39,7 @@ def find_warnings(
     stopped_by: str | None,
     refine_passes: int | None,
     identity: IdentityCheck | None = None,
+    experts_left_out: ExpertsLeftOut | None = None,
 ) -> list[str]:
     """What a user should look at before training: one line each, with the worst targets, and what to do.
 
@@ -64,7 +66,7 @@ def find_warnings(
         for name, rank in known("numerical_rank").items()
         if 0 < rank < len(targets[name].singular_values or ())
     }
-    lines = []
+    lines = [] if experts_left_out is None else [experts_left_out.text]
     if large:
         rounding = "; output.residual_dtype float32 keeps the rounding small" if scheme.changes_base else ""
         lines.append(

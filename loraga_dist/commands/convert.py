@@ -46,6 +46,8 @@ class Conversion:
     """Share of every target's ||update||_F^2 that the adapter holds."""
     total_kept_energy: float = 1.0
     """The same over all targets together."""
+    has_stacks: bool = False
+    """The adapter has experts in PEFT's layout, all those of a parameter in one tensor."""
     saved_parameters: list[str]
     """Parameters that were trained whole and went along."""
     warnings: list[str]
@@ -58,6 +60,7 @@ def convert(
     to: Path | None = None,
     merge: Path | None = None,
     rank: int | None = None,
+    per_expert: bool = False,
     base: Path | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
@@ -70,7 +73,9 @@ def convert(
     padded with zeros.
 
     rank: of the adapter, the best approximation of that rank; by default the 2r (r on an unchanged base) that hold the
-    whole update. `merge` always takes the whole update. base: the original model, if it is not where the report says.
+    whole update. `merge` always takes the whole update. per_expert: experts' matrices by their names
+    in the checkpoint, for servers; PEFT loads the other layout. base: the original model, if it is not where the report
+    says.
     Each output appears whole or not at all. The parameters are the command's options. Raises UserError for input that
     does not fit together, RunError when writing fails.
     """
@@ -83,6 +88,11 @@ def convert(
         problem = "cannot hold a trained DoRA: its magnitudes change weights by more than any low rank"
         raise UserError("--to", str(to), f"{problem}; write --merge DIR instead, for a merged model")
     inputs = [init.parent, trained]
+    parts = {name: _parts(target, per_expert=per_expert) for name, target in update.targets.items()}
+    keys = [part.weight_key for each in parts.values() for part in each]
+    if per_expert and len(keys) > len(set(keys)):
+        problem = "but the checkpoint has all experts of a layer in one tensor; leave it out"
+        raise UserError("--per_expert", True, f"names experts as the checkpoint does, {problem}")
     base_dir, index = None, {}
     if merge is not None:
         base_dir, index = open_base(update.report, base)
@@ -99,15 +109,17 @@ def convert(
         base=str(base) if base is not None else update.report.config.model.name_or_path,
         revision=None if base is not None else update.report.config.model.revision,
         num_targets=len(update.targets),
+        has_stacks=not per_expert and any(target.stack for target in update.targets.values()),
         saved_parameters=list(update.saved),
         warnings=update.warnings,
     )
     if to is not None:
         r = rank or update.full_rank
-        targets = [_with_rank(target, r) for target in update.targets.values()]
-        num_bytes = num_bytes_of(adapter_entries(targets, use_dora=False, saved=entries_of(update.saved)).values())
+        parts = {name: [_with_rank(part, r) for part in each] for name, each in parts.items()}
+        written = [part for each in parts.values() for part in each]
+        num_bytes = num_bytes_of(adapter_entries(written, use_dora=False, saved=entries_of(update.saved)).values())
         with whole_directory(to, "--to", num_bytes, overwrite=overwrite) as directory:
-            found = _write_adapter(directory, update, found, r, show_progress)
+            found = _write_adapter(directory, update, found, parts, r, show_progress)
             _write_record(directory, found)
     if merge is not None:
         assert base_dir is not None
@@ -132,20 +144,52 @@ def refactorize(A_KN: Tensor, B_MK: Tensor, r: int) -> tuple[Tensor, Tensor, Ten
     return A_RN, B_MR, S_J
 
 
-def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, show_progress: bool) -> Conversion:
+def _parts(target: Target, *, per_expert: bool) -> list[Target]:
+    """What is written of a target, one below the other; apart, an expert's is what the checkpoint has of it."""
+    if not per_expert:
+        return [target]
+    target = dataclasses.replace(target, by_parameter=False)  # for PEFT, which does not read it
+    if target.stack is None:
+        return [target]
+    return [
+        dataclasses.replace(
+            target, name=rows.key.removesuffix(".weight"), M=rows.count, weight_key=rows.key, stack=None
+        )
+        for rows in target.stored_rows
+    ]
+
+
+def _write_adapter(
+    directory: Path,
+    update: Update,
+    found: Conversion,
+    parts: dict[str, list[Target]],
+    r: int,
+    show_progress: bool,
+) -> Conversion:
+    """parts: of every target, with the rank of the adapter."""
     from peft import LoraConfig
 
-    kept, total = {}, {}
-    with phase("convert", 2 * len(update.targets), "targets", shown=show_progress) as progress:
+    kept, total, made = {}, {}, dict[str, LoraFactors]()
+    whole = {part.name: name for name, each in parts.items() for part in each}
+    with phase("convert", 2 * len(parts), "targets", shown=show_progress) as progress:
 
-        def factors(target: Target) -> LoraFactors:
-            A_RN, B_MR, S_J = refactorize(*update.factors(target), r)
-            total[target.name] = S_J.square().sum().item()
-            kept[target.name] = S_J[:r].square().sum().item()
-            progress.advance()
-            return LoraFactors(A_RN=A_RN, B_MR=B_MR)
+        def factors(part: Target) -> LoraFactors:
+            if part.name not in made:
+                name = whole[part.name]
+                A_RN, B_MR, S_J = refactorize(*update.factors(update.targets[name]), r)
+                total[name] = S_J.square().sum().item()
+                kept[name] = S_J[:r].square().sum().item()
+                progress.advance()
+                pieces = B_MR.split([each.M for each in parts[name]])
+                made.update(
+                    {
+                        each.name: LoraFactors(A_RN=A_RN, B_MR=B_PR)
+                        for each, B_PR in zip(parts[name], pieces, strict=True)
+                    }
+                )
+            return made.pop(part.name)
 
-        targets = [_with_rank(target, r) for target in update.targets.values()]
         config = LoraConfig(
             task_type=update.task_type,  # type: ignore[arg-type]
             base_model_name_or_path=found.base,
@@ -154,10 +198,12 @@ def _write_adapter(directory: Path, update: Update, found: Conversion, r: int, s
             lora_alpha=r,
             modules_to_save=update.modules_to_save,
         )
-        write_adapter(directory, config, targets, factors, saved=update.saved)
+        write_adapter(
+            directory, config, [part for each in parts.values() for part in each], factors, saved=update.saved
+        )
         stored = AdapterFile(directory)
-        for target in targets:
-            _check_stored(update, stored, target, total[target.name], kept[target.name])
+        for name, each in parts.items():
+            _check_stored(update, [stored.factors(part) for part in each], name, total[name], kept[name])
             progress.advance()
     return dataclasses.replace(
         found,
@@ -171,14 +217,14 @@ def _with_rank(target: Target, r: int, scaling: float = 1.0) -> Target:
     return dataclasses.replace(target, r=r, lora_alpha=r, scaling=scaling)
 
 
-def _check_stored(update: Update, stored: AdapterFile, target: Target, energy: float, kept_energy: float) -> None:
+def _check_stored(update: Update, parts: list[LoraFactors], name: str, energy: float, kept_energy: float) -> None:
     """Raise RunError unless the stored factors are as far from the update as truncation makes them."""
-    A_RN, B_MR = stored.factors(target)
-    A_KN, B_MK = update.factors(target)
+    A_RN, B_MR = torch.cat([part.A_RN for part in parts]), torch.block_diag(*(part.B_MR for part in parts))
+    A_KN, B_MK = update.factors(update.targets[name])
     _, S_J, _ = product_svd(torch.cat([B_MK, -B_MR.double()], dim=1), torch.cat([A_KN, A_RN.double()]))
     error = (S_J.norm().item() - max(0.0, energy - kept_energy) ** 0.5) / (energy or 1.0) ** 0.5
     if not error <= _MAX_RELATIVE_ERROR:
-        raise RunError(f"convert: {target.name} was stored with a relative error of {error:.1e}; is the disk sound?")
+        raise RunError(f"convert: {name} was stored with a relative error of {error:.1e}; is the disk sound?")
 
 
 def _write_merged(

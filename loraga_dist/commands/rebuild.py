@@ -83,7 +83,7 @@ class _NewStart:
         before = self.old.targets[name]
         assert before.singular_values is not None and before.captured_energy is not None, "of a gradient"
         singular_values = svd.S_K[: scheme.num_triplets(target.r)].tolist()
-        more_energy = _energy(singular_values) / _energy(before.singular_values)
+        more_energy = _energy(singular_values) / (_energy(before.singular_values) or 1.0)  # of no gradient none
         found = {
             "r": target.r,
             "lora_alpha": target.lora_alpha,
@@ -113,7 +113,11 @@ class _NewStart:
         old, targets = self.old, list(self.targets.values())
         assert old.identity_check is not None, "a run compares logits"
         warnings = find_warnings(
-            self.config.init, self.reports, stopped_by=old.stopped_by, refine_passes=old.refine_passes
+            self.config.init,
+            self.reports,
+            stopped_by=old.stopped_by,
+            refine_passes=old.refine_passes,
+            experts_left_out=old.experts_left_out,
         )
         return old.model_copy(
             update={

@@ -166,6 +166,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trained", type=_path, required=True, help="the adapter as the trainer saved it")
     parser.add_argument("--to", type=_path, help="where the adapter for the original base goes")
     parser.add_argument("--rank", type=int, help="truncate to this rank; by default all that the update has")
+    parser.add_argument(
+        "--per_expert", action="store_true", help="experts by their names in the checkpoint: for servers, not for PEFT"
+    )
     parser.add_argument("--merge", type=_path, help="where a merged model goes")
     parser.add_argument("--base", type=_path, help="directory of the original model, if it is not where it was")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results of convert")
@@ -180,6 +183,7 @@ def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         to=options.to,
         merge=options.merge,
         rank=options.rank,
+        per_expert=options.per_expert,
         base=options.base,
         overwrite=options.overwrite,
         show_progress=sys.stderr.isatty(),
@@ -193,14 +197,19 @@ def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             f"kept energy {found.total_kept_energy:.6f}, least {found.kept_energy[worst]:.6f} in {worst}",
             sys.stdout,
         )
-        for line in how_to_serve(options.to, found.base, found.r, found.saved_parameters):
+        for line in how_to_serve(options.to, found.base, found.r, found.saved_parameters, has_stacks=found.has_stacks):
             say(f"serve: {line}", sys.stdout)
     if options.merge is not None:
         say(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in", sys.stdout)
 
 
-def how_to_serve(adapter: Path, base: str, r: int, saved_parameters: Sequence[str]) -> list[str]:
-    """What to type for vLLM and SGLang, or why they do not take it; one line each. r: of the adapter."""
+def how_to_serve(
+    adapter: Path, base: str, r: int, saved_parameters: Sequence[str], *, has_stacks: bool = False
+) -> list[str]:
+    """What to type for vLLM and SGLang, or why they do not take it; one line each.
+
+    r: of the adapter. has_stacks: it has experts in PEFT's layout.
+    """
     saved_modules = {name.split(".")[-2] for name in saved_parameters}
     fitting = [rank for rank in VLLM_LORA_RANKS if rank >= r]
     if saved_modules - VLLM_SAVED_MODULES:
@@ -208,7 +217,9 @@ def how_to_serve(adapter: Path, base: str, r: int, saved_parameters: Sequence[st
     if not fitting:
         return [f"vLLM takes adapters of rank {VLLM_LORA_RANKS[-1]} at most; use --rank or --merge"]
     lines = [f"vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules tuned={adapter}"]
-    if not saved_modules:
+    if has_stacks:
+        lines.append("where the checkpoint has its experts one by one, vLLM and SGLang want --per_expert")
+    elif not saved_modules:
         server = "python -m sglang.launch_server"
         lines.append(f"{server} --model-path {base} --enable-lora --max-lora-rank {r} --lora-paths tuned={adapter}")
     return lines

@@ -61,7 +61,7 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
         (dy,), stack = grad_outputs, ctx.stack
         if stack.names:
-            (x,) = ctx.saved_tensors
+            x = ctx.saved_tensors[0].detach()  # sinks may keep rows, but no graph with them
             for expert, own in ctx.rows:
                 if expert in stack.names:
                     shown = (dy[own], x[own]) if stack.swapped else (x[own], dy[own])

@@ -14,12 +14,21 @@ from torch import nn
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
 from loraga_dist.model.conversion import StoredModel
-from loraga_dist.model.stacks import Stack, find_stacks
+from loraga_dist.model.stacks import (
+    NOT_IN_INTERFACE,
+    TO_ADD_EXPERTS,
+    ExpertsLeftOut,
+    Stack,
+    ends_of,
+    find_stacks,
+    untappable,
+)
 from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
 
 SELECTION_SECONDS = 120
 """PEFT takes a few for the largest models; some regular expressions never end."""
 
+_REMOVE = "leave it out"
 _LEAVE_OUT = "leave it out with lora.exclude_modules"
 
 
@@ -31,6 +40,8 @@ class Selection:
     """In the model's module order."""
     saved_parameters: list[str]
     """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
+    experts_left_out: ExpertsLeftOut | None
+    """Where `all-linear` was all that was asked for; who names modules or parameters knows what is left out."""
 
 
 def select_targets(
@@ -55,6 +66,9 @@ def select_targets(
     before = {name for name, _ in meta_model.named_modules()}
     stacks = find_stacks(meta_model)
     taken_for_experts = _names_taken_for_experts(meta_model)
+    asks_for_all = lora.target_modules == "all-linear" and not lora.target_parameters
+    left_out = ExpertsLeftOut.of(meta_model) if asks_for_all else None
+    _require_names(meta_model, stacks, lora)
     injected = _injected(meta_model, lora)
     targets: list[Target] = []
     saved_parameters: list[str] = []
@@ -75,9 +89,47 @@ def select_targets(
         raise UserError(
             "lora.target_modules", lora.target_modules, "matches no module; write names the model has, or all-linear"
         )
-    _require_plain_inputs(lora, targets)
+    for target in targets:
+        if target.by_parameter:
+            _require_nothing_of_inputs(lora, target.parameter_name)
     check_patterns(lora, targets)
-    return Selection(targets=targets, saved_parameters=saved_parameters)
+    return Selection(targets=targets, saved_parameters=saved_parameters, experts_left_out=left_out)
+
+
+def _require_names(model: nn.Module, stacks: Mapping[str, Stack], lora: LoraSection) -> None:
+    """Raise UserError for names that PEFT would pass over: of no parameter, or of what were experts' modules once; and
+    for parameters that cannot be adapted."""
+    ends = ends_of(stacks)
+    instead = f"write {TO_ADD_EXPERTS.format(', '.join(ends))}" if ends else _REMOVE
+    if ends and isinstance(lora.target_modules, list):
+        modules = [name for name, _ in model.named_modules()]
+        for end in lora.target_modules:
+            if not _with_end(modules, end):
+                problem = "matches no module; experts of this model are parameters"
+                raise UserError("lora.target_modules", end, f"{problem}: leave it out, and for experts {instead}")
+    parameters, closed = dict(model.named_parameters(remove_duplicate=False)), untappable(model)
+    for end in lora.target_parameters or ():
+        found = _with_end(parameters, end)
+        if not found:
+            raise UserError("lora.target_parameters", end, f"matches no parameter; {instead}")
+        for module in closed:
+            if any(name.startswith(f"{module}.") for name in found):
+                problem = f"has experts that cannot be tapped, {NOT_IN_INTERFACE}"
+                raise UserError("lora.target_parameters", module, f"{problem}; leave them out")
+        for name in found:
+            if parameters[name].ndim not in (2, 3):
+                raise _no_matrix(name, model.get_submodule(name.rpartition(".")[0]), lora)
+        _require_nothing_of_inputs(lora, found[0])
+
+
+def _with_end(names: Iterable[str], end: str) -> list[str]:
+    """As PEFT matches them."""
+    return [name for name in names if f".{name}".endswith(f".{end}")]
+
+
+def _no_matrix(parameter: str, module: nn.Module, lora: LoraSection) -> UserError:
+    problem = f"{parameter} of {type(module).__name__} is neither a matrix of nn.Linear nor a stack of experts'"
+    return UserError("lora.target_parameters", lora.target_parameters, f"{problem}; leave it out")
 
 
 def _injected(meta_model: nn.Module, lora: LoraSection) -> nn.Module:
@@ -154,10 +206,8 @@ def _targets_of(
                 )
                 for index in range(shape.E)
             ]
-        is_matrix = type(base) is nn.Linear and layer.parameter_name == "weight"
-        if not is_matrix:
-            problem = f"{parameter} of {type(base).__name__} is neither a matrix of nn.Linear nor a stack of experts'"
-            raise UserError("lora.target_parameters", lora.target_parameters, f"{problem}; leave it out")
+        if type(base) is not nn.Linear or layer.parameter_name != "weight":
+            raise _no_matrix(parameter, base, lora)
         return [
             Target(
                 name=module_name,
@@ -223,12 +273,9 @@ def _require_size(target: Target, lora: LoraSection, num_triplets: Callable[[int
     )
 
 
-def _require_plain_inputs(lora: LoraSection, targets: Iterable[Target]) -> None:
+def _require_nothing_of_inputs(lora: LoraSection, parameter: str) -> None:
     """Raise UserError for what PEFT has no place for where it adds an adapter to a parameter's value."""
-    wrapped = next((target for target in targets if target.stack is not None or target.by_parameter), None)
-    if wrapped is None:
-        return
-    problem = f"PEFT adapts {wrapped.parameter_name} by its value, without"
+    problem = f"PEFT adapts {parameter} by its value, without"
     if lora.lora_dropout:
         raise UserError("lora.lora_dropout", lora.lora_dropout, f"{problem} its inputs; write 0.0")
     if lora.use_dora:
@@ -240,14 +287,13 @@ def check_patterns(lora: LoraSection, targets: Sequence[Target]) -> None:
     from peft.utils.other import get_pattern_key
 
     for key, patterns in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern)):
-        used = {
-            get_pattern_key(list(patterns), name) for target in targets for name in (target.pattern_name, target.name)
-        }
+        # of a dense weight that is adapted by its name, the module's was held against the user's patterns
+        names = {target.name for target in targets if target.stack is None} | {each.pattern_name for each in targets}
+        used = {get_pattern_key(list(patterns), name) for name in names}
         for pattern in patterns:
             if pattern not in used:
-                raise UserError(
-                    key, pattern, "matches no target; write a target's name or the end of one, or remove it"
-                )
+                instead = "write a target's name or the end of one, of experts their parameter's, or remove it"
+                raise UserError(key, pattern, f"matches no target; {instead}")
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, str]:

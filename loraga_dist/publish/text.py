@@ -50,6 +50,7 @@ def readme(report: Report) -> str:
     """README.md of the output directory: what is here and how to train, merge and serve from it."""
     config, directories = report.config, Layout.of_report(report).directories
     adapter, start_base = f"{config.output.dir}/{LORAGA_INIT}", config.model.name_or_path
+    of_experts = [target.weight_key for target in report.targets.values() if target.stack is not None]
     if on_residual := LORAGA_OFFSET in directories:
         start_base = f"{config.output.dir}/{RESIDUAL_BASE}"
     return render(
@@ -59,6 +60,8 @@ def readme(report: Report) -> str:
         on_residual=on_residual,
         adapter=adapter,
         start_base=start_base,
+        has_experts=bool(of_experts),
+        has_them_apart=len(of_experts) == len(set(of_experts)),
         auto_class=AUTO_CLASSES[config.lora.task_type],
         trainers=_trainer_configs(start_base, adapter, report.learning_rate),
     )

@@ -37,6 +37,7 @@ from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.shape import ModelShape
+from loraga_dist.model.stacks import ExpertsLeftOut, Stack, find_stacks
 from loraga_dist.model.targets import Target, meta_copy, require_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
@@ -66,6 +67,7 @@ class Request:
     """What A0 and B0 of every target are rounded to."""
     amount: Amount = USUAL_AMOUNT
     """Of calibration data."""
+    experts_left_out: ExpertsLeftOut | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -207,6 +209,7 @@ def understand(
         blocks=blocks,
         saved_order=saved,
         amount=amount,
+        experts_left_out=selection.experts_left_out,
         saved_parameters={name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters},
         entries=entries,
     )
@@ -250,7 +253,7 @@ def understand_model(
         if not hasattr(model, "config") or hasattr(model, "peft_config"):
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
-        _, targets, order = _choose_targets(
+        selection, targets, order = _choose_targets(
             meta_copy(type(model), model.config), config, None, in_pieces=is_partitioned
         )
         _require_unquantized(model, targets)
@@ -279,6 +282,7 @@ def understand_model(
         step_data=step_data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
         amount=amount,
+        experts_left_out=selection.experts_left_out,
     )
 
 
@@ -288,12 +292,24 @@ def _choose_targets(
     """What PEFT selects, the targets with the ranks to plan for, and the order to go through the model in."""
     has_budget = config.init.rank_budget is not None
     num_triplets = SCHEMES[config.init.scheme].num_triplets
-    blocks = find_blocks(meta_model)  # PEFT puts its own layers into it
+    blocks, stacks = find_blocks(meta_model), find_stacks(meta_model)  # PEFT puts its own layers into it
     selection = select_targets(meta_model, config.lora, num_triplets, any_rank=has_budget, in_files=in_files)
+    if SCHEMES[config.init.scheme].whitens:
+        _require_inputs_of_a(config, selection.targets, stacks)
     targets = planned_targets(selection.targets, config.lora, config.init)
     names = [target.name for target in targets]
     order = choose_order(config.gradient.order, type(meta_model).__name__, blocks, names, in_pieces=in_pieces)
     return selection, targets, order
+
+
+def _require_inputs_of_a(config: MethodConfig, targets: Sequence[Target], stacks: Mapping[str, Stack]) -> None:
+    """Raise UserError for a regression on inputs where what PEFT calls A is not on the inputs' side."""
+    for target in targets:
+        if target.stack is not None and stacks[target.stack.parameter].swapped:
+            parameter, others = target.stack.parameter, [name for name, it in SCHEMES.items() if not it.whitens]
+            problem = f"regresses on inputs, and PEFT's A of {parameter} is on the side of its outputs"
+            instead = f"write {', '.join(others)}, or leave it out of lora.target_parameters"
+            raise UserError("init.scheme", config.init.scheme, f"{problem}; {instead}")
 
 
 def _require_unquantized(model: nn.Module, targets: Sequence[Target]) -> None:

@@ -197,9 +197,9 @@ CASES = {
     # name: (change, key, part of the value, part of what to write instead)
     "configuration missing": (configuration_missing, "--config", "/absent.yaml'", "write the path of a YAML file"),
     "not YAML": (configuration_not_yaml, "--config", "/broken.yaml'", "is not YAML"),
-    "key of PEFT's alone": (
+    "parameter without a match": (
         setting("lora", target_parameters=["experts.gate_up_proj"]),
-        "lora.target_parameters", "['experts.gate_up_proj']", "remove it",
+        "lora.target_parameters", "'experts.gate_up_proj'", "matches no parameter; leave it out",
     ),
     "unknown key": (
         setting("lora", target_module="q_proj"), "lora.target_module", "'q_proj'", "did you mean lora.target_modules?",

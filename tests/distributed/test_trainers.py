@@ -154,3 +154,19 @@ def test_a_start_made_in_memory_is_converted(started: Started, tmp_path: Path) -
     residual = causal_lm(output / "start" / "residual_base")
     trained = logits_of(PeftModel.from_pretrained(residual, output / "trained"))
     assert (trained - logits).abs().max() < 1e-5 * size
+
+
+def test_experts_train_sharded_and_convert(tmp_path: Path) -> None:
+    """Each rank's tokens go to other experts."""
+    base, data = save_model(tmp_path / "base", "qwen3_moe"), save_data(tmp_path / "data.jsonl")
+    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    out = make_output(config_tree(base, data, tmp_path / "out", kind="qwen3_moe", r=2, lora=experts))
+    logits = train(WAYS["zero3-2"], "--loraga_dir", str(out), "--data", str(data), "--output", str(tmp_path / "run"))
+    size = logits.abs().max()
+    assert (logits_of(causal_lm(base)) - logits).abs().max() > 1e-2 * size, "training changed nothing"
+    init, trained = out / "loraga_init", tmp_path / "run" / "trained"
+    before, after = read_adapter(out), read_adapter(trained.parent, trained.name)
+    assert all("experts" not in key or (before[key] != after[key]).any() for key in before)
+    assert any("experts" in key for key in before)
+    found = converted(base, init, trained, tmp_path / "plain")
+    assert (found - logits).abs().max() < 1e-5 * size

@@ -88,6 +88,17 @@ def test_report_keeps_its_contract(quickstarted: Clone) -> None:
         assert 0 < target["offset_ratio"] < 1
 
 
+def test_a_mixture_of_experts_starts_with_all_its_experts(quickstarted: Clone) -> None:
+    for line in commands():
+        if "--model moe" in line or "quickstart-moe.yaml" in line:
+            succeed(quickstarted.once(line))
+    report = read_report(quickstarted.root / "runs" / "quickstart-moe")
+    assert report["world_size"] == 2
+    assert len(report["targets"]) == 2 * (4 + 2 * 8)  # layers of attention's matrices and two of each expert
+    assert report["identity_check"]["max_abs_logit_diff"] < 1e-3
+    assert not any("got no gradient" in line or "leaves experts" in line for line in report["warnings"])
+
+
 @pytest.mark.parametrize("settings", ["zero3.json", "zero3_offload_cpu.json"])
 def test_deepspeed_settings_that_ship_with_the_project_run(quickstarted: Clone, settings: str, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"

@@ -39,6 +39,17 @@ TINY = quickstart.Recipe(
     heldout_windows=2,
     target_loss=5.6,
 )
+TINY_MOE = quickstart.MoeRecipe(
+    hidden_size=32,
+    intermediate_size=16,
+    num_layers=2,
+    sequence_length=32,
+    batch_size=2,
+    max_steps=2,
+    check_every_steps=1,
+    heldout_windows=2,
+    target_loss=5.6,
+)
 TEXT = " naïve \t日本語 🎉\n\n  def f(x): 'don't' , . !\r\n\x00"
 
 
@@ -75,6 +86,15 @@ def test_saved_model_is_sharded_and_has_the_recorded_loss(built: Path) -> None:
     recorded = json.loads((built / "recipe.json").read_text())["heldout_loss"]
     heldout_ids = quickstart._standard_library()[1]
     assert quickstart._heldout_loss(model, heldout_ids, TINY) == pytest.approx(recorded, abs=1e-4)
+
+
+def test_a_mixture_of_experts_is_one_of_its_own(tmp_path: Path) -> None:
+    directory = quickstart.ensure_quickstart(tmp_path / "moe", TINY_MOE)
+    config = AutoModelForCausalLM.from_pretrained(directory / "model").config
+    assert (config.model_type, config.num_experts, config.num_experts_per_tok) == ("qwen3_moe", 8, 2)
+    assert not config.output_router_logits, "the loss that balances experts is none of calibration's"
+    recorded = json.loads((directory / "recipe.json").read_text())["recipe"]
+    assert recorded["num_experts"] == 8 and "num_experts" not in quickstart.asdict(quickstart.Recipe())
 
 
 def test_calibration_file(built: Path) -> None:

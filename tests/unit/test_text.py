@@ -85,6 +85,10 @@ def test_the_table_of_contents_is_what_is_there() -> None:
         assert not re.search(r"\n\n\n|[^\n]\n## |[ \t]\n", text), "blank lines where Markdown wants them"
 
 
+def test_nothing_is_said_of_experts_where_there_are_none() -> None:
+    assert "expert" not in readme(REPORT)
+
+
 def test_ranks_of_a_budget_are_said() -> None:
     targets = {"t": target_tree(), "u": target_tree(r=5)}
     tree = report_tree(targets=targets, rank_budget={"parameters": 300, "spent": 210})

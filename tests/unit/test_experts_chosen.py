@@ -1,0 +1,126 @@
+"""What names of experts choose, what is said where none are chosen, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import config_tree, make_model, report_tree, save_data, save_model
+from outputs import make_output, read_report, write_config
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import loraga_dist
+from loraga_dist.artifacts.report import Report
+from loraga_dist.cli import main
+from loraga_dist.config import LoraSection
+from loraga_dist.errors import UserError
+from loraga_dist.model.selection import Selection, select_targets
+from loraga_dist.model.stacks import ExpertsLeftOut
+from loraga_dist.model.targets import meta_copy
+from loraga_dist.publish.card import model_card
+
+ENDS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+SAID = (
+    "all-linear leaves experts without adapters: lora.target_parameters: "
+    "[mlp.experts.gate_up_proj, mlp.experts.down_proj] adds them"
+)
+
+
+def chosen(kind: str, **lora: Any) -> Selection:
+    model: Any = make_model(kind)
+    return select_targets(meta_copy(type(model), model.config), LoraSection(r=2, **lora), lambda r: r)
+
+
+def other_kind(kind: str, **config: Any) -> nn.Module:
+    """A family whose experts cannot be tapped."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, num_hidden_layers=2, **config))
+
+
+def test_in_memory_it_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
+    ids = torch.arange(3, 43).view(2, 20)
+    batch, lora = {"input_ids": ids, "labels": ids}, {"r": 2, "target_modules": "all-linear"}
+    loraga_dist.initialize(make_model("mixtral"), [batch], {"lora": lora})
+    assert f"warning: {SAID}" in capsys.readouterr().err
+    start = loraga_dist.initialize(make_model("mixtral"), [batch], {"lora": lora | {"target_parameters": ENDS}})
+    assert len(start.targets) == 2 * (4 + 2 * 8) and SAID not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
+def test_the_line_that_is_said_adds_the_experts(kind: str) -> None:
+    left_out = chosen(kind).experts_left_out
+    assert left_out is not None and left_out.text == SAID
+    found = chosen(kind, target_parameters=list(left_out.parameters))
+    assert found.experts_left_out is None
+    assert {target.stack.parameter.rpartition(".")[2] for target in found.targets if target.stack} == {
+        "gate_up_proj",
+        "down_proj",
+    }
+
+
+def test_nothing_is_said_to_who_chose_or_has_no_experts() -> None:
+    assert chosen("llama").experts_left_out is None
+    assert chosen("mixtral", target_modules=["q_proj"]).experts_left_out is None
+    assert chosen("mixtral", target_parameters=["experts.down_proj"]).experts_left_out is None
+
+
+def test_experts_that_cannot_be_tapped_are_named() -> None:
+    found = ExpertsLeftOut.of(other_kind("jetmoe"))
+    assert found is not None
+    assert found.modules[:2] == ("mlp.input_linear", "mlp.output_linear")
+    assert "those of mlp.input_linear, mlp.output_linear" in found.text and "experts interface" in found.text
+    assert "lora.target_parameters" not in found.text
+
+
+def test_experts_that_cannot_be_tapped_are_refused() -> None:
+    lora = LoraSection(r=2, target_modules=["q_proj"], target_parameters=["mlp.input_linear.weight"])
+    with pytest.raises(UserError, match="cannot be tapped") as refused:
+        select_targets(other_kind("jetmoe"), lora, lambda r: r)
+    assert re.search(r"^lora\.target_parameters: .*layers\.0\.mlp\.input_linear.* has experts", str(refused.value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules", "named"),
+    [("mixtral", ["q_proj", "w1"], "'w1'"), ("mixtral", ["w2"], "'w2'"), ("olmoe", ["gate_proj"], "'gate_proj'")],
+)
+def test_names_that_experts_had_once_lead_to_their_parameters(kind: str, modules: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=f"^lora.target_modules: {named}: matches no module; ") as refused:
+        chosen(kind, target_modules=modules)
+    assert str(refused.value).endswith(f"write lora.target_parameters: [{', '.join(ENDS)}]")
+
+
+def test_names_of_dense_layers_beside_experts_are_as_ever() -> None:
+    """Qwen2-MoE has a dense layer and shared experts of these names."""
+    names = {target.name for target in chosen("qwen2_moe", target_modules=["gate_proj"]).targets}
+    assert names == {"model.layers.0.mlp.gate_proj", "model.layers.1.mlp.shared_expert.gate_proj"}
+
+
+def test_a_mistyped_parameter_is_refused() -> None:
+    with pytest.raises(UserError, match=r"matches no parameter; write lora\.target_parameters: \[mlp\.experts\."):
+        chosen("mixtral", target_parameters=["experts.up_gate_proj"])
+
+
+def test_start_plan_and_card_say_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = save_model(tmp_path / "model", "mixtral", shards=False), save_data(tmp_path / "data.jsonl", rows=4)
+    tree = config_tree(model, data, tmp_path / "out", kind="mixtral", r=2, lora={"target_modules": "all-linear"})
+    assert main(["plan", "--config", str(write_config(tree))]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"warning: {SAID}" in said and "activations are not counted" not in said
+    out = make_output(tree)
+    assert read_report(out)["warnings"][0] == SAID
+    rebuilt = tmp_path / "rebuilt"
+    assert main(["rebuild", str(out), "--to", str(rebuilt), "--init.scale", "unit"]) == 0
+    assert read_report(rebuilt)["warnings"][0] == SAID
+    card = model_card(Report.read(out), "someone/start")
+    assert "Note: all-linear leaves experts without adapters" in card
+    assert "Note:" not in model_card(Report.parse(json.dumps(report_tree())), "someone/start")
+    tree["lora"]["target_parameters"] = ENDS
+    capsys.readouterr()
+    assert main(["plan", "--config", str(write_config(tree))]) == 0
+    said = capsys.readouterr().out
+    assert "leaves experts" not in said and "activations are not counted" not in said
