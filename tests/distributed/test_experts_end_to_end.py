@@ -256,9 +256,9 @@ def test_a_rank_budget_is_spent_by_stacks(outputs: Outputs, tmp_path: Path) -> N
 PARAMETERS = "lora.target_parameters"
 REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     # name: a way, what its section `lora` has beside, the key, what to write instead
-    "no such parameter": ("mixtral", {"target_parameters": ["experts.gate_proj"]}, PARAMETERS, "_proj and"),
+    "no such parameter": ("mixtral", {"target_parameters": ["experts.gate_proj"]}, PARAMETERS, "experts.gate_up_proj"),
     "one of them": ("mixtral", {"target_parameters": [*EXPERTS, "shared.w"]}, PARAMETERS, "'shared.w'"),
-    "an expert": ("mixtral", {"target_parameters": [f"{EXPERTS[0]}.3"]}, PARAMETERS, "gate_up_proj for"),
+    "an expert": ("mixtral", {"target_parameters": [f"{EXPERTS[0]}.3"]}, PARAMETERS, "write lora.target_parameters: ["),
     "router": ("mixtral", {"target_parameters": ["mlp.gate.weight"]}, PARAMETERS, "leave it out"),
     "vector": ("mixtral", {"target_parameters": ["input_layernorm.weight"]}, PARAMETERS, "leave it out"),
     "biases": ("gpt_oss-model-order", {"target_parameters": ["up_proj_bias"]}, PARAMETERS, "up_proj_bias"),
