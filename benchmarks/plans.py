@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ CASES = (
     ("llama-3-70b", 8, 24, 128),
     ("llama-3-405b", 16, 80, 16),
 )
+CASES_OF_EXPERTS = (
+    # recipe, ranks, GiB per rank, r
+    ("qwen3-30b-a3b", 8, 80, 8),
+    ("gpt-oss-120b", 8, 80, 8),
+    ("glm-4.5-air", 8, 80, 8),
+    ("llama-4-scout", 8, 80, 8),
+    ("deepseek-v3", 32, 80, 8),
+)
+SCHEMES_OF_EXPERTS = ("lora_ga", "rrr")
+REFUSED = ("llama-4-scout", "rrr")
+"""A of its experts is on the side of their outputs."""
 SPELLED_OUT = "llama-3-70b"
 PHASES = ("forward", "loss", "backward")
 LINK_GBPS = 200
@@ -52,26 +64,40 @@ def make_plans() -> list[dict[str, Any]]:
     return [_plan(*case) | {"before": _plan(*case, before=True) if case[1] > 1 else None} for case in CASES]
 
 
-def _plan(recipe: str, ranks: int, gib_per_rank: int, r: int, *, before: bool = False) -> dict[str, Any]:
-    forecaster = replace(_forecaster(recipe, r, before), world_size=ranks)
+def make_plans_of_experts() -> list[dict[str, Any]]:
+    return [
+        _plan(*case, scheme=scheme)
+        for case in CASES_OF_EXPERTS
+        for scheme in SCHEMES_OF_EXPERTS
+        if (case[0], scheme) != REFUSED
+    ]
+
+
+def _plan(
+    recipe: str, ranks: int, gib_per_rank: int, r: int, *, scheme: str = "lora_ga", before: bool = False
+) -> dict[str, Any]:
+    forecaster = replace(_forecaster(recipe, r, scheme, before), world_size=ranks)
     limit_bytes = gib_per_rank * GIB
     if before:  # without what else could be done about it
         forecaster = forecaster.fitting(Room(device_bytes=limit_bytes))
     report = PlanReport(forecaster=forecaster, gib_per_rank=None if before else gib_per_rank, link_gbps=LINK_GBPS)
     plan = report.as_json()
     plan["model"]["name_or_path"] = f"benchmarks/shapes/{recipe}"
+    stages = Counter(report.plan.order.stage_of(group[0].name) for group in report.plan.groups)
+    plan["groups"]["most_in_a_block"] = max(stages.values())
     return {"recipe": recipe, "r": r} | plan
 
 
 @functools.cache
-def _forecaster(recipe: str, r: int, before: bool) -> Forecaster:
+def _forecaster(recipe: str, r: int, scheme: str, before: bool) -> Forecaster:
     """Of some number of ranks."""
     overrides = ["--model.name_or_path", str(ROOT / "benchmarks" / "shapes" / recipe), "--lora.r", str(r)]
+    overrides += ["--init.scheme", scheme]
     config = load_config(ROOT / "configs" / f"{recipe}.yaml", [*overrides, *(BEFORE if before else [])])
     return Forecaster.of_config(config, 1, torch.device("cuda"))
 
 
-def document(plans: list[dict[str, Any]]) -> str:
+def document(plans: list[dict[str, Any]], plans_of_experts: list[dict[str, Any]]) -> str:
     lines = [
         "# Plans",
         "",
@@ -119,13 +145,63 @@ def document(plans: list[dict[str, Any]]) -> str:
         sizes = (disk["residual_base"], disk["factors"], disk["loraga_init"] + disk["loraga_offset"])
         cells = [plan["recipe"], str(plan["r"]), str(plan["ranks"]), *map(_gib, sizes)]
         lines.append(f"| {' | '.join(cells)} | {sum(plan['flops'].values()):.2e} |")
-    lines += ["", *comparison(plans)]
+    lines += ["", *experts(plans_of_experts), "", *comparison(plans)]
     for plan in plans:
         if plan["recipe"] == SPELLED_OUT and plan["order"]["name"] == "block":
             lines += ["", *arithmetic(plan)]
         elif plan["advice"]:
             lines += ["", f"## {_title(plan)}", "", *_advice(plan)]
     return "\n".join(lines) + "\n"
+
+
+def experts(plans: list[dict[str, Any]]) -> list[str]:
+    """Of the models that are mixtures of experts, which are targets, too."""
+    lines = [
+        "## Mixtures of experts",
+        "",
+        "An expert's matrix is a target of its own. *Tokens*: what an expert sees of the data where routing is even.",
+        "*Groups*: what a block's targets are cut into, so that their state fits 4 GiB; the block runs again for each.",
+        "It is gathered whole, with all its experts. *Received*: GiB of each rank. The other columns are those above.",
+        "",
+        "| recipe | scheme | billion parameters | experts a layer | targets | tokens | groups | ranks x GiB | weights |"
+        " gathered | microbatch | engine | peak | in | host | verdict |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---|",
+    ]
+    for plan in plans:
+        memory = plan["memory_per_rank"]
+        parts = memory["device_bytes"][memory["peak_phase"]]
+        kind = next(kind for kind in plan["targets"] if kind["experts"])
+        cells = [
+            plan["recipe"],
+            plan["scheme"],
+            f"{plan['model']['parameters'] / 1e9:.1f}",
+            f"{kind['experts_per_token']} of {kind['experts']}",
+            str(sum(kind["count"] for kind in plan["targets"])),
+            str(kind["tokens_each"]),
+            str(plan["groups"]["most_in_a_block"]),
+            f"{plan['ranks']} x {plan['gib_per_rank']}",
+            *(_gib(parts.get(part, 0)) for part in ("weights", "gathered", "microbatch", "engine state")),
+            _gib(memory["peak_bytes"]),
+            memory["peak_phase"],
+            _gib(memory["host_peak_bytes"]),
+            plan["verdict"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| recipe | scheme | disk: residual base | factors | adapters | flops | of it engines | received |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for plan in plans:
+        disk, flops = plan["disk_bytes"], sum(plan["flops"].values())
+        sizes = (disk["residual_base"], disk["factors"], disk["loraga_init"] + disk["loraga_offset"])
+        received = sum(plan["traffic_bytes_per_rank"].values()) / GIB
+        cells = [plan["recipe"], plan["scheme"], *map(_gib, sizes), f"{flops:.2e}"]
+        lines.append(f"| {' | '.join(cells)} | {100 * plan['flops']['engine'] / flops:.0f} % | {received:.0f} |")
+    for plan in plans:
+        if plan["advice"]:
+            lines += ["", f"{plan['scheme']} of {_title(plan)}:", "", *_advice(plan)]
+    return lines
 
 
 def comparison(plans: list[dict[str, Any]]) -> list[str]:
@@ -227,10 +303,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the plans here")
     options = parser.parse_args()
-    plans = make_plans()
-    print(document(plans), end="")
+    plans, plans_of_experts = make_plans(), make_plans_of_experts()
+    print(document(plans, plans_of_experts), end="")
     if options.json:
-        options.json.write_text(json.dumps(plans, indent=2) + "\n")
+        options.json.write_text(json.dumps([*plans, *plans_of_experts], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +65,8 @@ def forecast_activations(
     checkpointing: of model order. gathers: parameters are sharded, so those in use are gathered.
     """
     try:
-        with without_memory(), ExitStack() as exits:
+        with without_memory():
             model, microbatch = without_values(base).requires_grad_(False).eval(), microbatch_of(shapes)
-            exits.enter_context(experts_tapped(model))  # as in calibration; transformers' own need values, or bfloat16
             in_blocks = None
             if order.blocks is not None and groups:
                 in_blocks = run_in_blocks(model, order, microbatch, groups, loss)

@@ -87,12 +87,12 @@ def _linear(x: Tensor, stack: _Stack, experts: Tensor | None, rows: _Rows) -> Te
     return y if stack.bias is None else y + stack.bias[experts]
 
 
-def _rows(ends_E: Tensor, num_rows: int) -> _Rows:
-    """ends_E: where each expert's rows end."""
-    if isinstance(ends_E, FakeTensor):  # for a forecast, as many for each
-        ends = [num_rows * (expert + 1) // len(ends_E) for expert in range(len(ends_E))]
-    else:
-        ends = ends_E.tolist()
+def _rows(ends_E: Tensor, num_rows: int, stacks: Sequence[_Stack]) -> _Rows:
+    """ends_E: where each expert's rows end. stacks: that they go through."""
+    if isinstance(ends_E, FakeTensor):  # for a forecast, as many for each; what one takes, all take one by one
+        count, shown = -(-num_rows // len(ends_E)), {next(iter(stack.names), 0) for stack in stacks}
+        return [(expert, slice(0, count)) for expert in sorted(shown)]
+    ends = ends_E.tolist()
     return [(expert, slice(*own)) for expert, own in enumerate(itertools.pairwise([0, *ends])) if own[0] < own[1]]
 
 
@@ -106,7 +106,7 @@ def _run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights:
     num_tokens, num_choices = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
     numbers = torch.arange(len(up.parameter), device=experts.device)
-    rows = _rows(torch.searchsorted(experts, numbers, right=True), len(experts))
+    rows = _rows(torch.searchsorted(experts, numbers, right=True), len(experts), (up, down))
     y = _linear(hidden_states[order // num_choices], up, experts, rows)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     y = _linear(y, down, experts, rows)
@@ -127,7 +127,7 @@ def _run_llama4(module: Any, hidden_states: Tensor) -> Tensor:
         where = torch.arange(given_ET.shape[1], device=hidden_states.device)
     else:
         where = given_ET.flatten().nonzero().squeeze(1)
-    rows = _rows(given_ET.sum(1).cumsum(0), len(where))
+    rows = _rows(given_ET.sum(1).cumsum(0), len(where), (up, down))
     gate, linear = _linear(hidden_states[where], up, None, rows).chunk(2, dim=-1)
     y = _linear(linear * module.act_fn(gate), down, None, rows)
     return torch.zeros_like(hidden_states).index_copy(0, where, y)
