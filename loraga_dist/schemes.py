@@ -176,8 +176,10 @@ def lora_one(inputs: SchemeInputs) -> LoraFactors:
     assert svd is not None and r <= svd.width, "LoRA-One needs r triplets of the gradient"
     tiny = torch.finfo(torch.float32).tiny
     root_R = (svd.S_K[:r] / svd.S_K[0].clamp_min(tiny)).sqrt() / math.sqrt(inputs.stable_gamma)
+    # without any gradient A is what of rank one it would be, or neither factor would learn
+    of_A_R = torch.where(svd.S_K[0] > tiny, root_R, 1 / math.sqrt(inputs.stable_gamma))
     return LoraFactors(
-        A_RN=(root_R[:, None] * svd.Vh_KN[:r]).contiguous(),
+        A_RN=(of_A_R[:, None] * svd.Vh_KN[:r]).contiguous(),
         B_MR=(-svd.U_MK[:, :r] * root_R).contiguous(),
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraga_dist.artifacts.tensors import entries_of, read_chunks
 from loraga_dist.files.disk import naming_write_errors
+from loraga_dist.files.parallel import MAX_THREADS
 from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, read_header
 from loraga_dist.model.factors import join, split
 from loraga_dist.model.targets import Target, layers_of
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-_STACKS_AT_HAND = 4
+_STACKS_AT_HAND = 2 * MAX_THREADS
+"""Each thread of a comparison is in another file, and may be at two stacks in turn."""
 
 
 def adapter_keys(layer: str) -> tuple[str, str]:
@@ -110,11 +112,12 @@ def stored_config(peft_config: LoraConfig, targets: Sequence[Target], *, use_dor
     config.target_modules = sorted(target.name for target in targets if target.pattern_name == target.name)
     by_parameter = {target.parameter_name for target in targets if target.pattern_name != target.name}
     config.target_parameters = sorted(by_parameter) or None
-    config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     for target in targets:
-        if target.by_parameter:  # patterns were held against the module's name
-            pattern = f"^{re.escape(target.parameter_name)}"
-            config.rank_pattern[pattern], config.alpha_pattern[pattern] = target.r, target.lora_alpha
+        # patterns may have been held against the module's name; the first that matches decides
+        if rank_and_scaling(config, target.pattern_name) != (target.r, target.lora_alpha, target.scaling):
+            pattern = f"^{re.escape(target.pattern_name)}"
+            config.rank_pattern = {pattern: target.r} | (config.rank_pattern or {})
+            config.alpha_pattern = {pattern: target.lora_alpha} | (config.alpha_pattern or {})
     config.fan_in_fan_out = any(target.transposed for target in targets if target.stack is None)
     config.inference_mode = True
     config.init_lora_weights = True

@@ -53,12 +53,7 @@ def find_warnings(
         return {name: value for name, value in values.items() if value is not None}
 
     large = {name: ratio for name, ratio in known("offset_ratio").items() if ratio > LARGE_OFFSET_RATIO}
-    ranks = known("numerical_rank")
-    noisy = {
-        name: cosine
-        for name, cosine in known("split_half_cosine").items()
-        if cosine < LOW_SPLIT_HALF_COSINE and ranks.get(name) != 0
-    }
+    noisy = {name: cosine for name, cosine in known("split_half_cosine").items() if cosine < LOW_SPLIT_HALF_COSINE}
     drifted = {name: capture for name, capture in known("window_capture").items() if capture < LOW_WINDOW_CAPTURE}
     unrouted = [name for name, rank in known("numerical_rank").items() if rank == 0]
     deficient = {

@@ -85,9 +85,7 @@ class _NewStart:
         singular_values = svd.S_K[: scheme.num_triplets(target.r)].tolist()
         more_energy = _energy(singular_values) / (_energy(before.singular_values) or 1.0)  # of no gradient none
         found = {
-            "r": target.r,
-            "lora_alpha": target.lora_alpha,
-            "scaling": target.scaling,
+            **TargetReport.of(target).model_dump(exclude_unset=True),
             "singular_values": singular_values,
             "numerical_rank": numerical_rank(svd.S_K, target.M, target.N),
             "captured_energy": min(1.0, before.captured_energy * more_energy),

@@ -154,12 +154,13 @@ ERROR_COLUMNS = 16
 
 
 def split_half_cosine(E_2MS: Tensor, halves_seen: int) -> float | None:
-    """Cosine between the mean gradients of even and odd microbatches, from their error sketches."""
+    """Cosine between the mean gradients of even and odd microbatches, from their error sketches; None where one of them
+    has none."""
     if halves_seen < 2:
         return None
     even, odd = E_2MS.double()
     norms = (even.norm() * odd.norm()).item()
-    return (even * odd).sum().item() / norms if norms else 0.0
+    return (even * odd).sum().item() / norms if norms else None
 
 
 class GradientEngine(ABC):

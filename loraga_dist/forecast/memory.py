@@ -120,7 +120,7 @@ def rank_memory(
         "factorize": _highest(factorize, setting),
         "place": ({"adapter": adapter, "workspace": largest_layer + 12 * largest_block}, placing),
         "compare": ({"adapter": adapter, "microbatch": max(forward, 2 * probe)}, comparing),
-        "write": ({"adapter": adapter}, found_host | all_factors | {"workspace": _WRITE_BYTES}),
+        "write": ({"adapter": adapter}, found_host | all_factors | {"workspace": _WRITE_BYTES + largest_layer}),
     }
     device: dict[str, Parts] = {}
     host: dict[str, Parts] = {}

@@ -31,7 +31,7 @@ from loraga_dist.gradients.route import Route, Take
 from loraga_dist.gradients.stubs import Call, Form, Stubs
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.blocks import Blocks
-from loraga_dist.model.stacks import module_of
+from loraga_dist.model.stacks import modules_of
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.sharding.base import Sharding
 
@@ -77,7 +77,7 @@ class BlockOrder(Route):
         inside = [blocks.index_of(name) for name in targets]
         self._lowest = min((index for index in inside if index is not None), default=self._top)
         self._stage_of = dict(zip(targets, (self._top if index is None else index for index in inside), strict=True))
-        self._behind = {name: module_of(model, name) for name, at in self._stage_of.items() if at == self._top}
+        self._behind = modules_of(model, [name for name, at in self._stage_of.items() if at == self._top])
         in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
         self._outside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
         self._stubs = Stubs(model, self._blocks, sharding.world.device)
@@ -267,8 +267,11 @@ def _called(model: nn.Module, names: Iterable[str]) -> Iterator[set[str]]:
     """Which of these modules run, while the context lasts."""
     called: set[str] = set()
     with ExitStack() as hooks:
-        for name in names:
-            handle = module_of(model, name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        of_module: dict[nn.Module, list[str]] = {}
+        for name, module in modules_of(model, names).items():
+            of_module.setdefault(module, []).append(name)
+        for module, own in of_module.items():
+            handle = module.register_forward_pre_hook(lambda *_, own=own: called.update(own))
             hooks.callback(handle.remove)
         yield called
 

@@ -46,7 +46,8 @@ class GradientFacts:
         captured = self.captured_energy
         if num_triplets != self.num_converged:
             squares = torch.tensor(self.singular_values).square()
-            captured *= (squares[:num_triplets].sum() / squares[: self.num_converged].sum()).item()
+            converged = squares[: self.num_converged].sum().item()
+            captured *= squares[:num_triplets].sum().item() / (converged or 1.0)  # an expert may have got no gradient
         return replace(self, singular_values=self.singular_values[:num_triplets], captured_energy=captured)
 
 

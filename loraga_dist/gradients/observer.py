@@ -53,7 +53,7 @@ class Observer:
         self._share = moment_share
         self._world = world
         self.names = list(engine.engine_of)
-        self._always_seen = [name for name in self.names if not engine.engine_of[name].is_routed(name)]
+        self._in_every_microbatch = [name for name in self.names if not engine.engine_of[name].is_routed(name)]
         self._row = {name: row for row, name in enumerate(self.names)}
         self._seen: set[str] = set()
         self._began = False
@@ -65,7 +65,9 @@ class Observer:
         # a sum is finite exactly when its terms are, as float32 and bfloat16 hold any sum of a gradient's entries;
         # summing bfloat16 as it is is many times faster than as float32
         dtype = torch.float32 if dy_TM.dtype == torch.float16 else None
-        self._failed[self._row[name]] |= ~dy_TM.sum(dtype=dtype).isfinite()
+        # of Llama4's experts the tap shows dy as x
+        for shown in (dy_TM,) if name in self._in_every_microbatch else (dy_TM, x_TN):
+            self._failed[self._row[name]] |= ~shown.sum(dtype=dtype).isfinite()
         self._engine.observe(name, x_TN, dy_TM)
 
     def begin(self, microbatch: Microbatch) -> None:
@@ -94,7 +96,7 @@ class Observer:
     def require_all_seen(self) -> None:
         """Raise UserError, on every rank, when a target took no part in the loss."""
         if self._began:  # else an earlier run was shown all there is, on every rank alike
-            require_all_seen(self._always_seen, self._seen, self._world)
+            require_all_seen(self._in_every_microbatch, self._seen, self._world)
 
 
 def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:

@@ -63,9 +63,10 @@ def chunks_of(
 
 
 def median_cosine(engines: Sequence[EngineGroup], world: World) -> float:
-    """The median split-half cosine over all ranks' matrices; a collective."""
+    """The median split-half cosine over all ranks' matrices with two halves; 0 where there is none. A collective."""
     everyone = world.all_json([cosine for engine in engines for cosine in engine.split_half_cosines(world)])
-    return statistics.median(cosine or 0.0 for cosines in everyone for cosine in cosines)
+    known = [cosine for cosines in everyone for cosine in cosines if cosine is not None]
+    return statistics.median(known) if known else 0.0
 
 
 def steps_to_reach(target_cosine: float, cosine: float, num_steps: int, most: int) -> int:

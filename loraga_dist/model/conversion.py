@@ -65,16 +65,18 @@ class StoredModel:
     def tensor_of(self, name: str) -> StoredTensor:
         """Where this parameter lies. Raises UserError where it is not the elements of tensors of the checkpoint."""
         if name not in self.tensors:
-            raise _without_place(name)
+            raise _without_place(name, "leave it out of lora.target_parameters")
         return self.tensors[name]
 
 
-def _without_place(name: str) -> UserError:
+def _without_place(
+    name: str, instead: str = "leave the module out (lora.exclude_modules, lora.modules_to_save)"
+) -> UserError:
     return UserError(
         "model.name_or_path",
         name,
         "the checkpoint has no tensor of this name, so its residual cannot be written; save the model again with "
-        "this version of transformers, or leave the module out (lora.exclude_modules, lora.modules_to_save)",
+        f"this version of transformers, or {instead}",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,6 @@ SELECTION_SECONDS = 120
 """PEFT takes a few for the largest models; some regular expressions never end."""
 
 _REMOVE = "leave it out"
-_LEAVE_OUT = "leave it out with lora.exclude_modules"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ def select_targets(
     Raises UserError when nothing matches, or when a match is no matrix or stack of them, is tied to another parameter,
     or is too small for its rank (with any_rank, for rank 1).
     """
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper
 
     tied = _tied_parameters(meta_model)
@@ -72,6 +71,7 @@ def select_targets(
     _require_names(meta_model, stacks, lora)
     injected = _injected(meta_model, lora)
     targets: list[Target] = []
+    matched: set[str] = set()
     saved_parameters: list[str] = []
     for name, layer in injected.named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
@@ -83,6 +83,7 @@ def select_targets(
             key = _key_of(found[0])
             problem = f"{parameter_name} is tied to {tied[parameter_name]}; changing one would change both"
             raise UserError(key, getattr(lora, key.removeprefix("lora.")), f"{problem}; {_left_out(found[0])}")
+        matched.add(found[0].parameter_name if isinstance(layer, ParamWrapper) else name)
         for target in found:
             _require_size(target, lora, num_triplets, any_rank=any_rank)
         targets += found if in_files is None else [with_places(target, in_files) for target in found]
@@ -93,7 +94,7 @@ def select_targets(
     for target in targets:
         if target.by_parameter:
             _require_nothing_of_inputs(lora, target.parameter_name)
-    check_patterns(lora, targets)
+    _check_patterns(lora, matched)
     return Selection(targets=targets, saved_parameters=saved_parameters, experts_left_out=left_out)
 
 
@@ -118,9 +119,25 @@ def _require_names(model: nn.Module, stacks: Mapping[str, Stack], lora: LoraSect
                 problem = f"has experts that cannot be tapped, {NOT_IN_INTERFACE}"
                 raise UserError("lora.target_parameters", module, f"{problem}; leave them out")
         for name in found:
+            module_name = name.rpartition(".")[0]
             if parameters[name].ndim not in (2, 3):
-                raise _no_matrix(name, model.get_submodule(name.rpartition(".")[0]), lora)
+                raise _no_matrix(name, model.get_submodule(module_name), lora)
+            _require_not_excluded(module_name, lora)
         _require_nothing_of_inputs(lora, found[0])
+
+
+def _require_not_excluded(module: str, lora: LoraSection) -> None:
+    """Raise UserError for what leaves modules out, and PEFT does not hold against their parameters."""
+    if lora.layers_to_transform is not None:
+        problem = "does not choose among parameters; name those of these layers in lora.target_parameters"
+        raise UserError("lora.layers_to_transform", lora.layers_to_transform, problem)
+    excluded = lora.exclude_modules or []
+    if isinstance(excluded, str):
+        excluded = [excluded] if re.fullmatch(excluded, module) else []
+    for end in excluded:
+        if end == lora.exclude_modules or _with_end([module], end):
+            problem = f"matches {module}, of which parameters are asked for; leave them out of lora.target_parameters"
+            raise UserError("lora.exclude_modules", end, problem)
 
 
 def _with_end(names: Iterable[str], end: str) -> list[str]:
@@ -233,8 +250,12 @@ def with_places(target: Target, in_files: StoredModel) -> Target:
     """The target with its place in the checkpoint. Raises UserError where it has none."""
     if target.stack is None:
         return replace(target, weight_key=in_files.key_of(target.parameter_name))
+    place, expected = in_files.tensor_of(target.parameter_name), (target.stack.size, *target.stored_shape)
+    if place.shape != expected:
+        problem = f"has shape {place.shape} in the checkpoint, the model's config says {expected}"
+        raise UserError("model.name_or_path", target.parameter_name, problem)
     first, row_numel = target.first_element, target.stored_shape[1]
-    pieces = in_files.tensor_of(target.parameter_name).pieces(first, first + target.M * target.N)
+    pieces = place.pieces(first, first + target.M * target.N)
     # tensors that a stack is made of hold whole rows of it
     rows = tuple(StoredRows(slot.name, start // row_numel, (end - start) // row_numel) for slot, start, end in pieces)
     return replace(target, weight_key=rows[0].key, stack=replace(target.stack, rows=rows))
@@ -245,7 +266,7 @@ def _key_of(target: Target) -> str:
 
 
 def _left_out(target: Target) -> str:
-    return "add it to lora.exclude_modules" if target.stack is None else "leave it out"
+    return f"leave it out of {_key_of(target)}" if target.stack is not None else "add it to lora.exclude_modules"
 
 
 def _require_size(target: Target, lora: LoraSection, num_triplets: Callable[[int], int], *, any_rank: bool) -> None:
@@ -254,7 +275,7 @@ def _require_size(target: Target, lora: LoraSection, num_triplets: Callable[[int
     if num_triplets(1 if any_rank else target.r) <= smallest:
         return
     fitting = max(rank for rank in range(smallest + 1) if num_triplets(rank) <= smallest)
-    instead = f"write {fitting} or less, there alone with lora.rank_pattern" if fitting else _LEAVE_OUT
+    instead = f"write {fitting} or less, there alone with lora.rank_pattern" if fitting else _left_out(target)
     raise UserError(
         "lora.r" if target.r == lora.r else "lora.rank_pattern",
         target.r,
@@ -271,13 +292,11 @@ def _require_nothing_of_inputs(lora: LoraSection, parameter: str) -> None:
         raise UserError("lora.use_dora", True, f"{problem} magnitudes; write false")
 
 
-def check_patterns(lora: LoraSection, targets: Sequence[Target]) -> None:
-    """Raise UserError for a rank or alpha pattern that matches no target."""
+def _check_patterns(lora: LoraSection, names: Iterable[str]) -> None:
+    """Raise UserError for a rank or alpha pattern that matches none of the names that PEFT held them against."""
     from peft.utils.other import get_pattern_key
 
     for key, patterns in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern)):
-        # of a dense weight that is adapted by its name, the module's was held against the user's patterns
-        names = {target.name for target in targets if target.stack is None} | {each.pattern_name for each in targets}
         used = {get_pattern_key(list(patterns), name) for name in names}
         for pattern in patterns:
             if pattern not in used:

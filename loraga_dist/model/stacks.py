@@ -122,13 +122,14 @@ def untappable(model: nn.Module) -> list[str]:
     ]
 
 
-def module_of(model: nn.Module, name: str) -> nn.Module:
-    """The module that runs for a target: itself, or the experts that an expert's matrix belongs to."""
-    modules = dict(model.named_modules())
-    if name in modules:
-        return modules[name]
-    assert (parts := split_name(name)) is not None, f"{name} is neither a module nor an expert's"
-    return modules[parts[0].rpartition(".")[0]]
+def modules_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules that run for these targets: themselves, or the experts that an expert's matrix belongs to."""
+    modules, found = dict(model.named_modules()), {}
+    for name in names:
+        if name not in modules:
+            assert (parts := split_name(name)) is not None, f"{name} is neither a module nor an expert's"
+        found[name] = modules[name if name in modules else parts[0].rpartition(".")[0]]
+    return found
 
 
 def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -93,7 +93,8 @@ def flip_last_bits(model: nn.Module, targets: Sequence[Target], sharding: Shardi
 
         def flip(shard: torch.Tensor, start: int, target: Target = target, step: int = step) -> None:
             part, first = part_of(shard, start, target)
-            part[-first % step :: step].view(_BITS[part.dtype]).bitwise_xor_(1)
+            if part.dtype in _BITS:  # some are kept in float32 beside others
+                part[-first % step :: step].view(_BITS[part.dtype]).bitwise_xor_(1)
 
         sharding.edit(model.get_parameter(target.parameter_name), flip)
 
