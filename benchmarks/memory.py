@@ -33,7 +33,14 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchrun import ROOT, run_as_ranks
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import Microbatch
@@ -150,7 +157,7 @@ def measure(model: Path, num_ranks: int, start: str, order: str, calibration: di
     gradient and calibration."""
     output = scratch / f"{num_ranks}-ranks"
     config = scratch / f"{num_ranks}-ranks.yaml"
-    has_experts = "num_experts" in json.loads((model / "config.json").read_text())
+    has_experts = "num_experts_per_tok" in json.loads((model / "config.json").read_text())
     method = {"init": {"scheme": start}} if start == "pissa" else {"gradient": {"engine": start, "order": order}}
     tree = {
         **method,
