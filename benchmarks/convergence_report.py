@@ -32,6 +32,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "rrr": {"color": "#0f7b3f", "linewidth": 2.2},
     "rrr_diagonal": {"color": "#0f7b3f", "linestyle": "--"},
     "rrr_none": {"color": "#0f7b3f", "linestyle": ":"},
+    "rrr_budget": {"color": "#0f7b3f", "linestyle": "-."},
     "rrr_plus": {"color": "#5fae3a"},
     "rrr_step": {"color": "#0b4f6c", "linewidth": 2.2},
 }

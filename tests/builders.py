@@ -249,6 +249,7 @@ def report_tree(**changes: Any) -> dict[str, Any]:
             "mean_loss_before": 5.25,
             "mean_loss_after": 5.5,
         },  # fmt: skip
+        "experts_left_out": None,
         "warnings": [],
     }
     return _merged(tree, changes)
@@ -263,6 +264,8 @@ def target_tree(**changes: Any) -> dict[str, Any]:
         "scaling": 2.0,
         "transposed": False,
         "weight_key": "t.weight",
+        "stack": None,
+        "by_parameter": False,
         "singular_values": [4.0, 3.0, 2.0, 1.0],
         "num_converged": 4,
         "numerical_rank": 4,

@@ -385,10 +385,11 @@ def _finished_state(
 def _refine_passes(config: GradientConfig, plan: Plan, tokens_per_microbatch: float) -> int:
     """How often the engines that refine see the data again.
 
-    `auto`: once where a global microbatch has fewer supervised tokens than a sketch has columns. The gradients of such
-    microbatches share few directions, and bases from the ones seen so far miss too much of the next.
+    `auto`: once where a global microbatch has fewer supervised tokens than a sketch has columns, of experts by their
+    share. The gradients of such microbatches share few directions, and bases from the ones seen so far miss too much of
+    the next.
     """
     if config.refine_passes != "auto":
         return config.refine_passes
-    widths = [matrix.width for matrix in plan.matrices.values() if ENGINES[matrix.engine].refines]
-    return int(tokens_per_microbatch < max(widths, default=0))
+    refining = (matrix for matrix in plan.matrices.values() if ENGINES[matrix.engine].refines)
+    return int(any(tokens_per_microbatch * matrix.row_share < matrix.width for matrix in refining))

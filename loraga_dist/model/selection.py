@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -179,46 +180,9 @@ def _targets_of(
     from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.tuners.lora.layer import ParamWrapper
 
-    base = layer.get_base_layer()
-    common = {
-        "r": layer.r["default"],
-        "lora_alpha": layer.lora_alpha["default"],
-        "scaling": layer.scaling["default"],
-    }
     if isinstance(layer, ParamWrapper):
-        module_name = name.removesuffix(".base_layer")
-        while module_name.endswith(".base_layer"):
-            module_name = module_name.removesuffix(".base_layer")
-        parameter = f"{module_name}.{layer.parameter_name}"
-        if parameter in stacks:
-            shape = stacks[parameter]
-            return [
-                Target(
-                    name=f"{parameter}.{index}",
-                    M=shape.M,
-                    N=shape.N,
-                    transposed=shape.transposed,
-                    weight_key=parameter,
-                    stack=StackPlace(
-                        parameter=parameter, index=index, size=shape.E, num_chosen=shape.num_chosen, layer=name
-                    ),
-                    **common,
-                )
-                for index in range(shape.E)
-            ]
-        if type(base) is not nn.Linear or layer.parameter_name != "weight":
-            raise _no_matrix(parameter, base, lora)
-        return [
-            Target(
-                name=module_name,
-                M=base.weight.shape[0],
-                N=base.weight.shape[1],
-                transposed=False,
-                weight_key=parameter,
-                by_parameter=True,
-                **common,
-            )
-        ]
+        return _of_parameter(name, layer, stacks, lora)
+    base = layer.get_base_layer()
     transposed = bool(getattr(layer, "fan_in_fan_out", False))
     is_router = isinstance(base, nn.Linear) and type(base).__name__.endswith("Router")  # Llama4's gives a tuple
     is_matrix = type(layer) is LoraLinear and getattr(base, "weight", torch.empty(0)).ndim == 2
@@ -227,17 +191,42 @@ def _targets_of(
         raise UserError("lora.target_modules", lora.target_modules, problem)
     M, N = tuple(base.weight.shape)[::-1] if transposed else tuple(base.weight.shape)
     by_parameter = name in taken_for_experts
+    return [_target(layer, name, M, N, transposed=transposed, by_parameter=by_parameter)]
+
+
+def _of_parameter(name: str, layer: Any, stacks: Mapping[str, Stack], lora: LoraSection) -> list[Target]:
+    """Those that a layer adapts which PEFT puts around a parameter's module, or around another such layer."""
+    base = layer.get_base_layer()
+    module_name = re.sub(r"(\.base_layer)+$", "", name)
+    parameter = f"{module_name}.{layer.parameter_name}"
+    stack = stacks.get(parameter)
+    if stack is None:
+        if type(base) is not nn.Linear or layer.parameter_name != "weight":
+            raise _no_matrix(parameter, base, lora)
+        return [_target(layer, module_name, *base.weight.shape, by_parameter=True)]
     return [
-        Target(
-            name=name,
-            M=M,
-            N=N,
-            transposed=transposed,
-            weight_key=f"{name}.weight",
-            by_parameter=by_parameter,
-            **common,
+        replace(
+            _target(layer, expert_name, stack.M, stack.N, transposed=stack.transposed),
+            weight_key=parameter,
+            stack=StackPlace(parameter=parameter, index=index, size=stack.E, num_chosen=stack.num_chosen, layer=name),
         )
+        for index, expert_name in enumerate(stack.names)
     ]
+
+
+def _target(layer: Any, name: str, M: int, N: int, *, transposed: bool = False, by_parameter: bool = False) -> Target:
+    """With the rank and scaling that the layer has."""
+    return Target(
+        name=name,
+        M=M,
+        N=N,
+        r=layer.r["default"],
+        lora_alpha=layer.lora_alpha["default"],
+        scaling=layer.scaling["default"],
+        transposed=transposed,
+        weight_key=f"{name}.weight",
+        by_parameter=by_parameter,
+    )
 
 
 def with_places(target: Target, in_files: StoredModel) -> Target:
