@@ -1,7 +1,7 @@
 """Peak memory per rank of `loraga-dist init` on random Llamas, beside what the plan said before.
 
 usage: python benchmarks/memory.py [--size-gib 0.5,1] [--ranks 1,2,4] [--engine auto] [--order auto]
-       [--tokens 256] [--large-vocabulary | --wide] [--directory DIR] [--json FILE]
+       [--tokens 256] [--large-vocabulary | --wide | --experts] [--directory DIR] [--json FILE]
        python benchmarks/memory.py --head [--json FILE]
 
 The peak is what the run itself reports: resident host memory above the process's level after imports, over the whole
@@ -33,7 +33,14 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchrun import ROOT, run_as_ranks
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import Microbatch
@@ -107,13 +114,33 @@ def wide_llama() -> LlamaConfig:
     )
 
 
-def make_model(directory: Path, config: LlamaConfig, lengths: Sequence[int]) -> None:
-    """A random bfloat16 Llama in several files, a byte tokenizer, and texts to calibrate on; kept for the next run."""
+def experts() -> Qwen3MoeConfig:
+    """Of 1.6 GiB, most of it 64 experts a layer, 8 of them for a token."""
+    return Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=1024,
+        num_hidden_layers=9,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=448,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        bos_token_id=END,
+        eos_token_id=END,
+    )
+
+
+def make_model(directory: Path, config: PretrainedConfig, lengths: Sequence[int]) -> None:
+    """A random bfloat16 model in several files, a byte tokenizer, and texts to calibrate on; kept for the next run."""
     if directory.exists():
         return
     partial = directory.with_name(f"{directory.name}.partial")
     torch.manual_seed(0)
-    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="200MB")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="200MB")
     write_texts(partial, lengths)
     partial.rename(directory)
 
@@ -130,10 +157,12 @@ def measure(model: Path, num_ranks: int, start: str, order: str, calibration: di
     gradient and calibration."""
     output = scratch / f"{num_ranks}-ranks"
     config = scratch / f"{num_ranks}-ranks.yaml"
+    has_experts = "num_experts_per_tok" in json.loads((model / "config.json").read_text())
     method = {"init": {"scheme": start}} if start == "pissa" else {"gradient": {"engine": start, "order": order}}
     tree = {
         **method,
         "model": {"name_or_path": str(model)},
+        "lora": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"] if has_experts else None},
         "calibration": {"data_files": str(model / DATA), **calibration},
         "output": {"dir": str(output), "residual_base": "full"},
     }
@@ -241,6 +270,7 @@ def main() -> None:
     parser.add_argument("--engine", default="auto", choices=("auto", "sketch", "exact"))
     parser.add_argument("--order", default="auto", choices=("auto", "block", "model"))
     parser.add_argument("--wide", action="store_true", help="two layers of Llama-3-70B's widths, 7.1 GiB, instead")
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts of 1.6 GiB instead")
     parser.add_argument("--tokens", type=int, default=SEQUENCE_TOKENS, help="of a sequence (default 256)")
     parser.add_argument("--large-vocabulary", action="store_true", help="a small model with 49152 tokens instead")
     parser.add_argument("--head", action="store_true", help="head and loss of one long sequence instead")
@@ -259,6 +289,8 @@ def main() -> None:
     if options.wide:
         starts, models = [options.engine], [(wide_llama(), [WIDE_TOKENS] * WIDE_SEQUENCES)]
         calibration["max_length"] = WIDE_TOKENS
+    elif options.experts:
+        starts, models = [options.engine], [(experts(), [options.tokens] * SEQUENCES)]
     elif options.large_vocabulary:
         config, starts = small_llama(), ["sketch", "exact", "pissa"]
         generator = torch.Generator().manual_seed(0)
@@ -267,7 +299,10 @@ def main() -> None:
         sizes, starts = map(float, options.size_gib.split(",")), [options.engine]
         models = [(large_llama(layers_for(size * 2**30)), [SEQUENCE_TOKENS] * SEQUENCES) for size in sizes]
     for config, lengths in models:
-        model = options.directory / f"llama-{config.num_hidden_layers}-{config.hidden_size}-{len(lengths)}-texts"
+        model = (
+            options.directory
+            / f"{config.model_type}-{config.num_hidden_layers}-{config.hidden_size}-{len(lengths)}-texts"
+        )
         make_model(model, config, lengths)
         model_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         for start, num_ranks in itertools.product(starts, map(int, options.ranks.split(","))):

@@ -202,14 +202,14 @@ def test_experts_without_a_gate_with_a_norm_or_stored_otherwise(
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])
 def test_a_forecast_runs_experts_without_values(kind: str) -> None:
-    """All are shown, with as many rows each."""
+    """One of each stack is shown: what it takes, all take one by one."""
     config, found = frozen(kind).config, []
     with without_memory():
         model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
         names = experts_of(model)
         with tapped(model, names, lambda name, x_TN, dy_TM: found.append(name), checkpointing="none"):
             forward(model, microbatch_of({"input_ids": (2, 16), "labels": (2, 16)}), CPU).sum().backward()
-    assert sorted(found) == sorted(names)
+    assert sorted(found) == sorted(name for name in names if name.endswith(".0"))
 
 
 class TestStacks:
