@@ -105,7 +105,7 @@ def test_a_matrix_too_small_for_lora_r_is_in_unless_rank_one_does_not_fit(rows: 
     with pytest.raises(UserError, match="flat is"):
         select_targets(Model(), lora, num_triplets)
     if rows == 1:
-        with pytest.raises(UserError, match=r"flat is 1 x 50 .*; leave it out with lora.exclude_modules"):
+        with pytest.raises(UserError, match=r"flat is 1 x 50 .*; add it to lora.exclude_modules"):
             select_targets(Model(), lora, num_triplets, any_rank=True)
     else:
         found = select_targets(Model(), lora, num_triplets, any_rank=True).targets
