@@ -28,6 +28,7 @@ class ModelShape:
     """Entries of all matrices a token is multiplied with, of experts those that it goes to."""
     block_linear_numel: int
     """The same, in the blocks that checkpointing recomputes."""
+    has_experts: bool
     numels_of_blocks: list[int]
     """Parameters of each block the model is a sequence of; none where it is no sequence."""
     linear_numels_of_blocks: list[int]
@@ -50,6 +51,7 @@ class ModelShape:
             embedding_numel=sum(parameter.numel() for module in embeddings for parameter in module.parameters()),
             linear_numel=_linear_numel(model, stacks),
             block_linear_numel=sum(_linear_numel(block, stacks) for block in blocks),
+            has_experts=bool(stacks),
             numels_of_blocks=[sum(parameter.numel() for parameter in block.parameters()) for block in sequence],
             linear_numels_of_blocks=[_linear_numel(block, stacks) for block in sequence],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -16,10 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loraga_dist.config import GradientConfig, InitConfig, LoraSection, parse_config
 from loraga_dist.engines import ENGINES
+from loraga_dist.forecast.calibration import Course, Setting
 from loraga_dist.forecast.forecaster import Forecaster
 from loraga_dist.forecast.kinds import experts_line, few_tokens, kinds_of
+from loraga_dist.forecast.memory import KERNELS_BYTES, RUNTIME_BYTES, rank_memory
 from loraga_dist.forecast.report import PlanReport, print_plan
 from loraga_dist.gradients.experts import experts_tapped
+from loraga_dist.gradients.kept import Keeping
 from loraga_dist.model.blocks import Blocks, Order, find_blocks
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.selection import select_targets
@@ -52,6 +56,20 @@ def test_a_token_is_multiplied_with_the_experts_it_goes_to(kind: str) -> None:
     assert flops == 2 * num_tokens * shape.linear_numel
     assert sum(shape.linear_numels_of_blocks) == shape.block_linear_numel
     assert shape.linear_numel - shape.block_linear_numel == 32 * 258
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [(torch.bfloat16, KERNELS_BYTES), (torch.float32, 0)])
+def test_on_cpus_products_in_16_bits_take_code(dtype: torch.dtype, kernels: int) -> None:
+    model: Any = make_model("mixtral")
+    plan, shape = plan_of("mixtral", engine="exact"), ModelShape.of(meta_copy(type(model), model.config), dtype)
+    setting = Setting(
+        world_size=2, sharded=True, on_host=True, weights_on_host=False, weights_mapped=False, from_disk=False,
+        state_limit_bytes=math.inf,
+    )  # fmt: skip
+    course = Course.of(plan, GradientConfig(), Keeping(), num_microbatches=2, most_tokens=16, looks=False)
+    for on_host, expected in ((True, RUNTIME_BYTES + kernels), (False, None)):
+        found = rank_memory(0, plan, shape, None, replace(setting, on_host=on_host), course, scale="stable")
+        assert {parts.get("runtime") for parts in found.device.values()} == {expected}
 
 
 def test_of_a_matrix_as_many_rows_are_expected_as_tokens_go_to_it() -> None:
