@@ -36,7 +36,7 @@ def planned_targets(targets: Sequence[Target], lora: LoraSection, init: SchemeCo
             "init.rank_budget",
             init.rank_budget,
             f"is less than rank 1 of the {len(targets)} targets takes; write {least} or more, or "
-            "leave targets out with lora.exclude_modules, experts out of lora.target_parameters",
+            "leave targets out with lora.exclude_modules",
         )
     num_triplets = SCHEMES[init.scheme].num_triplets
     return [

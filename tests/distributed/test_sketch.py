@@ -211,6 +211,6 @@ def test_window_capture_falls_when_the_data_changes(results: dict) -> None:
 def test_halves_can_be_compared_at_any_time(results: dict, engine: str, stream: str) -> None:
     found = results[engine, stream]
     assert found.asked[0] is None, "a single microbatch has no halves"
-    # halves are compared in a random subspace, which is off by some 0.02
-    assert found.asked[1:] == pytest.approx(found.truth[1:], abs=0.04)
+    # halves are compared in a random subspace, which is off by some 0.02; of none there is nothing to compare
+    assert found.asked[1:] == pytest.approx([cosine or None for cosine in found.truth[1:]], abs=0.04)
     assert found.asked[-1] == found.found, "asking does not change the answer"
