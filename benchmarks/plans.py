@@ -117,16 +117,10 @@ def document(plans: list[dict[str, Any]], plans_of_experts: list[dict[str, Any]]
         "|---|---:|---:|---|---:|---:|---:|---:|---:|---|---:|---|",
     ]
     for plan in plans:
-        memory = plan["memory_per_rank"]
-        parts = memory["device_bytes"][memory["peak_phase"]]
         cells = [
             *_case(plan),
             _way(plan),
-            *(_gib(parts.get(part, 0)) for part in ("weights", "gathered", "microbatch", "engine state")),
-            _gib(memory["peak_bytes"]),
-            memory["peak_phase"],
-            _gib(memory["host_peak_bytes"]),
-            plan["verdict"],
+            *_memory_cells(plan),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -168,8 +162,6 @@ def experts(plans: list[dict[str, Any]]) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---|",
     ]
     for plan in plans:
-        memory = plan["memory_per_rank"]
-        parts = memory["device_bytes"][memory["peak_phase"]]
         kind = next(kind for kind in plan["targets"] if kind["experts"])
         cells = [
             plan["recipe"],
@@ -180,11 +172,7 @@ def experts(plans: list[dict[str, Any]]) -> list[str]:
             str(kind["tokens_each"]),
             str(plan["groups"]["most_in_a_block"]),
             f"{plan['ranks']} x {plan['gib_per_rank']}",
-            *(_gib(parts.get(part, 0)) for part in ("weights", "gathered", "microbatch", "engine state")),
-            _gib(memory["peak_bytes"]),
-            memory["peak_phase"],
-            _gib(memory["host_peak_bytes"]),
-            plan["verdict"],
+            *_memory_cells(plan),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -274,6 +262,19 @@ def arithmetic(plan: dict[str, Any]) -> list[str]:
         *(f"- Sum in {phase}: {_gib(sum(memory['device_bytes'][phase].values()))} GiB." for phase in PHASES),
         f"- On {plan['gib_per_rank']} GiB: {plan['verdict']}.",
         *_advice(plan),
+    ]
+
+
+def _memory_cells(plan: dict[str, Any]) -> list[str]:
+    """Of a rank's peak its parts, GiB, and the phase; the host's, and whether it fits."""
+    memory = plan["memory_per_rank"]
+    parts = memory["device_bytes"][memory["peak_phase"]]
+    return [
+        *(_gib(parts.get(part, 0)) for part in ("weights", "gathered", "microbatch", "engine state")),
+        _gib(memory["peak_bytes"]),
+        memory["peak_phase"],
+        _gib(memory["host_peak_bytes"]),
+        plan["verdict"],
     ]
 
 

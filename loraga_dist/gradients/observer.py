@@ -53,7 +53,7 @@ class Observer:
         self._share = moment_share
         self._world = world
         self.names = list(engine.engine_of)
-        self._in_every_microbatch = [name for name in self.names if not engine.engine_of[name].is_routed(name)]
+        self._in_every_microbatch = {name: None for name in self.names if not engine.engine_of[name].is_routed(name)}
         self._row = {name: row for row, name in enumerate(self.names)}
         self._seen: set[str] = set()
         self._began = False
@@ -96,7 +96,7 @@ class Observer:
     def require_all_seen(self) -> None:
         """Raise UserError, on every rank, when a target took no part in the loss."""
         if self._began:  # else an earlier run was shown all there is, on every rank alike
-            require_all_seen(self._in_every_microbatch, self._seen, self._world)
+            require_all_seen(list(self._in_every_microbatch), self._seen, self._world)
 
 
 def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:

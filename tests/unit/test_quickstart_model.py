@@ -28,28 +28,17 @@ def _load_script():
 
 quickstart = _load_script()
 # A model that any two steps make good enough; 5.6 nats is just above log(258), the loss of knowing nothing.
-TINY = quickstart.Recipe(
-    hidden_size=256,
-    intermediate_size=512,
-    num_layers=2,
-    sequence_length=32,
-    batch_size=2,
-    max_steps=2,
-    check_every_steps=1,
-    heldout_windows=2,
-    target_loss=5.6,
-)
-TINY_MOE = quickstart.MoeRecipe(
-    hidden_size=32,
-    intermediate_size=16,
-    num_layers=2,
-    sequence_length=32,
-    batch_size=2,
-    max_steps=2,
-    check_every_steps=1,
-    heldout_windows=2,
-    target_loss=5.6,
-)
+TWO_STEPS = {
+    "num_layers": 2,
+    "sequence_length": 32,
+    "batch_size": 2,
+    "max_steps": 2,
+    "check_every_steps": 1,
+    "heldout_windows": 2,
+    "target_loss": 5.6,
+}
+TINY = quickstart.Recipe(hidden_size=256, intermediate_size=512, **TWO_STEPS)
+TINY_MOE = quickstart.MoeRecipe(hidden_size=32, intermediate_size=16, **TWO_STEPS)
 TEXT = " naïve \t日本語 🎉\n\n  def f(x): 'don't' , . !\r\n\x00"
 
 
