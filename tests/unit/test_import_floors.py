@@ -73,6 +73,8 @@ INSIDE = {
         "stacks",
         "shape",
         "targets",
+        "names",
+        "coverage",
         "selection",
         "factors",
         "rank_budget",
