@@ -45,14 +45,15 @@ def _require_each(key: str, wanted: str | Sequence[str] | None, modules: Sequenc
         return
     for end in wanted:
         if not with_end(modules, end):
-            raise UserError(key, end, f"matches no module; {_nearest(end, usual or modules)}")
+            otherwise = "all-linear" if key == "lora.target_modules" else "leave it out"
+            raise UserError(key, end, f"matches no module; {_nearest(end, usual or modules)}{otherwise}")
 
 
 def _nearest(end: str, names: Sequence[str]) -> str:
-    """What to write instead."""
+    """What to write instead, up to the last choice."""
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     near = difflib.get_close_matches(end.rpartition(".")[2], kinds)
     if near:
-        return f"did you mean {' or '.join(near)}?"
+        return f"did you mean {' or '.join(near)}? Write that, or "
     shown = ", ".join(kinds[:_MOST_LISTED]) + (", ..." if len(kinds) > _MOST_LISTED else "")
-    return f"write names the model has ({shown}), or all-linear"
+    return f"write names the model has ({shown}), or "
