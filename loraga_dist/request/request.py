@@ -334,6 +334,7 @@ def _resolved(config: InitConfig, base: BaseModel) -> InitConfig:
     elif deepspeed is not None:
         deepspeed = _absolute(deepspeed)
     model = {"name_or_path": str(base.directory.resolve())} if is_local else {"revision": base.directory.name}
+    model |= {"class_name": base.class_name}
     init, calibration = config.init, config.calibration
     if "stable_gamma" in SCHEMES[init.scheme].init_keys:
         init = init.model_copy(update={"stable_gamma": init.gamma})

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "loraga_dist"
 
 # A wing, or a module beside the wings, imports only from floors below its own.
 FLOORS = [
-    {"errors", "linalg"},
+    {"errors", "linalg", "value_types"},
     {"schemes", "engines", "ranks", "yaml_tree"},
     {"config", "files"},
     {"data", "model"},
@@ -68,6 +68,7 @@ INSIDE = {
     "data": ["losses", "formats", "feedback", "microbatches", "samples"],
     "model": [
         "conversion",
+        "classes",
         "base",
         "blocks",
         "stacks",
