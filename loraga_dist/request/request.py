@@ -143,6 +143,10 @@ class CheckpointRequest(Request):
         """Without DoRA, which starts as the plain adapter does; what makes it DoRA are magnitudes in the file."""
         return self.config.lora.model_copy(update={"use_dora": False})
 
+    @property
+    def has_images(self) -> bool:
+        return self.data is not None and any(sample.images is not None for sample in self.data.samples)
+
     @cached_property
     def data_fingerprints(self) -> list[str]:
         """Of the first 1, 2, ... samples; a run need not use them all, and there may be none."""

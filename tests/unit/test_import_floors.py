@@ -65,7 +65,7 @@ INSIDE = {
         "staging",
         "checkpoint",
     ],
-    "data": ["losses", "formats", "feedback", "microbatches", "samples"],
+    "data": ["losses", "images", "formats", "feedback", "microbatches", "image_rows", "samples"],
     "model": [
         "conversion",
         "classes",
