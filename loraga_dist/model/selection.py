@@ -16,17 +16,18 @@ from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage, Weights
+from loraga_dist.model.left_out import LeftOut, experts_left_out, towers_left_out
 from loraga_dist.model.names import require_matches, with_end
 from loraga_dist.model.stacks import (
     NOT_IN_INTERFACE,
     TO_ADD_EXPERTS,
-    ExpertsLeftOut,
     Stack,
     ends_of,
     find_stacks,
     untappable,
 )
 from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
+from loraga_dist.model.towers import text_model, tower_of
 
 SELECTION_SECONDS = 120
 """PEFT takes a few for the largest models; some regular expressions never end."""
@@ -43,8 +44,8 @@ class Selection:
     saved_parameters: list[str]
     """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
     coverage: Coverage
-    experts_left_out: ExpertsLeftOut | None
-    """Where `all-linear` was all that was asked for; who names modules or parameters knows what is left out."""
+    left_out: list[LeftOut]
+    """By `all-linear`; who names experts' parameters knows which are left out."""
 
 
 def select_targets(
@@ -70,8 +71,9 @@ def select_targets(
     weights = Weights.of(meta_model)
     stacks = find_stacks(meta_model)
     taken_for_experts = _names_taken_for_experts(meta_model)
-    asks_for_all = lora.target_modules == "all-linear" and not lora.target_parameters
-    left_out = ExpertsLeftOut.of(meta_model) if asks_for_all else None
+    text, in_towers = text_model(meta_model), list[str]()
+    asks_for_all = lora.target_modules == "all-linear"
+    left_out = experts_left_out(meta_model) if asks_for_all and not lora.target_parameters else []
     _require_names(meta_model, stacks, lora)
     require_matches(meta_model, lora)
     injected = _injected(meta_model, lora)
@@ -82,6 +84,9 @@ def select_targets(
         if isinstance(layer, ModulesToSaveWrapper):
             saved_parameters += [f"{name}.{inner}" for inner, _ in layer.original_module.named_parameters()]
         if not isinstance(layer, LoraLayer):
+            continue
+        if asks_for_all and not isinstance(layer, ParamWrapper) and tower_of(name, text):
+            in_towers.append(name)
             continue
         found = _targets_of(name, layer, stacks, before, taken_for_experts, lora)
         if (parameter_name := found[0].parameter_name) in tied:
@@ -104,7 +109,7 @@ def select_targets(
         targets=targets,
         saved_parameters=saved_parameters,
         coverage=weights.covered_by(targets, saved_parameters),
-        experts_left_out=left_out,
+        left_out=left_out + towers_left_out(in_towers, matched, text),
     )
 
 

@@ -19,8 +19,8 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import main
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError
+from loraga_dist.model.left_out import experts_left_out
 from loraga_dist.model.selection import Selection, select_targets
-from loraga_dist.model.stacks import ExpertsLeftOut
 from loraga_dist.model.targets import meta_copy
 from loraga_dist.publish.card import model_card
 
@@ -53,10 +53,10 @@ def test_in_memory_it_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
 def test_the_line_that_is_said_adds_the_experts(kind: str) -> None:
-    left_out = chosen(kind).experts_left_out
-    assert left_out is not None and left_out.text == SAID
-    found = chosen(kind, target_parameters=list(left_out.parameters))
-    assert found.experts_left_out is None
+    (left_out,) = chosen(kind).left_out
+    assert left_out.text == SAID
+    found = chosen(kind, target_parameters=list(left_out.names))
+    assert found.left_out == []
     assert {target.stack.parameter.rpartition(".")[2] for target in found.targets if target.stack} == {
         "gate_up_proj",
         "down_proj",
@@ -64,16 +64,15 @@ def test_the_line_that_is_said_adds_the_experts(kind: str) -> None:
 
 
 def test_nothing_is_said_to_who_chose_or_has_no_experts() -> None:
-    assert chosen("llama").experts_left_out is None
-    assert chosen("mixtral", target_modules=["q_proj"]).experts_left_out is None
-    assert chosen("mixtral", target_parameters=["experts.down_proj"]).experts_left_out is None
+    assert chosen("llama").left_out == []
+    assert chosen("mixtral", target_modules=["q_proj"]).left_out == []
+    assert chosen("mixtral", target_parameters=["experts.down_proj"]).left_out == []
 
 
 def test_experts_that_cannot_be_tapped_are_named() -> None:
-    found = ExpertsLeftOut.of(other_kind("jetmoe"))
-    assert found is not None
-    assert found.modules[:2] == ("mlp.input_linear", "mlp.output_linear")
-    assert "those of mlp.input_linear, mlp.output_linear" in found.text and "experts interface" in found.text
+    (found,) = experts_left_out(other_kind("jetmoe"))
+    assert found.names[:2] == ("mlp.input_linear", "mlp.output_linear")
+    assert "leaves experts of mlp.input_linear, mlp.output_linear" in found.text and "experts interface" in found.text
     assert "lora.target_parameters" not in found.text
 
 
