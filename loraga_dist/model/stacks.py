@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+
+from loraga_dist.model.products import find_routers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,28 +40,44 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsLeftOut:
-    """Experts that `all-linear` gives no adapter."""
+    """What `all-linear` gives no adapter: ends of names, each once."""
 
     parameters: tuple[str, ...]
-    """Ends of the names of their parameters, as `lora.target_parameters` takes them."""
+    """Of experts, as `lora.target_parameters` takes them."""
     modules: tuple[str, ...]
-    """Ends of the names of modules whose experts cannot be tapped."""
+    """Whose experts cannot be tapped."""
+    routers: tuple[str, ...] = ()
+    """Of routers, parameters too. These and the next are not in reports of earlier versions."""
+    rows: tuple[str, ...] = ()
+    """Modules that are a single row."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> ExpertsLeftOut | None:
-        """All of a model's; None for a model without experts."""
-        found = cls(parameters=ends_of(find_stacks(model)), modules=ends_of(untappable(model)))
-        return found if found.parameters or found.modules else None
+    def of(cls, model: nn.Module, *, rows: Iterable[str], named: bool) -> ExpertsLeftOut | None:
+        """All of a model's; None for a model without any. rows: modules. named: who asks names parameters, and so knows
+        of those that are left out."""
+        found = cls(parameters=(), modules=(), rows=ends_of(rows))
+        if not named:
+            routers = ends_of(f"{name}.weight" for name in find_routers(model))
+            found = replace(
+                found, parameters=ends_of(find_stacks(model)), modules=ends_of(untappable(model)), routers=routers
+            )
+        return found if any(vars(found).values()) else None
 
     @property
     def text(self) -> str:
         """One line: which, and what to write."""
+        kinds = {"experts": self.parameters or self.modules, "routers": self.routers, "single rows": self.rows}
         parts = []
         if self.parameters:
-            parts.append(f"{TO_ADD_EXPERTS.format(', '.join(self.parameters))} adds them")
+            parts.append(f"{TO_ADD_EXPERTS.format(', '.join(self.parameters))} adds experts")
         if self.modules:
-            parts.append(f"those of {', '.join(self.modules)} cannot be added, {NOT_IN_INTERFACE}")
-        return f"all-linear leaves experts without adapters: {'; '.join(parts)}"
+            parts.append(f"experts of {', '.join(self.modules)} cannot be added, {NOT_IN_INTERFACE}")
+        if self.routers:
+            parts.append(f"{TO_ADD_EXPERTS.format(', '.join(self.routers))} adds routers")
+        if self.rows:
+            parts.append(f"{', '.join(self.rows)} would be smaller than its adapter")
+        left_out = " and ".join(kind for kind, found in kinds.items() if found)
+        return f"all-linear leaves {left_out} without adapters: {'; '.join(parts)}"
 
 
 TO_ADD_EXPERTS = "lora.target_parameters: [{}]"

@@ -26,8 +26,9 @@ from loraga_dist.publish.card import model_card
 
 ENDS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SAID = (
-    "all-linear leaves experts without adapters: lora.target_parameters: "
-    "[mlp.experts.gate_up_proj, mlp.experts.down_proj] adds them"
+    "all-linear leaves experts and routers without adapters: lora.target_parameters: "
+    "[mlp.experts.gate_up_proj, mlp.experts.down_proj] adds experts; lora.target_parameters: "
+    "[mlp.gate.weight] adds routers"
 )
 
 
@@ -54,7 +55,9 @@ def test_in_memory_it_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
 def test_the_line_that_is_said_adds_the_experts(kind: str) -> None:
     left_out = chosen(kind).experts_left_out
-    assert left_out is not None and left_out.text == SAID
+    assert left_out is not None and left_out.text == SAID.replace(
+        "mlp.gate", "mlp.router" if kind == "gpt_oss" else "mlp.gate"
+    )
     found = chosen(kind, target_parameters=list(left_out.parameters))
     assert found.experts_left_out is None
     assert {target.stack.parameter.rpartition(".")[2] for target in found.targets if target.stack} == {
@@ -69,11 +72,65 @@ def test_nothing_is_said_to_who_chose_or_has_no_experts() -> None:
     assert chosen("mixtral", target_parameters=["experts.down_proj"]).experts_left_out is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "router"), [("llama4", "feed_forward.router"), ("phimoe", "mlp.router"), ("qwen2_moe", "mlp.gate")]
+)
+def test_all_linear_leaves_routers_and_single_rows_out(kind: str, router: str) -> None:
+    """Some routers are nn.Linear by their class, and a gate of Qwen2-MoE's shared expert makes one number."""
+    found = chosen(kind)
+    assert found.experts_left_out is not None
+    assert found.experts_left_out.routers == (f"{router}.weight",)
+    rows = ("mlp.shared_expert_gate",) if kind == "qwen2_moe" else ()
+    assert found.experts_left_out.rows == rows and all(row in found.experts_left_out.text for row in rows)
+    names = {target.name for target in found.targets}
+    assert not any(name.endswith((router, *rows)) for name in names)
+    excluded = chosen(kind, exclude_modules=["shared_expert_gate"], target_parameters=["experts.down_proj"])
+    assert excluded.experts_left_out is None
+    with_routers = chosen(kind, target_parameters=[f"{router}.weight"], exclude_modules=r".*\.shared_expert_gate")
+    assert with_routers.experts_left_out is None
+    layer = [name for name, module in make_model(kind).named_modules() if name.endswith(f".{router}")]
+    assert {target.name for target in with_routers.targets} == names | set(layer)
+    assert all(target.by_parameter for target in with_routers.targets if target.name in layer)
+
+
+@pytest.mark.parametrize("lora", [{"target_modules": ["shared_expert_gate"]}, {"target_parameters": ["gate.weight"]}])
+def test_who_names_what_is_too_small_is_refused(lora: dict[str, Any]) -> None:
+    model: Any = make_model("qwen2_moe")
+    section = LoraSection(**({"r": 4, "target_modules": ["q_proj"]} | lora))
+    with pytest.raises(UserError, match="(exclude_modules|lora.rank_pattern)$"):
+        select_targets(meta_copy(type(model), model.config), section, lambda r: 2 * r)
+
+
+def test_a_layer_that_is_more_than_a_product_is_refused() -> None:
+    """A class of nn.Linear may make anything of its weight; a product that it writes in its own way is one."""
+
+    class Pair(nn.Linear):
+        def forward(self, input: torch.Tensor) -> Any:
+            return super().forward(input), input
+
+    class Own(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input @ self.weight.T
+
+    def select(layer: type[nn.Linear]) -> list[str]:
+        source: Any = make_model("llama")
+        model = meta_copy(type(source), source.config)
+        model.get_submodule("model.layers.1.self_attn").q_proj = layer(64, 64, device="meta")
+        lora = LoraSection(r=2, target_modules=["layers.1.self_attn.q_proj"])
+        return [target.name for target in select_targets(model, lora, lambda r: r).targets]
+
+    assert select(Own) == ["model.layers.1.self_attn.q_proj"]
+    with pytest.raises(
+        UserError, match=r"plain matrix; .* lora\.target_parameters: \[.*\.1\.self_attn\.q_proj\.weight\]"
+    ):
+        select(Pair)
+
+
 def test_experts_that_cannot_be_tapped_are_named() -> None:
-    found = ExpertsLeftOut.of(other_kind("jetmoe"))
+    found = ExpertsLeftOut.of(other_kind("jetmoe"), rows=(), named=False)
     assert found is not None
     assert found.modules[:2] == ("mlp.input_linear", "mlp.output_linear")
-    assert "those of mlp.input_linear, mlp.output_linear" in found.text and "experts interface" in found.text
+    assert "experts of mlp.input_linear, mlp.output_linear" in found.text and "experts interface" in found.text
     assert "lora.target_parameters" not in found.text
 
 
@@ -117,7 +174,7 @@ def test_start_plan_and_card_say_what_is_left_out(tmp_path: Path, capsys: pytest
     assert main(["rebuild", str(out), "--to", str(rebuilt), "--init.scale", "unit"]) == 0
     assert read_report(rebuilt)["warnings"][0] == SAID
     card = model_card(Report.read(out), "someone/start")
-    assert "Note: all-linear leaves experts without adapters" in card
+    assert "Note: all-linear leaves experts and routers without adapters" in card
     assert "Note:" not in model_card(Report.parse(json.dumps(report_tree())), "someone/start")
     tree["lora"]["target_parameters"] = ENDS
     capsys.readouterr()

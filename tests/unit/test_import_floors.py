@@ -70,6 +70,7 @@ INSIDE = {
         "conversion",
         "base",
         "blocks",
+        "products",
         "stacks",
         "shape",
         "targets",
