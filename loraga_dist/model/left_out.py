@@ -40,6 +40,21 @@ def experts_left_out(model: nn.Module) -> list[LeftOut]:
     return found
 
 
+def routers_left_out(names: Sequence[str]) -> list[LeftOut]:
+    """names: of routers' modules."""
+    ends = ends_of(f"{name}.weight" for name in names)
+    return (
+        [LeftOut(kind="routers", names=ends, how=f"{TO_ADD_EXPERTS.format(', '.join(ends))} adds them")] if ends else []
+    )
+
+
+def rows_left_out(names: Sequence[str]) -> list[LeftOut]:
+    """names: of modules whose matrix is a single row or column."""
+    ends = ends_of(names)
+    how = "an adapter would be larger than they are"
+    return [LeftOut(kind=f"single rows ({', '.join(ends)})", names=ends, how=how)] if ends else []
+
+
 def towers_left_out(names: Sequence[str], chosen: Collection[str], text: str) -> list[LeftOut]:
     """Modules of towers. names: of their matrices. chosen: of the matrices of the language model `text`."""
     if not names:

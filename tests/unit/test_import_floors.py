@@ -72,6 +72,7 @@ INSIDE = {
         "base",
         "towers",
         "blocks",
+        "products",
         "stacks",
         "shape",
         "targets",
