@@ -11,7 +11,7 @@ from loraga_dist.config import ModelConfig, TaskType
 from loraga_dist.errors import UserError
 
 AUTO_CLASSES: dict[TaskType, tuple[str, ...]] = {
-    "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"),
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM",),
     "SEQ_CLS": ("AutoModelForSequenceClassification",),
 }
@@ -73,6 +73,8 @@ def _classes(hf_config: Any, task_type: TaskType) -> dict[str, Any]:
     names = AUTO_CLASSES[task_type]
     if hf_config.is_encoder_decoder:
         names = names[:1]  # what reads images and is one is no causal model
+    elif task_type == "SEQ_2_SEQ_LM":
+        names = ()  # what transformers lists there are decoders that hear
     return {found.__name__: found for kind in kinds for name in names for found in _mapped(name, kind)}
 
 
