@@ -101,6 +101,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
             for target in targets
         },
         saved_parameters=saved,
+        coverage=start.coverage,
         step=start.step,
         identity_check=start.identity_check,
     )

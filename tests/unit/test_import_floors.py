@@ -74,6 +74,8 @@ INSIDE = {
         "stacks",
         "shape",
         "targets",
+        "names",
+        "coverage",
         "selection",
         "factors",
         "rank_budget",
