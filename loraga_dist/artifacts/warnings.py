@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from loraga_dist.artifacts.report import IdentityCheck, TargetReport
 from loraga_dist.config import SchemeConfig
@@ -40,6 +40,7 @@ def find_warnings(
     refine_passes: int | None,
     identity: IdentityCheck | None = None,
     experts_left_out: ExpertsLeftOut | None = None,
+    cautions: Sequence[str] = (),
 ) -> list[str]:
     """What a user should look at before training: one line each, with the worst targets, and what to do.
 
@@ -61,7 +62,7 @@ def find_warnings(
         for name, rank in known("numerical_rank").items()
         if 0 < rank < len(targets[name].singular_values or ())
     }
-    lines = [] if experts_left_out is None else [experts_left_out.text]
+    lines = [*cautions] if experts_left_out is None else [*cautions, experts_left_out.text]
     if large:
         rounding = "; output.residual_dtype float32 keeps the rounding small" if scheme.changes_base else ""
         lines.append(

@@ -99,6 +99,7 @@ INSIDE = {
     ],
     "gradients": [
         "forward",
+        "premises",
         "experts",
         "taps",
         "stubs",
