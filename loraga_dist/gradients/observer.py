@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from loraga_dist.config import WITHOUT_GRADIENT
 from loraga_dist.data.microbatches import Microbatch, counted_rows
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError, UserError
@@ -102,11 +103,16 @@ class Observer:
 def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:
     """Raise UserError, on every rank, unless all of these targets were seen to take part in the loss."""
     with world.together():
-        if missing := [name for name in names if name not in seen]:
+        missing = [name for name in names if name not in seen]
+        if missing and len(missing) == len(names):
+            problem = "no target took part in the loss, as far as autograd knows"
+            raise UserError("lora.target_modules", missing, f"{problem}; write others, or init.scheme {WITHOUT_GRADIENT}")
+        if missing:
             raise UserError(
                 "lora.exclude_modules",
                 missing,
                 "took no part in the loss, so there is no gradient to start from; list these here",
+                whole=True,
             )
 
 

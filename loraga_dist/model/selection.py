@@ -171,8 +171,24 @@ def _injected(meta_model: nn.Module, lora: LoraSection) -> nn.Module:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        peft_model: Any = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        try:
+            peft_model: Any = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        except TypeError as error:
+            if both := _adapted_and_saved(meta_model, lora):
+                problem = "are targets, and PEFT trains them whole as the ends of their names are in modules_to_save"
+                raise UserError("lora.exclude_modules", both, f"{problem}; list these here", whole=True) from error
+            raise
     return peft_model.base_model.model
+
+
+def _adapted_and_saved(model: nn.Module, lora: LoraSection) -> list[str]:
+    """Modules with PEFT's layer in the place of theirs that are to be trained whole; of classifiers, heads are."""
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    ends = (*(lora.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if lora.task_type == "SEQ_CLS" else ()))
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    return [name for name in adapted if name.endswith(ends)]
 
 
 def _names_taken_for_experts(model: nn.Module) -> set[str]:
