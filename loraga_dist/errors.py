@@ -54,13 +54,12 @@ class UserError(LoragaError):
 
     exit_code = 2
 
-    def __init__(self, key: str, value: Any, problem: str, *, whole: bool = False) -> None:
-        """whole: the value is to be copied, however long it is."""
+    def __init__(self, key: str, value: Any, problem: str) -> None:
         try:
             shown = repr(value)
         except (ValueError, RecursionError):  # more digits than Python writes, more brackets than it nests
             shown = f"<{type(value).__name__}>"
-        if len(shown) > 200 and not whole:
+        if len(shown) > 200:
             shown = shown[:197] + "..."
         super().__init__(f"{key}: {shown}: {' '.join(problem.split())}")
         self.key = key

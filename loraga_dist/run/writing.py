@@ -225,7 +225,7 @@ def make_report(
         step=start.step,
         identity_check=start.identity_check,
         coverage=request.coverage,
-        experts_left_out=request.experts_left_out,
+        left_out=list(request.left_out),
         cautions=start.cautions,
         warnings=find_warnings(
             config.init,
@@ -233,7 +233,7 @@ def make_report(
             stopped_by=of_data.get("stopped_by"),
             refine_passes=of_data.get("refine_passes"),
             identity=None if config.output.residual_dtype == "float32" else start.identity_check,
-            experts_left_out=request.experts_left_out,
+            left_out=request.left_out,
             cautions=start.cautions,
         ),
         **of_data,
