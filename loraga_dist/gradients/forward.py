@@ -37,7 +37,7 @@ def outputs(model: nn.Module, microbatch: Microbatch, device: torch.device, *, w
             inputs["labels"] = labels
     parameters = inspect.signature(base.forward).parameters
     # Granite's mixtures of experts hand it down among others; a cache would be filled again when blocks are recomputed
-    if "use_cache" in parameters or ("kwargs" in parameters and hasattr(base, "generate")):
+    if "use_cache" in parameters or ("kwargs" in parameters and hasattr(base.config.get_text_config(), "use_cache")):
         inputs["use_cache"] = False
     return model(**inputs)
 
