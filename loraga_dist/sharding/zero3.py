@@ -137,6 +137,7 @@ class Zero3(Sharding):
         for module in model.modules():
             for name in _HOOK_STATE:
                 module.__dict__.pop(name, None)
+        parameter: Any
         for module in self._leaves:
             del module._z3_leaf
             for parameter in module.parameters():
