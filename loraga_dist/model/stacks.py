@@ -11,6 +11,7 @@ from torch import nn
 
 from loraga_dist.model.blocks import expert_lists
 
+
 @dataclass(frozen=True, kw_only=True)
 class Stack:
     """A parameter of shape (E, M, N), or (E, N, M) if transposed."""

@@ -57,7 +57,12 @@ def said(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
         # PEFT trains what ends like a head whole
         ("DistilBertForSequenceClassification", "SEQ_CLS", DISTILBERT, ["trained whole by PEFT"]),
         # fused kernels read both weights without the modules
-        ("MambaForCausalLM", "CAUSAL_LM", TEXT | {"state_size": 4, "time_step_rank": 8}, ["refused by PEFT in a mamba", "no part in the"]),
+        (
+            "MambaForCausalLM",
+            "CAUSAL_LM",
+            TEXT | {"state_size": 4, "time_step_rank": 8},
+            ["refused by PEFT in a mamba", "no part in the"],
+        ),
         # the decoder has cross-attention, and nothing to attend to
         ("BartForCausalLM", "CAUSAL_LM", BART, ["took no part in the loss"]),
         (
