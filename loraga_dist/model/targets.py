@@ -14,7 +14,8 @@ from torch import nn
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
-from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
+from loraga_dist.files.safetensors_io import dtype_name
+from loraga_dist.files.stored_tensors import Slot
 from loraga_dist.model.base import WIDE_FLOATS
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
     return model
 
 
-def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) -> None:
+def require_targets(index: Mapping[str, Slot], targets: Iterable[Target]) -> None:
     """Raise UserError unless the checkpoint holds every target as a plain floating matrix of the expected shape."""
     for target in targets:
         for rows in target.stored_rows:
@@ -161,7 +162,7 @@ def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) 
             raise UserError("model.name_or_path", rows.key, problem)
 
 
-def holds_rows(slot: TensorSlot, rows: StoredRows, target: Target) -> bool:
+def holds_rows(slot: Slot, rows: StoredRows, target: Target) -> bool:
     if target.stack is None:
         return slot.shape == target.stored_shape
     *outer, row_numel = slot.shape

@@ -29,6 +29,7 @@ from loraga_dist.data.microbatches import (
 from loraga_dist.data.samples import fingerprints
 from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
+from loraga_dist.files.quantized import QuantizedSlot
 from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
@@ -172,6 +173,8 @@ def understand(
         require_usable(config.deepspeed)
     scheme = SCHEMES[config.init.scheme]
     base = find_base_model(config.model, config.lora.task_type, world.device, needs_weights=needs_weights)
+    if base.quantization is not None:
+        _require_base_left_alone(base.quantization["quant_method"], config)
     if scheme.changes_base:
         model_files(base.directory)  # refuses links, before the work that ends in a copy
     key, value = ("model.name_or_path", config.model.name_or_path)
@@ -183,12 +186,14 @@ def understand(
         stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks = find_blocks(meta_model)
+    if base.quantization is not None and base.index:
+        _require_parts(stored, base.quantization["quant_method"])
     in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
     selection, targets, chosen = _choose_targets(meta_model, config, in_files, in_pieces=holding.is_sharded)
     if base.index:
-        require_targets(base.index, targets)
+        require_targets(base.weights, targets)
     factor_dtypes = {
         target.name: factor_dtype(base.dtype, entries[target.weight_key][0], config.output.residual_dtype)
         for target in targets
@@ -210,9 +215,40 @@ def understand(
         saved_order=saved,
         amount=amount,
         experts_left_out=selection.experts_left_out,
-        saved_parameters={name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters},
+        saved_parameters=_saved_parameters(selection, base, in_files),
         entries=entries,
     )
+
+
+def _require_base_left_alone(quantization: str, config: InitConfig) -> None:
+    """Raise UserError for a start that would change quantized weights, or copy what was made of them."""
+    held = f"and those of the checkpoint are quantized ({quantization})"
+    if SCHEMES[config.init.scheme].changes_base:
+        others = ", ".join(name for name, scheme in SCHEMES.items() if not scheme.changes_base)
+        problem = f"changes the base's weights, {held}; write rrr, or another that leaves them alone ({others})"
+        raise UserError("init.scheme", config.init.scheme, problem)
+    if config.lora.use_dora:
+        raise UserError("lora.use_dora", True, f"starts from norms of the base's weights, {held}; write false")
+
+
+def _require_parts(stored: StoredModel, quantization: str) -> None:
+    """Raise UserError for quantized weights that transformers would have to convert, or fill in."""
+    if stored.as_it_is is None:
+        name = next(iter([*stored.lacking, *stored.changed]))
+        made = (
+            "is not in the checkpoint" if name in stored.lacking else "is not made of whole tensors of the checkpoint"
+        )
+        problem = f"{made}, which is quantized ({quantization}); write a checkpoint in floating point"
+        raise UserError("model.name_or_path", name, problem)
+
+
+def _saved_parameters(selection: Selection, base: BaseModel, in_files: StoredModel | None) -> dict[str, str]:
+    """Checkpoint keys of what PEFT trains whole. Raises UserError for a quantized one, which cannot be."""
+    found = {name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters}
+    for name, key in found.items():
+        if isinstance(base.weights.get(key), QuantizedSlot):
+            raise UserError("lora.modules_to_save", name, "is quantized in the checkpoint; leave it out")
+    return found
 
 
 def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) -> Amount:
