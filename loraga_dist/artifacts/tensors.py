@@ -74,7 +74,7 @@ def weight_chunks(target: Target, index: Mapping[str, Slot]) -> Iterator[tuple[i
             yield row0, rows
 
 
-def read_elements(target: Target, index: Mapping[str, TensorSlot], start: int, end: int) -> Tensor:
+def read_elements(target: Target, index: Mapping[str, Slot], start: int, end: int) -> Tensor:
     """Elements [start, end) of a target's flattened stored matrix; raises RunError on a short read."""
     row_numel, parts = target.stored_shape[1], []
     for region in regions_of(target):
@@ -82,7 +82,7 @@ def read_elements(target: Target, index: Mapping[str, TensorSlot], start: int, e
         begin, until = max(start, first), min(end, past)
         if begin < until:
             offset = region.rows.first * row_numel - first
-            parts.append(read_range(index[region.rows.key], begin + offset, until + offset))
+            parts.append(read_part(index[region.rows.key], begin + offset, until + offset))
     return torch.cat(parts) if parts else torch.empty(0)
 
 

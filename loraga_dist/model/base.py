@@ -17,7 +17,7 @@ from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError, blame
-from loraga_dist.files.disk import BrokenFileError
+from loraga_dist.files.disk import BrokenFileError, read_json
 from loraga_dist.files.quantized import dequantized
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
 from loraga_dist.files.stored_tensors import Slot
@@ -95,24 +95,25 @@ def find_base_model(
             hf_config._attn_implementation = config.attn_implementation
         model_class = _model_class(config, hf_config, task_type, directory)
         _require_countable_layers(config, hf_config, index)
+        for holder in (hf_config, hf_config.get_text_config()):  # else the model would be built of quantized layers
+            vars(holder).pop("quantization_config", None)
         found = BaseModel(
             directory=directory,
             index=index,
             model_class=model_class,
             config=hf_config,
             dtype=_compute_dtype(config.dtype, hf_config, index, device),
-            quantization=_without_quantization(hf_config),
+            quantization=quantization_of(directory),
         )
         assert found.weights is not None, "formats that cannot be read are refused here"
         return found
 
 
-def _without_quantization(hf_config: Any) -> Mapping[str, Any] | None:
-    """Take what a config says of quantized weights out of it; None if it says nothing."""
-    for holder in (hf_config, hf_config.get_text_config()):
-        if getattr(holder, "quantization_config", None) is not None:
-            return vars(holder).pop("quantization_config")
-    return None
+def quantization_of(model_dir: Path) -> dict[str, Any] | None:
+    """What a model's config.json says of quantized weights; None if it says nothing. Raises BrokenFileError."""
+    config = read_json(model_dir / "config.json")
+    found = (holder.get("quantization_config") for holder in (config, config.get("text_config") or {}))
+    return next((it for it in found if it is not None), None)
 
 
 def _require_countable_layers(config: ModelConfig, hf_config: Any, index: dict[str, TensorSlot]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
+from loraga_dist.files.quantized import QuantizedSlot
 from loraga_dist.files.safetensors_io import dtype_name
 from loraga_dist.files.stored_tensors import Slot
 from loraga_dist.model.base import WIDE_FLOATS
@@ -160,6 +161,13 @@ def require_targets(index: Mapping[str, Slot], targets: Iterable[Target]) -> Non
             else:
                 continue
             raise UserError("model.name_or_path", rows.key, problem)
+
+
+def require_saved(index: Mapping[str, Slot], saved: Mapping[str, str]) -> None:
+    """Raise UserError for a parameter that would be trained whole and is quantized. saved: checkpoint keys by name."""
+    for name, key in saved.items():
+        if isinstance(index.get(key), QuantizedSlot):
+            raise UserError("lora.modules_to_save", name, "is quantized in the checkpoint; leave it out")
 
 
 def holds_rows(slot: Slot, rows: StoredRows, target: Target) -> bool:

@@ -29,7 +29,6 @@ from loraga_dist.data.microbatches import (
 from loraga_dist.data.samples import fingerprints
 from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
-from loraga_dist.files.quantized import QuantizedSlot
 from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
@@ -39,7 +38,7 @@ from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.stacks import ExpertsLeftOut, Stack, find_stacks
-from loraga_dist.model.targets import Target, meta_copy, require_targets
+from loraga_dist.model.targets import Target, meta_copy, require_saved, require_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
 from loraga_dist.schemes import SCHEMES, Scheme
@@ -194,6 +193,8 @@ def understand(
     selection, targets, chosen = _choose_targets(meta_model, config, in_files, in_pieces=holding.is_sharded)
     if base.index:
         require_targets(base.weights, targets)
+    saved_parameters = {name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters}
+    require_saved(base.weights, saved_parameters)
     factor_dtypes = {
         target.name: factor_dtype(base.dtype, entries[target.weight_key][0], config.output.residual_dtype)
         for target in targets
@@ -215,7 +216,7 @@ def understand(
         saved_order=saved,
         amount=amount,
         experts_left_out=selection.experts_left_out,
-        saved_parameters=_saved_parameters(selection, base, in_files),
+        saved_parameters=saved_parameters,
         entries=entries,
     )
 
@@ -240,15 +241,6 @@ def _require_parts(stored: StoredModel, quantization: str) -> None:
         )
         problem = f"{made}, which is quantized ({quantization}); write a checkpoint in floating point"
         raise UserError("model.name_or_path", name, problem)
-
-
-def _saved_parameters(selection: Selection, base: BaseModel, in_files: StoredModel | None) -> dict[str, str]:
-    """Checkpoint keys of what PEFT trains whole. Raises UserError for a quantized one, which cannot be."""
-    found = {name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters}
-    for name, key in found.items():
-        if isinstance(base.weights.get(key), QuantizedSlot):
-            raise UserError("lora.modules_to_save", name, "is quantized in the checkpoint; leave it out")
-    return found
 
 
 def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) -> Amount:
