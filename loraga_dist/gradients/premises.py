@@ -3,6 +3,7 @@ and that the loss whose gradient is taken is the one the model's own forward giv
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import TypeVar
 
@@ -84,16 +85,15 @@ def _has_shared_loss(model: nn.Module) -> bool:
 
 
 def _losses(model: nn.Module, request: Request, sharding: Sharding) -> tuple[float, float] | None:
-    """The model's own loss of all ranks' first microbatches, and the one whose gradient is taken; None where it calls
-    transformers' own, or has none."""
+    """The model's own loss of all ranks' first microbatches, and the one whose gradient is taken; None where the model has
+    none of its own, or calls transformers'."""
     data, world = request.data, sharding.world
-    if data is None or _has_shared_loss(model):
+    takes_labels = "labels" in inspect.signature(type(model).forward).parameters
+    if data is None or not takes_labels or _has_shared_loss(model):
         return None
     microbatch = data.microbatches(0, data.samples_per_step, 0)[0]
     with sharding.passing(pieces_of(model)):
         output = outputs(model, microbatch, world.device, with_loss=True)
-    if output.loss is None:
-        return None
     loss = LOSSES[request.config.lora.task_type](output.logits, microbatch.inputs["labels"])
     count = microbatch.num_supervised_tokens
     own = output.loss * count if count else torch.zeros_like(loss)
