@@ -85,8 +85,8 @@ def _has_shared_loss(model: nn.Module) -> bool:
 
 
 def _losses(model: nn.Module, request: Request, sharding: Sharding) -> tuple[float, float] | None:
-    """The model's own loss of all ranks' first microbatches, and the one whose gradient is taken; None where the model has
-    none of its own, or calls transformers'."""
+    """The model's own loss of all ranks' first microbatches, and the one whose gradient is taken; None where the model
+    has none of its own, or calls transformers'."""
     data, world = request.data, sharding.world
     takes_labels = "labels" in inspect.signature(type(model).forward).parameters
     if data is None or not takes_labels or _has_shared_loss(model):

@@ -14,7 +14,9 @@ from torch import nn
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
-from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
+from loraga_dist.files.quantized import QuantizedSlot
+from loraga_dist.files.safetensors_io import dtype_name
+from loraga_dist.files.stored_tensors import Slot
 from loraga_dist.model.base import WIDE_FLOATS
 
 if TYPE_CHECKING:
@@ -65,10 +67,17 @@ class Target:
     """None for a matrix that is a parameter of its own."""
     by_parameter: bool = False
     """PEFT has to be told the weight's name: it would take the module's for one of experts."""
+    in_expert_list: bool = False
+    """It is of an expert that is a module."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a microbatch, or a rank, may have no token for it."""
+        return self.stack is not None or self.in_expert_list
 
     @property
     def row_share(self) -> float:
-        """Of tokens that are multiplied with it, on average."""
+        """Of tokens that are multiplied with it, on average; all where that is not known."""
         return 1.0 if self.stack is None else self.stack.num_chosen / self.stack.size
 
     @property
@@ -145,7 +154,7 @@ def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
     return model
 
 
-def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) -> None:
+def require_targets(index: Mapping[str, Slot], targets: Iterable[Target]) -> None:
     """Raise UserError unless the checkpoint holds every target as a plain floating matrix of the expected shape."""
     for target in targets:
         for rows in target.stored_rows:
@@ -161,7 +170,14 @@ def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) 
             raise UserError("model.name_or_path", rows.key, problem)
 
 
-def holds_rows(slot: TensorSlot, rows: StoredRows, target: Target) -> bool:
+def require_saved(index: Mapping[str, Slot], saved: Mapping[str, str]) -> None:
+    """Raise UserError for a parameter that would be trained whole and is quantized. saved: checkpoint keys by name."""
+    for name, key in saved.items():
+        if isinstance(index.get(key), QuantizedSlot):
+            raise UserError("lora.modules_to_save", name, "is quantized in the checkpoint; leave it out")
+
+
+def holds_rows(slot: Slot, rows: StoredRows, target: Target) -> bool:
     if target.stack is None:
         return slot.shape == target.stored_shape
     *outer, row_numel = slot.shape

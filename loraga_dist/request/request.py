@@ -42,7 +42,7 @@ from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.stacks import Stack, find_stacks
-from loraga_dist.model.targets import Target, meta_copy, require_targets
+from loraga_dist.model.targets import Target, meta_copy, require_saved, require_targets
 from loraga_dist.model.towers import text_model, tower_of
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
@@ -184,6 +184,8 @@ def understand(
         require_usable(config.deepspeed)
     scheme = SCHEMES[config.init.scheme]
     base = find_base_model(config.model, config.lora.task_type, world.device, needs_weights=needs_weights)
+    if base.quantization is not None:
+        _require_base_left_alone(base.quantization["quant_method"], config)
     if scheme.changes_base:
         model_files(base.directory)  # refuses links, before the work that ends in a copy
     key, value = ("model.name_or_path", config.model.name_or_path)
@@ -195,6 +197,8 @@ def understand(
         stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks, text = find_blocks(meta_model), text_model(meta_model)
+    if base.quantization is not None and base.index:
+        _require_parts(stored, base.quantization["quant_method"])
     in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
@@ -202,7 +206,9 @@ def understand(
     if scheme.source == "gradient":
         _require_gradients_of_text(config.lora, targets, text)
     if base.index:
-        require_targets(base.index, targets)
+        require_targets(base.weights, targets)
+    saved_parameters = {name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters}
+    require_saved(base.weights, saved_parameters)
     factor_dtypes = {
         target.name: factor_dtype(base.dtype, entries[target.weight_key][0], config.output.residual_dtype)
         for target in targets
@@ -225,9 +231,31 @@ def understand(
         amount=amount,
         coverage=selection.coverage,
         left_out=selection.left_out,
-        saved_parameters={name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters},
+        saved_parameters=saved_parameters,
         entries=entries,
     )
+
+
+def _require_base_left_alone(quantization: str, config: InitConfig) -> None:
+    """Raise UserError for a start that would change quantized weights, or copy what was made of them."""
+    held = f"and those of the checkpoint are quantized ({quantization})"
+    if SCHEMES[config.init.scheme].changes_base:
+        others = ", ".join(name for name, scheme in SCHEMES.items() if not scheme.changes_base)
+        problem = f"changes the base's weights, {held}; write rrr, or another that leaves them alone ({others})"
+        raise UserError("init.scheme", config.init.scheme, problem)
+    if config.lora.use_dora:
+        raise UserError("lora.use_dora", True, f"starts from norms of the base's weights, {held}; write false")
+
+
+def _require_parts(stored: StoredModel, quantization: str) -> None:
+    """Raise UserError for quantized weights that transformers would have to convert, or fill in."""
+    if stored.as_it_is is None:
+        name = next(iter([*stored.lacking, *stored.changed]))
+        made = (
+            "is not in the checkpoint" if name in stored.lacking else "is not made of whole tensors of the checkpoint"
+        )
+        problem = f"{made}, which is quantized ({quantization}); write a checkpoint in floating point"
+        raise UserError("model.name_or_path", name, problem)
 
 
 def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) -> Amount:
