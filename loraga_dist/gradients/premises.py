@@ -13,6 +13,7 @@ from torch import nn
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import SampleSharder
 from loraga_dist.gradients.forward import forward, outputs
+from loraga_dist.model.base import WIDE_FLOATS
 from loraga_dist.model.blocks import pieces_of
 from loraga_dist.model.classes import names_in_forward
 from loraga_dist.request.request import Request
@@ -52,7 +53,8 @@ def try_premises(model: nn.Module, request: AnyRequest, sharding: Sharding) -> t
 
 
 def _tolerance(model: nn.Module) -> float:
-    return max(_TOLERANCE, 8 * torch.finfo(next(model.parameters()).dtype).eps)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dtype in WIDE_FLOATS)
+    return max(_TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
 def _share_of_padding(model: nn.Module, request: Request, sharding: Sharding) -> float:
