@@ -3,6 +3,7 @@ and that the loss whose gradient is taken is the one the model's own forward giv
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from torch import nn
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import SampleSharder
 from loraga_dist.gradients.forward import forward, outputs
+from loraga_dist.model.base import WIDE_FLOATS
 from loraga_dist.model.blocks import pieces_of
 from loraga_dist.model.classes import names_in_forward
 from loraga_dist.request.request import Request
@@ -51,7 +53,8 @@ def try_premises(model: nn.Module, request: AnyRequest, sharding: Sharding) -> t
 
 
 def _tolerance(model: nn.Module) -> float:
-    return max(_TOLERANCE, 8 * torch.finfo(next(model.parameters()).dtype).eps)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dtype in WIDE_FLOATS)
+    return max(_TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
 def _share_of_padding(model: nn.Module, request: Request, sharding: Sharding) -> float:
@@ -84,16 +87,15 @@ def _has_shared_loss(model: nn.Module) -> bool:
 
 
 def _losses(model: nn.Module, request: Request, sharding: Sharding) -> tuple[float, float] | None:
-    """The model's own loss of all ranks' first microbatches, and the one whose gradient is taken; None where it calls
-    transformers' own, or has none."""
+    """The model's own loss of all ranks' first microbatches, and the one whose gradient is taken; None where the model
+    has none of its own, or calls transformers'."""
     data, world = request.data, sharding.world
-    if data is None or _has_shared_loss(model):
+    takes_labels = "labels" in inspect.signature(type(model).forward).parameters
+    if data is None or not takes_labels or _has_shared_loss(model):
         return None
     microbatch = data.microbatches(0, data.samples_per_step, 0)[0]
     with sharding.passing(pieces_of(model)):
         output = outputs(model, microbatch, world.device, with_loss=True)
-    if output.loss is None:
-        return None
     loss = LOSSES[request.config.lora.task_type](output.logits, microbatch.inputs["labels"])
     count = microbatch.num_supervised_tokens
     own = output.loss * count if count else torch.zeros_like(loss)

@@ -204,8 +204,8 @@ def _injected(meta_model: nn.Module, lora: LoraSection, target_modules: str | li
                 raise _excluding(both, "trained whole by PEFT, for the ends of their names", lora) from error
             raise
     model = peft_model.base_model.model
-    if refused := [name for name in _adapted(model) if _is_of_mamba(name.rpartition(".")[2], config, peft_model)]:
-        raise _excluding(refused, f"refused by PEFT in a {config.model_type}", lora)
+    if refused := [name for name in _adapted(model) if _is_refused(name.rpartition(".")[2], config, peft_model)]:
+        raise _excluding(refused, "refused by PEFT in such a model", lora)
     return model
 
 
@@ -229,7 +229,7 @@ def _adapted_and_saved(model: nn.Module, lora: LoraSection) -> list[str]:
     return [name for name in _adapted(model) if name.endswith(ends)]
 
 
-def _is_of_mamba(end: str, config: Any, peft_model: Any) -> bool:
+def _is_refused(end: str, config: Any, peft_model: Any) -> bool:
     """Whether PEFT refuses to adapt a module of this name, knowing what model it is in."""
     try:
         peft_model.base_model._check_target_module_compatiblity(
