@@ -36,7 +36,7 @@ class BaseModel:
     model_class: type[nn.Module]
     config: Any
     class_name: str | None
-    """As `model.class`; None where the task's auto class loads the same."""
+    """As `model.class`; None where nobody has to say it."""
     dtype: torch.dtype
 
     @property

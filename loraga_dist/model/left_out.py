@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from loraga_dist.model.names import pattern_of
 from loraga_dist.model.stacks import NOT_IN_INTERFACE, TO_ADD_EXPERTS, ends_of, find_stacks, untappable
+from loraga_dist.model.targets import Target
 from loraga_dist.model.towers import tower_of
 
 
@@ -40,11 +41,12 @@ def experts_left_out(model: nn.Module) -> list[LeftOut]:
     return found
 
 
-def towers_left_out(names: Sequence[str], chosen: Collection[str], text: str) -> list[LeftOut]:
-    """Modules of towers. names: of their matrices. chosen: of the matrices of the language model `text`."""
+def towers_left_out(names: Sequence[str], targets: Iterable[Target], text: str) -> list[LeftOut]:
+    """Towers. names: of their matrices. targets: of the language model `text`."""
     if not names:
         return []
     towers = tuple(dict.fromkeys(str(tower_of(name, text)) for name in names))
+    chosen = [target.name for target in targets if target.stack is None]
     how = (
         "text gives them no gradient; where batches have images, or the scheme takes no gradient, "
         f"lora.target_modules: {pattern_of([*chosen, *names], any_number=True)} adds them"

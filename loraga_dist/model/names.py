@@ -56,7 +56,8 @@ def _pattern(names: Iterable[Sequence[str]]) -> str:
     firsts: dict[str, list[str]] = {}
     for first, rests in ends.items():
         firsts.setdefault(rf"\.{_pattern(rests)}" if rests[0] else "", []).append(first)
-    return _one_of([_one_of(these) + end for end, these in firsts.items()])
+    leaves = firsts.pop("", [])
+    return _one_of([*leaves, *(_one_of(these) + end for end, these in firsts.items())])
 
 
 def _one_of(patterns: Sequence[str]) -> str:

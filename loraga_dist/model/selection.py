@@ -109,7 +109,7 @@ def select_targets(
         targets=targets,
         saved_parameters=saved_parameters,
         coverage=weights.covered_by(targets, saved_parameters),
-        left_out=left_out + towers_left_out(in_towers, matched, text),
+        left_out=left_out + towers_left_out(in_towers, targets, text),
     )
 
 
