@@ -49,6 +49,6 @@ def towers_left_out(names: Sequence[str], targets: Iterable[Target], text: str) 
     chosen = [target.name for target in targets if target.stack is None]
     how = (
         "text gives them no gradient; where batches have images, or the scheme takes no gradient, "
-        f"lora.target_modules: {pattern_of([*chosen, *names], any_number=True)} adds them"
+        f"lora.target_modules: {pattern_of([*chosen, *names], any_layer=True)} adds them"
     )
     return [LeftOut(kind=" and ".join(towers), names=towers, how=how)]

@@ -5,7 +5,6 @@ Mistakes in settings, model and data show here, before a weight is allocated.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -36,7 +35,7 @@ from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, s
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.left_out import LeftOut
-from loraga_dist.model.names import excluding
+from loraga_dist.model.names import excluding, pattern_of
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
@@ -319,8 +318,8 @@ def _require_gradients_of_text(lora: LoraSection, targets: Iterable[Target], tex
     towers = dict.fromkeys(tower for target in targets if (tower := tower_of(target.name, text)) is not None)
     if towers:
         problem = f"takes in matrices of {' and '.join(towers)}, which text gives no gradient"
-        pattern = "|".join(rf"{re.escape(tower)}\..*" for tower in towers)
-        raise UserError("lora.target_modules", lora.target_modules, f"{problem}; {excluding(lora, pattern)}")
+        instead = excluding(lora, rf"{pattern_of(towers)}(\..*)?")
+        raise UserError("lora.target_modules", lora.target_modules, f"{problem}; {instead}")
 
 
 def _require_inputs_of_a(config: MethodConfig, targets: Sequence[Target], stacks: Mapping[str, Stack]) -> None:
