@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from loraga_dist.model.names import pattern_of
 from loraga_dist.model.stacks import NOT_IN_INTERFACE, TO_ADD_EXPERTS, ends_of, find_stacks, untappable
-from loraga_dist.model.targets import Target
 from loraga_dist.model.towers import tower_of
 
 
@@ -41,14 +40,28 @@ def experts_left_out(model: nn.Module) -> list[LeftOut]:
     return found
 
 
-def towers_left_out(names: Sequence[str], targets: Iterable[Target], text: str) -> list[LeftOut]:
-    """Towers. names: of their matrices. targets: of the language model `text`."""
+def routers_left_out(names: Sequence[str]) -> list[LeftOut]:
+    """names: of routers' modules."""
+    ends = ends_of(f"{name}.weight" for name in names)
+    return (
+        [LeftOut(kind="routers", names=ends, how=f"{TO_ADD_EXPERTS.format(', '.join(ends))} adds them")] if ends else []
+    )
+
+
+def rows_left_out(names: Sequence[str]) -> list[LeftOut]:
+    """names: of modules whose matrix is a single row or column."""
+    ends = ends_of(names)
+    how = "an adapter would be larger than they are"
+    return [LeftOut(kind=f"single rows ({', '.join(ends)})", names=ends, how=how)] if ends else []
+
+
+def towers_left_out(names: Sequence[str], chosen: Collection[str], text: str) -> list[LeftOut]:
+    """Modules of towers. names: of their matrices. chosen: of the matrices of the language model `text`."""
     if not names:
         return []
     towers = tuple(dict.fromkeys(str(tower_of(name, text)) for name in names))
-    chosen = [target.name for target in targets if target.stack is None]
     how = (
-        "text gives them no gradient; where batches have images, or the scheme takes no gradient, "
+        "text gives them no gradient; where data has images, or the scheme takes no gradient, "
         f"lora.target_modules: {pattern_of([*chosen, *names], any_layer=True)} adds them"
     )
     return [LeftOut(kind=" and ".join(towers), names=towers, how=how)]

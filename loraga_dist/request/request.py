@@ -147,6 +147,10 @@ class CheckpointRequest(Request):
         """Without DoRA, which starts as the plain adapter does; what makes it DoRA are magnitudes in the file."""
         return self.config.lora.model_copy(update={"use_dora": False})
 
+    @property
+    def has_images(self) -> bool:
+        return self.data is not None and any(sample.images is not None for sample in self.data.samples)
+
     @cached_property
     def data_fingerprints(self) -> list[str]:
         """Of the first 1, 2, ... samples; a run need not use them all, and there may be none."""
@@ -194,8 +198,6 @@ def understand(
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
     selection, targets, chosen = _choose_targets(meta_model, config, in_files, in_pieces=holding.is_sharded)
-    if scheme.source == "gradient":
-        _require_gradients_of_text(config.lora, targets, text)
     if base.index:
         require_targets(base.index, targets)
     factor_dtypes = {
@@ -205,6 +207,8 @@ def understand(
     data = step_data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
         data, step_data = _share_out(read_data(config, base, world, began), config, "calibration.max_samples")
+        if scheme.source == "gradient" and all(sample.images is None for sample in data.samples):
+            _require_gradients_of_text(config.lora, targets, text)
     saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
     return CheckpointRequest(
         config=_resolved(config, base),

@@ -65,13 +65,14 @@ INSIDE = {
         "staging",
         "checkpoint",
     ],
-    "data": ["losses", "formats", "feedback", "microbatches", "samples"],
+    "data": ["losses", "images", "formats", "feedback", "microbatches", "image_rows", "samples"],
     "model": [
         "conversion",
         "classes",
         "base",
         "towers",
         "blocks",
+        "products",
         "stacks",
         "shape",
         "targets",
@@ -101,6 +102,7 @@ INSIDE = {
     ],
     "gradients": [
         "forward",
+        "premises",
         "experts",
         "taps",
         "stubs",

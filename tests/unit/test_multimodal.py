@@ -71,14 +71,13 @@ def test_keys_are_those_of_older_versions_or_of_the_model_in_memory(kind: str, o
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_linear_is_the_language_model_and_the_line_adds_the_towers(kind: str) -> None:
-    lora = {"exclude_modules": ["router"]} if kind == "llama4" else {}
-    found = chosen(kind, **lora)
-    (left,) = (part for part in found.left_out if part.kind != "experts")
+    found = chosen(kind)
+    (left,) = (part for part in found.left_out if part.kind not in ("experts", "routers"))
     names = {target.name for target in found.targets}
     assert names and not any(name.startswith(tuple(left.names)) for name in names)
     told = re.search(r"lora\.target_modules: (.*) adds them$", left.text)
     assert told is not None
-    added = {target.name for target in chosen(kind, target_modules=told[1], **lora).targets} - names
+    added = {target.name for target in chosen(kind, target_modules=told[1]).targets} - names
     model = make_multimodal(kind)
     assert added == {
         name
@@ -118,15 +117,10 @@ def test_layers_that_only_images_reach_are_refused_with_the_line_to_write(
     assert {name.split(".")[3] for name in read_report(make_output(tree))["targets"]} == {"0", "2"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "class_name", "lora"),
-    [("llama4", "Llama4ForCausalLM", {"exclude_modules": ["router"]}), ("qwen3_5", "Qwen3_5ForCausalLM", {})],
-)
-def test_the_language_model_alone_where_the_user_wants_that(
-    kind: str, class_name: str, lora: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("kind", "class_name"), [("llama4", "Llama4ForCausalLM"), ("qwen3_5", "Qwen3_5ForCausalLM")])
+def test_the_language_model_alone_where_the_user_wants_that(kind: str, class_name: str, tmp_path: Path) -> None:
     base, data = save_multimodal(tmp_path / "base", kind), save_data(tmp_path / "data.jsonl", rows=4)
-    tree = config_tree(base, data, tmp_path / "out", r=2, lora=lora)
+    tree = config_tree(base, data, tmp_path / "out", r=2)
     tree["model"]["class"] = class_name
     out = make_output(tree)
     assert read_report(out)["config"]["model"]["class"] == class_name
