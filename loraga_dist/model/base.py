@@ -108,7 +108,7 @@ def _compute_dtype(wanted: Dtype, hf_config: Any, index: dict[str, TensorSlot], 
 
 
 def _checkpoint_dtype(hf_config: Any, index: dict[str, TensorSlot]) -> torch.dtype:
-    stated = getattr(hf_config, "dtype", None)
+    stated = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
     if isinstance(stated, str):
         stated = DTYPES.get(stated)
     if isinstance(stated, torch.dtype) and stated in DTYPES.values():
