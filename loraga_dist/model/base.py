@@ -42,7 +42,7 @@ class BaseModel:
     config: Any
     """Of the model in floating point."""
     class_name: str | None
-    """As `model.class`; None where the task's auto class loads the same."""
+    """As `model.class`; None where nobody has to say it."""
     dtype: torch.dtype
     quantization: Mapping[str, Any] | None = None
     """What config.json says of quantized weights."""
@@ -133,7 +133,7 @@ def _compute_dtype(wanted: Dtype, hf_config: Any, index: dict[str, TensorSlot], 
 
 
 def _checkpoint_dtype(hf_config: Any, index: dict[str, TensorSlot]) -> torch.dtype:
-    stated = getattr(hf_config, "dtype", None)
+    stated = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
     if isinstance(stated, str):
         stated = DTYPES.get(stated)
     if isinstance(stated, torch.dtype) and stated in DTYPES.values():

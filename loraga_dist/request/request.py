@@ -5,7 +5,6 @@ Mistakes in settings, model and data show here, before a weight is allocated.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -36,7 +35,7 @@ from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, s
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.left_out import LeftOut
-from loraga_dist.model.names import excluding
+from loraga_dist.model.names import excluding, pattern_of
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
@@ -203,8 +202,6 @@ def understand(
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
     selection, targets, chosen = _choose_targets(meta_model, config, in_files, in_pieces=holding.is_sharded)
-    if scheme.source == "gradient":
-        _require_gradients_of_text(config.lora, targets, text)
     if base.index:
         require_targets(base.weights, targets)
     saved_parameters = {name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters}
@@ -216,6 +213,8 @@ def understand(
     data = step_data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
         data, step_data = _share_out(read_data(config, base, world, began), config, "calibration.max_samples")
+        if scheme.source == "gradient" and all(sample.images is None for sample in data.samples):
+            _require_gradients_of_text(config.lora, targets, text)
     saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
     return CheckpointRequest(
         config=_resolved(config, base),
@@ -351,8 +350,8 @@ def _require_gradients_of_text(lora: LoraSection, targets: Iterable[Target], tex
     towers = dict.fromkeys(tower for target in targets if (tower := tower_of(target.name, text)) is not None)
     if towers:
         problem = f"takes in matrices of {' and '.join(towers)}, which text gives no gradient"
-        pattern = "|".join(rf"{re.escape(tower)}\..*" for tower in towers)
-        raise UserError("lora.target_modules", lora.target_modules, f"{problem}; {excluding(lora, pattern)}")
+        instead = excluding(lora, rf"{pattern_of(towers)}(\..*)?")
+        raise UserError("lora.target_modules", lora.target_modules, f"{problem}; {instead}")
 
 
 def _require_inputs_of_a(config: MethodConfig, targets: Sequence[Target], stacks: Mapping[str, Stack]) -> None:
