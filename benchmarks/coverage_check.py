@@ -1,0 +1,227 @@
+"""One architecture, in a process of its own: init as a user runs it, following what it says, and two checks of the output.
+
+The adapter on the residual base, loaded by stock PEFT, has the original model's logits; and the factors are those of the
+gradient that plain autograd has of the model's own loss, of each sample alone and without padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from coverage_models import KINDS, Kind, build, save
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoTokenizer, PreTrainedModel
+
+from loraga_dist.cli import init_main
+from loraga_dist.config import InitConfig, parse_config
+from loraga_dist.data.losses import IGNORED
+from loraga_dist.data.samples import load_samples
+
+RANK = 2
+MOST_LINES = 4
+"""Lines of advice that are followed."""
+TOLERANCE = 1e-4
+
+WORKS, WITH_LINE, REFUSED, NOT_BUILT, WRONG, CRASHED = (
+    "works",
+    "works with a line",
+    "refused",
+    "not built",
+    "wrong",
+    "crashed",
+)
+
+
+@dataclass
+class Outcome:
+    """What became of an architecture."""
+
+    kind: str
+    model_type: str
+    model_class: str
+    outcome: str = CRASHED
+    lines: list[str] = field(default_factory=list)
+    """What init said, the last line last; each was followed but perhaps the last."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was written because of them."""
+    why: str = ""
+    logits_error: float | None = None
+    gradient_error: float | None = None
+    notes: list[str] = field(default_factory=list)
+    num_targets: int = 0
+
+
+def examine(kind_name: str, model_type: str, directory: Path) -> dict[str, Any]:
+    """Build, start and check one architecture; its outcome as plain data."""
+    kind = KINDS[kind_name]
+    outcome = Outcome(kind_name, model_type, kind.classes[model_type])
+    try:
+        model = build(kind, model_type)
+        data = save(model, kind, directory / "model")
+    except Exception as error:
+        outcome.outcome, outcome.why = NOT_BUILT, _in_a_line(error)
+        return asdict(outcome)
+    try:
+        tree = _run(kind, directory, data, outcome)
+        if tree is not None:
+            _check(type(model), parse_config(InitConfig, tree), directory, outcome)
+    except Exception as error:
+        outcome.outcome, outcome.why = CRASHED, f"check: {_in_a_line(error)}\n{traceback.format_exc()}"
+    return asdict(outcome)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _run(kind: Kind, directory: Path, data: Path, outcome: Outcome) -> dict[str, Any] | None:
+    """Run init until it is done or says nothing that can be followed; the configuration that it was done with."""
+    tree: dict[str, Any] = {
+        "model": {"name_or_path": str(directory / "model"), "dtype": "float32"},
+        "lora": {"r": RANK, "lora_alpha": 2 * RANK, "task_type": kind.task_type},
+        "gradient": {"engine": "exact"},
+        "calibration": {"data_files": str(data), "max_length": 64, "max_samples": 4, "per_device_batch_size": 4},
+        "output": {"dir": str(directory / "out")},
+    }
+    for _ in range(MOST_LINES + 1):
+        (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = init_main(["--config", str(directory / "config.yaml"), "--overwrite", "--resume", "never"])
+        if code == 0:
+            outcome.outcome = WITH_LINE if outcome.settings else WORKS
+            return tree
+        lines = [line.removeprefix("loraga-dist: ") for line in said.getvalue().splitlines() if "loraga-dist: " in line]
+        line = lines[-1].replace(str(directory), "...") if lines else ""
+        outcome.lines.append(line)
+        outcome.outcome = REFUSED if code == 2 else CRASHED
+        if code != 2:
+            outcome.why = said.getvalue()[-6000:]
+            return None
+        setting = _advice(line, tree)
+        if setting is None:
+            return None
+        (section, key), value = setting
+        tree[section][key] = outcome.settings[f"{section}.{key}"] = value
+    return None
+
+
+def _advice(line: str, tree: dict[str, Any]) -> tuple[tuple[str, str], Any] | None:
+    """The key to write, and its value, that a line names; None where it names none, or what is written already."""
+    section, _, key = line.partition(":")[0].partition(".")
+    found = None
+    if match := re.search(r"(?:write|set) (\w+)\.(\w+): (.+?)(?:;|$)", line):
+        found = (match[1], match[2]), yaml.safe_load(match[3])
+    elif match := re.search(r": ([\w.]+) (?:\(\w+\) )?(?:is|has|needs)\b[^;]*; .*add it to lora\.exclude_modules", line):
+        excluded = tree["lora"].get("exclude_modules", [])
+        name = re.sub(r"\.\d+\.", ".N.", match[1]).rpartition(".N.")[2]  # of all blocks, as a user would
+        found = ("lora", "exclude_modules"), sorted({*excluded, name})
+    elif match := re.search(r"write (true|false|null|[\d.]+|[a-z_]+)(?: or less)?\b(?!/)(?=$|[;,.]| there)", line):
+        found = (section, key), yaml.safe_load(match[1])
+    if found is None or found[0][0] not in tree or tree[found[0][0]].get(found[0][1]) == found[1]:
+        return None
+    return found
+
+
+def _check(model_class: type[PreTrainedModel], config: InitConfig, directory: Path, outcome: Outcome) -> None:
+    inputs = _inputs(config, directory)
+    original, out = _load(model_class, directory / "model"), directory / "out"
+    base = out / "residual_base"
+    started = PeftModel.from_pretrained(_load(model_class, base), str(out / "loraga_init")).eval()
+    with torch.no_grad():
+        pairs = [(_logits(original, it), _logits(started, it)) for it in inputs]
+    outcome.logits_error = max(float((one - other).norm() / one.norm()) for one, other in pairs)
+    report = json.loads((out / "loraga_report.json").read_text())
+    outcome.num_targets = len(report["targets"])
+    errors = _gradient_errors(original, inputs, report, out, shifted=False)
+    if max(errors.values()) > TOLERANCE and config.lora.task_type == "CAUSAL_LM":
+        shifted = _gradient_errors(original, inputs, report, out, shifted=True)
+        if max(shifted.values()) <= TOLERANCE:
+            errors = shifted
+            outcome.notes.append("its own loss does not shift labels")
+    name, outcome.gradient_error = max(errors.items(), key=lambda named: named[1])
+    problems = []
+    if not outcome.logits_error <= TOLERANCE:
+        problems.append(f"logits of the start differ by {outcome.logits_error:.1e}")
+    if not outcome.gradient_error <= TOLERANCE:
+        wrong = sum(not error <= TOLERANCE for error in errors.values())
+        problems.append(f"gradients of {wrong} of {len(errors)} targets differ by up to {outcome.gradient_error:.1e} ({name})")
+    if problems:
+        outcome.outcome, outcome.why = WRONG, "; ".join(problems)
+
+
+def _load(model_class: type[PreTrainedModel], directory: Path) -> Any:
+    return model_class.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def _inputs(config: InitConfig, directory: Path) -> list[dict[str, Tensor]]:
+    """Of every sample alone."""
+    task_type = config.lora.task_type
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    samples = load_samples(config.calibration, tokenizer, task_type=task_type, max_positions=None, num_labels=3)
+    found = []
+    for sample in samples:
+        values = {name: torch.tensor(value) for name, value in sample.inputs.items()}
+        found.append({name: value[None] for name, value in values.items()})
+    return found
+
+
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs).logits.float()
+
+
+def _gradient_errors(
+    model: Any, inputs: list[dict[str, Tensor]], report: dict[str, Any], out: Path, *, shifted: bool
+) -> dict[str, float]:
+    """Of every target's singular triplets, against autograd's gradient of the model's own mean loss over all terms.
+
+    shifted: give the model labels that are shifted already.
+    """
+    targets = report["targets"]
+    model.zero_grad()
+    num_terms = 0
+    for each in inputs:
+        labels = each["labels"]
+        count = int((labels[:, 1:] != IGNORED).sum()) if report["config"]["lora"]["task_type"] == "CAUSAL_LM" else 0
+        count = count or int((labels != IGNORED).sum())
+        if shifted:
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        (model(**each | {"labels": labels}).loss * count).backward()
+        num_terms += count
+    factors = {key: value for path in (out / "factors").glob("*.safetensors") for key, value in load_file(path).items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: _error_of(_gradient_of(parameters, name, target) / num_terms, *(factors[f"{name}.{it}"] for it in ("U", "S", "Vh")))
+        for name, target in targets.items()
+    }
+
+
+def _gradient_of(parameters: dict[str, Any], name: str, target: dict[str, Any]) -> Tensor:
+    stack = target["stack"]
+    gradient = parameters[stack["parameter"] if stack else f"{name}.weight"].grad
+    assert gradient is not None, f"autograd has no gradient of {name}"
+    if stack:
+        gradient = gradient[stack["index"]]
+    return gradient.T if target["transposed"] else gradient
+
+
+def _error_of(G_MN: Tensor, U_MK: Tensor, S_K: Tensor, Vh_KN: Tensor) -> float:
+    """How far triplets are from the leading ones, in parts of the largest singular value."""
+    G_MN, U_MK, S_K, Vh_KN = G_MN.double(), U_MK.double(), S_K.double(), Vh_KN.double()
+    values_K = torch.linalg.svdvals(G_MN)[: len(S_K)]
+    projected = U_MK.T @ G_MN @ Vh_KN.T - S_K.diag()
+    return float(max((values_K - S_K).abs().max(), projected.abs().max()) / values_K[0])
