@@ -31,7 +31,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-from coverage_check import CRASHED, NOT_BUILT, Outcome, examine
+from coverage_check import CRASHED, NOT_BUILT, WITH_LINE, WORKS, Outcome, examine
 from coverage_models import KINDS
 from ranks import finish_on_ranks
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "coverage.jsonl", help="a line for each outcome")
     parser.add_argument("--only", nargs="+", metavar="KIND[:MODEL_TYPE]", help="run these, again if need be")
+    parser.add_argument("--failed", action="store_true", help="run what did not work again")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_SECONDS, help="seconds for each")
     parser.add_argument("--markdown", type=Path, help="write the table here")
@@ -62,6 +63,8 @@ def main() -> None:
         wanted = [(kind, it) for kind, it in wanted if {kind, f"{kind}:{it}", it} & set(options.only)]
     else:
         wanted = [each for each in wanted if each not in known]
+    if options.failed:
+        wanted = [each for each in wanted if each not in known or known[each]["outcome"] not in (WORKS, WITH_LINE)]
     options.json.parent.mkdir(parents=True, exist_ok=True)
 
     def run(each: tuple[str, str]) -> None:

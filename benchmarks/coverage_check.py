@@ -75,13 +75,35 @@ def examine(kind_name: str, model_type: str, directory: Path) -> dict[str, Any]:
     except Exception as error:
         outcome.outcome, outcome.why = NOT_BUILT, _in_a_line(error)
         return asdict(outcome)
+    own_forward = _own_forward(model, kind)
     try:
         tree = _run(kind, directory, data, outcome)
         if tree is not None:
             _check(type(model), parse_config(InitConfig, tree), directory, outcome)
     except Exception as error:
         outcome.outcome, outcome.why = CRASHED, f"check: {_in_a_line(error)}\n{traceback.format_exc()}"
+    if outcome.outcome == CRASHED and own_forward is not None:
+        outcome.outcome, outcome.why = NOT_BUILT, f"its own forward fails on text alone: {own_forward}"
     return asdict(outcome)
+
+
+def _own_forward(model: PreTrainedModel, kind: Kind) -> str | None:
+    """What the model says to text as a user's own script gives it; None if it takes it."""
+    ids = torch.arange(100, 118)[None]
+    ids[0, -1] = 2
+    labels = torch.zeros(1, dtype=torch.long) if kind.task_type == "SEQ_CLS" else ids
+    try:
+        with torch.no_grad():
+            _forward(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}).loss
+    except Exception as error:
+        return _in_a_line(error)
+    return None
+
+
+def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:
+    # which recomputation, and some hybrids' first call, stumble over
+    without_cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    return model(**inputs, **without_cache)
 
 
 def _in_a_line(error: Exception) -> str:
@@ -126,7 +148,9 @@ def _advice(line: str, tree: dict[str, Any]) -> tuple[tuple[str, str], Any] | No
     found = None
     if match := re.search(r"(?:write|set) (\w+)\.(\w+): (.+?)(?:;|$)", line):
         found = (match[1], match[2]), yaml.safe_load(match[3])
-    elif match := re.search(r": ([\w.]+) (?:\(\w+\) )?(?:is|has|needs)\b[^;]*; .*add it to lora\.exclude_modules", line):
+    elif match := re.search(
+        r": ([\w.]+) (?:\(\w+\) )?(?:is|has|needs)\b[^;]*; .*add it to lora\.exclude_modules", line
+    ):
         excluded = tree["lora"].get("exclude_modules", [])
         name = re.sub(r"\.\d+\.", ".N.", match[1]).rpartition(".N.")[2]  # of all blocks, as a user would
         found = ("lora", "exclude_modules"), sorted({*excluded, name})
@@ -159,7 +183,9 @@ def _check(model_class: type[PreTrainedModel], config: InitConfig, directory: Pa
         problems.append(f"logits of the start differ by {outcome.logits_error:.1e}")
     if not outcome.gradient_error <= TOLERANCE:
         wrong = sum(not error <= TOLERANCE for error in errors.values())
-        problems.append(f"gradients of {wrong} of {len(errors)} targets differ by up to {outcome.gradient_error:.1e} ({name})")
+        problems.append(
+            f"gradients of {wrong} of {len(errors)} targets differ by up to {outcome.gradient_error:.1e} ({name})"
+        )
     if problems:
         outcome.outcome, outcome.why = WRONG, "; ".join(problems)
 
@@ -181,7 +207,7 @@ def _inputs(config: InitConfig, directory: Path) -> list[dict[str, Tensor]]:
 
 
 def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs).logits.float()
+    return _forward(model, inputs).logits.float()
 
 
 def _gradient_errors(
@@ -200,12 +226,14 @@ def _gradient_errors(
         count = count or int((labels != IGNORED).sum())
         if shifted:
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        (model(**each | {"labels": labels}).loss * count).backward()
+        (_forward(model, each | {"labels": labels}).loss * count).backward()
         num_terms += count
     factors = {key: value for path in (out / "factors").glob("*.safetensors") for key, value in load_file(path).items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {
-        name: _error_of(_gradient_of(parameters, name, target) / num_terms, *(factors[f"{name}.{it}"] for it in ("U", "S", "Vh")))
+        name: _error_of(
+            _gradient_of(parameters, name, target) / num_terms, *(factors[f"{name}.{it}"] for it in ("U", "S", "Vh"))
+        )
         for name, target in targets.items()
     }
 

@@ -26,7 +26,7 @@ from loraga_dist.config import TaskType
 LABELS = 3
 HIDDEN = 64
 VOCABULARY = 320
-MOST_PARAMETERS = 4_000_000
+MOST_PARAMETERS = 8_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +62,25 @@ KINDS = {
 
 _SIZES: tuple[tuple[str, int], ...] = (
     # the end of a name, and the most that its number may be; the first that matches decides
+    (r"codebook_size", 256),
     (r"(num|max)_(tiles|frames|mel_bins)|mel_bins", 16),
-    (r"vocab(_size)?|vocab_size.*|num_embeddings|codebook_size|buckets", VOCABULARY),
+    (r"vocab(_size.*)?|num_embeddings|buckets", VOCABULARY),
     (r"pad_token_id", 0),
     (r"bos_token_id", 1),
     (r"(eos|sep|eod)_token_id", 2),
     (r"decoder_start_token_id", 0),
-    (r"qk_(rope|nope)_head_dim", 8),
+    (r"qk_(rope|nope)_head_dim|rotary_dim", 8),
     (r"index_head_dim", 16),
-    (r"head_?dim|d_kv|d_head|kv_channels|attention_head_size|dim_head|qk_head_dim|head_size|linear_\w+_head_dim", 16),
+    (
+        r"head_?dim|d_kv|d_head|kv_channels|attention_head_size|mamba_d_head|mamba_headdim|dim_head|qk_head_dim|head_size|linear_\w+_head_dim",
+        16,
+    ),
     (r"(key_value|kv|kv_n)_heads|num_query_groups", 2),
+    (r"mamba_(n|num)_heads|n_mamba_heads", 8),
     (r"heads?|n_head", 4),
     (r"experts_per_tok(en)?|top_?k|moe_k", 2),
+    (r"topk_group", 1),
+    (r"index_kpool", 2),
     (r"n_group|expert_group|expert_num", 2),
     (r"num_experts|n_routed_experts|local_experts|moe_num_experts|experts", 4),
     (r"(hidden_)?layers|n_layers?|depth|num_blocks|layer_groups", 2),
@@ -83,12 +90,86 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(lora_)?rank|dt_rank|time_step_rank", 16),
     (r"(intermediate|ffn|mlp|expert|inner|feed_forward)_?(dim|size|hidden_size)?|d_ff|dff|d_inner|dim_ff|ffn_dim", 96),
     (r"(d_)?state(_size)?|ssm_state_size", 16),
-    (r"window(_size|_len)?|sliding_window|chunk_size|chunk_length", 8),
-    (r"hidden(_size)?|d_model|(embed|embd|hidden|proj|projection|out|output|in|input)_dim|n_embd|dim|width|hidden_size_\w+", HIDDEN),
+    (r"window(_size|_len)?|sliding_window|chunk_size|attn_chunk_length", 8),
+    (
+        r"hidden(_size)?|d_model|(embed|embd|hidden|proj|projection|out|output|in|input)_dim|n_embd|dim|width|hidden_size_\w+",
+        HIDDEN,
+    ),
     (r"(size|dim|channels|embed|channel)", HIDDEN),
     (r"latents|query_tokens|latent_query_num", 8),
 )
-_SPECIAL: dict[str, dict[str, Any]] = {}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 300, "IMGIMGAA": 301, "IMGIMGBB": 302}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "dots1": _EXPERTS,
+    "dots3_note_text": {
+        "per_layer_config": {
+            2: {
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 8,
+                "head_dim": 16,
+            },
+        },
+    },
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
+    "florence_vision": {
+        "depths": (1, 1, 1, 1),
+        "embed_dim": (16, 32, 32, 64),
+        "num_heads": (2, 4, 4, 4),
+        "num_groups": (2, 4, 4, 4),
+    },
+    "granite4_vision": {
+        "deepstack_layer_map": [[-2, 0]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [1],
+    },
+    "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": (16, 32, 32, 64)},
+    "radio": {"video_temporal_patch_size": 2},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 6400},
+    "emu3": {"vocabulary_map": {"<image>": 300}},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 3},
+    "gemma3n_text": {
+        "intermediate_size": [96] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 8,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ngram_vocab_size_base": 1000,
+        "hc_lowrank": 8,
+    },
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [32, 32],
+        "hash_seed": 0,
+        "num_buckets": 4,
+    },
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+    },
+}
 """What the rules cannot know, by model type: fields of the config of that type, wherever it stands."""
 
 
@@ -129,8 +210,14 @@ def _small(default: PreTrainedConfig) -> dict[str, Any]:
             found[name] = [value[index] for index in kept.indices]
         elif isinstance(value, int) and not isinstance(value, bool):
             small = len(kept.indices) if kept and name in kept.names else _small_number(name, value)
+            if name == "head_dim" and "qk_rope_head_dim" in values:
+                small = 8  # the part that is rotated
+            if "key_value_heads" in name and value == values.get(name.replace("key_value", "attention")):
+                small = 4
             if small != value:
                 found[name] = small
+        elif name == "head_dim" and value is None:
+            found[name] = 16
         elif isinstance(value, dict) and "mrope_section" in value:
             found[name] = value | {"mrope_section": _small_sections(value["mrope_section"])}
     return found
@@ -176,12 +263,17 @@ def _small_sections(sections: list[int]) -> list[int]:
 
 def build(kind: Kind, model_type: str) -> PreTrainedModel:
     """A random float32 model; raises whatever the config or the class does not take."""
+    config_class = CONFIG_MAPPING[model_type]
+    model_class = getattr(transformers, kind.classes[model_type])
     fields: dict[str, Any] = {"num_labels": LABELS} if kind.task_type == "SEQ_CLS" else {}
-    config = tiny_config(CONFIG_MAPPING[model_type], **fields)
-    name = kind.classes[model_type]
-    model_class = getattr(transformers, name)
-    if not isinstance(config, model_class.config_class):
-        config = config.get_text_config()
+    if kind is KINDS["causal"] and hasattr(config_class, "is_decoder"):
+        fields["is_decoder"] = True
+    if config_class().is_encoder_decoder:
+        fields["decoder_start_token_id"] = 0
+    config = tiny_config(config_class, **fields)
+    parts = [part for part in vars(config).values() if isinstance(part, model_class.config_class)]
+    if not isinstance(config, model_class.config_class) and parts:
+        config = parts[0]
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         num_parameters = sum(parameter.numel() for parameter in model_class(config).parameters())
     if num_parameters > MOST_PARAMETERS:
