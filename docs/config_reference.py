@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from loraga_dist.commands.recipe import as_yaml, meaning, sections
-from loraga_dist.config import InitConfig
+from loraga_dist.config import InitConfig, keys_of
 
 INTRODUCTION = """\
 # Configuration
@@ -41,8 +41,8 @@ def reference() -> str:
 
 
 def _table(title: str, kind: type[BaseModel], about: str, prefix: str = "", leave_out: Collection[str] = ()) -> str:
-    keys = kind.model_json_schema()["properties"]
-    rows = [_row(prefix + name, kind.model_fields[name], keys[name]) for name in keys if name not in leave_out]
+    keys, fields = kind.model_json_schema()["properties"], keys_of(kind)
+    rows = [_row(prefix + name, fields[name], keys[name]) for name in keys if name not in leave_out]
     text = [" ".join(about.split()), ""] if about else []
     return "\n".join([f"## {title}", "", *text, "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
 

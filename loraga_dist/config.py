@@ -7,51 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import os.path
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic.fields import FieldInfo
 
 from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
 from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
+from loraga_dist.value_types import (
+    LARGEST_COUNT,
+    Alpha,
+    Amount,
+    Count,
+    JsonObject,
+    NameIn,
+    NamePattern,
+    PathOrId,
+    Rank,
+    Seed,
+)
 from loraga_dist.yaml_tree import read_tree, require_plain
-
-
-@dataclasses.dataclass(frozen=True)
-class NameIn:
-    """Annotates a string: a name in the table, which is read when a value is checked, or one of a few words."""
-
-    table: Mapping[str, Any]
-    words: tuple[str, ...] = ()
-
-    @property
-    def choices(self) -> list[str]:
-        return [*self.words, *self.table]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self._check, handler(source))
-
-    def _check(self, value: Any) -> Any:
-        if value not in self.choices:
-            *others, last = map(repr, self.choices)
-            raise ValueError(f"Input should be {', '.join(others)} or {last}")
-        return value
-
 
 SchemeName = Annotated[str, NameIn(SCHEMES)]
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
@@ -63,41 +48,6 @@ Tracker = Literal["tensorboard", "wandb"]
 Whitening = Literal["exact", "sampled", "diagonal", "none"]
 
 
-def _expression(pattern: str) -> str:
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")  # as PEFT puts it into its own
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"is no regular expression ({error}); write a target's name or the end of one") from error
-    return pattern
-
-
-def _expand_user(path: str) -> str:
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise ValueError("starts with the home of a user who is not known here; write the whole path, or ./~")
-    return expanded
-
-
-def _json_object(value: Any) -> Any:
-    if isinstance(value, dict):
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"must be what JSON can hold ({error})") from error
-    return value
-
-
-NamePattern = Annotated[str, AfterValidator(_expression)]
-PathOrId = Annotated[str, AfterValidator(_expand_user)]
-LARGEST_COUNT = 2**31 - 1
-Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-Rank = Annotated[int, Field(ge=1, le=2**20)]
-"""Above every side of a matrix; how large it may be is said when the matrices are known."""
-Alpha = Annotated[int | float, Field(gt=0, le=1e9)]
-"""What float32 still multiplies with weights."""
-Amount = Annotated[float, Field(gt=0, le=1e9)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-
 FILL_IN = "FILL_IN"
 """Where a recipe has a value that only its user knows."""
 
@@ -108,8 +58,18 @@ class Section(BaseModel):
     """Base of all sections: typed strictly, closed, immutable."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
     )
+
+
+def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Its fields by the keys that a user writes."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 class ModelConfig(Section):
@@ -122,6 +82,9 @@ class ModelConfig(Section):
     """Compute dtype of calibration; `auto` is the checkpoint's own."""
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    class_name: str | None = Field(default=None, alias="class")
+    """A class of transformers by its name, where a checkpoint fits several; null is what its config.json names, or
+    else the one for the task."""
 
 
 class LoraSection(Section):
@@ -316,7 +279,7 @@ class MethodConfig(Section):
     lora: LoraSection = LoraSection()
     init: SchemeConfig = SchemeConfig()
     gradient: GradientConfig = GradientConfig()
-    deepspeed: PathOrId | Annotated[dict[str, Any], AfterValidator(_json_object)] | None = None
+    deepspeed: PathOrId | JsonObject | None = None
     """A DeepSpeed JSON file, or the same inline; ZeRO stage 3 without optimizer is what is taken from it."""
 
 
@@ -387,14 +350,14 @@ def _sections(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
 def _unknown_key_hint(kind: type[BaseModel], path: list[str]) -> str:
     *parents, leaf = path
     sections = _sections(kind)
-    known = (sections[parents[0]] if parents else kind).model_fields
+    known = keys_of(sections[parents[0]] if parents else kind)
     if parents == ["lora"]:
         from peft import LoraConfig  # seconds, which only this mistake is worth
 
         if leaf in {field.name for field in dataclasses.fields(LoraConfig)}:
             return "is a key of PEFT's that is not supported here; remove it"
     near = [".".join([*parents, name]) for name in difflib.get_close_matches(leaf, known, n=1)]
-    elsewhere = [f"{name}.{leaf}" for name, section in sections.items() if leaf in section.model_fields]
+    elsewhere = [f"{name}.{leaf}" for name, section in sections.items() if leaf in keys_of(section)]
     if near or elsewhere:
         return f"unknown key; did you mean {(near or elsewhere)[0]}?"
     return f"unknown key; known here: {', '.join(known)}"

@@ -249,6 +249,12 @@ def report_tree(**changes: Any) -> dict[str, Any]:
             "mean_loss_before": 5.25,
             "mean_loss_after": 5.5,
         },  # fmt: skip
+        "coverage": {
+            "num_parameters": 400,
+            "num_covered": 200,
+            "num_trained_whole": 0,
+            "left_out": {"embeddings": 150},
+        },
         "experts_left_out": None,
         "warnings": [],
     }

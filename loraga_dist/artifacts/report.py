@@ -24,6 +24,7 @@ from loraga_dist.artifacts.names import REPORT
 from loraga_dist.config import InitConfig, SchemeConfig
 from loraga_dist.errors import RunError
 from loraga_dist.files.disk import write_json
+from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.stacks import ExpertsLeftOut
 from loraga_dist.model.targets import StackPlace, Target
@@ -201,8 +202,9 @@ class Report(ReportPart):
     saved_parameters: dict[str, str] = {}
     """Checkpoint keys of the parameters that `modules_to_save` copies into the adapter."""
     identity_check: IdentityCheck | None = None
+    coverage: Coverage | None = None
+    """What of the model the targets are. It and the next are not in reports of earlier versions."""
     experts_left_out: ExpertsLeftOut | None = None
-    """Not in reports of earlier versions."""
     warnings: list[str] = []
     rebuilt: Rebuilt | None = None
     """Written only where the output was rebuilt."""

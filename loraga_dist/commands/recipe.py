@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from loraga_dist.config import FILL_IN, InitConfig
+from loraga_dist.config import FILL_IN, InitConfig, keys_of
 from loraga_dist.schemes import SCHEMES
 
 _TO_FILL_IN = ("model.name_or_path", "calibration.data_files", "output.dir")
@@ -102,9 +102,10 @@ def recipe() -> str:
 
 def _keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The lines of a section's own keys, those to fill in first and those commented out last."""
-    names = [name for name in kind.model_fields if name not in sections()] if not prefix else list(kind.model_fields)
+    fields = keys_of(kind)
+    names = [name for name in fields if name not in sections()] if not prefix else list(fields)
     for name in sorted(names, key=lambda name: (prefix + name not in _TO_FILL_IN, prefix + name not in _SHOWN)):
-        key, field, indent = prefix + name, kind.model_fields[name], "  " if prefix else ""
+        key, field, indent = prefix + name, fields[name], "  " if prefix else ""
         yield from (f"{indent}# {line}" for line in textwrap.wrap(meaning(key, field), _WIDTH))
         value = FILL_IN if key in _TO_FILL_IN else as_yaml(field.default)
         yield f"{indent}{'' if key in _TO_FILL_IN + _SHOWN else '#'}{name}: {value}"

@@ -101,6 +101,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
             for target in targets
         },
         saved_parameters=saved,
+        coverage=start.coverage,
         step=start.step,
         identity_check=start.identity_check,
     )
@@ -191,10 +192,15 @@ def _known_config(start: Start, name: str, base_dir: Path, destination: Path) ->
     """What a start in memory knows of the configuration that would have made its output."""
     is_local = Path(name).expanduser().is_dir()
     dtype: Any = str(next(start.model.parameters()).dtype).removeprefix("torch.")
+    model = {"name_or_path": str(base_dir.resolve() if is_local else name)}
+    if not is_local:
+        model["revision"] = base_dir.name
+    peft_model: Any = start.model
+    model_class = type(peft_model.get_base_model())
+    if model_class.__module__.startswith("transformers."):
+        model["class"] = model_class.__name__
     return InitConfig(
-        model=ModelConfig(
-            name_or_path=str(base_dir.resolve()) if is_local else name, revision=None if is_local else base_dir.name
-        ),
+        model=ModelConfig.model_validate(model),
         lora=start.lora,
         init=SchemeConfig(scheme=start.scheme, step=None if start.step is None else start.step.length),
         output=OutputConfig(dir=str(destination), residual_base="none", residual_dtype=dtype),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -282,6 +282,7 @@ class PlanReport:
                 "microbatches_per_rank": self.microbatches_per_rank,
                 "refine_passes": config.gradient.refine_passes,
             },
+            "coverage": asdict(self.forecaster.request.coverage),
             "targets": [
                 kind._asdict() | {"count": count, "tokens_each": kind.tokens_each(self.all_tokens)}
                 for kind, count in self.kinds.items()

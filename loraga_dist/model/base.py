@@ -17,14 +17,8 @@ from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.disk import BrokenFileError
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
+from loraga_dist.model.classes import find_class
 from loraga_dist.model.conversion import StoredModel, stored_model
-
-AUTO_CLASSES: dict[TaskType, str] = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-}
-"""What transformers loads a model for a task with."""
 
 _MODEL_KEY = "model.name_or_path"
 MOST_LAYERS = 10_000
@@ -41,6 +35,8 @@ class BaseModel:
     index: dict[str, TensorSlot]
     model_class: type[nn.Module]
     config: Any
+    class_name: str | None
+    """As `model.class`; None where the task's auto class loads the same."""
     dtype: torch.dtype
 
     @property
@@ -80,13 +76,14 @@ def find_base_model(
         hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
         if config.attn_implementation is not None:
             hf_config._attn_implementation = config.attn_implementation
-        model_class = _model_class(config, hf_config, task_type, directory)
         _require_countable_layers(config, hf_config, index)
+        found = find_class(config, hf_config, task_type, directory)
         return BaseModel(
             directory=directory,
             index=index,
-            model_class=model_class,
-            config=hf_config,
+            model_class=found.model_class,
+            config=found.config,
+            class_name=found.class_name,
             dtype=_compute_dtype(config.dtype, hf_config, index, device),
         )
 
@@ -98,25 +95,6 @@ def _require_countable_layers(config: ModelConfig, hf_config: Any, index: dict[s
     if isinstance(layers, int) and layers > most:
         problem = f"its config.json says {layers} layers, and there are {most} tensors at most; write the right number"
         raise UserError(_MODEL_KEY, config.name_or_path, problem)
-
-
-def _model_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directory: Path) -> type[nn.Module]:
-    import transformers
-
-    auto = getattr(transformers, AUTO_CLASSES[task_type])
-    remote = getattr(hf_config, "auto_map", None) or {}
-    if config.trust_remote_code and auto.__name__ in remote:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return get_class_from_dynamic_module(remote[auto.__name__], str(directory))
-    if type(hf_config) not in auto._model_mapping:
-        raise UserError(
-            "lora.task_type",
-            task_type,
-            f"{type(hf_config).__name__} has no {auto.__name__}; write the model's own task",
-        )
-    found = auto._model_mapping[type(hf_config)]
-    return found[0] if isinstance(found, tuple) else found
 
 
 def _compute_dtype(wanted: Dtype, hf_config: Any, index: dict[str, TensorSlot], device: torch.device) -> torch.dtype:

@@ -15,6 +15,8 @@ from torch import nn
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
 from loraga_dist.model.conversion import StoredModel
+from loraga_dist.model.coverage import Coverage, Weights
+from loraga_dist.model.names import require_matches, with_end
 from loraga_dist.model.stacks import (
     NOT_IN_INTERFACE,
     TO_ADD_EXPERTS,
@@ -40,6 +42,7 @@ class Selection:
     """In the model's module order."""
     saved_parameters: list[str]
     """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
+    coverage: Coverage
     experts_left_out: ExpertsLeftOut | None
     """Where `all-linear` was all that was asked for; who names modules or parameters knows what is left out."""
 
@@ -64,11 +67,13 @@ def select_targets(
 
     tied = _tied_parameters(meta_model)
     before = {name for name, _ in meta_model.named_modules()}
+    weights = Weights.of(meta_model)
     stacks = find_stacks(meta_model)
     taken_for_experts = _names_taken_for_experts(meta_model)
     asks_for_all = lora.target_modules == "all-linear" and not lora.target_parameters
     left_out = ExpertsLeftOut.of(meta_model) if asks_for_all else None
     _require_names(meta_model, stacks, lora)
+    require_matches(meta_model, lora)
     injected = _injected(meta_model, lora)
     targets: list[Target] = []
     matched: set[str] = set()
@@ -95,7 +100,12 @@ def select_targets(
         if target.by_parameter:
             _require_nothing_of_inputs(lora, target.parameter_name)
     _check_patterns(lora, matched)
-    return Selection(targets=targets, saved_parameters=saved_parameters, experts_left_out=left_out)
+    return Selection(
+        targets=targets,
+        saved_parameters=saved_parameters,
+        coverage=weights.covered_by(targets, saved_parameters),
+        experts_left_out=left_out,
+    )
 
 
 def _require_names(model: nn.Module, stacks: Mapping[str, Stack], lora: LoraSection) -> None:
@@ -106,12 +116,12 @@ def _require_names(model: nn.Module, stacks: Mapping[str, Stack], lora: LoraSect
     if ends and isinstance(lora.target_modules, list):
         modules = [name for name, _ in model.named_modules()]
         for end in lora.target_modules:
-            if not _with_end(modules, end):
+            if not with_end(modules, end):
                 problem = "matches no module; experts of this model are parameters"
                 raise UserError("lora.target_modules", end, f"{problem}: leave it out, and for experts {instead}")
     parameters, closed = dict(model.named_parameters(remove_duplicate=False)), untappable(model)
     for end in lora.target_parameters or ():
-        found = _with_end(parameters, end)
+        found = with_end(parameters, end)
         if not found:
             raise UserError("lora.target_parameters", end, f"matches no parameter; {instead}")
         for module in closed:
@@ -135,14 +145,9 @@ def _require_not_excluded(module: str, lora: LoraSection) -> None:
     if isinstance(excluded, str):
         excluded = [excluded] if re.fullmatch(excluded, module) else []
     for end in excluded:
-        if end == lora.exclude_modules or _with_end([module], end):
+        if end == lora.exclude_modules or with_end([module], end):
             problem = f"matches {module}, of which parameters are asked for; leave them out of lora.target_parameters"
             raise UserError("lora.exclude_modules", end, problem)
-
-
-def _with_end(names: Iterable[str], end: str) -> list[str]:
-    """As PEFT matches them."""
-    return [name for name in names if f".{name}".endswith(f".{end}")]
 
 
 def _no_matrix(parameter: str, module: nn.Module, lora: LoraSection) -> UserError:

@@ -10,7 +10,7 @@ import yaml
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_OFFSET
 from loraga_dist.artifacts.report import Report
-from loraga_dist.model.base import AUTO_CLASSES
+from loraga_dist.model.classes import loader_of
 from loraga_dist.publish.rendering import render
 
 
@@ -31,7 +31,7 @@ def model_card(report: Report, repo_id: str) -> str:
         metadata=yaml.safe_dump(metadata.to_dict(), sort_keys=False, width=math.inf).rstrip(),  # in ASCII, escaped
         base=name if on_hub else Path(name).name,
         revision=config.model.revision,
-        auto_class=AUTO_CLASSES[config.lora.task_type],
+        loader=loader_of(config.model, config.lora.task_type),
         on_residual=LORAGA_OFFSET in Layout.of_report(report).directories,
         pushes_residual=config.output.push_residual_base,
         repo_id=repo_id,

@@ -14,7 +14,7 @@ from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report, TargetReport
 from loraga_dist.errors import printable
-from loraga_dist.model.base import AUTO_CLASSES
+from loraga_dist.model.classes import loader_of
 from loraga_dist.model.targets import kind_of
 from loraga_dist.publish.rendering import render
 
@@ -62,7 +62,7 @@ def readme(report: Report) -> str:
         start_base=start_base,
         has_experts=bool(of_experts),
         has_them_apart=len(of_experts) == len(set(of_experts)),
-        auto_class=AUTO_CLASSES[config.lora.task_type],
+        loader=loader_of(config.model, config.lora.task_type),
         trainers=_trainer_configs(start_base, adapter, report.learning_rate),
     )
 

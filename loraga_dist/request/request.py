@@ -33,6 +33,7 @@ from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
 from loraga_dist.model.conversion import StoredModel
+from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
@@ -67,6 +68,8 @@ class Request:
     """What A0 and B0 of every target are rounded to."""
     amount: Amount = USUAL_AMOUNT
     """Of calibration data."""
+    coverage: Coverage
+    """What of the model the targets are."""
     experts_left_out: ExpertsLeftOut | None = None
 
     @property
@@ -209,6 +212,7 @@ def understand(
         blocks=blocks,
         saved_order=saved,
         amount=amount,
+        coverage=selection.coverage,
         experts_left_out=selection.experts_left_out,
         saved_parameters={name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters},
         entries=entries,
@@ -282,6 +286,7 @@ def understand_model(
         step_data=step_data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
         amount=amount,
+        coverage=selection.coverage,
         experts_left_out=selection.experts_left_out,
     )
 
@@ -329,6 +334,7 @@ def _resolved(config: InitConfig, base: BaseModel) -> InitConfig:
     elif deepspeed is not None:
         deepspeed = _absolute(deepspeed)
     model = {"name_or_path": str(base.directory.resolve())} if is_local else {"revision": base.directory.name}
+    model |= {"class_name": base.class_name}
     init, calibration = config.init, config.calibration
     if "stable_gamma" in SCHEMES[init.scheme].init_keys:
         init = init.model_copy(update={"stable_gamma": init.gamma})

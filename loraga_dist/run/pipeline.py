@@ -263,6 +263,7 @@ def _plan_report(request: CheckpointRequest, forecaster: Forecaster) -> PlanRepo
 def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: Clock) -> None:
     read = f"{request.data.num_samples} sequences, " if request.data else ""
     say(f"read: {read}{len(request.targets)} targets in {clock.seconds['load']:.1f} s")
+    say(f"adapters: {request.coverage.text}")
     if request.plan.groups:
         say(f"plan: {_plan_report(request, forecaster).calibration}")
 

@@ -224,6 +224,7 @@ def make_report(
         saved_parameters=request.saved_parameters,
         step=start.step,
         identity_check=start.identity_check,
+        coverage=request.coverage,
         experts_left_out=request.experts_left_out,
         warnings=find_warnings(
             config.init,

@@ -16,6 +16,7 @@ from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.gradients import Gradients
 from loraga_dist.gradients.kept import Keeping
+from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
 from loraga_dist.model.targets import Target
@@ -47,6 +48,7 @@ class Start:
     reports: dict[str, TargetReport]
     gradients: Gradients | None
     """None where the scheme takes none."""
+    coverage: Coverage
     identity_check: IdentityCheck
     step: FoundStep | None = None
     """Where its length was searched."""
@@ -128,6 +130,7 @@ def start_in_place(
         world=sharding.world,
     )
     return Start(
+        coverage=request.coverage,
         model=peft_model,
         scheme=request.config.init.scheme,
         lora=lora,

@@ -213,7 +213,22 @@ CASES = {
     "rank budget": (setting("init", rank_budget=99), "init.rank_budget", "99", "leave targets out with lora.exclude"),
     "task": (setting("lora", task_type="SEQ_2_SEQ_LM"), "lora.task_type", "'SEQ_2_SEQ_LM'", "write the model's own"),
     "float16 on a CPU": (setting("model", dtype="float16"), "model.dtype", "'float16'", "write float32 or bfloat16"),
-    "no match": (setting("lora", target_modules=["query"]), TARGETS, "['query']", "or all-linear"),
+    "no match": (setting("lora", target_modules=["query"]), TARGETS, "'query'", "or all-linear"),
+    "one without a match": (
+        setting("lora", target_modules=["q_proj", "k_porj"]), TARGETS, "'k_porj'", "did you mean k_proj",
+    ),
+    "expression without a match": (
+        setting("lora", target_modules="q_proj"), TARGETS, "'q_proj'", "whole name, as model.layers.0.self_attn.q_proj",
+    ),
+    "exclusion without a match": (
+        setting("lora", exclude_modules=["dwn_proj"]), "lora.exclude_modules", "'dwn_proj'", "did you mean down_proj",
+    ),
+    "saved without a match": (
+        setting("lora", modules_to_save=["lm_haed"]), "lora.modules_to_save", "'lm_haed'", "did you mean lm_head?",
+    ),
+    "no such layer": (
+        setting("lora", layers_to_transform=[0, 9]), "lora.layers_to_transform", "9", "write numbers from 0 to 2",
+    ),
     "embedding": (
         setting("lora", target_modules=["embed_tokens"]), TARGETS, "['embed_tokens']", "add it to lora.exclude_modules",
     ),

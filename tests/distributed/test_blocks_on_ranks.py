@@ -21,6 +21,7 @@ from loraga_dist.gradients.block_order import NotInBlocks
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.kept import Keeping
 from loraga_dist.model.blocks import choose_order, find_blocks
+from loraga_dist.model.coverage import Weights
 from loraga_dist.model.plan import make_plan
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.world import World
@@ -106,6 +107,7 @@ def sketch(loaded: Loaded, microbatches: list[Microbatch], part: Part) -> None:
         plan=make_plan(targets, config, SCHEMES["lora_ga"], world.size, order),
         data=BatchSharder(microbatches),
         factor_dtypes={},
+        coverage=Weights.of(loaded.model).covered_by(targets, ()),
     )
     gradients = calibrate(
         loaded.model, request, sharding=loaded.sharding, clock=Clock(), keeping=Keeping(chunk_microbatches=2)

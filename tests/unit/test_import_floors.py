@@ -15,7 +15,7 @@ PACKAGE = ROOT / "loraga_dist"
 
 # A wing, or a module beside the wings, imports only from floors below its own.
 FLOORS = [
-    {"errors", "linalg"},
+    {"errors", "linalg", "value_types"},
     {"schemes", "engines", "ranks", "yaml_tree"},
     {"config", "files"},
     {"data", "model"},
@@ -68,11 +68,14 @@ INSIDE = {
     "data": ["losses", "formats", "feedback", "microbatches", "samples"],
     "model": [
         "conversion",
+        "classes",
         "base",
         "blocks",
         "stacks",
         "shape",
         "targets",
+        "names",
+        "coverage",
         "selection",
         "factors",
         "rank_budget",

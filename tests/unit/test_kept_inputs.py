@@ -27,6 +27,7 @@ from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.gradients import Gradients
 from loraga_dist.gradients.kept import Keeping, KeptInputs
 from loraga_dist.model.blocks import choose_order, find_blocks
+from loraga_dist.model.coverage import Weights
 from loraga_dist.model.plan import make_plan
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.request.request import Request
@@ -55,6 +56,7 @@ def calibrated(
         plan=make_plan(targets, config, SCHEMES["lora_ga"], 1, order),
         data=BatchSharder(padded_microbatches(count=num_microbatches, longest=2 * num_microbatches + 7)),
         factor_dtypes={},
+        coverage=Weights.of(model).covered_by(targets, ()),
     )
     return calibrate(model, request, sharding=alone(), clock=Clock(), keeping=keeping)
 

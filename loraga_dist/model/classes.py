@@ -1,0 +1,90 @@
+"""Which class a checkpoint is loaded with: the one that trainers take, or the one that the user names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from loraga_dist.config import ModelConfig, TaskType
+from loraga_dist.errors import UserError
+
+AUTO_CLASSES: dict[TaskType, tuple[str, ...]] = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM",),
+    "SEQ_CLS": ("AutoModelForSequenceClassification",),
+}
+"""What transformers loads a model for a task with."""
+
+
+class FoundClass(NamedTuple):
+    """What loads a checkpoint."""
+
+    model_class: type[nn.Module]
+    config: Any
+    """Of this class: of a checkpoint with towers it may be the language model's part."""
+    class_name: str | None
+    """As `model.class`; None where the task's auto class loads the same."""
+
+
+def find_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directory: Path) -> FoundClass:
+    """Find `model.class`, or what config.json names as TRL does, or what transformers has for the task.
+
+    Raises UserError where that does not load this model for the task.
+    """
+    names = AUTO_CLASSES[task_type]
+    remote = (getattr(hf_config, "auto_map", None) or {}) if config.trust_remote_code else {}
+    # of several, TRL takes the most specific
+    name = next((name for name in reversed(names) if name in remote and config.class_name in (None, name)), None)
+    if name is not None:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        model_class = get_class_from_dynamic_module(remote[name], str(directory))
+        return FoundClass(model_class, hf_config, None if name == names[0] else name)
+    classes = _classes(hf_config, task_type)
+    if not classes:
+        raise UserError("lora.task_type", task_type, _another_task(hf_config, task_type))
+    wanted = config.class_name
+    if wanted is not None and wanted not in classes:
+        problem = f"is no class for {type(hf_config).__name__} and {task_type}; write one of {', '.join(classes)}"
+        raise UserError("model.class", wanted, problem)
+    stated = [wanted] if wanted is not None else getattr(hf_config, "architectures", None) or []
+    model_class = classes.get(stated[0] if stated else "") or next(iter(classes.values()))
+    narrow = not isinstance(hf_config, model_class.config_class)
+    return FoundClass(
+        model_class,
+        hf_config.get_text_config() if narrow else hf_config,
+        None if model_class in _mapped(names[0], type(hf_config))[:1] else model_class.__name__,
+    )
+
+
+def loader_of(config: ModelConfig, task_type: TaskType) -> str:
+    """What to import from transformers to load the model; `model.class` as resolved."""
+    return config.class_name or AUTO_CLASSES[task_type][0]
+
+
+def _classes(hf_config: Any, task_type: TaskType) -> dict[str, Any]:
+    """The classes that transformers has for a task and this config, or its text part, by name; the usual one first."""
+    kinds = [type(hf_config)]
+    text = type(hf_config.get_text_config())
+    if text.__module__ == kinds[0].__module__:  # a text model of another family knows no key of this checkpoint
+        kinds.append(text)
+    names = AUTO_CLASSES[task_type]
+    if hf_config.is_encoder_decoder:
+        names = names[:1]  # what reads images and is one is no causal model
+    return {found.__name__: found for kind in kinds for name in names for found in _mapped(name, kind)}
+
+
+def _mapped(auto: str, kind: type) -> list[Any]:
+    import transformers
+
+    mapping = getattr(transformers, auto)._model_mapping
+    found = mapping.get(kind, ())
+    return list(found) if isinstance(found, tuple | list) else [found]
+
+
+def _another_task(hf_config: Any, task_type: TaskType) -> str:
+    others = [task for task in AUTO_CLASSES if task != task_type and _classes(hf_config, task)]
+    instead = f"write {' or '.join(others)}" if others else "write a model that has one"
+    return f"{type(hf_config).__name__} has no {' or '.join(AUTO_CLASSES[task_type])}; {instead}"

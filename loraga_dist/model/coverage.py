@@ -1,0 +1,125 @@
+"""How much of a model's weights get an adapter, and which do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from loraga_dist.model.stacks import find_stacks, shape_of
+from loraga_dist.model.targets import Target, kind_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """What of a model's parameters its targets are."""
+
+    num_parameters: int
+    num_covered: int
+    num_trained_whole: int
+    """Copied into the adapter by `modules_to_save`."""
+    left_out: dict[str, int]
+    """Parameters of matrices without adapter by kind, the most first; biases, norms and the like are not among them."""
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        share = 100 * self.num_covered / self.num_parameters
+        parts = [f"{_count(self.num_covered)} of {_count(self.num_parameters)} parameters ({share:.1f} %)"]
+        if self.num_trained_whole:
+            parts.append(f"trained whole: {_count(self.num_trained_whole)}")
+        if self.left_out:
+            kinds = ", ".join(f"{kind} {_count(numel)}" for kind, numel in self.left_out.items())
+            parts.append(f"without adapter: {kinds}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a model, as they are before PEFT puts its layers around them."""
+
+    numels: dict[str, int]
+    """By name; tied ones by their first."""
+    kinds: dict[str, str]
+    """Of those that are matrices or hold some."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Weights:
+        """Of shapes alone: the model may be on the meta device, or its parameters in ZeRO-3's shards."""
+        parameters = dict(model.named_parameters())
+        stacks, heads, text = find_stacks(model), _output_heads(model), _text_model(model)
+        kinds = {}
+        for module_name, module in model.named_modules():
+            for own, parameter in module.named_parameters(recurse=False):
+                name = f"{module_name}.{own}" if module_name else own
+                if name not in parameters or len(shape_of(parameter)) < 2:
+                    continue
+                tower = _tower_of(name, text)
+                if tower is not None:
+                    kinds[name] = tower
+                elif name in stacks:
+                    kinds[name] = "experts"
+                elif module_name in heads:
+                    kinds[name] = "output head"
+                elif isinstance(module, nn.Embedding):
+                    kinds[name] = "embeddings"
+                else:
+                    kinds[name] = kind_of(module_name) if own == "weight" else own
+        return cls({name: _numel(parameter) for name, parameter in parameters.items()}, kinds)
+
+    def covered_by(self, targets: Iterable[Target], saved: Collection[str]) -> Coverage:
+        """What these targets are of them; saved: names of parameters that train whole."""
+        covered = Counter[str]()
+        for target in targets:
+            covered[target.parameter_name] += target.M * target.N
+        saved = self.numels.keys() & saved
+        left_out = Counter[str]()
+        for name, kind in self.kinds.items():
+            if name not in saved:
+                left_out[kind] += self.numels[name] - covered[name]
+        return Coverage(
+            num_parameters=sum(self.numels.values()),
+            num_covered=covered.total(),
+            num_trained_whole=sum(self.numels[name] for name in saved),
+            left_out={kind: numel for kind, numel in left_out.most_common() if numel},
+        )
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _output_heads(model: nn.Module) -> set[str]:
+    """Names of the module that makes logits."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    return {name for name, module in model.named_modules() if module is head}
+
+
+def _text_model(model: nn.Module) -> str | None:
+    """The name of the language model in a model of more; None where it is all there is."""
+    config: Any = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config or config.is_encoder_decoder:
+        return None
+    decoder = model.get_decoder()  # type: ignore[operator]
+    return next((name for name, module in model.named_modules() if module is decoder), None) or None
+
+
+def _tower_of(name: str, text: str | None) -> str | None:
+    """The module beside the language model that a parameter belongs to, an image's tower for instance."""
+    if text is None or name.startswith(f"{text}."):
+        return None
+    outer = text.rpartition(".")[0]
+    if not outer or not name.startswith(f"{outer}."):
+        return None
+    return name.removeprefix(f"{outer}.").partition(".")[0]
+
+
+def _count(numel: int) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if numel >= size:
+            return f"{numel / size:.3g} {unit}"
+    return str(numel)

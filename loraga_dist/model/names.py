@@ -1,0 +1,59 @@
+"""Names that the user wrote, held against the model's: PEFT passes over those that match nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from loraga_dist.config import LoraSection
+from loraga_dist.errors import UserError
+
+_MOST_LISTED = 40
+"""A message stays one that is read."""
+
+
+def require_matches(model: nn.Module, lora: LoraSection) -> None:
+    """Raise UserError for a module's name, pattern or a layer's number that matches nothing in the model."""
+    modules = [name for name, _ in model.named_modules() if name]
+    matrices = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    _require_each("lora.target_modules", lora.target_modules, modules, matrices)
+    _require_each("lora.exclude_modules", lora.exclude_modules, modules, matrices)
+    _require_each("lora.modules_to_save", lora.modules_to_save, modules, modules)
+    chosen = lora.layers_to_transform
+    numbers = sorted({int(number) for name in modules for number in re.findall(r"\.(\d+)(?=\.)", name)})
+    for number in [chosen] if isinstance(chosen, int) else chosen or ():
+        if number not in numbers:
+            instead = f"write numbers from {numbers[0]} to {numbers[-1]}" if numbers else "leave it out"
+            raise UserError("lora.layers_to_transform", number, f"matches no layer; {instead}")
+
+
+def with_end(names: Iterable[str], end: str) -> list[str]:
+    """As PEFT matches them."""
+    return [name for name in names if f".{name}".endswith(f".{end}")]
+
+
+def _require_each(key: str, wanted: str | Sequence[str] | None, modules: Sequence[str], usual: Sequence[str]) -> None:
+    """wanted: a regular expression or ends of names. usual: what somebody would name there."""
+    if wanted is None or wanted == "all-linear":
+        return
+    if isinstance(wanted, str):
+        if not any(re.fullmatch(wanted, name) for name in modules):
+            raise UserError(key, wanted, f"matches no module's whole name, as {usual[0] if usual else modules[0]}")
+        return
+    for end in wanted:
+        if not with_end(modules, end):
+            otherwise = "all-linear" if key == "lora.target_modules" else "leave it out"
+            raise UserError(key, end, f"matches no module; {_nearest(end, usual or modules)}{otherwise}")
+
+
+def _nearest(end: str, names: Sequence[str]) -> str:
+    """What to write instead, up to the last choice."""
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    near = difflib.get_close_matches(end.rpartition(".")[2], kinds)
+    if near:
+        return f"did you mean {' or '.join(near)}? Write that, or "
+    shown = ", ".join(kinds[:_MOST_LISTED]) + (", ..." if len(kinds) > _MOST_LISTED else "")
+    return f"write names the model has ({shown}), or "
