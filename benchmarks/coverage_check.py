@@ -10,9 +10,7 @@ import contextlib
 import io
 import json
 import re
-import shutil
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from loraga_dist.cli import init_main
 from loraga_dist.config import InitConfig, parse_config
 from loraga_dist.data.losses import IGNORED
 from loraga_dist.data.samples import load_samples
+from loraga_dist.model.base import find_base_model
 
 RANK = 2
 MOST_LINES = 4
@@ -79,7 +78,7 @@ def examine(kind_name: str, model_type: str, directory: Path) -> dict[str, Any]:
     try:
         tree = _run(kind, directory, data, outcome)
         if tree is not None:
-            _check(type(model), parse_config(InitConfig, tree), directory, outcome)
+            _check(parse_config(InitConfig, tree), directory, outcome)
     except Exception as error:
         outcome.outcome, outcome.why = CRASHED, f"check: {_in_a_line(error)}\n{traceback.format_exc()}"
     if outcome.outcome == CRASHED and own_forward is not None:
@@ -142,26 +141,37 @@ def _run(kind: Kind, directory: Path, data: Path, outcome: Outcome) -> dict[str,
     return None
 
 
+_NAMED = (
+    # one module of many like it: the ends of their names
+    re.compile(r"\w: ([\w.]+) (?:\(\w+\) )?(?:is|has|needs)\b.*; .*add it to lora\.exclude_modules"),
+    re.compile(r"^model\.name_or_path: '([\w.]+)': .*leave the module out \(lora\.exclude_modules"),
+)
+_LISTED = re.compile(r"^lora\.exclude_modules: (\[[^\]]*\]): .*list these here")
+_KEY = re.compile(r"(?:write|set) (\w+)\.(\w+): (.+?)(?:;|$)")
+_VALUE = re.compile(r"write ([\w.]+)(?: or less)?(?:$|[;,]| there)")
+
+
 def _advice(line: str, tree: dict[str, Any]) -> tuple[tuple[str, str], Any] | None:
     """The key to write, and its value, that a line names; None where it names none, or what is written already."""
     section, _, key = line.partition(":")[0].partition(".")
-    found = None
-    if match := re.search(r"(?:write|set) (\w+)\.(\w+): (.+?)(?:;|$)", line):
-        found = (match[1], match[2]), yaml.safe_load(match[3])
-    elif match := re.search(
-        r": ([\w.]+) (?:\(\w+\) )?(?:is|has|needs)\b[^;]*; .*add it to lora\.exclude_modules", line
-    ):
-        excluded = tree["lora"].get("exclude_modules", [])
-        name = re.sub(r"\.\d+\.", ".N.", match[1]).rpartition(".N.")[2]  # of all blocks, as a user would
-        found = ("lora", "exclude_modules"), sorted({*excluded, name})
-    elif match := re.search(r"write (true|false|null|[\d.]+|[a-z_]+)(?: or less)?\b(?!/)(?=$|[;,.]| there)", line):
-        found = (section, key), yaml.safe_load(match[1])
-    if found is None or found[0][0] not in tree or tree[found[0][0]].get(found[0][1]) == found[1]:
+    excluded = tree["lora"].get("exclude_modules", [])
+    named = next((match[1] for pattern in _NAMED if (match := pattern.search(line))), None)
+    if match := _KEY.search(line):
+        section, key, value = match[1], match[2], yaml.safe_load(match[3])
+    elif match := _LISTED.search(line):
+        section, key, value = "lora", "exclude_modules", sorted({*excluded, *yaml.safe_load(match[1])})
+    elif named is not None:
+        end = re.sub(r"^.*\.\d+\.", "", named.removesuffix(".weight"))
+        section, key, value = "lora", "exclude_modules", sorted({*excluded, end})
+    elif match := _VALUE.search(line):
+        value = yaml.safe_load(match[1])
+    else:
         return None
-    return found
+    return None if section not in tree or tree[section].get(key) == value else ((section, key), value)
 
 
-def _check(model_class: type[PreTrainedModel], config: InitConfig, directory: Path, outcome: Outcome) -> None:
+def _check(config: InitConfig, directory: Path, outcome: Outcome) -> None:
+    model_class = find_base_model(config.model, config.lora.task_type, torch.device("cpu")).model_class
     inputs = _inputs(config, directory)
     original, out = _load(model_class, directory / "model"), directory / "out"
     base = out / "residual_base"
@@ -190,7 +200,7 @@ def _check(model_class: type[PreTrainedModel], config: InitConfig, directory: Pa
         outcome.outcome, outcome.why = WRONG, "; ".join(problems)
 
 
-def _load(model_class: type[PreTrainedModel], directory: Path) -> Any:
+def _load(model_class: Any, directory: Path) -> Any:
     return model_class.from_pretrained(directory, dtype=torch.float32).eval()
 
 

@@ -103,7 +103,8 @@ _EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok":
 _SPECIAL: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 300, "IMGIMGAA": 301, "IMGIMGBB": 302}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "dots1": _EXPERTS,
@@ -165,6 +166,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
         "num_buckets": 4,
     },
+    "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "num_hidden_layers": 4,
