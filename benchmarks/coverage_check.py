@@ -114,7 +114,7 @@ def _run(kind: Kind, directory: Path, data: Path, outcome: Outcome) -> dict[str,
     tree: dict[str, Any] = {
         "model": {"name_or_path": str(directory / "model"), "dtype": "float32"},
         "lora": {"r": RANK, "lora_alpha": 2 * RANK, "task_type": kind.task_type},
-        "gradient": {"engine": "exact"},
+        "gradient": {"engine": "exact", "oversampling": 1024},  # all triplets
         "calibration": {"data_files": str(data), "max_length": 64, "max_samples": 4, "per_device_batch_size": 4},
         "output": {"dir": str(directory / "out")},
     }
