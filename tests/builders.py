@@ -255,7 +255,7 @@ def report_tree(**changes: Any) -> dict[str, Any]:
             "num_trained_whole": 0,
             "left_out": {"embeddings": 150},
         },
-        "experts_left_out": None,
+        "left_out": [],
         "warnings": [],
     }
     return _merged(tree, changes)

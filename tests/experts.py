@@ -43,6 +43,11 @@ def experts_of(model: nn.Module) -> list[str]:
     return [name for stack in find_stacks(model).values() for name in stack.names]
 
 
+def routers_of(model: nn.Module) -> list[str]:
+    """By the names that families have for them."""
+    return [name for name, _ in model.named_modules() if name.endswith(("mlp.gate", ".router"))]
+
+
 def lowest_linear(model: nn.Module) -> str:
     """Of the first block's attention: below all experts."""
     return next(name for name, module in model.named_modules() if isinstance(module, nn.Linear))

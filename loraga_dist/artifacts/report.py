@@ -25,8 +25,8 @@ from loraga_dist.config import InitConfig, SchemeConfig
 from loraga_dist.errors import RunError
 from loraga_dist.files.disk import write_json
 from loraga_dist.model.coverage import Coverage
+from loraga_dist.model.left_out import LeftOut
 from loraga_dist.model.rank_budget import num_parameters
-from loraga_dist.model.stacks import ExpertsLeftOut
 from loraga_dist.model.targets import StackPlace, Target
 from loraga_dist.schemes import FULL_RATE, SCHEMES, Scheme, lora_scaling, times_full_rate
 
@@ -204,7 +204,7 @@ class Report(ReportPart):
     identity_check: IdentityCheck | None = None
     coverage: Coverage | None = None
     """What of the model the targets are. It and the next are not in reports of earlier versions."""
-    experts_left_out: ExpertsLeftOut | None = None
+    left_out: list[LeftOut] = []
     warnings: list[str] = []
     rebuilt: Rebuilt | None = None
     """Written only where the output was rebuilt."""

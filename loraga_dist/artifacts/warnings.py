@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from loraga_dist.artifacts.report import IdentityCheck, TargetReport
 from loraga_dist.config import SchemeConfig
-from loraga_dist.model.stacks import ExpertsLeftOut
+from loraga_dist.model.left_out import LeftOut
 from loraga_dist.schemes import SCHEMES
 
 LOW_SPLIT_HALF_COSINE = 0.5
@@ -39,7 +39,7 @@ def find_warnings(
     stopped_by: str | None,
     refine_passes: int | None,
     identity: IdentityCheck | None = None,
-    experts_left_out: ExpertsLeftOut | None = None,
+    left_out: Sequence[LeftOut] = (),
 ) -> list[str]:
     """What a user should look at before training: one line each, with the worst targets, and what to do.
 
@@ -61,7 +61,7 @@ def find_warnings(
         for name, rank in known("numerical_rank").items()
         if 0 < rank < len(targets[name].singular_values or ())
     }
-    lines = [] if experts_left_out is None else [experts_left_out.text]
+    lines = [part.text for part in left_out]
     if large:
         rounding = "; output.residual_dtype float32 keeps the rounding small" if scheme.changes_base else ""
         lines.append(

@@ -115,7 +115,7 @@ class _NewStart:
             self.reports,
             stopped_by=old.stopped_by,
             refine_passes=old.refine_passes,
-            experts_left_out=old.experts_left_out,
+            left_out=old.left_out,
         )
         return old.model_copy(
             update={

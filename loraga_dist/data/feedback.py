@@ -28,6 +28,7 @@ from loraga_dist.data.formats import (
     supervised_encoder,
     training_chat_template,
 )
+from loraga_dist.data.images import ImageInputs
 from loraga_dist.data.losses import DPO_BETA, IGNORED
 from loraga_dist.errors import UserError, blame
 
@@ -51,6 +52,7 @@ class Encoded:
     """Of a pair, with the rejected one."""
     weight: float | None = field(default=None, kw_only=True)
     """Of the loss on `inputs`; less that, of the loss on `rejected`. None: 1."""
+    images: ImageInputs | None = field(default=None, kw_only=True)
 
     @property
     def sequences(self) -> list[Inputs]:

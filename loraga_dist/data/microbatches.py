@@ -15,11 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from loraga_dist.config import TaskType
 from loraga_dist.data.feedback import Encoded
 from loraga_dist.data.formats import Inputs
+from loraga_dist.data.images import Load, together
 from loraga_dist.data.losses import IGNORED
 from loraga_dist.errors import UserError
 from loraga_dist.ranks.world import World
 
-_PADDING = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
+_PADDING = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Microbatch:
     """Of each sequence's loss, float32; None: 1."""
     num_pairs: int | None = None
     """Of preference data; else None."""
+    images: Load | None = None
+    """What the model is given beside tokens; None for texts alone."""
 
     @property
     def num_terms(self) -> int:
@@ -143,6 +146,7 @@ class SampleSharder:
                 if has_weights
                 else None,
                 num_pairs=len(mine) if has_pairs else None,
+                images=together(sample.images for sample in shown),
             )
             microbatches.append(microbatch if mine else without_supervision(microbatch, index))
         return microbatches
@@ -232,15 +236,23 @@ def microbatches_from_batches(
             raise UserError(
                 "dataloader", sorted(batch), f"batch {index} has no tensor named {' or '.join(missing)}; yield both"
             )
+        beside = {name: tensor for name, tensor in inputs.items() if not _is_of_tokens(name, tensor, inputs)}
         microbatches.append(
             Microbatch(
-                inputs=inputs,
+                inputs={name: tensor for name, tensor in inputs.items() if name not in beside},
                 num_supervised_tokens=count_supervised_tokens(inputs["labels"], task_type),
                 index=index,
                 sample_ids=(),
+                images=(lambda beside=beside: beside) if beside else None,
             )
         )
     return microbatches
+
+
+def _is_of_tokens(name: str, tensor: Tensor, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether this input of a model is of its tokens, or sequences, and not of what images have beside them."""
+    shapes = {inputs[of].shape[: tensor.dim()] for of in ("input_ids", "labels")}
+    return "mask" in name and "pixel" not in name or tensor.shape in shapes
 
 
 def seeded_microbatch(model_config: Any, task_type: TaskType, most_tokens: int) -> Microbatch:

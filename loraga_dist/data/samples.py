@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path, PurePath
@@ -19,12 +19,13 @@ import torch
 from loraga_dist.config import CalibrationConfig, TaskType
 from loraga_dist.data.feedback import encoder
 from loraga_dist.data.formats import BadRowError, clock_at, data_error, data_source
+from loraga_dist.data.image_rows import image_encoder, with_images
 from loraga_dist.data.microbatches import Sample, count_supervised_tokens
 from loraga_dist.errors import UserError, blame, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 ROW_SECONDS = 30
 """For one row, which takes milliseconds; chat templates are programs, and may never end."""
@@ -42,6 +43,7 @@ def load_samples(
     max_positions: int | None,
     num_labels: int | None = None,
     began: datetime | None = None,
+    load_processor: Callable[[], ProcessorMixin] | None = None,
 ) -> list[Sample]:
     """Load, shuffle and tokenize the first `most_samples` of the calibration data: the same list on every rank.
 
@@ -49,10 +51,17 @@ def load_samples(
     preference data; as there, samples that have nothing to learn from (after truncation, or with an advantage of 0) are
     left out, and the next ones take their place. Raises UserError, with the config key, for data that cannot be read,
     has the wrong columns or values, does not fit the model's positions, or has no supervised token at all.
-    began: the time that chat templates print; by default now, for all rows.
+    began: the time that chat templates print; by default now, for all rows. load_processor: of the model, for images.
+    More than 7 parameters: what a tokenizer, a model and a run know.
     """
     dataset = _load_dataset(config)
-    encode = encoder(config, tokenizer, dataset, task_type, num_labels)
+    with _quiet_datasets():
+        images = with_images(config, dataset)
+    if images is None:
+        encode = encoder(config, tokenizer, dataset, task_type, num_labels)
+    else:
+        assert load_processor is not None, "of data that may have images"
+        dataset, encode = images, image_encoder(config, load_processor(), images, task_type)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     samples, source, began, num_encoded = [], data_source(config), began or datetime.now(), 0
     for row in order.tolist():
@@ -86,6 +95,10 @@ def load_samples(
             "has no advantage other than 0: no prompt has completions with different rewards; "
             "write several completions of each prompt, or a column advantage",
         )
+    kinds = {sample.images.kind for sample in samples if sample.images is not None}
+    if config.per_device_batch_size > 1 and len(kinds) > 1:
+        problem = "images of this data come out of the processor in several shapes, which do not fit into a microbatch"
+        raise UserError("calibration.per_device_batch_size", config.per_device_batch_size, f"{problem}; write 1")
     if not samples:
         raise data_error(
             config,
@@ -102,11 +115,15 @@ def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def fingerprints(samples: Iterable[Sample]) -> list[str]:
-    """After each sample, the sha256 of all token ids, labels and weights so far: equal between ranks, and runs."""
+    """After each sample, the sha256 of all tokens, labels, weights and images so far: equal between ranks, and runs."""
     digest, found = hashlib.sha256(), []
     for sample in samples:
         content = [part for inputs in sample.sequences for part in (inputs["input_ids"], inputs["labels"])]
-        digest.update(json.dumps(content if sample.weight is None else [*content, sample.weight]).encode())
+        if sample.weight is not None:
+            content.append(sample.weight)
+        if sample.images is not None:
+            content.append(sample.images.digest)
+        digest.update(json.dumps(content).encode())
         found.append(f"sha256:{digest.hexdigest()}")
     return found
 

@@ -23,7 +23,7 @@ from loraga_dist.gradients.checkpointer import ORDER, Checkpointer
 from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
 from loraga_dist.gradients.kept import Keeping
-from loraga_dist.gradients.observer import NotFinite, Observer, name_the_culprit
+from loraga_dist.gradients.observer import NotFinite, NotInLoss, Observer, name_the_culprit
 from loraga_dist.gradients.passes import Position, chunks_of, is_time_to_look, median_cosine, steps_to_reach
 from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.linalg import TruncatedSVD
@@ -103,6 +103,8 @@ class _Calibrator:
             except NotFinite as found:
                 name_the_culprit(self._model, found, self._sharding)
                 raise
+            except NotInLoss as found:
+                raise found.as_error(self._request.config.lora) from None
         num_bytes_read = self._sharding.num_bytes_read - read_before
         return Gradients(
             owned=self._owned,

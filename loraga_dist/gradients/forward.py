@@ -19,6 +19,10 @@ def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> t
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in microbatch.inputs.items()}
     labels = inputs.pop("labels")
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if microbatch.images is not None:
+        dtype = next(base.parameters()).dtype  # processors give float32
+        for name, tensor in microbatch.images().items():
+            inputs[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     # a classifier has one label per sequence, which no decoder could read
     if base.config.is_encoder_decoder and labels.dim() == 2:
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)

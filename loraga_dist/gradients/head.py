@@ -78,7 +78,8 @@ class Head:
         if part is not _EVERYTHING:
             shape = inputs["input_ids"].shape
             inputs = {name: tensor[part] if tensor.shape == shape else tensor for name, tensor in inputs.items()}
-        return self._stubs.leave(replace(microbatch, inputs=inputs), hidden)
+        # what images have become is in the hidden states
+        return self._stubs.leave(replace(microbatch, inputs=inputs, images=None), hidden)
 
 
 Part = tuple[slice, slice] | EllipsisType

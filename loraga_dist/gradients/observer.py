@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from loraga_dist.config import LoraSection
 from loraga_dist.data.microbatches import Microbatch, counted_rows
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.gradients.forward import first_nonfinite_module
 from loraga_dist.model.blocks import pieces_of
+from loraga_dist.model.names import excluding, pattern_of
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
 
@@ -42,6 +44,22 @@ class NotFinite(Exception):
         self.microbatch = microbatch
         self.loss = loss
         self.failed = failed
+
+
+class NotInLoss(Exception):
+    """Targets took no part in the loss; on all ranks alike."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def as_error(self, lora: LoraSection) -> UserError:
+        """What to write instead."""
+        problem = "took no part in the loss, so there is no gradient to start from"
+        instead = excluding(lora, pattern_of(self.names))
+        found = UserError("lora.target_modules", self.names, f"{problem}; {instead}")
+        found.on_all_ranks = True
+        return found
 
 
 class Observer:
@@ -94,20 +112,16 @@ class Observer:
         return LossTotals(loss_value, int(tokens), int(terms))
 
     def require_all_seen(self) -> None:
-        """Raise UserError, on every rank, when a target took no part in the loss."""
+        """Raise NotInLoss, on every rank, when a target took no part in the loss."""
         if self._began:  # else an earlier run was shown all there is, on every rank alike
             require_all_seen(list(self._in_every_microbatch), self._seen, self._world)
 
 
 def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:
-    """Raise UserError, on every rank, unless all of these targets were seen to take part in the loss."""
-    with world.together():
-        if missing := [name for name in names if name not in seen]:
-            raise UserError(
-                "lora.exclude_modules",
-                missing,
-                "took no part in the loss, so there is no gradient to start from; list these here",
-            )
+    """Raise NotInLoss, on every rank, unless all of these targets were seen to take part in the loss."""
+    for missing in world.all_json([name for name in names if name not in seen]):
+        if missing:
+            raise NotInLoss(missing)
 
 
 def name_the_culprit(model: nn.Module, found: NotFinite, sharding: Sharding) -> None:

@@ -7,7 +7,7 @@ graph: its output requires grad although nothing below does, so backward ends at
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from loraga_dist.config import Checkpointing
 from loraga_dist.gradients.experts import Sink, experts_tapped
 from loraga_dist.gradients.forward import forward_set
+from loraga_dist.model.products import products_seen
 
 
 class _Tap(torch.autograd.Function):
@@ -48,25 +49,51 @@ def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing:
     training = {name: module.training for name, module in modules.items()}
     anchor: dict[torch.device, torch.Tensor] = {}
 
-    def attach(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor, *, name: str) -> torch.Tensor:
+    def tap(x: torch.Tensor, y: torch.Tensor, *, name: str) -> torch.Tensor:
         if y.device not in anchor:
             anchor[y.device] = torch.zeros((), device=y.device, requires_grad=True)
-        return _Tap.apply(y, anchor[y.device], args[0], sink, name)  # type: ignore[return-value]
+        return _Tap.apply(y, anchor[y.device], x, sink, name)  # type: ignore[return-value]
 
-    handles = []
     model.eval()
     try:
-        for name in names:
-            if name in modules:
-                handles.append(modules[name].register_forward_hook(functools.partial(attach, name=name)))
-        of_experts = [name for name in names if name not in modules]
-        with experts_tapped(model, of_experts, sink), _checkpointed_blocks(modules, checkpointing):
+        with ExitStack() as exits:
+            for name in names:
+                if name in modules:
+                    exits.enter_context(_product_tapped(modules[name], functools.partial(tap, name=name)))
+            of_experts = [name for name in names if name not in modules]
+            exits.enter_context(experts_tapped(model, of_experts, sink))
+            exits.enter_context(_checkpointed_blocks(modules, checkpointing))
             yield
     finally:
-        for handle in handles:
-            handle.remove()
         for name, module in modules.items():
             module.training = training[name]
+
+
+@contextmanager
+def _product_tapped(module: nn.Module, tap: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Put tap(x, y) in the place of a module's y = W x: its output, or in a router what the output is made of."""
+    if type(module).forward is nn.Linear.forward:
+        handle = module.register_forward_hook(lambda _, args, y: tap(args[0], y))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    own, weight = module.forward, module.get_parameter("weight")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen: list[torch.Tensor] = []
+
+        def see(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return tap(x, y)
+
+        with products_seen(weight, see):
+            output = own(*args, **kwargs)
+        return output if seen else tap(args[0], output)
+
+    with forward_set(module, forward):
+        yield
 
 
 @contextmanager

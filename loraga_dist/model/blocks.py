@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from loraga_dist.config import OrderName
 from loraga_dist.errors import UserError
+from loraga_dist.model.towers import text_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +36,13 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
-    """Find the list of layers with most parameters; None where a model is more than one sequence."""
+    """Find the list of layers with most parameters; None where a language model is more than one sequence."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
+    text = text_model(model)
     lists = [
         (sum(parameter.numel() for parameter in module.parameters()), Blocks(prefix=name, count=len(module)))
-        for name, module in model.named_modules()
+        for name, module in model.get_submodule(text).named_modules(prefix=text)
         if isinstance(module, nn.ModuleList) and len(module) and not re.search(r"\.\d+\.", f".{name}.")
     ]
     return max(lists, key=lambda sized: sized[0])[1] if lists else None

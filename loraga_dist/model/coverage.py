@@ -11,6 +11,7 @@ from torch import nn
 
 from loraga_dist.model.stacks import find_stacks, shape_of
 from loraga_dist.model.targets import Target, kind_of
+from loraga_dist.model.towers import text_model, tower_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +51,19 @@ class Weights:
     def of(cls, model: nn.Module) -> Weights:
         """Of shapes alone: the model may be on the meta device, or its parameters in ZeRO-3's shards."""
         parameters = dict(model.named_parameters())
-        stacks, heads, text = find_stacks(model), _output_heads(model), _text_model(model)
+        stacks, heads, text = find_stacks(model), _output_heads(model), text_model(model)
         kinds = {}
         for module_name, module in model.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
                 name = f"{module_name}.{own}" if module_name else own
                 if name not in parameters or len(shape_of(parameter)) < 2:
                     continue
-                tower = _tower_of(name, text)
-                if tower is not None:
-                    kinds[name] = tower
+                if module_name in heads:
+                    kinds[name] = "output head"
+                elif tower := tower_of(name, text):
+                    kinds[name] = tower.rpartition(".")[2]
                 elif name in stacks:
                     kinds[name] = "experts"
-                elif module_name in heads:
-                    kinds[name] = "output head"
                 elif isinstance(module, nn.Embedding):
                     kinds[name] = "embeddings"
                 else:
@@ -97,25 +97,6 @@ def _output_heads(model: nn.Module) -> set[str]:
     get: Any = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     return {name for name, module in model.named_modules() if module is head}
-
-
-def _text_model(model: nn.Module) -> str | None:
-    """The name of the language model in a model of more; None where it is all there is."""
-    config: Any = getattr(model, "config", None)
-    if config is None or config.get_text_config() is config or config.is_encoder_decoder:
-        return None
-    decoder = model.get_decoder()  # type: ignore[operator]
-    return next((name for name, module in model.named_modules() if module is decoder), None) or None
-
-
-def _tower_of(name: str, text: str | None) -> str | None:
-    """The module beside the language model that a parameter belongs to, an image's tower for instance."""
-    if text is None or name.startswith(f"{text}."):
-        return None
-    outer = text.rpartition(".")[0]
-    if not outer or not name.startswith(f"{outer}."):
-        return None
-    return name.removeprefix(f"{outer}.").partition(".")[0]
 
 
 def _count(numel: int) -> str:

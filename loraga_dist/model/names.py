@@ -35,6 +35,34 @@ def with_end(names: Iterable[str], end: str) -> list[str]:
     return [name for name in names if f".{name}".endswith(f".{end}")]
 
 
+def excluding(lora: LoraSection, pattern: str) -> str:
+    """What to write, whole, to leave out what this regular expression matches, too."""
+    own = lora.exclude_modules or []
+    others = [own] if isinstance(own, str) else [rf"(.*\.)?{re.escape(end)}" for end in own]
+    return f"write lora.exclude_modules: {'|'.join([*others, pattern])}"
+
+
+def pattern_of(names: Iterable[str], *, any_number: bool = False) -> str:
+    """A regular expression of these whole names. any_number: in place of each number."""
+    number = r"\d+" if any_number else None
+    split = (name.split(".") for name in names)
+    return _pattern([(number or part) if part.isdecimal() else re.escape(part) for part in parts] for parts in split)
+
+
+def _pattern(names: Iterable[Sequence[str]]) -> str:
+    ends: dict[str, list[Sequence[str]]] = {}
+    for first, *rest in names:
+        ends.setdefault(first, []).append(rest)
+    firsts: dict[str, list[str]] = {}
+    for first, rests in ends.items():
+        firsts.setdefault(rf"\.{_pattern(rests)}" if rests[0] else "", []).append(first)
+    return _one_of([_one_of(these) + end for end, these in firsts.items()])
+
+
+def _one_of(patterns: Sequence[str]) -> str:
+    return patterns[0] if len(patterns) == 1 else f"({'|'.join(patterns)})"
+
+
 def _require_each(key: str, wanted: str | Sequence[str] | None, modules: Sequence[str], usual: Sequence[str]) -> None:
     """wanted: a regular expression or ends of names. usual: what somebody would name there."""
     if wanted is None or wanted == "all-linear":

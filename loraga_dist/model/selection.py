@@ -16,17 +16,19 @@ from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage, Weights
+from loraga_dist.model.left_out import LeftOut, experts_left_out, routers_left_out, rows_left_out, towers_left_out
 from loraga_dist.model.names import require_matches, with_end
+from loraga_dist.model.products import find_routers, is_product, multiplies
 from loraga_dist.model.stacks import (
     NOT_IN_INTERFACE,
     TO_ADD_EXPERTS,
-    ExpertsLeftOut,
     Stack,
     ends_of,
     find_stacks,
     untappable,
 )
 from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
+from loraga_dist.model.towers import text_model, tower_of
 
 SELECTION_SECONDS = 120
 """PEFT takes a few for the largest models; some regular expressions never end."""
@@ -43,8 +45,8 @@ class Selection:
     saved_parameters: list[str]
     """Parameters of `modules_to_save`, which PEFT expects in the adapter file; it adds the heads of classifiers."""
     coverage: Coverage
-    experts_left_out: ExpertsLeftOut | None
-    """Where `all-linear` was all that was asked for; who names modules or parameters knows what is left out."""
+    left_out: list[LeftOut]
+    """By `all-linear`; who names experts' parameters knows which are left out."""
 
 
 def select_targets(
@@ -70,11 +72,12 @@ def select_targets(
     weights = Weights.of(meta_model)
     stacks = find_stacks(meta_model)
     taken_for_experts = _names_taken_for_experts(meta_model)
-    asks_for_all = lora.target_modules == "all-linear" and not lora.target_parameters
-    left_out = ExpertsLeftOut.of(meta_model) if asks_for_all else None
     _require_names(meta_model, stacks, lora)
     require_matches(meta_model, lora)
-    injected = _injected(meta_model, lora)
+    target_modules, left_out = lora.target_modules, list[LeftOut]()
+    if target_modules == "all-linear":
+        target_modules, left_out = _all_linear(meta_model, lora)
+    injected = _injected(meta_model, lora, target_modules)
     targets: list[Target] = []
     matched: set[str] = set()
     saved_parameters: list[str] = []
@@ -85,9 +88,9 @@ def select_targets(
             continue
         found = _targets_of(name, layer, stacks, before, taken_for_experts, lora)
         if (parameter_name := found[0].parameter_name) in tied:
-            key = _key_of(found[0])
+            key = _key_of(found[0], lora)
             problem = f"{parameter_name} is tied to {tied[parameter_name]}; changing one would change both"
-            raise UserError(key, getattr(lora, key.removeprefix("lora.")), f"{problem}; {_left_out(found[0])}")
+            raise UserError(key, getattr(lora, key.removeprefix("lora.")), f"{problem}; {_left_out(found[0], lora)}")
         matched.add(found[0].parameter_name if isinstance(layer, ParamWrapper) else name)
         for target in found:
             _require_size(target, lora, num_triplets, any_rank=any_rank)
@@ -104,7 +107,7 @@ def select_targets(
         targets=targets,
         saved_parameters=saved_parameters,
         coverage=weights.covered_by(targets, saved_parameters),
-        experts_left_out=left_out,
+        left_out=left_out,
     )
 
 
@@ -151,12 +154,32 @@ def _require_not_excluded(module: str, lora: LoraSection) -> None:
 
 
 def _no_matrix(parameter: str, module: nn.Module, lora: LoraSection) -> UserError:
-    problem = f"{parameter} of {type(module).__name__} is neither a matrix of nn.Linear nor a stack of experts'"
+    problem = f"{parameter} of {type(module).__name__} is neither a matrix of F.linear nor a stack of experts'"
     return UserError("lora.target_parameters", lora.target_parameters, f"{problem}; leave it out")
 
 
-def _injected(meta_model: nn.Module, lora: LoraSection) -> nn.Module:
-    """The model with PEFT's layers in it."""
+def _all_linear(model: nn.Module, lora: LoraSection) -> tuple[list[str], list[LeftOut]]:
+    """The names that `all-linear` stands for, and what it leaves out: towers, experts, routers, and single rows."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+
+    config = peft_lora_config(lora)
+    _maybe_include_all_linear_layers(config, model)
+    names, routers, text = sorted(config.target_modules or ()), find_routers(model), text_model(model)
+    in_towers = [name for name in names if tower_of(name, text)]
+    rows = [name for name in names if min(model.get_parameter(f"{name}.weight").shape) == 1]
+    kept = sorted(set(names).difference(in_towers, rows, routers))
+
+    def wanted(left: list[str]) -> list[str]:
+        return [name for name in left if check_target_module_exists(config, name)]  # exclude_modules may have them
+
+    left_out = towers_left_out(wanted(in_towers), kept, text) + rows_left_out(wanted(rows))
+    if not lora.target_parameters:  # else who names some knows of the others
+        left_out = experts_left_out(model) + routers_left_out(routers) + left_out
+    return kept, left_out
+
+
+def _injected(meta_model: nn.Module, lora: LoraSection, target_modules: str | list[str]) -> nn.Module:
+    """The model with PEFT's layers in it. target_modules: what the section's stand for."""
     from peft import get_peft_model
 
     config: Any = getattr(meta_model, "config", None)
@@ -171,7 +194,8 @@ def _injected(meta_model: nn.Module, lora: LoraSection) -> nn.Module:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        peft_model: Any = get_peft_model(meta_model, peft_lora_config(lora), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        peft_config = peft_lora_config(lora.model_copy(update={"target_modules": target_modules}))
+        peft_model: Any = get_peft_model(meta_model, peft_config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     return peft_model.base_model.model
 
 
@@ -206,12 +230,14 @@ def _targets_of(
         return _of_parameter(name, layer, stacks, lora)
     base = layer.get_base_layer()
     transposed = bool(getattr(layer, "fan_in_fan_out", False))
-    is_router = isinstance(base, nn.Linear) and type(base).__name__.endswith("Router")  # Llama4's gives a tuple
     is_matrix = type(layer) is LoraLinear and getattr(base, "weight", torch.empty(0)).ndim == 2
-    if name not in before or not is_matrix or is_router:
-        problem = f"{name} ({type(base).__name__}) is not a plain matrix; add it to lora.exclude_modules"
+    M, N = (tuple(base.weight.shape)[::-1] if transposed else tuple(base.weight.shape)) if is_matrix else (0, 0)
+    if name not in before or not is_matrix or not is_product(base, M, N):
+        instead = "add it to lora.exclude_modules"
+        if is_matrix and multiplies(base):
+            instead = f"leave it out, and for its adapter write lora.target_parameters: [{name}.weight]"
+        problem = f"{name} ({type(base).__name__}) is not a plain matrix; {instead}"
         raise UserError("lora.target_modules", lora.target_modules, problem)
-    M, N = tuple(base.weight.shape)[::-1] if transposed else tuple(base.weight.shape)
     by_parameter = name in taken_for_experts
     return [_target(layer, name, M, N, transposed=transposed, by_parameter=by_parameter)]
 
@@ -223,7 +249,7 @@ def _of_parameter(name: str, layer: Any, stacks: Mapping[str, Stack], lora: Lora
     parameter = f"{module_name}.{layer.parameter_name}"
     stack = stacks.get(parameter)
     if stack is None:
-        if type(base) is not nn.Linear or layer.parameter_name != "weight":
+        if layer.parameter_name != "weight" or not multiplies(base):
             raise _no_matrix(parameter, base, lora)
         return [_target(layer, module_name, *base.weight.shape, by_parameter=True)]
     return [
@@ -266,12 +292,14 @@ def with_places(target: Target, in_files: StoredModel) -> Target:
     return replace(target, weight_key=rows[0].key, stack=replace(target.stack, rows=rows))
 
 
-def _key_of(target: Target) -> str:
-    return "lora.target_modules" if target.stack is None else "lora.target_parameters"
+def _key_of(target: Target, lora: LoraSection) -> str:
+    named = any(with_end([target.parameter_name], end) for end in lora.target_parameters or ())
+    return "lora.target_parameters" if named else "lora.target_modules"
 
 
-def _left_out(target: Target) -> str:
-    return f"leave it out of {_key_of(target)}" if target.stack is not None else "add it to lora.exclude_modules"
+def _left_out(target: Target, lora: LoraSection) -> str:
+    key = _key_of(target, lora)
+    return f"leave it out of {key}" if key == "lora.target_parameters" else "add it to lora.exclude_modules"
 
 
 def _require_size(target: Target, lora: LoraSection, num_triplets: Callable[[int], int], *, any_rank: bool) -> None:
@@ -280,7 +308,7 @@ def _require_size(target: Target, lora: LoraSection, num_triplets: Callable[[int
     if num_triplets(1 if any_rank else target.r) <= smallest:
         return
     fitting = max(rank for rank in range(smallest + 1) if num_triplets(rank) <= smallest)
-    instead = f"write {fitting} or less, there alone with lora.rank_pattern" if fitting else _left_out(target)
+    instead = f"write {fitting} or less, there alone with lora.rank_pattern" if fitting else _left_out(target, lora)
     raise UserError(
         "lora.r" if target.r == lora.r else "lora.rank_pattern",
         target.r,

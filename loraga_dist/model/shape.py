@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from loraga_dist.model.blocks import find_blocks
 from loraga_dist.model.stacks import Stack, find_stacks
+from loraga_dist.model.towers import text_model, tower_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class ModelShape:
     embedding_numel: int
     """Parameters that are looked up, not multiplied."""
     linear_numel: int
-    """Entries of all matrices a token is multiplied with, of experts those that it goes to."""
+    """Entries of all matrices a token of text is multiplied with, of experts those that it goes to."""
     block_linear_numel: int
     """The same, in the blocks that checkpointing recomputes."""
     has_experts: bool
@@ -38,7 +39,9 @@ class ModelShape:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         modules = list(model.modules())
-        blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+        text = text_model(model)
+        reading = [module for name, module in model.named_modules() if tower_of(name, text) is None]
+        blocks = [module for module in reading if isinstance(module, GradientCheckpointingLayer)]
         embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
         found = find_blocks(model)
         sequence = found.of(model) if found else []
@@ -49,11 +52,11 @@ class ModelShape:
             largest_module_numel=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules),
             block_numel=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
             embedding_numel=sum(parameter.numel() for module in embeddings for parameter in module.parameters()),
-            linear_numel=_linear_numel(model, stacks),
-            block_linear_numel=sum(_linear_numel(block, stacks) for block in blocks),
+            linear_numel=_linear_numel(reading, stacks),
+            block_linear_numel=sum(_linear_numel(block.modules(), stacks) for block in blocks),
             has_experts=bool(stacks),
             numels_of_blocks=[sum(parameter.numel() for parameter in block.parameters()) for block in sequence],
-            linear_numels_of_blocks=[_linear_numel(block, stacks) for block in sequence],
+            linear_numels_of_blocks=[_linear_numel(block.modules(), stacks) for block in sequence],
         )
 
     @property
@@ -78,9 +81,11 @@ class ModelShape:
         return self.num_bytes_each * sum(math.ceil(numel / world_size) for numel in self.numels)
 
 
-def _linear_numel(model: nn.Module, stacks: Mapping[int, Stack]) -> int:
+def _linear_numel(modules: Iterable[nn.Module], stacks: Mapping[int, Stack]) -> int:
     """stacks: by the identity of their parameters."""
-    chosen = [stacks[id(parameter)] for parameter in model.parameters() if id(parameter) in stacks]
+    modules = list(modules)
+    own = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    chosen = [stacks[id(parameter)] for parameter in own if id(parameter) in stacks]
     of_experts = sum(stack.num_chosen * stack.M * stack.N for stack in chosen)
-    weights = [getattr(module, "weight", None) for module in model.modules() if not isinstance(module, nn.Embedding)]
+    weights = [getattr(module, "weight", None) for module in modules if not isinstance(module, nn.Embedding)]
     return of_experts + sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2)

@@ -36,32 +36,6 @@ class Stack:
         return [f"{self.parameter_name}.{expert}" for expert in range(self.E)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertsLeftOut:
-    """Experts that `all-linear` gives no adapter."""
-
-    parameters: tuple[str, ...]
-    """Ends of the names of their parameters, as `lora.target_parameters` takes them."""
-    modules: tuple[str, ...]
-    """Ends of the names of modules whose experts cannot be tapped."""
-
-    @classmethod
-    def of(cls, model: nn.Module) -> ExpertsLeftOut | None:
-        """All of a model's; None for a model without experts."""
-        found = cls(parameters=ends_of(find_stacks(model)), modules=ends_of(untappable(model)))
-        return found if found.parameters or found.modules else None
-
-    @property
-    def text(self) -> str:
-        """One line: which, and what to write."""
-        parts = []
-        if self.parameters:
-            parts.append(f"{TO_ADD_EXPERTS.format(', '.join(self.parameters))} adds them")
-        if self.modules:
-            parts.append(f"those of {', '.join(self.modules)} cannot be added, {NOT_IN_INTERFACE}")
-        return f"all-linear leaves experts without adapters: {'; '.join(parts)}"
-
-
 TO_ADD_EXPERTS = "lora.target_parameters: [{}]"
 NOT_IN_INTERFACE = "as they are not in transformers' experts interface"
 

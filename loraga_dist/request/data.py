@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def read_data(config: InitConfig, base: BaseModel, world: World, began: datetime
         max_positions=base.max_positions,
         num_labels=getattr(base.config, "num_labels", None),
         began=began,
+        load_processor=partial(_load_processor, base.directory, config),
     )
     _check_token_ids(config, base, samples)
     return SampleSharder(
@@ -84,3 +86,14 @@ def _load_tokenizer(directory: Path, config: InitConfig) -> Any:
     instead = "write a model whose tokenizer transformers loads"
     with blame("model.name_or_path", config.model.name_or_path, "its tokenizer does not load", instead):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
+
+
+def _load_processor(directory: Path, config: InitConfig) -> Any:
+    from transformers import AutoProcessor, ProcessorMixin
+
+    instead = "write a model that reads images, or remove the data's column of images"
+    with blame("model.name_or_path", config.model.name_or_path, "its processor of images does not load", instead):
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError("it has a tokenizer alone")
+    return processor

@@ -5,6 +5,7 @@ Mistakes in settings, model and data show here, before a weight is allocated.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -34,12 +35,15 @@ from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_mo
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage
+from loraga_dist.model.left_out import LeftOut
+from loraga_dist.model.names import excluding
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.shape import ModelShape
-from loraga_dist.model.stacks import ExpertsLeftOut, Stack, find_stacks
+from loraga_dist.model.stacks import Stack, find_stacks
 from loraga_dist.model.targets import Target, meta_copy, require_targets
+from loraga_dist.model.towers import text_model, tower_of
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
 from loraga_dist.schemes import SCHEMES, Scheme
@@ -70,7 +74,8 @@ class Request:
     """Of calibration data."""
     coverage: Coverage
     """What of the model the targets are."""
-    experts_left_out: ExpertsLeftOut | None = None
+    left_out: Sequence[LeftOut] = ()
+    """By `all-linear`."""
 
     @property
     def scheme(self) -> Scheme:
@@ -143,6 +148,10 @@ class CheckpointRequest(Request):
         """Without DoRA, which starts as the plain adapter does; what makes it DoRA are magnitudes in the file."""
         return self.config.lora.model_copy(update={"use_dora": False})
 
+    @property
+    def has_images(self) -> bool:
+        return self.data is not None and any(sample.images is not None for sample in self.data.samples)
+
     @cached_property
     def data_fingerprints(self) -> list[str]:
         """Of the first 1, 2, ... samples; a run need not use them all, and there may be none."""
@@ -185,11 +194,13 @@ def understand(
         meta_model = meta_copy(base.model_class, base.config)
         stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
-        blocks = find_blocks(meta_model)
+        blocks, text = find_blocks(meta_model), text_model(meta_model)
     in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
     selection, targets, chosen = _choose_targets(meta_model, config, in_files, in_pieces=holding.is_sharded)
+    if scheme.source == "gradient":
+        _require_gradients_of_text(config.lora, targets, text)
     if base.index:
         require_targets(base.index, targets)
     factor_dtypes = {
@@ -213,7 +224,7 @@ def understand(
         saved_order=saved,
         amount=amount,
         coverage=selection.coverage,
-        experts_left_out=selection.experts_left_out,
+        left_out=selection.left_out,
         saved_parameters={name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters},
         entries=entries,
     )
@@ -287,7 +298,7 @@ def understand_model(
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),
         amount=amount,
         coverage=selection.coverage,
-        experts_left_out=selection.experts_left_out,
+        left_out=selection.left_out,
     )
 
 
@@ -305,6 +316,15 @@ def _choose_targets(
     names = [target.name for target in targets]
     order = choose_order(config.gradient.order, type(meta_model).__name__, blocks, names, in_pieces=in_pieces)
     return selection, targets, order
+
+
+def _require_gradients_of_text(lora: LoraSection, targets: Iterable[Target], text: str) -> None:
+    """Raise UserError for targets beside the language model `text`."""
+    towers = dict.fromkeys(tower for target in targets if (tower := tower_of(target.name, text)) is not None)
+    if towers:
+        problem = f"takes in matrices of {' and '.join(towers)}, which text gives no gradient"
+        pattern = "|".join(rf"{re.escape(tower)}\..*" for tower in towers)
+        raise UserError("lora.target_modules", lora.target_modules, f"{problem}; {excluding(lora, pattern)}")
 
 
 def _require_inputs_of_a(config: MethodConfig, targets: Sequence[Target], stacks: Mapping[str, Stack]) -> None:

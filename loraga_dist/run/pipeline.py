@@ -154,8 +154,8 @@ def initialize(
     request = understand_model(
         model, dataloader, config, sharding.world, is_partitioned=sharding.is_sharded, max_batches=max_batches
     )
-    if request.experts_left_out is not None and sharding.world.is_main:
-        say(f"warning: {request.experts_left_out.text}")
+    for left_out in request.left_out if sharding.world.is_main else ():
+        say(f"warning: {left_out.text}")
     keeping = _keeping_beside(model, request, sharding.world)
     return start_in_place(model, request, sharding=sharding, keeping=keeping)
 

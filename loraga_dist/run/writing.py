@@ -225,14 +225,14 @@ def make_report(
         step=start.step,
         identity_check=start.identity_check,
         coverage=request.coverage,
-        experts_left_out=request.experts_left_out,
+        left_out=list(request.left_out),
         warnings=find_warnings(
             config.init,
             targets,
             stopped_by=of_data.get("stopped_by"),
             refine_passes=of_data.get("refine_passes"),
             identity=None if config.output.residual_dtype == "float32" else start.identity_check,
-            experts_left_out=request.experts_left_out,
+            left_out=request.left_out,
         ),
         **of_data,
     )

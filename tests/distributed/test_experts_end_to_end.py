@@ -48,9 +48,11 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe-sketch": ("qwen3_moe", {"gradient": {"engine": "sketch", "oversampling": 16, "refine_passes": 1}}),
     "deepseek_v3-pissa": ("deepseek_v3", {"init": {"scheme": "pissa"}}),
     "gpt_oss-model-order": ("gpt_oss", {"gradient": {"order": "model"}}),
-    "llama4": ("llama4", {"lora": {"exclude_modules": ["router"]}}),
+    "llama4": ("llama4", {}),
 }
 """Family and settings of every output."""
+ROUTER = {"deepseek_v3": "mlp.gate.weight", "gpt_oss": "mlp.router.weight", "llama4": "feed_forward.router.weight"}
+"""Which has a start, too, by family; of rank 2, as some have 4 experts."""
 WAYS_OF = {1: [*WAYS], 2: [*WAYS], 3: ["mixtral", "qwen3_moe-sketch", "gpt_oss-model-order", "llama4"]}
 """By the number of ranks."""
 
@@ -64,6 +66,8 @@ def tree_of(root: Path, way: str, out: Path, world_size: int = 1, **sections: di
     kind, settings = WAYS[way]
     tree = config_tree(root / kind, root / "data.jsonl", out, kind=kind, **(settings | sections))
     tree["lora"]["target_parameters"] = EXPERTS
+    if kind in ROUTER:
+        tree["lora"] |= {"target_parameters": [*EXPERTS, ROUTER[kind]], "rank_pattern": {ROUTER[kind]: 2}}
     tree["calibration"]["per_device_batch_size"] = GLOBAL_BATCH // world_size
     return tree
 
@@ -91,6 +95,7 @@ def mixtral(outputs: Outputs, tmp_path: Path) -> Path:
 def test_ranks_agree(way: str, outputs: Outputs) -> None:
     alone, *sharded = (read_start(made[way]) for made in outputs.by_size.values() if way in made)
     assert sum(".experts." in name for name in alone) > len(alone) / 3
+    assert any(name.endswith(("mlp.gate", "router")) for name in alone) == (WAYS[way][0] in ROUTER)
     for found in sharded:
         assert found.keys() == alone.keys()
         for name, (A, B) in alone.items():
@@ -259,10 +264,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "no such parameter": ("mixtral", {"target_parameters": ["experts.gate_proj"]}, PARAMETERS, "experts.gate_up_proj"),
     "one of them": ("mixtral", {"target_parameters": [*EXPERTS, "shared.w"]}, PARAMETERS, "'shared.w'"),
     "an expert": ("mixtral", {"target_parameters": [f"{EXPERTS[0]}.3"]}, PARAMETERS, "write lora.target_parameters: ["),
-    "router": ("mixtral", {"target_parameters": ["mlp.gate.weight"]}, PARAMETERS, "leave it out"),
+    "embeddings": ("mixtral", {"target_parameters": ["embed_tokens.weight"]}, PARAMETERS, "leave it out"),
     "vector": ("mixtral", {"target_parameters": ["input_layernorm.weight"]}, PARAMETERS, "leave it out"),
     "biases": ("gpt_oss-model-order", {"target_parameters": ["up_proj_bias"]}, PARAMETERS, "up_proj_bias"),
-    "Llama4's router": ("llama4", {"exclude_modules": None}, "lora.target_modules", "lora.exclude_modules"),
+    "a router as a module": (
+        "llama4", {"target_modules": ["router"], "target_parameters": EXPERTS}, "lora.target_modules", ROUTER["llama4"],
+    ),
     "dropout": ("mixtral", {"lora_dropout": 0.1}, "lora.lora_dropout: 0.1", "write 0.0"),
     "DoRA": ("mixtral", {"use_dora": True}, "lora.use_dora: True", "write false"),
     "rank": ("mixtral", {"r": 13, "target_modules": ["q_proj"]}, "lora.r: 13", "write 12 or less"),

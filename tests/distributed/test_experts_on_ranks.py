@@ -1,4 +1,4 @@
-"""The gradient of every expert on ranks that route differently equals an unsharded one, and nothing stays gathered."""
+"""Gradients of experts and routers on ranks that route differently equal unsharded ones, and nothing stays gathered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from builders import save_model
-from experts import WAYS, experts_of, lowest_linear, reference, shown, worst
+from experts import WAYS, experts_of, lowest_linear, reference, routers_of, shown, worst
 from families import padded_microbatches
 from pieces import load
 from ranks import run_on_ranks
@@ -80,7 +80,7 @@ def gradients_of_rank(directory: Path) -> Part:
     for kind in KINDS:
         loaded = load(directory / kind, world)
         model, microbatches = loaded.model, share(world.rank, world.size)
-        names = [*experts_of(model), lowest_linear(model)]
+        names = [*experts_of(model), *routers_of(model), lowest_linear(model)]
         loss = Watching(shifts=True, by_token=True, amiss=part.amiss).of(model)
         for way in WAYS:
             part.gradients[kind, way] = dict(shown(model, names, microbatches, way, loaded.sharding, loss))
@@ -97,7 +97,7 @@ def test_every_expert_matches_the_unsharded_reference(world_size: int, tmp_path:
     assert [part.amiss for part in parts] == [[]] * world_size
     everything = [microbatch for rank in range(world_size) for microbatch in share(rank, world_size)]
     for kind, model in models.items():
-        names = [*experts_of(model), lowest_linear(model)]
+        names = [*experts_of(model), *routers_of(model), lowest_linear(model)]
         expected = reference(model, names, everything)
         few, many = (len(part.gradients[kind, "none"]) for part in parts[:2])
         assert few < many, "ranks should route differently"

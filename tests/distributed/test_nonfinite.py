@@ -97,7 +97,8 @@ def test_module_outside_the_loss(world_size: int, tmp_path: Path) -> None:
     line = failure(start(model, tmp_path, world_size, "--lora.target_modules", "[q_attn, c_fc]"), code=2)
 
     unused = [f"transformer.h.{layer}.crossattention.q_attn" for layer in (0, 1)]
-    assert line.startswith(f"loraga-dist: lora.exclude_modules: {unused}: took no part in the loss")
+    assert line.startswith(f"loraga-dist: lora.target_modules: {unused}: took no part in the loss")
+    assert line.endswith(r"; write lora.exclude_modules: transformer\.h\.(0|1)\.crossattention\.q_attn")
     assert {path.name for path in (tmp_path / "runs").iterdir()} <= {".out.checkpoint"}
 
 

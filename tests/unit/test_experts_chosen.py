@@ -19,8 +19,8 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import main
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError
+from loraga_dist.model.left_out import experts_left_out
 from loraga_dist.model.selection import Selection, select_targets
-from loraga_dist.model.stacks import ExpertsLeftOut
 from loraga_dist.model.targets import meta_copy
 from loraga_dist.publish.card import model_card
 
@@ -53,10 +53,11 @@ def test_in_memory_it_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
 def test_the_line_that_is_said_adds_the_experts(kind: str) -> None:
-    left_out = chosen(kind).experts_left_out
-    assert left_out is not None and left_out.text == SAID
-    found = chosen(kind, target_parameters=list(left_out.parameters))
-    assert found.experts_left_out is None
+    experts, routers = chosen(kind).left_out
+    assert experts.text == SAID and routers.kind == "routers"
+    assert routers.names == ("mlp.router.weight" if kind == "gpt_oss" else "mlp.gate.weight",)
+    found = chosen(kind, target_parameters=list(experts.names))
+    assert found.left_out == []
     assert {target.stack.parameter.rpartition(".")[2] for target in found.targets if target.stack} == {
         "gate_up_proj",
         "down_proj",
@@ -64,16 +65,70 @@ def test_the_line_that_is_said_adds_the_experts(kind: str) -> None:
 
 
 def test_nothing_is_said_to_who_chose_or_has_no_experts() -> None:
-    assert chosen("llama").experts_left_out is None
-    assert chosen("mixtral", target_modules=["q_proj"]).experts_left_out is None
-    assert chosen("mixtral", target_parameters=["experts.down_proj"]).experts_left_out is None
+    assert chosen("llama").left_out == []
+    assert chosen("mixtral", target_modules=["q_proj"]).left_out == []
+    assert chosen("mixtral", target_parameters=["experts.down_proj"]).left_out == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "router"), [("llama4", "feed_forward.router"), ("phimoe", "mlp.router"), ("qwen2_moe", "mlp.gate")]
+)
+def test_all_linear_leaves_routers_and_single_rows_out(kind: str, router: str) -> None:
+    """Some routers are nn.Linear by their class, and a gate of Qwen2-MoE's shared expert makes one number."""
+    found = chosen(kind)
+    left_out = {left.kind.partition(" (")[0]: left for left in found.left_out}
+    assert left_out["routers"].names == (f"{router}.weight",)
+    rows = ("mlp.shared_expert_gate",) if kind == "qwen2_moe" else ()
+    assert (left_out["single rows"].names if rows else ()) == rows
+    assert all(row in left_out["single rows"].text for row in rows)
+    names = {target.name for target in found.targets}
+    assert not any(name.endswith((router, *rows)) for name in names)
+    without_rows = {"exclude_modules": r".*\.shared_expert_gate"} if rows else {}
+    assert chosen(kind, target_parameters=["experts.down_proj"], **without_rows).left_out == []
+    with_routers = chosen(kind, target_parameters=[f"{router}.weight"], **without_rows)
+    assert with_routers.left_out == []
+    layer = [name for name, module in make_model(kind).named_modules() if name.endswith(f".{router}")]
+    assert {target.name for target in with_routers.targets} == names | set(layer)
+    assert all(target.by_parameter for target in with_routers.targets if target.name in layer)
+
+
+@pytest.mark.parametrize("lora", [{"target_modules": ["shared_expert_gate"]}, {"target_parameters": ["gate.weight"]}])
+def test_who_names_what_is_too_small_is_refused(lora: dict[str, Any]) -> None:
+    model: Any = make_model("qwen2_moe")
+    section = LoraSection(**({"r": 4, "target_modules": ["q_proj"]} | lora))
+    with pytest.raises(UserError, match="(exclude_modules|lora.rank_pattern)$"):
+        select_targets(meta_copy(type(model), model.config), section, lambda r: 2 * r)
+
+
+def test_a_layer_that_is_more_than_a_product_is_refused() -> None:
+    """A class of nn.Linear may make anything of its weight; a product that it writes in its own way is one."""
+
+    class Pair(nn.Linear):
+        def forward(self, input: torch.Tensor) -> Any:
+            return super().forward(input), input
+
+    class Own(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input @ self.weight.T
+
+    def select(layer: type[nn.Linear]) -> list[str]:
+        source: Any = make_model("llama")
+        model = meta_copy(type(source), source.config)
+        model.get_submodule("model.layers.1.self_attn").q_proj = layer(64, 64, device="meta")
+        lora = LoraSection(r=2, target_modules=["layers.1.self_attn.q_proj"])
+        return [target.name for target in select_targets(model, lora, lambda r: r).targets]
+
+    assert select(Own) == ["model.layers.1.self_attn.q_proj"]
+    with pytest.raises(
+        UserError, match=r"plain matrix; .* lora\.target_parameters: \[.*\.1\.self_attn\.q_proj\.weight\]"
+    ):
+        select(Pair)
 
 
 def test_experts_that_cannot_be_tapped_are_named() -> None:
-    found = ExpertsLeftOut.of(other_kind("jetmoe"))
-    assert found is not None
-    assert found.modules[:2] == ("mlp.input_linear", "mlp.output_linear")
-    assert "those of mlp.input_linear, mlp.output_linear" in found.text and "experts interface" in found.text
+    (found,) = experts_left_out(other_kind("jetmoe"))
+    assert found.names[:2] == ("mlp.input_linear", "mlp.output_linear")
+    assert "leaves experts of mlp.input_linear, mlp.output_linear" in found.text and "experts interface" in found.text
     assert "lora.target_parameters" not in found.text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import MOE, make_model
-from experts import CPU, WAYS, Gradients, experts_of, lowest_linear, reference, shown, worst
+from experts import CPU, WAYS, Gradients, experts_of, lowest_linear, reference, routers_of, shown, worst
 from families import padded_microbatches, tiny
 from handmade import set_own_forward
 from outputs import relative
@@ -23,6 +23,7 @@ from loraga_dist.forecast.ledger import microbatch_of, without_memory
 from loraga_dist.gradients.experts import experts_tapped
 from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.taps import tapped
+from loraga_dist.model.products import find_routers
 from loraga_dist.model.stacks import Stack, find_stacks, split_name, untappable
 
 
@@ -38,6 +39,56 @@ def test_every_expert_of_every_family(kind: str, way: str) -> None:
     found, expected = shown(model, names, microbatches, way), reference(model, names, microbatches)
     assert len(found) > len(names) / 2
     assert worst(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", MOE)
+def test_routers_of_every_family_with_experts_and_alone(kind: str, way: str) -> None:
+    model, microbatches = frozen(kind), padded_microbatches()
+    if kind == "phimoe":  # else each expert chosen has weight 1, whatever the router says
+        for layer in model.model.layers:
+            layer.mlp.router.router_jitter_noise = 0.5
+    routers = routers_of(model)
+    assert routers == find_routers(model)
+    expected = reference(model, [*routers, *experts_of(model)], microbatches)
+    assert all(expected[name].any() for name in routers)
+    for names in (routers, list(expected)):
+        found = shown(model, names, microbatches, way)
+        assert found.keys() >= set(routers)
+        assert worst(found, {name: expected[name] for name in names}) < 1e-5
+
+
+def test_a_router_multiplies_in_float32_where_the_model_does() -> None:
+    """DeepSeek-V3's casts a weight and inputs of bfloat16; the gradient is that of the cast."""
+    model, microbatches = frozen("deepseek_v3").bfloat16(), padded_microbatches()
+    (router,) = routers_of(model)
+    dtypes: set[torch.dtype] = set()
+
+    class Noting(Gradients):
+        def take(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
+            dtypes.update((x_TN.dtype, dy_TM.dtype))
+            super().take(name, x_TN, dy_TM)
+
+    found = Noting()
+    with tapped(model, [router], found.take, checkpointing="none"):
+        for microbatch in microbatches:
+            causal_lm(forward(model, microbatch, CPU), microbatch.inputs["labels"]).backward()
+    assert dtypes == {torch.float32}
+    assert relative(found[router], reference(model, [router], microbatches)[router].float()) < 0.02
+
+
+def test_routers_are_left_as_they_were_where_a_forward_fails() -> None:
+    model, linear = frozen("mixtral"), nn.functional.linear
+    before = [[*vars(module)] for module in model.modules()]
+
+    def refuse(name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
+        raise KeyError
+
+    with tapped(model, routers_of(model), refuse, checkpointing="non_reentrant"), pytest.raises(KeyError):
+        model(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    with tapped(model, routers_of(model), refuse, checkpointing="none"), pytest.raises(RuntimeError):
+        model.model.layers[0].mlp.gate(torch.zeros(2, 3))
+    assert nn.functional.linear is linear and [[*vars(module)] for module in model.modules()] == before
 
 
 def test_block_order_gives_what_model_order_gives_bit_by_bit() -> None:

@@ -1,0 +1,26 @@
+"""What lies beside the language model in a model that also reads images or sound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def text_model(model: nn.Module) -> str:
+    """The name of the language model in a model of more; empty where it is all there is."""
+    config: Any = getattr(model, "config", None)
+    if config is None or config.is_encoder_decoder or config.get_text_config() is config:
+        return ""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def tower_of(name: str, text: str) -> str | None:
+    """The module beside the language model `text` that a module or parameter belongs to: a tower, or what leads from
+    one into the language model."""
+    outer = text.rpartition(".")[0]
+    prefix = f"{outer}." if outer else ""
+    if not text or f"{name}.".startswith(f"{text}.") or not name.startswith(prefix):
+        return None
+    return prefix + name.removeprefix(prefix).partition(".")[0]
