@@ -147,9 +147,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 96},
     "mistral4": {"num_key_value_heads": 4},
     "nystromformer": {"conv_kernel_size": 65},
+    "hunyuan_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 2, 2, 2]}},
+    "step3p5": {"sliding_window": 8},
     "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": (16, 32, 32, 64)},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 300, "vision_end_token_id": 301},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 300, "vision_end_token_id": 301},
     "radio": {"video_temporal_patch_size": 2},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 6400},
     "emu3": {"vocabulary_map": {"<image>": 300}},
@@ -223,7 +227,8 @@ def _small(default: PreTrainedConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
-            found[name] = tiny_config(type(value))
+            with_encoder = {"is_decoder": True, "add_cross_attention": True} if "encoder" in values else {}
+            found[name] = tiny_config(type(value), **(with_encoder if name == "decoder" else {}))
         elif isinstance(value, list) and kept and len(value) == kept.total:
             found[name] = [value[index] for index in kept.indices]
         elif isinstance(value, int) and not isinstance(value, bool):

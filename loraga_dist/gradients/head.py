@@ -31,9 +31,11 @@ class Head:
 
     def tokens_at_once(self, microbatch: Microbatch) -> int | None:
         """How many of each sequence's logits there is room for; None if for all, or if they are not of tokens."""
+        if not self._loss.by_token:
+            return None
         size, length = microbatch.inputs["input_ids"].shape[:2]
         fitting = max(1, LOGITS_AT_ONCE // (size * self._config.get_text_config().vocab_size))
-        return fitting if self._loss.by_token and fitting < length else None
+        return fitting if fitting < length else None
 
     def difference(self, microbatch: Microbatch, hidden: Tensor, logits: Tensor) -> str | None:
         """Say how the loss of these last hidden states is another than that of the model's own logits; None if it is
