@@ -205,6 +205,9 @@ class Report(ReportPart):
     coverage: Coverage | None = None
     """What of the model the targets are. It and the next are not in reports of earlier versions."""
     left_out: list[LeftOut] = []
+    cautions: list[str] = []
+    """What of the model's own behaviour the gradient does not follow; among the warnings. Not in reports of earlier
+    versions."""
     warnings: list[str] = []
     rebuilt: Rebuilt | None = None
     """Written only where the output was rebuilt."""

@@ -40,6 +40,7 @@ def find_warnings(
     refine_passes: int | None,
     identity: IdentityCheck | None = None,
     left_out: Sequence[LeftOut] = (),
+    cautions: Sequence[str] = (),
 ) -> list[str]:
     """What a user should look at before training: one line each, with the worst targets, and what to do.
 
@@ -61,7 +62,7 @@ def find_warnings(
         for name, rank in known("numerical_rank").items()
         if 0 < rank < len(targets[name].singular_values or ())
     }
-    lines = [part.text for part in left_out]
+    lines = [*cautions, *(part.text for part in left_out)]
     if large:
         rounding = "; output.residual_dtype float32 keeps the rounding small" if scheme.changes_base else ""
         lines.append(

@@ -116,6 +116,7 @@ class _NewStart:
             stopped_by=old.stopped_by,
             refine_passes=old.refine_passes,
             left_out=old.left_out,
+            cautions=old.cautions,
         )
         return old.model_copy(
             update={

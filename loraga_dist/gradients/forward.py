@@ -15,9 +15,14 @@ from loraga_dist.data.microbatches import Microbatch
 
 
 def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> torch.Tensor:
-    """The model's logits. Its own loss, a mean over this rank's tokens, is never computed."""
+    """The model's logits."""
+    return outputs(model, microbatch, device).logits
+
+
+def outputs(model: nn.Module, microbatch: Microbatch, device: torch.device, *, with_loss: bool = False) -> Any:
+    """What the model returns. Its own loss is a mean over this rank's tokens, which no sum over ranks can use."""
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in microbatch.inputs.items()}
-    labels = inputs.pop("labels")
+    labels = inputs["labels"] if with_loss else inputs.pop("labels")
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if microbatch.images is not None:
         dtype = next(base.parameters()).dtype  # processors give float32
@@ -25,12 +30,16 @@ def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> t
             inputs[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     # a classifier has one label per sequence, which no decoder could read
     if base.config.is_encoder_decoder and labels.dim() == 2:
-        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+        # as transformers' collator; FSMT's writes into what it is given
+        if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels.clone())
+        else:
+            inputs["labels"] = labels
     parameters = inspect.signature(base.forward).parameters
     # Granite's mixtures of experts hand it down among others; a cache would be filled again when blocks are recomputed
-    if "use_cache" in parameters or ("kwargs" in parameters and hasattr(base, "generate")):
+    if "use_cache" in parameters or ("kwargs" in parameters and hasattr(base.config.get_text_config(), "use_cache")):
         inputs["use_cache"] = False
-    return model(**inputs).logits
+    return model(**inputs)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class NotInLoss(Exception):
 
     def as_error(self, lora: LoraSection) -> UserError:
         """What to write instead."""
-        problem = "took no part in the loss, so there is no gradient to start from"
+        problem = "took no part in the loss that autograd saw, so there is no gradient to start from"
         instead = excluding(lora, pattern_of(self.names))
         found = UserError("lora.target_modules", self.names, f"{problem}; {instead}")
         found.on_all_ranks = True

@@ -14,6 +14,7 @@ from torch import nn
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.errors import UserError, reason
 from loraga_dist.gradients.experts import Sink
 from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.head import Head
@@ -101,12 +102,17 @@ class ModelOrder(Route):
         return_freed_memory()  # holes that blocks left; the logits and their loss are often the peak
         loss = self._loss(logits, microbatch.inputs["labels"], microbatch.weights)
         del logits
-        loss.backward()
+        if loss.requires_grad:  # else none of the targets took part in this microbatch
+            loss.backward()
         self._sharding.release()
         return loss.detach()
 
     def _forward(self, microbatch: Microbatch) -> torch.Tensor:
-        return forward(self._called, microbatch, self._sharding.world.device)
+        try:
+            return forward(self._called, microbatch, self._sharding.world.device)
+        except ValueError as error:  # what a model raises of its inputs
+            problem = f"does not take this data: {reason(error)}; write data that it takes, or another model"
+            raise UserError("model", type(self._model).__name__, problem) from error
 
     def _take_long(self, microbatch: Microbatch, long: LongSequences) -> torch.Tensor:
         """Of a long sequence: from the last block on by some tokens at a time."""

@@ -73,7 +73,11 @@ def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing:
 def _product_tapped(module: nn.Module, tap: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Put tap(x, y) in the place of a module's y = W x: its output, or in a router what the output is made of."""
     if type(module).forward is nn.Linear.forward:
-        handle = module.register_forward_hook(lambda _, args, y: tap(args[0], y))
+
+        def hook(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+            return tap(args[0], y)
+
+        handle = module.register_forward_hook(hook)
         try:
             yield
         finally:

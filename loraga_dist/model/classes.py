@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from loraga_dist.config import ModelConfig, TaskType
 from loraga_dist.errors import UserError
 
 AUTO_CLASSES: dict[TaskType, tuple[str, ...]] = {
-    "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"),
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM",),
     "SEQ_CLS": ("AutoModelForSequenceClassification",),
 }
@@ -73,6 +74,8 @@ def _classes(hf_config: Any, task_type: TaskType) -> dict[str, Any]:
     names = AUTO_CLASSES[task_type]
     if hf_config.is_encoder_decoder:
         names = names[:1]  # what reads images and is one is no causal model
+    elif task_type == "SEQ_2_SEQ_LM":
+        names = ()  # what transformers lists there are decoders that hear
     return {found.__name__: found for kind in kinds for name in names for found in _mapped(name, kind)}
 
 
@@ -87,4 +90,14 @@ def _mapped(auto: str, kind: type) -> list[Any]:
 def _another_task(hf_config: Any, task_type: TaskType) -> str:
     others = [task for task in AUTO_CLASSES if task != task_type and _classes(hf_config, task)]
     instead = f"write {' or '.join(others)}" if others else "write a model that has one"
-    return f"{type(hf_config).__name__} has no {' or '.join(AUTO_CLASSES[task_type])}; {instead}"
+    name, autos = type(hf_config).__name__, AUTO_CLASSES[task_type]
+    if any(_mapped(auto, type(hf_config)) for auto in autos):  # by transformers, for what it is not
+        kind = "an encoder and a decoder" if hf_config.is_encoder_decoder else "a decoder alone"
+        return f"{name} is of {kind}; {instead}"
+    return f"{name} has no {' or '.join(autos)}; {instead}"
+
+
+def names_in_forward(model_class: type[nn.Module]) -> tuple[str, ...]:
+    """Names of attributes that its forward reads."""
+    code = getattr(inspect.unwrap(model_class.forward), "__code__", None)
+    return () if code is None else code.co_names

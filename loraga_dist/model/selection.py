@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from loraga_dist.errors import UserError, blame
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage, Weights
 from loraga_dist.model.left_out import LeftOut, experts_left_out, routers_left_out, rows_left_out, towers_left_out
-from loraga_dist.model.names import require_matches, with_end
+from loraga_dist.model.names import excluding, pattern_of, require_matches, with_end
 from loraga_dist.model.products import find_routers, is_product, multiplies
 from loraga_dist.model.stacks import (
     NOT_IN_INTERFACE,
@@ -185,9 +186,8 @@ def _injected(meta_model: nn.Module, lora: LoraSection, target_modules: str | li
     config: Any = getattr(meta_model, "config", None)
     if config is not None:
         # by its name PEFT would take names of modules for those of experts that an earlier transformers had
-        config = copy.copy(config)
-        config.model_type = ""
-        meta_model.config = config
+        meta_model.config = copy.copy(config)
+        meta_model.config.model_type = ""
     instead = "write names of nn.Linear modules, or all-linear"
     with (
         blame("lora.target_modules", lora.target_modules, "PEFT refuses it", instead, limit_seconds=SELECTION_SECONDS),
@@ -195,8 +195,47 @@ def _injected(meta_model: nn.Module, lora: LoraSection, target_modules: str | li
     ):
         warnings.simplefilter("ignore")
         peft_config = peft_lora_config(lora.model_copy(update={"target_modules": target_modules}))
-        peft_model: Any = get_peft_model(meta_model, peft_config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
-    return peft_model.base_model.model
+        try:
+            peft_model: Any = get_peft_model(meta_model, peft_config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        except TypeError as error:
+            if both := _adapted_and_saved(meta_model, lora):
+                raise _excluding(both, "trained whole by PEFT, for the ends of their names", lora) from error
+            raise
+    model = peft_model.base_model.model
+    if refused := [name for name in _adapted(model) if _is_of_mamba(name.rpartition(".")[2], config, peft_model)]:
+        raise _excluding(refused, f"refused by PEFT in a {config.model_type}", lora)
+    return model
+
+
+def _excluding(names: list[str], what: str, lora: LoraSection) -> UserError:
+    problem = f"{names[0]} is among the targets that are {what}; {excluding(lora, pattern_of(names))}"
+    return UserError("lora.target_modules", lora.target_modules, problem)
+
+
+def _adapted(model: nn.Module) -> list[str]:
+    """Modules with one of PEFT's layers in their place."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _adapted_and_saved(model: nn.Module, lora: LoraSection) -> list[str]:
+    """Those that are to be trained whole as well; of classifiers, heads are."""
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    ends = (*(lora.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if lora.task_type == "SEQ_CLS" else ()))
+    return [name for name in _adapted(model) if name.endswith(ends)]
+
+
+def _is_of_mamba(end: str, config: Any, peft_model: Any) -> bool:
+    """Whether PEFT refuses to adapt a module of this name, knowing what model it is in."""
+    try:
+        peft_model.base_model._check_target_module_compatiblity(
+            peft_model.active_peft_config, SimpleNamespace(config=config), end
+        )
+    except ValueError:
+        return True
+    return False
 
 
 def _names_taken_for_experts(model: nn.Module) -> set[str]:

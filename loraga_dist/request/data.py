@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraga_dist.config import InitConfig
+from loraga_dist.config import WITHOUT_GRADIENT, InitConfig
+from loraga_dist.data.formats import data_error
 from loraga_dist.data.microbatches import Sample, SampleSharder
 from loraga_dist.data.samples import load_samples, padding_token_id
 from loraga_dist.errors import UserError, blame
 from loraga_dist.model.base import BaseModel
+from loraga_dist.model.classes import names_in_forward
 from loraga_dist.ranks.world import World
+from loraga_dist.schemes import SCHEMES
 
 
 def read_data(config: InitConfig, base: BaseModel, world: World, began: datetime | None = None) -> SampleSharder:
@@ -21,6 +24,8 @@ def read_data(config: InitConfig, base: BaseModel, world: World, began: datetime
 
     began: what chat templates take for now.
     """
+    if config.lora.task_type == "SEQ_CLS" and SCHEMES[config.init.scheme].source == "gradient":
+        _require_classes(config, base)
     tokenizer = _load_tokenizer(base.directory, config)
     samples = load_samples(
         config.calibration,
@@ -32,6 +37,8 @@ def read_data(config: InitConfig, base: BaseModel, world: World, began: datetime
         load_processor=partial(_load_processor, base.directory, config),
     )
     _check_token_ids(config, base, samples)
+    if config.lora.task_type == "SEQ_CLS" and "eos_token_id" in names_in_forward(base.model_class):
+        _require_ends(config, base, samples)
     return SampleSharder(
         samples=samples,
         rank=world.rank,
@@ -78,6 +85,28 @@ def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Samp
             config.model.name_or_path,
             f"its tokenizer makes token {largest}, the model has {rows} embeddings; write one whose tokenizer fits",
         )
+
+
+def _require_classes(config: InitConfig, base: BaseModel) -> None:
+    """Raise UserError for a head whose loss is not of one class among several."""
+    kind = getattr(base.config, "problem_type", None) or "single_label_classification"
+    if base.config.num_labels == 1 or kind != "single_label_classification":
+        problem = f"{base.model_class.__name__} has num_labels {base.config.num_labels} and problem_type {kind}"
+        instead = f"gradients are taken of one class among several; write {WITHOUT_GRADIENT}, and no data"
+        raise UserError("init.scheme", config.init.scheme, f"{problem}: {instead}")
+
+
+def _require_ends(config: InitConfig, base: BaseModel, samples: Sequence[Sample]) -> None:
+    """Raise UserError for texts that a classifier which reads at the end of sequence cannot read together."""
+    eos = base.config.eos_token_id
+    counts = {sample.row: sample.sequences[0]["input_ids"].count(eos) for sample in samples}
+    reads = f"{base.model_class.__name__} reads at token {eos}, the end of sequence,"
+    if without := [row for row, count in counts.items() if not count]:
+        problem = f"{reads} and sample {without[0]} has none; end texts with it, or take a tokenizer that does"
+        raise data_error(config, problem)
+    if len(set(counts.values())) > 1 and config.calibration.per_device_batch_size > 1:
+        problem = f"{reads} of which texts that go together must have equally many; write 1"
+        raise UserError("calibration.per_device_batch_size", config.calibration.per_device_batch_size, problem)
 
 
 def _load_tokenizer(directory: Path, config: InitConfig) -> Any:

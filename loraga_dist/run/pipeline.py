@@ -157,7 +157,10 @@ def initialize(
     for left_out in request.left_out if sharding.world.is_main else ():
         say(f"warning: {left_out.text}")
     keeping = _keeping_beside(model, request, sharding.world)
-    return start_in_place(model, request, sharding=sharding, keeping=keeping)
+    start = start_in_place(model, request, sharding=sharding, keeping=keeping)
+    for line in start.cautions if sharding.world.is_main else ():
+        say(f"warning: {line}")
+    return start
 
 
 def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointRequest:

@@ -226,6 +226,7 @@ def make_report(
         identity_check=start.identity_check,
         coverage=request.coverage,
         left_out=list(request.left_out),
+        cautions=start.cautions,
         warnings=find_warnings(
             config.init,
             targets,
@@ -233,6 +234,7 @@ def make_report(
             refine_passes=of_data.get("refine_passes"),
             identity=None if config.output.residual_dtype == "float32" else start.identity_check,
             left_out=request.left_out,
+            cautions=start.cautions,
         ),
         **of_data,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.checkpointer import Checkpointer
 from loraga_dist.gradients.gradients import Gradients
 from loraga_dist.gradients.kept import Keeping
+from loraga_dist.gradients.premises import try_premises
 from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import spend
@@ -52,6 +53,8 @@ class Start:
     identity_check: IdentityCheck
     step: FoundStep | None = None
     """Where its length was searched."""
+    cautions: list[str] = field(default_factory=list)
+    """What of the model's own behaviour the gradient does not follow."""
 
 
 def start_in_place(
@@ -73,9 +76,11 @@ def start_in_place(
     6. Compare the logits.
     """
     clock = Clock() if checkpointer is None else checkpointer.clock
-    probe = Probe.of(model, request)
     model.requires_grad_(False).eval()  # no dropout, also in the logits that are compared
-    gradients = None
+    gradients, cautions = None, []
+    if request.scheme.source == "gradient":
+        request, cautions = try_premises(model, request, sharding)
+    probe = Probe.of(model, request)
     if request.scheme.source == "gradient":
         try:
             gradients = calibrate(
@@ -140,6 +145,7 @@ def start_in_place(
         gradients=gradients,
         identity_check=identity_check,
         step=step,
+        cautions=cautions,
     )
 
 

@@ -102,6 +102,7 @@ INSIDE = {
     ],
     "gradients": [
         "forward",
+        "premises",
         "experts",
         "taps",
         "stubs",

@@ -67,7 +67,7 @@ def test_of_several_classes_the_user_takes_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "task", "said"),
     [
-        ("t5", "CAUSAL_LM", "has no AutoModelForCausalLM or AutoModelForImageTextToText; write SEQ_2_SEQ_LM"),
+        ("t5", "CAUSAL_LM", "T5Config is of an encoder and a decoder; write SEQ_2_SEQ_LM"),
         ("t5gemma2", "CAUSAL_LM", "write SEQ_2_SEQ_LM"),
         ("clip", "CAUSAL_LM", "CLIPConfig has no .*; write a model that has one"),
         ("llama4", "SEQ_CLS", "Llama4Config has no AutoModelForSequenceClassification; write CAUSAL_LM"),
