@@ -110,6 +110,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "doge": {"keep_window_size": 2048},  # a shorter text than that sees no padding
     "dots1": _EXPERTS,
     "dots3_note_text": {
         "per_layer_config": {
@@ -152,6 +153,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": (16, 32, 32, 64)},
+    "qwen2_5_omni_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
+    "qwen3_omni_moe_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 300, "vision_end_token_id": 301},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 300, "vision_end_token_id": 301},
     "radio": {"video_temporal_patch_size": 2},
