@@ -90,6 +90,26 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", {"num_labels": 3}),
     "electra": ("ElectraForSequenceClassification", {"num_labels": 3, "embedding_size": 16}),
     "albert": ("AlbertForSequenceClassification", {"num_labels": 3, "embedding_size": 16}),
+    "led": (
+        "LEDForConditionalGeneration",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "attention_window": WINDOW,
+            "decoder_start_token_id": 2,
+        },
+    ),
+    "longformer": (
+        "LongformerForSequenceClassification",
+        {"num_labels": 3, "attention_window": [WINDOW] * 3, "max_position_embeddings": 80},
+    ),
+    "roc_bert": (
+        "RoCBertForSequenceClassification",
+        {"num_labels": 3, "shape_vocab_size": _VOCABULARY, "pronunciation_vocab_size": _VOCABULARY},
+    ),
     "llama_classifier": ("LlamaForSequenceClassification", {"num_labels": 3}),
 }
 TARGETS: dict[str, Any] = {

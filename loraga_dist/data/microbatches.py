@@ -260,7 +260,7 @@ def seeded_microbatch(model_config: Any, task_type: TaskType, most_tokens: int) 
     text = model_config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     length = min(most_tokens, positions) if isinstance(positions, int) and positions > 0 else most_tokens
-    ids = torch.randint(text.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(getattr(text, "vocab_size", 256), (1, length), generator=torch.Generator().manual_seed(0))
     eos = getattr(model_config, "eos_token_id", None)
     if isinstance(eos, int):  # where BART's classifier reads
         ids[:, -1] = eos

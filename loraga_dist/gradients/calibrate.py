@@ -23,7 +23,7 @@ from loraga_dist.gradients.checkpointer import ORDER, Checkpointer
 from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
 from loraga_dist.gradients.kept import Keeping
-from loraga_dist.gradients.observer import NotFinite, NotInLoss, Observer, name_the_culprit
+from loraga_dist.gradients.observer import NoGradient, NotFinite, Observer, name_the_culprit
 from loraga_dist.gradients.passes import Position, chunks_of, is_time_to_look, median_cosine, steps_to_reach
 from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.linalg import TruncatedSVD
@@ -48,8 +48,8 @@ def calibrate(
 
     clock: gets the phases `calibrate` and `factorize`. keeping: of block order, the same chunks on all ranks.
 
-    Raises RunError for a loss or gradient that is not finite, or a target whose gradient is zero; UserError for a
-    target outside the loss. On every rank alike. NotInBlocks before anything is found, where the model is not what
+    Raises RunError for a loss or gradient that is not finite; UserError for a target outside the loss, or whose
+    gradient is zero. On every rank alike. NotInBlocks before anything is found, where the model is not what
     block order takes it for.
     """
     return _Calibrator(model, request, sharding, clock, checkpointer, keeping).run()
@@ -103,7 +103,7 @@ class _Calibrator:
             except NotFinite as found:
                 name_the_culprit(self._model, found, self._sharding)
                 raise
-            except NotInLoss as found:
+            except NoGradient as found:
                 raise found.as_error(self._request.config.lora) from None
         num_bytes_read = self._sharding.num_bytes_read - read_before
         return Gradients(
@@ -295,7 +295,7 @@ class _Calibrator:
     def _factorize(self, engines: EngineGroup) -> tuple[dict[str, GradientFacts], dict[str, TruncatedSVD]]:
         """The facts of all the group's targets, and this rank's triplets, on the host: they must not crowd the device.
 
-        Raises RunError, on every rank, where a gradient is zero or its owner cannot factorize it.
+        Raises, on every rank, NoGradient where a gradient is zero and RunError where its owner cannot factorize it.
         """
         matrices, world = self._plan.matrices, self._world
         mine, owned = {}, {}
@@ -322,11 +322,8 @@ class _Calibrator:
             for name, of_target in facts.items()
             if not (of_target.singular_values[0] > tiny or matrices[name].is_routed)
         ]
-        with world.together():
-            if zero:
-                raise RunError(
-                    f"factorize: the gradient of {', '.join(zero)} is zero; leave these out with lora.exclude_modules"
-                )
+        if zero:
+            raise NoGradient(zero, "change nothing in the loss")
         return facts, owned
 
     def _save_if_due(self) -> None:

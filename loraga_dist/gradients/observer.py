@@ -46,18 +46,19 @@ class NotFinite(Exception):
         self.failed = failed
 
 
-class NotInLoss(Exception):
-    """Targets took no part in the loss; on all ranks alike."""
+class NoGradient(Exception):
+    """Targets have none to start from; on all ranks alike. problem: why."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], problem: str) -> None:
         super().__init__()
         self.names = names
+        self.problem = problem
 
     def as_error(self, lora: LoraSection) -> UserError:
         """What to write instead."""
-        problem = "took no part in the loss that autograd saw, so there is no gradient to start from"
         instead = excluding(lora, pattern_of(self.names))
-        found = UserError("lora.target_modules", self.names, f"{problem}; {instead}")
+        problem = f"{self.problem}, so there is no gradient to start from; {instead}"
+        found = UserError("lora.target_modules", self.names, problem)
         found.on_all_ranks = True
         return found
 
@@ -112,16 +113,16 @@ class Observer:
         return LossTotals(loss_value, int(tokens), int(terms))
 
     def require_all_seen(self) -> None:
-        """Raise NotInLoss, on every rank, when a target took no part in the loss."""
+        """Raise NoGradient, on every rank, when a target took no part in the loss."""
         if self._began:  # else an earlier run was shown all there is, on every rank alike
             require_all_seen(list(self._in_every_microbatch), self._seen, self._world)
 
 
 def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:
-    """Raise NotInLoss, on every rank, unless all of these targets were seen to take part in the loss."""
+    """Raise NoGradient, on every rank, unless all of these targets were seen to take part in the loss."""
     for missing in world.all_json([name for name in names if name not in seen]):
         if missing:
-            raise NotInLoss(missing)
+            raise NoGradient(missing, "took no part in the loss that autograd saw")
 
 
 def name_the_culprit(model: nn.Module, found: NotFinite, sharding: Sharding) -> None:

@@ -42,7 +42,8 @@ class _Tap(torch.autograd.Function):
 def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing: Checkpointing) -> Iterator[None]:
     """Attach taps to the named matrices, in eval mode (no dropout), and restore the model on any exit.
 
-    names: modules that compute y = W x (+ b) from their first argument, or experts' matrices, `<parameter>.<expert>`.
+    names: modules that compute y = W x (+ b) from their first argument, or go on from F.linear by their own weight, as
+    routers do; or experts' matrices, `<parameter>.<expert>`.
     checkpointing: recompute transformers' decoder blocks in backward instead of keeping their activations.
     """
     modules = dict(model.named_modules())
@@ -74,7 +75,7 @@ def _product_tapped(module: nn.Module, tap: Callable[[torch.Tensor, torch.Tensor
     """Put tap(x, y) in the place of a module's y = W x: its output, or in a router what the output is made of."""
     if type(module).forward is nn.Linear.forward:
 
-        def hook(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+        def hook(_: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
             return tap(args[0], y)
 
         handle = module.register_forward_hook(hook)

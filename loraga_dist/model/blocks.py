@@ -48,6 +48,20 @@ def find_blocks(model: nn.Module) -> Blocks | None:
     return max(lists, key=lambda sized: sized[0])[1] if lists else None
 
 
+def expert_lists(model: nn.Module) -> dict[str, str]:
+    """Lists of experts that are modules, by name, and the module that calls some of them.
+
+    Which ones depends on the data, and so ranks cannot gather them one by one.
+    """
+    return {
+        name: name.rpartition(".")[0] if type(module).forward is nn.Module.forward else name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.ModuleDict)
+        and len(module) > 1
+        and "expert" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+    }
+
+
 class Piece(NamedTuple):
     """A module, and parameters that its forward wants."""
 
@@ -57,10 +71,16 @@ class Piece(NamedTuple):
 
 def pieces_of(model: nn.Module) -> list[Piece]:
     """The model in pieces: blocks, each whole, and all that lies outside them, which others may look into; of a model
-    without blocks every module that has parameters."""
+    without blocks every module that has parameters, or that calls some of its experts."""
     blocks = find_blocks(model)
     if blocks is None:
-        owners = ((module, list(module.parameters(recurse=False))) for module in model.modules())
+        callers = {model.get_submodule(name) for name in expert_lists(model).values()}
+        inside = {module for caller in callers for module in caller.modules()} - callers
+        owners = (
+            (module, list(module.parameters(recurse=module in callers)))
+            for module in model.modules()
+            if module not in inside
+        )
         return [Piece(module, own) for module, own in owners if own]
     found = [Piece(block, list(block.parameters())) for block in blocks.of(model)]
     inside = {id(parameter) for piece in found for parameter in piece.parameters}

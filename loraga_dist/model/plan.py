@@ -70,7 +70,7 @@ def make_plan(
         alike: dict[tuple[float, ...], Matrix] = {}
         of_stage: dict[int, list[Matrix]] = {}
         for target in targets:
-            key = (target.M, target.N, target.r, target.stack is None, target.row_share)
+            key = (target.M, target.N, target.r, target.is_routed, target.row_share)
             if key not in alike:
                 alike[key] = _matrix(target, config, scheme, amount, moment_shape(target.N))
             of_stage.setdefault(order.stage_of(target.name), []).append(replace(alike[key], name=target.name))
@@ -109,7 +109,7 @@ def _matrix(
             engine=name,
             owner=0,
             moment_shape=moment_shape,
-            is_routed=target.stack is not None,
+            is_routed=target.is_routed,
             row_share=target.row_share,
         )
 

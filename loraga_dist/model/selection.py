@@ -15,6 +15,7 @@ from torch import nn
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
+from loraga_dist.model.blocks import expert_lists
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage, Weights
 from loraga_dist.model.left_out import LeftOut, experts_left_out, routers_left_out, rows_left_out, towers_left_out
@@ -71,7 +72,7 @@ def select_targets(
     tied = _tied_parameters(meta_model)
     before = {name for name, _ in meta_model.named_modules()}
     weights = Weights.of(meta_model)
-    stacks = find_stacks(meta_model)
+    stacks, lists = find_stacks(meta_model), tuple(f"{name}." for name in expert_lists(meta_model))
     taken_for_experts = _names_taken_for_experts(meta_model)
     _require_names(meta_model, stacks, lora)
     require_matches(meta_model, lora)
@@ -108,6 +109,7 @@ def select_targets(
         raise UserError(
             "lora.target_modules", lora.target_modules, "matches no module; write names the model has, or all-linear"
         )
+    targets = [replace(target, in_expert_list=target.name.startswith(lists)) for target in targets]
     for target in targets:
         if target.by_parameter:
             _require_nothing_of_inputs(lora, target.parameter_name)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from loraga_dist.model.blocks import expert_lists
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
@@ -97,12 +99,15 @@ def untappable(model: nn.Module) -> list[str]:
 
 
 def modules_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules that run for these targets: themselves, or the experts that an expert's matrix belongs to."""
+    """The modules that run for these targets: themselves, or what an expert's matrix, or an expert, belongs to."""
     modules, found = dict(model.named_modules()), {}
+    lists = expert_lists(model)
     for name in names:
         if name not in modules:
             assert (parts := split_name(name)) is not None, f"{name} is neither a module nor an expert's"
-        found[name] = modules[name if name in modules else parts[0].rpartition(".")[0]]
+        owner = name if name in modules else parts[0].rpartition(".")[0]
+        within = (caller for experts, caller in lists.items() if owner.startswith(f"{experts}."))
+        found[name] = modules[next(within, owner)]
     return found
 
 

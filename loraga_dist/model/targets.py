@@ -65,10 +65,17 @@ class Target:
     """None for a matrix that is a parameter of its own."""
     by_parameter: bool = False
     """PEFT has to be told the weight's name: it would take the module's for one of experts."""
+    in_expert_list: bool = False
+    """It is of an expert that is a module."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a microbatch, or a rank, may have no token for it."""
+        return self.stack is not None or self.in_expert_list
 
     @property
     def row_share(self) -> float:
-        """Of tokens that are multiplied with it, on average."""
+        """Of tokens that are multiplied with it, on average; all where that is not known."""
         return 1.0 if self.stack is None else self.stack.num_chosen / self.stack.size
 
     @property

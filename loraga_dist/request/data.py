@@ -103,7 +103,7 @@ def _require_ends(config: InitConfig, base: BaseModel, samples: Sequence[Sample]
     reads = f"{base.model_class.__name__} reads at token {eos}, the end of sequence,"
     if without := [row for row, count in counts.items() if not count]:
         problem = f"{reads} and sample {without[0]} has none; end texts with it, or take a tokenizer that does"
-        raise data_error(config, problem)
+        raise data_error(config.calibration, problem)
     if len(set(counts.values())) > 1 and config.calibration.per_device_batch_size > 1:
         problem = f"{reads} of which texts that go together must have equally many; write 1"
         raise UserError("calibration.per_device_batch_size", config.calibration.per_device_batch_size, problem)

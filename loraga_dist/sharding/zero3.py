@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from loraga_dist.errors import UserError
 from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
+from loraga_dist.model.blocks import expert_lists
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import (
@@ -69,6 +70,8 @@ class Zero3(Sharding):
         super().__init__(world)
         self._user_settings = read_deepspeed_config(deepspeed)
         self._engine: Any = None
+        self._leaves: list[nn.Module] = []
+        """Which DeepSpeed gathers whole."""
         _start_deepspeed()
 
     def load(self, base: BaseModel, stored: Mapping[str, StoredTensor] | None) -> nn.Module:
@@ -112,6 +115,10 @@ class Zero3(Sharding):
 
         assert self._engine is None, "detach first"
         dtype = next(model.parameters()).dtype
+        callers = {model.get_submodule(name) for name in expert_lists(model).values()}
+        self._leaves = [module for module in callers if not deepspeed.utils.z3_leaf_module(module)]
+        for module in self._leaves:
+            deepspeed.utils.set_z3_leaf_module(module, True)
         self._engine, *_ = deepspeed.initialize(model=model, config=calibration_settings(self._user_settings, dtype))
         _gather_under_gloo_by(all_gather_in_place)
         return self._engine.module
@@ -130,6 +137,12 @@ class Zero3(Sharding):
         for module in model.modules():
             for name in _HOOK_STATE:
                 module.__dict__.pop(name, None)
+        parameter: Any
+        for module in self._leaves:
+            del module._z3_leaf
+            for parameter in module.parameters():
+                del parameter.ds_z3_leaf_module
+        self._leaves = []
 
     @contextmanager
     def hold(self, parameters: Iterable[Parameter], then: Iterable[Parameter] = ()) -> Iterator[None]:

@@ -1,0 +1,106 @@
+"""What calibration takes for granted is tried: padding that changes nothing, and a loss that is the model's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from builders import VOCABULARY, byte_tokenizer, config_tree, save_data
+from outputs import make_output, read_factors, read_report, relative
+from torch import nn
+
+IDS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257, "decoder_start_token_id": 257}
+ENCODER = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "embedding_size": 32, "max_position_embeddings": 64, "num_labels": 3, **IDS,
+}  # fmt: skip
+DECODER = {
+    "vocab_size": VOCABULARY, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "max_position_embeddings": 64, **IDS,
+}  # fmt: skip
+
+
+def save(directory: Path, class_name: str, **values: Any) -> Path:
+    model_class: Any = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**values))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)  # else a random model's layers hardly matter
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def tree_of(directory: Path, model: Path, task: str, rows: int = 5, **sections: Any) -> dict[str, Any]:
+    data = save_data(directory / "data.jsonl", task, rows=rows)
+    sections["lora"] = {"r": 1, "task_type": task} | sections.get("lora", {})
+    return config_tree(model, data, directory / "out", **sections)
+
+
+def own_gradients(model: Path, data: Path, class_name: str) -> dict[str, torch.Tensor]:
+    """Of a classifier's own loss, text by text, over as many tokens as they have."""
+    loaded, tokenizer = getattr(transformers, class_name).from_pretrained(model).eval(), byte_tokenizer()
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        encoded = tokenizer(row["text"], return_tensors="pt")
+        (loaded(**encoded, labels=torch.tensor([row["label"]])).loss / len(rows)).backward()
+    return {name.removesuffix(".weight"): p.grad for name, p in loaded.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "sees"),
+    [
+        ("FNetForSequenceClassification", True),
+        ("ConvBertForSequenceClassification", True),
+        ("ElectraForSequenceClassification", False),
+    ],
+)
+def test_texts_go_one_by_one_where_a_model_sees_their_padding(class_name: str, sees: bool, tmp_path: Path) -> None:
+    model = save(tmp_path / "model", class_name, **ENCODER)
+    tree = tree_of(tmp_path, model, "SEQ_CLS")
+    out = make_output(tree)
+    report, factors = read_report(out), read_factors(out)
+    said = [line for line in report["warnings"] if "padding" in line]
+    assert [line.startswith(f"padding changes what {class_name} makes of a text") for line in said] == [True] * sees
+    assert report["cautions"] == said
+    expected = own_gradients(model, tmp_path / "data.jsonl", class_name)
+    for name, target in report["targets"].items():
+        k, truth = target["num_converged"], torch.linalg.svd(expected[name], full_matrices=False)
+        U_MK, S_K, Vh_KN = (factors[f"{name}.{part}"] for part in ("U", "S", "Vh"))
+        best = truth.U[:, :k] * truth.S[:k] @ truth.Vh[:k]
+        assert relative(U_MK[:, :k] * S_K[:k] @ Vh_KN[:k], best) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("class_name", "task", "says"),
+    [
+        ("BartForCausalLM", "CAUSAL_LM", "the cross-entropy of every next token"),
+        ("ProphetNetForConditionalGeneration", "SEQ_2_SEQ_LM", "the cross-entropy with the labels"),
+        ("MBartForConditionalGeneration", "SEQ_2_SEQ_LM", None),
+        ("OpenAIGPTLMHeadModel", "CAUSAL_LM", None),
+    ],
+)
+def test_another_loss_of_a_models_own_is_said(class_name: str, task: str, says: str | None, tmp_path: Path) -> None:
+    values: dict[str, Any] = dict(DECODER)
+    if class_name.startswith("ProphetNet"):
+        values = {
+            "vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 300, "ngram": 2, **IDS,
+            **{f"num_{side}_{of}": 2 for side in ("encoder", "decoder") for of in ("layers", "attention_heads")},
+            **{f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")},
+        }  # fmt: skip
+    if class_name.startswith("OpenAI"):
+        values = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **IDS}
+    model = save(tmp_path / "model", class_name, **values)
+    tree = tree_of(tmp_path, model, task, lora={"exclude_modules": ".*encoder_attn.*"} if "Bart" in class_name else {})
+    if class_name.startswith("MBart"):
+        del tree["lora"]["exclude_modules"]
+    tree["calibration"]["per_device_batch_size"] = 1
+    said = read_report(make_output(tree))["cautions"]
+    assert len(said) == (says is not None)
+    if says is not None:
+        assert said[0].startswith(f"{class_name} gives another loss than {says}, of which the gradient is: ")
