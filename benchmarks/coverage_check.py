@@ -149,12 +149,12 @@ _NOTES = {"padding changes what": "texts one by one, as init says: it sees their
 
 _NAMED = (
     # one module of many like it: the ends of their names
-    re.compile(r"\w: ([\w.]+) (?:\(\w+\) )?(?:is|has|needs)\b.*; .*add it to lora\.exclude_modules"),
+    re.compile(r": ([\w.]+) (?:\(\w+\) )?(?:is|has|needs)\b.*; .*add it to lora\.exclude_modules"),
     re.compile(r"^model\.name_or_path: '([\w.]+)': .*leave the module out \(lora\.exclude_modules"),
 )
 _LISTED = re.compile(r"^lora\.exclude_modules: (\[[^\]]*\]): .*list these here")
 _KEY = re.compile(r"(?:write|set) (\w+)\.(\w+): (.+?)(?:;|$)")
-_VALUE = re.compile(r"write (true|false|null|auto|[0-9][\w.]*)(?: or less)?(?:$|[;,]| there)")
+_VALUE = re.compile(r"write (true|false|null|auto|[A-Z][A-Z_0-9]+|[0-9][\w.]*)(?: or |$|[;,]| there)")
 
 
 def _advice(line: str, tree: dict[str, Any]) -> tuple[tuple[str, str], Any] | None:

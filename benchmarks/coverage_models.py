@@ -146,7 +146,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lilt": {"hidden_size": 96},
-    "mistral4": {"num_key_value_heads": 4},
+    "mistral4": {"qk_rope_head_dim": 16},
     "nystromformer": {"conv_kernel_size": 65},
     "hunyuan_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 2, 2, 2]}},
     "step3p5": {"sliding_window": 8},
@@ -327,10 +327,11 @@ def save(model: PreTrainedModel, kind: Kind, directory: Path) -> Path:
     rows = []
     for row, length in enumerate((17, 23, 12, 20)):
         text = "".join(chr(letter) for letter in torch.randint(97, 123, (length,), generator=draw).tolist())
+        answered = {"prompt": text, "completion": text[::-1][: 5 + row]}
         rows.append(
             {
-                "CAUSAL_LM": {"text": text},
-                "SEQ_2_SEQ_LM": {"prompt": text, "completion": text[::-1][: 5 + row]},
+                "CAUSAL_LM": {"text": text} if kind is KINDS["causal"] else answered,
+                "SEQ_2_SEQ_LM": answered,
                 "SEQ_CLS": {"text": text, "label": row % LABELS},
             }[kind.task_type]
         )

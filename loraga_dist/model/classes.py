@@ -52,10 +52,12 @@ def find_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directo
         raise UserError("model.class", wanted, problem)
     stated = [wanted] if wanted is not None else getattr(hf_config, "architectures", None) or []
     model_class = classes.get(stated[0] if stated else "") or next(iter(classes.values()))
-    narrow = not isinstance(hf_config, model_class.config_class)
+    text = hf_config.get_text_config()
+    # families that share a class have configs of their own, which it takes as well
+    narrow = not isinstance(hf_config, model_class.config_class) and isinstance(text, model_class.config_class)
     return FoundClass(
         model_class,
-        hf_config.get_text_config() if narrow else hf_config,
+        text if narrow else hf_config,
         None if model_class in _mapped(names[0], type(hf_config))[:1] else model_class.__name__,
     )
 
