@@ -81,6 +81,7 @@ def select_targets(
         target_modules, left_out = _all_linear(meta_model, lora)
     injected = _injected(meta_model, lora, target_modules)
     targets: list[Target] = []
+    tied_names: list[str] = []
     matched: set[str] = set()
     saved_parameters: list[str] = []
     for name, layer in injected.named_modules():
@@ -90,13 +91,20 @@ def select_targets(
             continue
         found = _targets_of(name, layer, stacks, before, taken_for_experts, lora)
         if (parameter_name := found[0].parameter_name) in tied:
-            key = _key_of(found[0], lora)
+            if (key := _key_of(found[0], lora)) == "lora.target_modules":
+                tied_names.append(name)
+                continue
             problem = f"{parameter_name} is tied to {tied[parameter_name]}; changing one would change both"
-            raise UserError(key, getattr(lora, key.removeprefix("lora.")), f"{problem}; {_left_out(found[0], lora)}")
+            raise UserError(key, lora.target_parameters, f"{problem}; {_left_out(found[0], lora)}")
         matched.add(found[0].parameter_name if isinstance(layer, ParamWrapper) else name)
         for target in found:
             _require_size(target, lora, num_triplets, any_rank=any_rank)
         targets += found if in_files is None else [with_places(target, in_files) for target in found]
+    if tied_names:
+        other = tied[f"{tied_names[0]}.weight"]
+        raise _excluding(
+            tied_names, f"tied to other parameters ({other}), so that changing one would change both", lora
+        )
     if not targets:
         raise UserError(
             "lora.target_modules", lora.target_modules, "matches no module; write names the model has, or all-linear"
@@ -206,6 +214,10 @@ def _injected(meta_model: nn.Module, lora: LoraSection, target_modules: str | li
     model = peft_model.base_model.model
     if refused := [name for name in _adapted(model) if _is_refused(name.rpartition(".")[2], config, peft_model)]:
         raise _excluding(refused, "refused by PEFT in such a model", lora)
+    if config is not None:
+        meta_model.config = config
+        if lost := _lost_by_loading(peft_model):
+            raise _excluding(lost, "not found again by PEFT when it loads their adapter", lora)
     return model
 
 
@@ -227,6 +239,18 @@ def _adapted_and_saved(model: nn.Module, lora: LoraSection) -> list[str]:
 
     ends = (*(lora.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if lora.task_type == "SEQ_CLS" else ()))
     return [name for name in _adapted(model) if name.endswith(ends)]
+
+
+def _lost_by_loading(peft_model: Any) -> list[str]:
+    """Layers whose adapter PEFT would not find in its own file: some families' old names of modules are ends, or
+    beginnings, of new ones, which are then renamed as well."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    with warnings.catch_warnings(action="ignore"):
+        missing = set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=True).missing_keys
+    found = (re.fullmatch(r"base_model\.model\.(.+)\.lora_A\..+", key) for key in missing)
+    return [match[1] for match in found if match]
 
 
 def _is_refused(end: str, config: Any, peft_model: Any) -> bool:
