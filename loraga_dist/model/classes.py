@@ -26,7 +26,7 @@ class FoundClass(NamedTuple):
     config: Any
     """Of this class: of a checkpoint with towers it may be the language model's part."""
     class_name: str | None
-    """As `model.class`; None where the task's auto class loads the same."""
+    """As `model.class`; None where nobody has to say it."""
 
 
 def find_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directory: Path) -> FoundClass:
@@ -50,16 +50,14 @@ def find_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directo
     if wanted is not None and wanted not in classes:
         problem = f"is no class for {type(hf_config).__name__} and {task_type}; write one of {', '.join(classes)}"
         raise UserError("model.class", wanted, problem)
-    stated = [wanted] if wanted is not None else getattr(hf_config, "architectures", None) or []
-    model_class = classes.get(stated[0] if stated else "") or next(iter(classes.values()))
+    stated = getattr(hf_config, "architectures", None) or [""]
+    model_class = classes.get(wanted or stated[0]) or next(iter(classes.values()))
+    if model_class not in _mapped(names[0], hf_config)[:1]:
+        wanted = model_class.__name__
     text = hf_config.get_text_config()
     # families that share a class have configs of their own, which it takes as well
-    narrow = not isinstance(hf_config, model_class.config_class) and isinstance(text, model_class.config_class)
-    return FoundClass(
-        model_class,
-        text if narrow else hf_config,
-        None if model_class in _mapped(names[0], type(hf_config))[:1] else model_class.__name__,
-    )
+    is_narrow = not isinstance(hf_config, model_class.config_class) and isinstance(text, model_class.config_class)
+    return FoundClass(model_class, text if is_narrow else hf_config, wanted)
 
 
 def loader_of(config: ModelConfig, task_type: TaskType) -> str:
@@ -68,24 +66,20 @@ def loader_of(config: ModelConfig, task_type: TaskType) -> str:
 
 
 def _classes(hf_config: Any, task_type: TaskType) -> dict[str, Any]:
-    """The classes that transformers has for a task and this config, or its text part, by name; the usual one first."""
-    kinds = [type(hf_config)]
-    text = type(hf_config.get_text_config())
-    if text.__module__ == kinds[0].__module__:  # a text model of another family knows no key of this checkpoint
-        kinds.append(text)
+    """The classes that transformers has for a task and this config, by name; the usual one first."""
     names = AUTO_CLASSES[task_type]
     if hf_config.is_encoder_decoder:
         names = names[:1]  # what reads images and is one is no causal model
     elif task_type == "SEQ_2_SEQ_LM":
         names = ()  # what transformers lists there are decoders that hear
-    return {found.__name__: found for kind in kinds for name in names for found in _mapped(name, kind)}
+    return {found.__name__: found for name in names for found in _mapped(name, hf_config)}
 
 
-def _mapped(auto: str, kind: type) -> list[Any]:
+def _mapped(auto: str, hf_config: Any) -> list[Any]:
     import transformers
 
     mapping = getattr(transformers, auto)._model_mapping
-    found = mapping.get(kind, ())
+    found = mapping.get(type(hf_config), ())
     return list(found) if isinstance(found, tuple | list) else [found]
 
 
@@ -93,7 +87,7 @@ def _another_task(hf_config: Any, task_type: TaskType) -> str:
     others = [task for task in AUTO_CLASSES if task != task_type and _classes(hf_config, task)]
     instead = f"write {' or '.join(others)}" if others else "write a model that has one"
     name, autos = type(hf_config).__name__, AUTO_CLASSES[task_type]
-    if any(_mapped(auto, type(hf_config)) for auto in autos):  # by transformers, for what it is not
+    if any(_mapped(auto, hf_config) for auto in autos):  # by transformers, for what it is not
         kind = "an encoder and a decoder" if hf_config.is_encoder_decoder else "a decoder alone"
         return f"{name} is of {kind}; {instead}"
     return f"{name} has no {' or '.join(autos)}; {instead}"

@@ -61,7 +61,7 @@ def towers_left_out(names: Sequence[str], chosen: Collection[str], text: str) ->
         return []
     towers = tuple(dict.fromkeys(str(tower_of(name, text)) for name in names))
     how = (
-        "text gives them no gradient; where batches have images, or the scheme takes no gradient, "
-        f"lora.target_modules: {pattern_of([*chosen, *names], any_number=True)} adds them"
+        "text gives them no gradient; where data has images, or the scheme takes no gradient, "
+        f"lora.target_modules: {pattern_of([*chosen, *names], any_layer=True)} adds them"
     )
     return [LeftOut(kind=" and ".join(towers), names=towers, how=how)]

@@ -42,11 +42,13 @@ def excluding(lora: LoraSection, pattern: str) -> str:
     return f"write lora.exclude_modules: {'|'.join([*others, pattern])}"
 
 
-def pattern_of(names: Iterable[str], *, any_number: bool = False) -> str:
-    """A regular expression of these whole names. any_number: in place of each number."""
-    number = r"\d+" if any_number else None
-    split = (name.split(".") for name in names)
-    return _pattern([(number or part) if part.isdecimal() else re.escape(part) for part in parts] for parts in split)
+def pattern_of(names: Iterable[str], *, any_layer: bool = False) -> str:
+    """A regular expression of these whole names. any_layer: with any number inside them in place of each."""
+    split = []
+    for name in names:
+        *outer, last = map(re.escape, name.split("."))
+        split.append([*(r"\d+" if any_layer and part.isdecimal() else part for part in outer), last])
+    return _pattern(split)
 
 
 def _pattern(names: Iterable[Sequence[str]]) -> str:
@@ -56,7 +58,8 @@ def _pattern(names: Iterable[Sequence[str]]) -> str:
     firsts: dict[str, list[str]] = {}
     for first, rests in ends.items():
         firsts.setdefault(rf"\.{_pattern(rests)}" if rests[0] else "", []).append(first)
-    return _one_of([_one_of(these) + end for end, these in firsts.items()])
+    leaves = firsts.pop("", [])
+    return _one_of([*leaves, *(_one_of(these) + end for end, these in firsts.items())])
 
 
 def _one_of(patterns: Sequence[str]) -> str:

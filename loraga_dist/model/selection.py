@@ -29,7 +29,7 @@ from loraga_dist.model.stacks import (
     find_stacks,
     untappable,
 )
-from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
+from loraga_dist.model.targets import StackPlace, StoredRows, Target, lost_by_loading, peft_lora_config
 from loraga_dist.model.towers import text_model, tower_of
 
 SELECTION_SECONDS = 120
@@ -212,11 +212,11 @@ def _injected(meta_model: nn.Module, lora: LoraSection, target_modules: str | li
                 raise _excluding(both, "trained whole by PEFT, for the ends of their names", lora) from error
             raise
     model = peft_model.base_model.model
-    if refused := [name for name in _adapted(model) if _is_of_mamba(name.rpartition(".")[2], config, peft_model)]:
-        raise _excluding(refused, f"refused by PEFT in a {config.model_type}", lora)
+    if refused := [name for name in _adapted(model) if _is_refused(name.rpartition(".")[2], config, peft_model)]:
+        raise _excluding(refused, "refused by PEFT in such a model", lora)
     if config is not None:
         meta_model.config = config
-        if lost := _lost_by_loading(peft_model):
+        if lost := lost_by_loading(peft_model):
             raise _excluding(lost, "not found again by PEFT when it loads their adapter", lora)
     return model
 
@@ -241,19 +241,7 @@ def _adapted_and_saved(model: nn.Module, lora: LoraSection) -> list[str]:
     return [name for name in _adapted(model) if name.endswith(ends)]
 
 
-def _lost_by_loading(peft_model: Any) -> list[str]:
-    """Layers whose adapter PEFT would not find in its own file: some families' old names of modules are ends, or
-    beginnings, of new ones, which are then renamed as well."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    with warnings.catch_warnings(action="ignore"):
-        missing = set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=True).missing_keys
-    found = (re.fullmatch(r"base_model\.model\.(.+)\.lora_A\..+", key) for key in missing)
-    return [match[1] for match in found if match]
-
-
-def _is_of_mamba(end: str, config: Any, peft_model: Any) -> bool:
+def _is_refused(end: str, config: Any, peft_model: Any) -> bool:
     """Whether PEFT refuses to adapt a module of this name, knowing what model it is in."""
     try:
         peft_model.base_model._check_target_module_compatiblity(

@@ -66,7 +66,7 @@ def _padding(config: InitConfig, base: BaseModel, tokenizer: Any) -> int:
     """The id to pad with. Classifiers on decoders find the last token by the model's own padding id."""
     if config.lora.task_type != "SEQ_CLS":
         return padding_token_id(tokenizer)
-    own = getattr(base.config, "pad_token_id", None)
+    own = getattr(base.config.get_text_config(), "pad_token_id", None)
     if own is None and config.calibration.per_device_batch_size > 1:
         raise UserError(
             "calibration.per_device_batch_size",

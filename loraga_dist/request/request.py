@@ -5,7 +5,6 @@ Mistakes in settings, model and data show here, before a weight is allocated.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -36,13 +35,13 @@ from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, s
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.left_out import LeftOut
-from loraga_dist.model.names import excluding
+from loraga_dist.model.names import excluding, pattern_of
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.stacks import Stack, find_stacks
-from loraga_dist.model.targets import Target, meta_copy, require_targets
+from loraga_dist.model.targets import Target, meta_copy, require_saved, require_targets
 from loraga_dist.model.towers import text_model, tower_of
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
@@ -184,6 +183,8 @@ def understand(
         require_usable(config.deepspeed)
     scheme = SCHEMES[config.init.scheme]
     base = find_base_model(config.model, config.lora.task_type, world.device, needs_weights=needs_weights)
+    if base.quantization is not None:
+        _require_base_left_alone(base.quantization["quant_method"], config)
     if scheme.changes_base:
         model_files(base.directory)  # refuses links, before the work that ends in a copy
     key, value = ("model.name_or_path", config.model.name_or_path)
@@ -195,14 +196,16 @@ def understand(
         stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks, text = find_blocks(meta_model), text_model(meta_model)
+    if base.quantization is not None and base.index:
+        _require_parts(stored, base.quantization["quant_method"])
     in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
     selection, targets, chosen = _choose_targets(meta_model, config, in_files, in_pieces=holding.is_sharded)
-    if scheme.source == "gradient":
-        _require_gradients_of_text(config.lora, targets, text)
     if base.index:
-        require_targets(base.index, targets)
+        require_targets(base.weights, targets)
+    saved_parameters = {name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters}
+    require_saved(base.weights, saved_parameters)
     factor_dtypes = {
         target.name: factor_dtype(base.dtype, entries[target.weight_key][0], config.output.residual_dtype)
         for target in targets
@@ -210,6 +213,8 @@ def understand(
     data = step_data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
         data, step_data = _share_out(read_data(config, base, world, began), config, "calibration.max_samples")
+        if scheme.source == "gradient" and all(sample.images is None for sample in data.samples):
+            _require_gradients_of_text(config.lora, targets, text)
     saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
     return CheckpointRequest(
         config=_resolved(config, base),
@@ -225,9 +230,31 @@ def understand(
         amount=amount,
         coverage=selection.coverage,
         left_out=selection.left_out,
-        saved_parameters={name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters},
+        saved_parameters=saved_parameters,
         entries=entries,
     )
+
+
+def _require_base_left_alone(quantization: str, config: InitConfig) -> None:
+    """Raise UserError for a start that would change quantized weights, or copy what was made of them."""
+    held = f"and those of the checkpoint are quantized ({quantization})"
+    if SCHEMES[config.init.scheme].changes_base:
+        others = ", ".join(name for name, scheme in SCHEMES.items() if not scheme.changes_base)
+        problem = f"changes the base's weights, {held}; write rrr, or another that leaves them alone ({others})"
+        raise UserError("init.scheme", config.init.scheme, problem)
+    if config.lora.use_dora:
+        raise UserError("lora.use_dora", True, f"starts from norms of the base's weights, {held}; write false")
+
+
+def _require_parts(stored: StoredModel, quantization: str) -> None:
+    """Raise UserError for quantized weights that transformers would have to convert, or fill in."""
+    if stored.as_it_is is None:
+        name = next(iter([*stored.lacking, *stored.changed]))
+        made = (
+            "is not in the checkpoint" if name in stored.lacking else "is not made of whole tensors of the checkpoint"
+        )
+        problem = f"{made}, which is quantized ({quantization}); write a checkpoint in floating point"
+        raise UserError("model.name_or_path", name, problem)
 
 
 def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) -> Amount:
@@ -323,8 +350,8 @@ def _require_gradients_of_text(lora: LoraSection, targets: Iterable[Target], tex
     towers = dict.fromkeys(tower for target in targets if (tower := tower_of(target.name, text)) is not None)
     if towers:
         problem = f"takes in matrices of {' and '.join(towers)}, which text gives no gradient"
-        pattern = "|".join(rf"{re.escape(tower)}\..*" for tower in towers)
-        raise UserError("lora.target_modules", lora.target_modules, f"{problem}; {excluding(lora, pattern)}")
+        instead = excluding(lora, rf"{pattern_of(towers)}(\..*)?")
+        raise UserError("lora.target_modules", lora.target_modules, f"{problem}; {instead}")
 
 
 def _require_inputs_of_a(config: MethodConfig, targets: Sequence[Target], stacks: Mapping[str, Stack]) -> None:

@@ -59,6 +59,7 @@ INSIDE = {
         "parallel",
         "disk",
         "safetensors_io",
+        "quantized",
         "stored_tensors",
         "checksums",
         "shared_tensors",

@@ -53,14 +53,14 @@ def test_the_class_is_what_config_json_names_or_transformers_has(
 
 
 def test_of_several_classes_the_user_takes_one(tmp_path: Path) -> None:
-    base = find(tmp_path, "gemma3", "Gemma3ForConditionalGeneration", **{"class": "Gemma3ForCausalLM"})
-    assert (base.model_class.__name__, type(base.config).__name__) == ("Gemma3ForCausalLM", "Gemma3TextConfig")
-    assert base.class_name == "Gemma3ForCausalLM"
+    base = find(tmp_path, "llama4", "Llama4ForConditionalGeneration", **{"class": "Llama4ForCausalLM"})
+    assert (base.model_class.__name__, type(base.config).__name__) == ("Llama4ForCausalLM", "Llama4TextConfig")
+    assert base.class_name == "Llama4ForCausalLM"
     with pytest.raises(UserError) as refused:
-        find(tmp_path, "gemma3", None, **{"class": "GemmaForCausalLM"})
+        find(tmp_path, "llama4", None, **{"class": "LlamaForCausalLM"})
     assert str(refused.value) == (
-        "model.class: 'GemmaForCausalLM': is no class for Gemma3Config and CAUSAL_LM; "
-        "write one of Gemma3ForConditionalGeneration, Gemma3ForCausalLM"
+        "model.class: 'LlamaForCausalLM': is no class for Llama4Config and CAUSAL_LM; "
+        "write one of Llama4ForCausalLM, Llama4ForConditionalGeneration"
     )
 
 
