@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import blame
 from loraga_dist.model.names import must_be_excluded
-from loraga_dist.model.targets import peft_lora_config
+from loraga_dist.model.targets import lost_by_loading, peft_lora_config
 
 SELECTION_SECONDS = 120
 """PEFT takes a few for the largest models; some regular expressions never end."""
@@ -46,7 +45,7 @@ def injected_by_peft(meta_model: nn.Module, lora: LoraSection, target_modules: s
         raise must_be_excluded(refused, "refused by PEFT in such a model", lora)
     if config is not None:
         meta_model.config = config
-        if lost := _lost_by_loading(peft_model):
+        if lost := lost_by_loading(peft_model):
             raise must_be_excluded(lost, "not found again by PEFT when it loads their adapter", lora)
     return model
 
@@ -64,18 +63,6 @@ def _adapted_and_saved(model: nn.Module, lora: LoraSection) -> list[str]:
 
     ends = (*(lora.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if lora.task_type == "SEQ_CLS" else ()))
     return [name for name in _adapted(model) if name.endswith(ends)]
-
-
-def _lost_by_loading(peft_model: Any) -> list[str]:
-    """Layers whose adapter PEFT would not find in its own file: some families' old names of modules are ends, or
-    beginnings, of new ones, which are then renamed as well."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    with warnings.catch_warnings(action="ignore"):
-        missing = set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=True).missing_keys
-    found = (re.fullmatch(r"base_model\.model\.(.+)\.lora_A\..+", key) for key in missing)
-    return [match[1] for match in found if match]
 
 
 def _is_refused(end: str, config: Any, peft_model: Any) -> bool:

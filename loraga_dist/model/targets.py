@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -141,6 +142,18 @@ def peft_lora_config(lora: LoraSection) -> LoraConfig:
 
     with blame("lora", lora.model_dump(exclude_defaults=True), "PEFT refuses it", "write what peft.LoraConfig takes"):
         return LoraConfig(**lora.model_dump())
+
+
+def lost_by_loading(peft_model: Any) -> list[str]:
+    """Layers whose adapter PEFT would not find in its own file: some families' old names of modules are parts of the
+    new ones, which it then renames once more."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    with warnings.catch_warnings(action="ignore"):
+        missing = set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=True).missing_keys
+    found = (re.fullmatch(r"base_model\.model\.(.+)\.lora_A\..+", key) for key in missing)
+    return [match[1] for match in found if match]
 
 
 def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
