@@ -197,8 +197,6 @@ def understand(
         stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks, text = find_blocks(meta_model), text_model(meta_model)
-    if base.quantization is not None and base.index:
-        _require_parts(stored, base.quantization["quant_method"])
     in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
@@ -245,17 +243,6 @@ def _require_base_left_alone(quantization: str, config: InitConfig) -> None:
         raise UserError("init.scheme", config.init.scheme, problem)
     if config.lora.use_dora:
         raise UserError("lora.use_dora", True, f"starts from norms of the base's weights, {held}; write false")
-
-
-def _require_parts(stored: StoredModel, quantization: str) -> None:
-    """Raise UserError for quantized weights that transformers would have to convert, or fill in."""
-    if stored.as_it_is is None:
-        name = next(iter([*stored.lacking, *stored.changed]))
-        made = (
-            "is not in the checkpoint" if name in stored.lacking else "is not made of whole tensors of the checkpoint"
-        )
-        problem = f"{made}, which is quantized ({quantization}); write a checkpoint in floating point"
-        raise UserError("model.name_or_path", name, problem)
 
 
 def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) -> Amount:

@@ -140,3 +140,13 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
         UserError, match="'gptq': is how the checkpoint is quantized, and what can be read is fp8, mxfp4"
     ):
         stored_in(directory)
+
+
+def test_a_weight_that_is_not_there_is_named(tmp_path: Path) -> None:
+    directory = save_fp8(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.layers.1.self_attn.q_proj.weight"
+    del tensors[key]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{key}': is not in the checkpoint, which is quantized \(fp8\)"):
+        stored_in(directory)
