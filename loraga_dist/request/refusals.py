@@ -9,7 +9,6 @@ from torch import nn
 from loraga_dist.config import InitConfig, LoraSection, MethodConfig
 from loraga_dist.errors import UserError
 from loraga_dist.model.base import DTYPES
-from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.names import excluding, pattern_of
 from loraga_dist.model.stacks import Stack
 from loraga_dist.model.targets import Target
@@ -26,17 +25,6 @@ def require_base_left_alone(quantization: str, config: InitConfig) -> None:
         raise UserError("init.scheme", config.init.scheme, problem)
     if config.lora.use_dora:
         raise UserError("lora.use_dora", True, f"starts from norms of the base's weights, {held}; write false")
-
-
-def require_parts(stored: StoredModel, quantization: str) -> None:
-    """Raise UserError for quantized weights that transformers would have to convert, or fill in."""
-    if stored.as_it_is is None:
-        name = next(iter([*stored.lacking, *stored.changed]))
-        made = (
-            "is not in the checkpoint" if name in stored.lacking else "is not made of whole tensors of the checkpoint"
-        )
-        problem = f"{made}, which is quantized ({quantization}); write a checkpoint in floating point"
-        raise UserError("model.name_or_path", name, problem)
 
 
 def require_gradients_of_text(lora: LoraSection, targets: Iterable[Target], text: str) -> None:

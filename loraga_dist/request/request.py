@@ -48,7 +48,6 @@ from loraga_dist.request.refusals import (
     require_base_left_alone,
     require_gradients_of_text,
     require_inputs_of_a,
-    require_parts,
     require_unquantized,
 )
 from loraga_dist.schemes import SCHEMES, Scheme
@@ -202,8 +201,6 @@ def understand(
         stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks, text = find_blocks(meta_model), text_model(meta_model)
-    if base.quantization is not None and base.index:
-        require_parts(stored, base.quantization["quant_method"])
     in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
