@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from loraga_dist.files.safetensors_io import TensorSlot, read_into, read_range
@@ -69,6 +70,21 @@ class StoredTensor:
             for block in part.split(_CAST_ELEMENTS):
                 block.copy_(read_range(slot, first, first + block.numel()))
                 first += block.numel()
+
+
+class TransposedTensor(StoredTensor):
+    """A tensor whose matrices, its last two axes, lie transposed in the files: [..., m, n] is [..., n, m] there."""
+
+    def read_into(self, start: int, elements: Tensor) -> None:
+        """As StoredTensor's; each matrix that is touched is read whole."""
+        M, N = self.shape[-2:]
+        while elements.numel():
+            index, first = divmod(start, M * N)
+            part, elements = elements[: M * N - first], elements[M * N - first :]
+            stored_NM = torch.empty(N, M, dtype=part.dtype)
+            super().read_into(index * M * N, stored_NM.view(-1))
+            part.copy_(stored_NM.t().reshape(-1)[first : first + part.numel()])
+            start += part.numel()
 
 
 def _cut(slot: TensorSlot, first: int, past: int) -> TensorSlot:
