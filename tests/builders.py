@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -158,6 +159,27 @@ def save_model(
     return directory
 
 
+SPECIAL_IDS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257, "decoder_start_token_id": 257}
+ENCODER = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "embedding_size": 32, "max_position_embeddings": 64, "num_labels": 3, **SPECIAL_IDS,
+}  # fmt: skip
+"""Sizes of a tiny encoder, in the words of BERT and its kind."""
+
+
+def save_class(directory: Path, class_name: str, **values: Any) -> Path:
+    """A random model of any class of transformers, by the values of its config."""
+    model_class: Any = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**values))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)  # else a random model's layers hardly matter
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def save_data(path: Path, task_type: str = "CAUSAL_LM", rows: int = 24, seed: int = 0) -> Path:
     """JSONL of pseudo-random text whose rows differ in length, so that ranks hold different numbers of tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -256,6 +278,7 @@ def report_tree(**changes: Any) -> dict[str, Any]:
             "left_out": {"embeddings": 150},
         },
         "left_out": [],
+        "cautions": [],
         "warnings": [],
     }
     return _merged(tree, changes)

@@ -260,12 +260,13 @@ def _check_triplets(target: Target, svd: TruncatedSVD, report: Report) -> list[s
 def _check_made_of(target: Target, svd: TruncatedSVD, output: OpenedOutput) -> list[str]:
     """A0 and B0 are what the scheme makes of these triplets, to rounding."""
     report, init = output.report, output.report.config.init
-    if report.identity_check is None or target.weight_key not in output.base:
+    if report.identity_check is None:
         return []
     if report.scheme.num_triplets(target.r) > svd.width:
         return [f"{FACTORS}: {target.name} has {svd.width} triplets, too few for rank {target.r}"]
-    weight = output.base[target.weight_key].dtype
-    dtype = factor_dtype(DTYPES[report.identity_check.dtype], weight, report.config.output.residual_dtype)
+    compute, weight = DTYPES[report.identity_check.dtype], output.base.get(target.weight_key)
+    # a quantized one may have another name
+    dtype = factor_dtype(compute, weight.dtype if weight else compute, report.config.output.residual_dtype)
     # one that depends on the weight's own spectrum multiplies all of A and B by one number
     scaled = needs_weight(init)
     made = make_factors(

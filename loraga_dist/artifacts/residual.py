@@ -22,6 +22,7 @@ from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
 from loraga_dist.files.disk import MAX_JSON_BYTES, json_text, naming_write_errors, parse_json, read_bounded
 from loraga_dist.files.parallel import over_cores
 from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, as_bytes, dtype_name, write_index
+from loraga_dist.files.stored_tensors import Slot
 from loraga_dist.model.base import model_files, residual_dtype_of
 from loraga_dist.model.targets import Target
 
@@ -167,9 +168,7 @@ def subtract_offset(target: Target, weight_rows: Tensor, A_RN: Tensor, B_MR: Ten
     return weight_rows.to(torch.float64, copy=True).addmm_(left[rows], right, alpha=-target.scaling)
 
 
-def output_norms(
-    index: Mapping[str, TensorSlot], target: Target, factors: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def output_norms(index: Mapping[str, Slot], target: Target, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """||.|| over the inputs of every output, (M,) in float64: of W - s B A, or of W where no A_RN, B_MR are given."""
     squares_M = torch.zeros(target.M, dtype=torch.float64)
     as_float64 = factors and (factors[0].double(), factors[1].double())
@@ -184,7 +183,7 @@ def output_norms(
 
 
 def start_magnitudes(
-    index: Mapping[str, TensorSlot], target: Target, A_RN: Tensor, B_MR: Tensor, *, changes_base: bool
+    index: Mapping[str, Slot], target: Target, A_RN: Tensor, B_MR: Tensor, *, changes_base: bool
 ) -> Tensor:
     """DoRA's magnitudes (M,), float64, with which it starts as the plain adapter would: the norms of W_res + s B A.
 

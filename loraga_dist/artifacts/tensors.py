@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, read_range
+from loraga_dist.files.stored_tensors import Slot, read_part
 from loraga_dist.model.targets import StoredRows, Target
 
 CHUNK_ELEMENTS = 2**20
@@ -41,12 +42,12 @@ class Region:
     row0: int
     """Of the stored matrix: the first."""
 
-    def chunks(self, *slots: TensorSlot) -> Iterator[tuple[int, list[Tensor]]]:
+    def chunks(self, *slots: Slot) -> Iterator[tuple[int, list[Tensor]]]:
         """(row of the stored matrix, the next rows of every slot) of tensors that are alike; raises RunError."""
         row_numel = self.target.stored_shape[1]
         for start, end in _pieces(self.rows.count, max(1, CHUNK_ELEMENTS // row_numel)):
             first, last = ((self.rows.first + row) * row_numel for row in (start, end))
-            yield self.row0 + start, [read_range(slot, first, last).view(-1, row_numel) for slot in slots]
+            yield self.row0 + start, [read_part(slot, first, last).view(-1, row_numel) for slot in slots]
 
 
 def regions_of(target: Target) -> Iterator[Region]:
@@ -66,14 +67,14 @@ def regions_by_key(targets: Iterable[Target]) -> dict[str, list[Region]]:
     return {key: sorted(regions, key=lambda region: region.rows.first) for key, regions in found.items()}
 
 
-def weight_chunks(target: Target, index: Mapping[str, TensorSlot]) -> Iterator[tuple[int, Tensor]]:
+def weight_chunks(target: Target, index: Mapping[str, Slot]) -> Iterator[tuple[int, Tensor]]:
     """(first row, the next rows) of a target's stored matrix; raises RunError on a short read."""
     for region in regions_of(target):
         for row0, (rows,) in region.chunks(index[region.rows.key]):
             yield row0, rows
 
 
-def read_elements(target: Target, index: Mapping[str, TensorSlot], start: int, end: int) -> Tensor:
+def read_elements(target: Target, index: Mapping[str, Slot], start: int, end: int) -> Tensor:
     """Elements [start, end) of a target's flattened stored matrix; raises RunError on a short read."""
     row_numel, parts = target.stored_shape[1], []
     for region in regions_of(target):
@@ -81,7 +82,7 @@ def read_elements(target: Target, index: Mapping[str, TensorSlot], start: int, e
         begin, until = max(start, first), min(end, past)
         if begin < until:
             offset = region.rows.first * row_numel - first
-            parts.append(read_range(index[region.rows.key], begin + offset, until + offset))
+            parts.append(read_part(index[region.rows.key], begin + offset, until + offset))
     return torch.cat(parts) if parts else torch.empty(0)
 
 

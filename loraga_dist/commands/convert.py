@@ -22,6 +22,7 @@ from loraga_dist.files.disk import read_json, write_json
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.linalg import product_svd
+from loraga_dist.model.base import quantization_of
 from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.progress import phase
 from loraga_dist.schemes import LoraFactors
@@ -96,6 +97,9 @@ def convert(
     base_dir, index = None, {}
     if merge is not None:
         base_dir, index = open_base(update.report, base)
+        if (quantization := quantization_of(base_dir)) is not None:
+            problem = f"adds to the base's weights, which are quantized ({quantization.get('quant_method')})"
+            raise UserError("--merge", str(merge), f"{problem}; write --to, and serve that adapter on the base")
         inputs.append(base_dir)
         merge = free_place(merge, "--merge", marker=CONVERSION, overwrite=overwrite, inputs=inputs)
     if to is not None:

@@ -33,6 +33,7 @@ from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.disk import naming_write_errors
 from loraga_dist.files.safetensors_io import TensorSlot, read_rows, scan_checkpoint
 from loraga_dist.files.staging import free_place, whole_directory
+from loraga_dist.files.stored_tensors import Slot
 from loraga_dist.linalg import TruncatedSVD, numerical_rank
 from loraga_dist.model.base import DTYPES, factor_dtype
 from loraga_dist.model.factors import make_factors, needs_weight, product_norm
@@ -63,7 +64,7 @@ class _NewStart:
     targets: dict[str, Target]
     slots: dict[str, TensorSlot]
     """Of `factors/`."""
-    index: dict[str, TensorSlot]
+    index: Mapping[str, Slot]
     """Of the base's checkpoint."""
     reports: dict[str, TargetReport] = field(default_factory=dict)
 
@@ -190,7 +191,11 @@ def rebuild(
     _require_triplets(config, targets, held)
 
     new_start = _NewStart(
-        config=config, old=old, targets={target.name: target for target in targets}, slots=slots, index=index
+        config=config,
+        old=old,
+        targets={target.name: target for target in targets},
+        slots=slots,
+        index=request.base.weights,
     )
     layout = replace(Layout.of(request, targets), config=config, num_triplets=held)
     num_bytes = layout.num_bytes

@@ -19,15 +19,17 @@ from loraga_dist.config import InitConfig, ModelConfig, OutputConfig, SchemeConf
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
+from loraga_dist.files.quantized import dequantized
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import StagedDirectory
-from loraga_dist.model.base import read_checkpoint_index, resolve_model_dir
+from loraga_dist.files.stored_tensors import Slot
+from loraga_dist.model.base import quantization_of, read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.conversion import stored_model
 from loraga_dist.model.factors import split
 from loraga_dist.model.selection import with_places
-from loraga_dist.model.targets import Target, layers_of, meta_copy, require_targets
+from loraga_dist.model.targets import Target, layers_of, meta_copy, require_saved, require_targets
 from loraga_dist.ranks.world import World
-from loraga_dist.schemes import SCHEMES, LoraFactors
+from loraga_dist.schemes import SCHEMES, LoraFactors, Scheme
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.sharding.open import sharding_of
 from loraga_dist.sharding.slices import part_of, square_norm, subtract_lowrank_
@@ -61,16 +63,18 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         revision = None if base is not None else getattr(model.config, "_commit_hash", None)
         base_dir = resolve_model_dir(name, revision)
         index = read_checkpoint_index(base_dir)
+        weights = _weights(index, base_dir, scheme, next(model.parameters()).dtype)
         original = model.get_base_model()
-        stored = stored_model(meta_copy(type(original), original.config), index)
+        stored = stored_model(meta_copy(type(original), original.config), weights)
         targets = [with_places(target, stored) for target in start.targets]
-        require_targets(index, targets)
+        require_targets(weights, targets)
         saved = {name: stored.key_of(name) for name in _saved_parameters(model)}
+        require_saved(weights, saved)
 
     for layer, members in layers_of(targets).items():
         for target, made in zip(members, _gather_factors(model, layer, len(members), sharding), strict=True):
             offset = made if scheme.changes_base else None
-            _require_start(model, target, offset, index, name, sharding)
+            _require_start(model, target, offset, weights, name, sharding)
             with world.together():
                 put = start.factors[target.name] if world.is_main else made
                 if not (torch.equal(made.A_RN, put.A_RN) and torch.equal(made.B_MR, put.B_MR)):
@@ -127,6 +131,17 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
     return destination
 
 
+def _weights(index: Mapping[str, TensorSlot], base_dir: Path, scheme: Scheme, dtype: torch.dtype) -> Mapping[str, Slot]:
+    """The base's, of a quantized checkpoint what transformers dequantizes. Raises UserError for a start that would
+    change those."""
+    quantization = quantization_of(base_dir)
+    if quantization is not None and scheme.changes_base:
+        held = f"those of {base_dir} are quantized ({quantization.get('quant_method')})"
+        instead = "make it with init.scheme: rrr, or of a base in floating point"
+        raise UserError("start", scheme.title, f"changes the base's weights, and {held}; {instead}")
+    return dequantized(index, quantization, dtype)
+
+
 def _saved_parameters(model: Any) -> list[str]:
     """Parameters that `modules_to_save` copies into the adapter, by their names in the base model."""
     from peft.utils.other import ModulesToSaveWrapper
@@ -154,7 +169,7 @@ def _require_start(
     model: Any,
     target: Target,
     offset: LoraFactors | None,
-    index: Mapping[str, TensorSlot],
+    weights: Mapping[str, Slot],
     base: str,
     sharding: Sharding,
 ) -> None:
@@ -167,7 +182,7 @@ def _require_start(
     parameter = adapted_parameter(model.base_model.model.get_submodule(target.layer))
     shard, first = part_of(*sharding.own_slice(parameter), target)
     with world.together():
-        original = read_elements(target, index, first, first + shard.numel()).float()
+        original = read_elements(target, weights, first, first + shard.numel()).float()
         restored = shard.detach().to("cpu", torch.float32, copy=True)
         size = square_norm(original) + square_norm(restored)
         if offset is not None:

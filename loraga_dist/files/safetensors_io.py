@@ -24,6 +24,8 @@ Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own readers
 _MAX_DIMENSIONS = 64
+_CAST_ELEMENTS = 1 << 22
+"""Read at a time where they cannot be read in place: 16 MiB in float32."""
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -65,6 +67,17 @@ class TensorSlot:
     def read(self) -> Tensor:
         """The whole tensor, in a fresh CPU buffer; raises RunError on a short read."""
         return read_range(self, 0, self.numel).view(self.shape)
+
+    def fill(self, start: int, elements: Tensor) -> None:
+        """Fill `elements` from element `start` of the flattened tensor on, cast to their dtype; raises RunError.
+
+        elements: 1-D, contiguous, on any device.
+        """
+        if elements.dtype == self.dtype and elements.device.type == "cpu":
+            return read_into(self, start, elements)
+        for block in elements.split(_CAST_ELEMENTS):
+            block.copy_(read_range(self, start, start + block.numel()))
+            start += block.numel()
 
 
 def scan_checkpoint(directory: Path, stem: str = "model") -> dict[str, TensorSlot]:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from loraga_dist.files.safetensors_io import TensorSlot, read_into, read_range
+from loraga_dist.files.quantized import QuantizedSlot
+from loraga_dist.files.safetensors_io import TensorSlot
 
-_CAST_ELEMENTS = 1 << 22
-"""Read at a time where they cannot be read in place: 16 MiB in float32."""
+Slot = TensorSlot | QuantizedSlot
+
+
+def read_part(slot: Slot, start: int, end: int) -> Tensor:
+    """Elements [start, end) of the flattened tensor, 1-D, in a fresh CPU buffer of its dtype; raises RunError."""
+    elements = torch.empty(end - start, dtype=slot.dtype)
+    slot.fill(start, elements)
+    return elements
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class StoredTensor:
     """Where a tensor lies: its flattened elements are those of these tensors of the files, in this order."""
 
     shape: tuple[int, ...]
-    slots: tuple[TensorSlot, ...]
+    slots: tuple[Slot, ...]
 
     @property
     def numel(self) -> int:
@@ -39,7 +46,7 @@ class StoredTensor:
         """In the files."""
         return sum(slot.num_bytes for slot in self.slots)
 
-    def pieces(self, start: int, end: int) -> Iterator[tuple[TensorSlot, int, int]]:
+    def pieces(self, start: int, end: int) -> Iterator[tuple[Slot, int, int]]:
         """Elements [start, end): each slot that holds some of them, with the first and past the last in that slot."""
         assert 0 <= start <= end <= self.numel == self.starts[-1], (self, start, end)
         index = bisect_right(self.starts, start) - 1
@@ -50,26 +57,14 @@ class StoredTensor:
                 yield self.slots[index], first, past
             start, index = self.starts[index + 1], index + 1
 
-    def row(self, index: int) -> StoredTensor:
-        """One of the first axis: of a stack of experts, an expert's matrix."""
-        shape = self.shape[1:]
-        start = index * math.prod(shape)
-        pieces = self.pieces(start, start + math.prod(shape))
-        return StoredTensor(shape, tuple(_cut(slot, first, past) for slot, first, past in pieces))
-
     def read_into(self, start: int, elements: Tensor) -> None:
         """Fill `elements` from element `start` on, cast to their dtype. Raises RunError on a short read.
 
         elements: 1-D, contiguous, on any device.
         """
         for slot, first, past in self.pieces(start, start + elements.numel()):
-            part, elements = elements[: past - first], elements[past - first :]
-            if part.dtype == slot.dtype and part.device.type == "cpu":
-                read_into(slot, first, part)
-                continue
-            for block in part.split(_CAST_ELEMENTS):
-                block.copy_(read_range(slot, first, first + block.numel()))
-                first += block.numel()
+            slot.fill(first, elements[: past - first])
+            elements = elements[past - first :]
 
 
 class TransposedTensor(StoredTensor):
@@ -85,11 +80,3 @@ class TransposedTensor(StoredTensor):
             super().read_into(index * M * N, stored_NM.view(-1))
             part.copy_(stored_NM.t().reshape(-1)[first : first + part.numel()])
             start += part.numel()
-
-
-def _cut(slot: TensorSlot, first: int, past: int) -> TensorSlot:
-    """Where these elements of the flattened tensor lie; the whole slot as it is."""
-    if past - first == slot.numel:
-        return slot
-    width = slot.dtype.itemsize
-    return replace(slot, shape=(past - first,), offset=slot.offset + first * width, num_bytes=(past - first) * width)

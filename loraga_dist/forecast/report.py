@@ -270,6 +270,8 @@ class PlanReport:
                 "parameters": sum(shape.numels),
                 "dtype": self.dtype,
                 "bytes": shape.num_bytes,
+                "quantization": base.quantization and base.quantization["quant_method"],
+                "file_bytes": sum(slot.num_bytes for slot in base.index.values()),
                 "from_config_alone": not base.index,
             },
             "ranks": self.forecaster.world_size,

@@ -37,7 +37,9 @@ def outputs(model: nn.Module, microbatch: Microbatch, device: torch.device, *, w
             inputs["labels"] = labels
     parameters = inspect.signature(base.forward).parameters
     # Granite's mixtures of experts hand it down among others; a cache would be filled again when blocks are recomputed
-    if "use_cache" in parameters or ("kwargs" in parameters and hasattr(base.config.get_text_config(), "use_cache")):
+    # a classifier of an encoder-decoder hands down its own
+    hands_down = "kwargs" in parameters and not (base.config.is_encoder_decoder and labels.dim() == 1)
+    if "use_cache" in parameters or (hands_down and hasattr(base.config.get_text_config(), "use_cache")):
         inputs["use_cache"] = False
     return model(**inputs)
 

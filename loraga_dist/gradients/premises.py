@@ -3,15 +3,17 @@ and that the loss whose gradient is taken is the one the model's own forward giv
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from loraga_dist.data.losses import LOSSES
-from loraga_dist.data.microbatches import SampleSharder
+from loraga_dist.data.microbatches import Sample, SampleSharder
 from loraga_dist.gradients.forward import forward, outputs
+from loraga_dist.model.base import WIDE_FLOATS
 from loraga_dist.model.blocks import pieces_of
 from loraga_dist.model.classes import names_in_forward
 from loraga_dist.request.request import Request
@@ -19,6 +21,10 @@ from loraga_dist.sharding.base import Sharding
 
 _TOLERANCE = 1e-3
 """Relative; of lower precisions some units in the last place."""
+
+_SEE_PADDING = {"blt", "deepseek_v4", "doge", "dots3_note_text", "mistral_large4", "paligemma"}
+"""Causal models that may, by the model type of their config: they compress or choose what they attend to, by patches of
+the longest text, or see a prefix whole. benchmarks/coverage.py finds them."""
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
@@ -51,19 +57,22 @@ def try_premises(model: nn.Module, request: AnyRequest, sharding: Sharding) -> t
 
 
 def _tolerance(model: nn.Module) -> float:
-    return max(_TOLERANCE, 8 * torch.finfo(next(model.parameters()).dtype).eps)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dtype in WIDE_FLOATS)
+    return max(_TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
 def _share_of_padding(model: nn.Module, request: Request, sharding: Sharding) -> float:
-    """By how much the logits of the shortest text change beside the longest, of the largest of them."""
+    """By how much the logits of the shortest text change beside the longest, of the largest of them; with a decoder's
+    text beside the longest of these, too."""
     data = request.data
-    # a causal model sees no padding on the right
+    # most causal models see no padding on the right
     if not isinstance(data, SampleSharder) or data.per_device_batch_size == 1 or not _may_look_ahead(model, request):
         return 0.0
-    by_length = sorted(data.samples, key=lambda sample: len(sample.sequences[0]["input_ids"]))
+    shortest = min(data.samples, key=lambda sample: sum(_lengths(sample)))
+    longest = [max(data.samples, key=lambda sample: _lengths(sample)[part]) for part in range(len(_lengths(shortest)))]
     alone, beside = (
         replace(data, samples=samples, rank=0, world_size=1, per_device_batch_size=len(samples))
-        for samples in (by_length[:1], [by_length[0], by_length[-1]])
+        for samples in ([shortest], [shortest, *longest])
     )
     found = []
     for each in (alone, beside):
@@ -74,8 +83,17 @@ def _share_of_padding(model: nn.Module, request: Request, sharding: Sharding) ->
     return sharding.world.max_(change).item()
 
 
+def _lengths(sample: Sample) -> list[int]:
+    """Of what a model is given of a sample, and of its labels, where they are tokens."""
+    inputs = sample.sequences[0]
+    return [len(tokens) for tokens in (inputs["input_ids"], inputs["labels"]) if isinstance(tokens, list)]
+
+
 def _may_look_ahead(model: nn.Module, request: Request) -> bool:
-    return request.config.lora.task_type != "CAUSAL_LM" or not _has_shared_loss(model)
+    if request.config.lora.task_type != "CAUSAL_LM" or not _has_shared_loss(model):
+        return True
+    config: Any = model.config
+    return not _SEE_PADDING.isdisjoint({config.model_type, config.get_text_config().model_type})
 
 
 def _has_shared_loss(model: nn.Module) -> bool:
@@ -84,16 +102,15 @@ def _has_shared_loss(model: nn.Module) -> bool:
 
 
 def _losses(model: nn.Module, request: Request, sharding: Sharding) -> tuple[float, float] | None:
-    """The model's own loss of all ranks' first microbatches, and the one whose gradient is taken; None where it calls
-    transformers' own, or has none."""
+    """The model's own loss of all ranks' first microbatches, and the one whose gradient is taken; None where the model
+    has none of its own, or calls transformers'."""
     data, world = request.data, sharding.world
-    if data is None or _has_shared_loss(model):
+    takes_labels = "labels" in inspect.signature(type(model).forward).parameters
+    if data is None or not takes_labels or _has_shared_loss(model):
         return None
     microbatch = data.microbatches(0, data.samples_per_step, 0)[0]
     with sharding.passing(pieces_of(model)):
         output = outputs(model, microbatch, world.device, with_loss=True)
-    if output.loss is None:
-        return None
     loss = LOSSES[request.config.lora.task_type](output.logits, microbatch.inputs["labels"])
     count = microbatch.num_supervised_tokens
     own = output.loss * count if count else torch.zeros_like(loss)

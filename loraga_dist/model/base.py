@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError, blame
-from loraga_dist.files.disk import BrokenFileError
+from loraga_dist.files.disk import BrokenFileError, read_json
+from loraga_dist.files.quantized import dequantized
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
+from loraga_dist.files.stored_tensors import Slot
 from loraga_dist.model.classes import find_class
 from loraga_dist.model.conversion import StoredModel, stored_model
 
@@ -33,16 +37,25 @@ class BaseModel:
 
     directory: Path
     index: dict[str, TensorSlot]
+    """What its files hold."""
     model_class: type[nn.Module]
     config: Any
+    """Of the model in floating point."""
     class_name: str | None
     """As `model.class`; None where nobody has to say it."""
     dtype: torch.dtype
+    quantization: Mapping[str, Any] | None = None
+    """What config.json says of quantized weights."""
+
+    @cached_property
+    def weights(self) -> dict[str, Slot]:
+        """What the files hold, or what that stands for where they are quantized. Raises UserError as `dequantized`."""
+        return dequantized(self.index, self.quantization, self.dtype)
 
     @property
     def entries(self) -> Entries:
-        """Dtypes and shapes of the checkpoint's tensors."""
-        return {key: (slot.dtype, slot.shape) for key, slot in self.index.items()}
+        """Dtypes and shapes of the checkpoint's tensors, as if it held floats."""
+        return {key: (slot.dtype, slot.shape) for key, slot in self.weights.items()}
 
     @property
     def max_positions(self) -> int | None:
@@ -52,7 +65,7 @@ class BaseModel:
 
     def stored(self, meta_model: nn.Module) -> StoredModel:
         """Where the model's parameters lie. Raises UserError as `stored_model`."""
-        return stored_model(meta_model, self.index)
+        return stored_model(meta_model, self.weights)
 
 
 def find_base_model(
@@ -77,15 +90,27 @@ def find_base_model(
         if config.attn_implementation is not None:
             hf_config._attn_implementation = config.attn_implementation
         _require_countable_layers(config, hf_config, index)
+        for holder in (hf_config, hf_config.get_text_config()):  # else the model would be built of quantized layers
+            vars(holder).pop("quantization_config", None)
         found = find_class(config, hf_config, task_type, directory)
-        return BaseModel(
+        base = BaseModel(
             directory=directory,
             index=index,
             model_class=found.model_class,
             config=found.config,
             class_name=found.class_name,
             dtype=_compute_dtype(config.dtype, hf_config, index, device),
+            quantization=quantization_of(directory),
         )
+        assert base.weights is not None, "formats that cannot be read are refused here"
+        return base
+
+
+def quantization_of(model_dir: Path) -> dict[str, Any] | None:
+    """What a model's config.json says of quantized weights; None if it says nothing. Raises BrokenFileError."""
+    config = read_json(model_dir / "config.json")
+    found = (holder.get("quantization_config") for holder in (config, config.get("text_config") or {}))
+    return next((it for it in found if it is not None), None)
 
 
 def _require_countable_layers(config: ModelConfig, hf_config: Any, index: dict[str, TensorSlot]) -> None:
@@ -214,5 +239,7 @@ def residual_dtype_of(dtype: torch.dtype, residual_dtype: str) -> torch.dtype:
 
 
 def factor_dtype(compute: torch.dtype, weight: torch.dtype, residual_dtype: str) -> torch.dtype:
-    """What a target's A0 and B0 are rounded to: the coarser of the compute dtype and its residual's."""
-    return max(compute, residual_dtype_of(weight, residual_dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    """What a target's A0 and B0 are rounded to: the coarser of the compute dtype and its residual's. A quantized weight
+    has no residual."""
+    residual = residual_dtype_of(weight, residual_dtype) if weight in WIDE_FLOATS else compute
+    return max(compute, residual, key=lambda dtype: torch.finfo(dtype).eps)

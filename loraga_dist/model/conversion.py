@@ -17,8 +17,7 @@ from typing import Any
 from torch import nn
 
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import TensorSlot
-from loraga_dist.files.stored_tensors import StoredTensor, TransposedTensor
+from loraga_dist.files.stored_tensors import Slot, StoredTensor, TransposedTensor
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,11 @@ class StoredModel:
     """Parameters and buffers that are not the elements of tensors one after the other."""
     lacking: Sequence[str]
     """Parameters and persistent buffers of which the checkpoint holds nothing."""
-    is_quantized: bool
 
     @property
     def as_it_is(self) -> Mapping[str, StoredTensor] | None:
         """Where everything lies; None where transformers has to make values of the checkpoint's."""
-        return None if self.changed or self.lacking or self.is_quantized else self.tensors
+        return None if self.changed or self.lacking else self.tensors
 
     @cached_property
     def places(self) -> dict[str, Place]:
@@ -84,7 +82,7 @@ def _without_place(
     )
 
 
-def stored_model(meta_model: nn.Module, index: Mapping[str, TensorSlot]) -> StoredModel:
+def stored_model(meta_model: nn.Module, index: Mapping[str, Slot]) -> StoredModel:
     """Find where every parameter and buffer of a model lies, as transformers would load it.
 
     meta_model: not yet changed by PEFT. Raises UserError for a checkpoint that lacks some of a layer's experts.
@@ -97,7 +95,6 @@ def stored_model(meta_model: nn.Module, index: Mapping[str, TensorSlot]) -> Stor
         tensors={name: stored for name, stored in made.items() if stored is not None},
         changed=[name for name, stored in made.items() if stored is None],
         lacking=[name for name in names if name in needed and name not in made],
-        is_quantized=getattr(getattr(meta_model, "config", None), "quantization_config", None) is not None,
     )
 
 
@@ -107,7 +104,7 @@ class _Source:
 
     converter: Any = None
     """What makes the parameter of them; None where one of them is the parameter."""
-    found: defaultdict[str | None, list[tuple[str, TensorSlot]]] = field(default_factory=lambda: defaultdict(list))
+    found: defaultdict[str | None, list[tuple[str, Slot]]] = field(default_factory=lambda: defaultdict(list))
     """By the converter's pattern, with the name that the pattern matched."""
 
     def converted(self, parameter: str, model: nn.Module) -> StoredTensor | None:
@@ -161,7 +158,7 @@ class _Source:
         return all(found == expected for found in numbers.values())
 
 
-def _sources(meta_model: nn.Module, index: Mapping[str, TensorSlot]) -> dict[str, _Source]:
+def _sources(meta_model: nn.Module, index: Mapping[str, Slot]) -> dict[str, _Source]:
     """What transformers' `convert_and_load_state_dict_in_model` collects, by the names of the model's state."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -233,7 +230,7 @@ def _concatenate(tensors: Sequence[StoredTensor], dim: int) -> StoredTensor | No
     return StoredTensor(shape, tuple(slot for row in zip(*whole, strict=True) for part in row for slot in part))
 
 
-def _runs(tensor: StoredTensor, count: int) -> list[tuple[TensorSlot, ...]] | None:
+def _runs(tensor: StoredTensor, count: int) -> list[tuple[Slot, ...]] | None:
     """The slots of `count` equal runs of elements; None where a slot reaches over two."""
     index_at = {start: index for index, start in enumerate(tensor.starts)}
     cuts = [index_at.get(run * tensor.numel // max(1, count)) for run in range(count + 1)]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError, blame
-from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
+from loraga_dist.files.quantized import QuantizedSlot
+from loraga_dist.files.safetensors_io import dtype_name
+from loraga_dist.files.stored_tensors import Slot
 from loraga_dist.model.base import WIDE_FLOATS
 
 if TYPE_CHECKING:
@@ -141,6 +144,18 @@ def peft_lora_config(lora: LoraSection) -> LoraConfig:
         return LoraConfig(**lora.model_dump())
 
 
+def lost_by_loading(peft_model: Any) -> list[str]:
+    """Layers whose adapter PEFT would not find in its own file: some families' old names of modules are parts of the
+    new ones, which it then renames once more."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    with warnings.catch_warnings(action="ignore"):
+        missing = set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=True).missing_keys
+    found = (re.fullmatch(r"base_model\.model\.(.+)\.lora_A\..+", key) for key in missing)
+    return [match[1] for match in found if match]
+
+
 def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
     """The model's modules and shapes on the meta device, tied as transformers ties them."""
     with torch.device("meta"), warnings.catch_warnings():
@@ -152,7 +167,7 @@ def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
     return model
 
 
-def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) -> None:
+def require_targets(index: Mapping[str, Slot], targets: Iterable[Target]) -> None:
     """Raise UserError unless the checkpoint holds every target as a plain floating matrix of the expected shape."""
     for target in targets:
         for rows in target.stored_rows:
@@ -168,7 +183,14 @@ def require_targets(index: Mapping[str, TensorSlot], targets: Iterable[Target]) 
             raise UserError("model.name_or_path", rows.key, problem)
 
 
-def holds_rows(slot: TensorSlot, rows: StoredRows, target: Target) -> bool:
+def require_saved(index: Mapping[str, Slot], saved: Mapping[str, str]) -> None:
+    """Raise UserError for a parameter that would be trained whole and is quantized. saved: checkpoint keys by name."""
+    for name, key in saved.items():
+        if isinstance(index.get(key), QuantizedSlot):
+            raise UserError("lora.modules_to_save", name, "is quantized in the checkpoint; leave it out")
+
+
+def holds_rows(slot: Slot, rows: StoredRows, target: Target) -> bool:
     if target.stack is None:
         return slot.shape == target.stored_shape
     *outer, row_numel = slot.shape

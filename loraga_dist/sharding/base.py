@@ -103,6 +103,31 @@ def read_buffers(model: nn.Module, stored: Mapping[str, StoredTensor], dtypes: M
                 stored_as(name, whole.shape, stored).read_into(0, whole.view(-1))
 
 
+def model_in_files(
+    base: BaseModel,
+    stored: Mapping[str, StoredTensor],
+    device: torch.device,
+    make: Callable[[StoredTensor, torch.dtype], Parameter],
+) -> nn.Module:
+    """The frozen model, in eval mode, with a parameter that `make` returns for each tensor, tied ones one; its buffers
+    are read. Raises UserError for tensors of another shape than the config says."""
+    model = model_on_meta(base)
+    dtypes = wanted_dtypes(model, base.dtype)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    made: dict[Parameter, Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter not in made:
+                name = names[parameter]
+                tensor = stored_as(name, parameter.shape, stored)
+                made[parameter] = make(tensor, dtypes.get(name) or parameter.dtype)
+            module._parameters[key] = None if parameter is None else made[parameter]
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device)
+    read_buffers(model, stored, dtypes)
+    return model.eval()
+
+
 Change = Callable[[torch.Tensor, int], None]
 """change(elements, first): changes elements of a flattened parameter in place; `first` is the position of the first."""
 

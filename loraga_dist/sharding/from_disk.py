@@ -22,7 +22,7 @@ from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
-from loraga_dist.sharding.base import Change, Sharding, model_on_meta, read_buffers, stored_as, wanted_dtypes
+from loraga_dist.sharding.base import Change, Sharding, model_in_files
 from loraga_dist.sharding.slices import elements_of, part_of, square_norm
 
 _ALIGNMENT_BYTES = 64
@@ -64,23 +64,14 @@ class FromDisk(Sharding):
         if stored is None:
             problem = "transformers has to convert its tensors, all of them in memory; write a copy that it saved"
             raise UserError("model.name_or_path", str(base.directory), problem)
-        model = model_on_meta(base)
-        dtypes = wanted_dtypes(model, base.dtype)
-        names = {parameter: name for name, parameter in model.named_parameters()}
 
-        empty: dict[Parameter, Parameter] = {}  # tied ones are one
-        for module in model.modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None and parameter not in empty:
-                    dtype = dtypes.get(names[parameter], parameter.dtype)
-                    one = torch.empty((), dtype=dtype, device=self.world.device)
-                    empty[parameter] = Parameter(one.expand(parameter.shape), requires_grad=False)
-                    self._stored[empty[parameter]] = stored_as(names[parameter], parameter.shape, stored)
-                module._parameters[key] = None if parameter is None else empty[parameter]
-            for key, buffer in module._buffers.items():
-                module._buffers[key] = None if buffer is None else buffer.to(self.world.device)
-        read_buffers(model, stored, dtypes)
-        return model.eval()
+        def make(tensor: StoredTensor, dtype: torch.dtype) -> Parameter:
+            one = torch.empty((), dtype=dtype, device=self.world.device)
+            parameter = Parameter(one.expand(tensor.shape), requires_grad=False)
+            self._stored[parameter] = tensor
+            return parameter
+
+        return model_in_files(base, stored, self.world.device, make)
 
     @contextmanager
     def hold(self, parameters: Iterable[Parameter], then: Iterable[Parameter] = ()) -> Iterator[None]:

@@ -13,7 +13,7 @@ from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Piece
 from loraga_dist.model.targets import Target
-from loraga_dist.sharding.base import Sharding, pretrained
+from loraga_dist.sharding.base import Sharding, model_in_files, pretrained
 from loraga_dist.sharding.slices import elements_of, part_of
 
 
@@ -21,7 +21,16 @@ class SingleProcess(Sharding):
     is_sharded = False
 
     def load(self, base: BaseModel, stored: Mapping[str, StoredTensor] | None) -> nn.Module:
-        return pretrained(base).to(self.world.device).requires_grad_(False).eval()
+        if base.quantization is None:
+            return pretrained(base).to(self.world.device).requires_grad_(False).eval()
+        assert stored is not None, "quantized weights that have to be converted are refused before"
+
+        def make(tensor: StoredTensor, dtype: torch.dtype) -> Parameter:
+            whole = torch.empty(tensor.shape, dtype=dtype, device=self.world.device)
+            tensor.read_into(0, whole.view(-1))
+            return Parameter(whole, requires_grad=False)
+
+        return model_in_files(base, stored, self.world.device, make)
 
     def attach(self, model: nn.Module) -> nn.Module:
         return model

@@ -233,7 +233,7 @@ CASES = {
         setting("lora", target_modules=["embed_tokens"]), TARGETS, "['embed_tokens']", "add it to lora.exclude_modules",
     ),
     "norm": (setting("lora", target_modules=["input_layernorm"]), TARGETS, "['input_layernorm']", "nn.Linear"),
-    "tied": (tied_target, TARGETS, "['lm_head']", "lm_head.weight is tied to model.embed_tokens.weight"),
+    "tied": (tied_target, TARGETS, "['lm_head']", "tied to other parameters (model.embed_tokens.weight)"),
     "r too large": (
         setting("lora", r=17, target_modules=["q_proj", "k_proj"]),
         "lora.r", "17", "model.layers.0.self_attn.k_proj is 32 x 64 and needs 34 singular directions; write 16 or less",

@@ -81,18 +81,6 @@ def test_rows_of_fused_experts_are_found_in_their_files(tmp_path: Path) -> None:
     assert any(len({slot.path for slot in tensor.slots}) > 1 for tensor in stored.tensors.values()), "in several files"
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "gpt_oss"])
-def test_an_experts_matrix_is_a_row(kind: str, tmp_path: Path) -> None:
-    """Of tensors that are its parts, and of one tensor of all experts."""
-    _, stored = find(save_model(tmp_path, kind), kind)
-    for name, parameter in make_model(kind).named_parameters():
-        if parameter.ndim == 3:
-            for expert, weight in enumerate(parameter):
-                row = stored.tensors[name].row(expert)
-                assert torch.equal(read(row), weight), name
-                assert row.num_bytes == weight.nbytes
-
-
 def test_any_range_is_read_and_cast(mixtral: Path) -> None:
     _, stored = find(mixtral)
     tensor = stored.tensors[f"{EXPERTS}.gate_up_proj"]
@@ -185,12 +173,6 @@ def test_tensors_that_transformers_cuts_are_left_to_it(tmp_path: Path) -> None:
     _, stored = find(tmp_path)
     assert stored.as_it_is is None and stored.changed
     assert not stored.tensors.keys() & set(stored.changed)
-
-
-def test_a_quantized_checkpoint_is_left_to_transformers(mixtral: Path, tmp_path: Path) -> None:
-    base, _ = find(mixtral)
-    base.config.quantization_config = {"quant_method": "fp8"}
-    assert base.stored(meta_copy(base.model_class, base.config)).as_it_is is None
 
 
 def test_what_has_no_tensor_of_its_own_has_no_key(mixtral: Path) -> None:

@@ -9,31 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from builders import VOCABULARY, byte_tokenizer, config_tree, save_data
+from builders import ENCODER, SPECIAL_IDS, VOCABULARY, byte_tokenizer, config_tree, save_class, save_data
 from outputs import make_output, read_factors, read_report, relative
-from torch import nn
 
-IDS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257, "decoder_start_token_id": 257}
-ENCODER = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "embedding_size": 32, "max_position_embeddings": 64, "num_labels": 3, **IDS,
-}  # fmt: skip
 DECODER = {
     "vocab_size": VOCABULARY, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
-    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "max_position_embeddings": 64, **IDS,
+    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "max_position_embeddings": 64,
+    **SPECIAL_IDS,
 }  # fmt: skip
-
-
-def save(directory: Path, class_name: str, **values: Any) -> Path:
-    model_class: Any = getattr(transformers, class_name)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**values))
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.2)  # else a random model's layers hardly matter
-    model.save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
 
 
 def tree_of(directory: Path, model: Path, task: str, rows: int = 5, **sections: Any) -> dict[str, Any]:
@@ -61,7 +44,7 @@ def own_gradients(model: Path, data: Path, class_name: str) -> dict[str, torch.T
     ],
 )
 def test_texts_go_one_by_one_where_a_model_sees_their_padding(class_name: str, sees: bool, tmp_path: Path) -> None:
-    model = save(tmp_path / "model", class_name, **ENCODER)
+    model = save_class(tmp_path / "model", class_name, **ENCODER)
     tree = tree_of(tmp_path, model, "SEQ_CLS")
     out = make_output(tree)
     report, factors = read_report(out), read_factors(out)
@@ -89,13 +72,13 @@ def test_another_loss_of_a_models_own_is_said(class_name: str, task: str, says: 
     values: dict[str, Any] = dict(DECODER)
     if class_name.startswith("ProphetNet"):
         values = {
-            "vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 300, "ngram": 2, **IDS,
+            "vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 300, "ngram": 2, **SPECIAL_IDS,
             **{f"num_{side}_{of}": 2 for side in ("encoder", "decoder") for of in ("layers", "attention_heads")},
             **{f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")},
         }  # fmt: skip
     if class_name.startswith("OpenAI"):
-        values = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **IDS}
-    model = save(tmp_path / "model", class_name, **values)
+        values = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL_IDS}
+    model = save_class(tmp_path / "model", class_name, **values)
     tree = tree_of(tmp_path, model, task, lora={"exclude_modules": ".*encoder_attn.*"} if "Bart" in class_name else {})
     if class_name.startswith("MBart"):
         del tree["lora"]["exclude_modules"]

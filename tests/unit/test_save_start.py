@@ -9,7 +9,9 @@ import pytest
 import torch
 import transformers
 from builders import TASKS, save_model
+from outputs import disturb, line_of
 from peft import PeftModel
+from quantizing import by_transformers, save_fp8
 from safetensors.torch import load_file
 
 import loraga_dist
@@ -107,3 +109,30 @@ def test_quantized_weights_are_refused_before_anything_is_taken(tmp_path: Path) 
     ):
         loraga_dist.initialize(model, [], {"lora": LORA})
     assert not hasattr(model, "peft_config")
+
+
+def test_a_start_of_dequantized_weights_belongs_on_the_quantized_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_fp8(tmp_path / "base")
+
+    def initialized_by(scheme: str) -> Any:
+        ids = torch.arange(40, 72).view(2, 16)
+        config = {"lora": {**LORA, "task_type": "CAUSAL_LM"}, "init": {"scheme": scheme}}
+        return loraga_dist.initialize(by_transformers(base, torch.float32), [{"input_ids": ids, "labels": ids}], config)
+
+    with pytest.raises(loraga_dist.UserError, match=r"LoRA-GA': changes the base's weights, and .* quantized \(fp8\)"):
+        loraga_dist.save_start(initialized_by("lora_ga"), tmp_path / "refused")
+    start = initialized_by("rrr")
+    loraga_dist.save_start(start, tmp_path / "start")
+    disturb(start.model)
+    start.model.save_pretrained(tmp_path / "trained")
+    assert start.model.peft_config["default"].base_model_name_or_path == str(base)
+    init = ["--init", str(tmp_path / "start" / "loraga_init"), "--trained", str(tmp_path / "trained")]
+    assert main(["convert", *init, "--to", str(tmp_path / "plain")]) == 0
+    plain = PeftModel.from_pretrained(by_transformers(base, torch.float32), tmp_path / "plain")
+    expected = logits(start.model)
+    assert (logits(plain) - expected).abs().max() < 1e-5 * expected.abs().max()
+    capsys.readouterr()
+    assert main(["convert", *init, "--merge", str(tmp_path / "merged")]) == 2
+    assert "which are quantized (fp8); write --to, and serve that adapter on the base" in line_of(capsys)

@@ -8,23 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 import yaml
-from builders import VOCABULARY, byte_tokenizer, config_tree, save_data
+from builders import SPECIAL_IDS, VOCABULARY, config_tree, save_class, save_data
 from outputs import read_report, write_config
 
 from loraga_dist.cli import init_main
 
-IDS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257, "decoder_start_token_id": 257}
 TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, **IDS,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, **SPECIAL_IDS,
 }  # fmt: skip
 BART = {
     "vocab_size": VOCABULARY, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
     "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "max_position_embeddings": 64,
-    "num_labels": 8, **IDS,
+    "num_labels": 8, **SPECIAL_IDS,
 }  # fmt: skip
 AUDIO = {
     "d_model": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -35,12 +32,11 @@ DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers":
 
 
 def make_tree(directory: Path, class_name: str, task: str, values: dict[str, Any]) -> dict[str, Any]:
-    model_class: Any = getattr(transformers, class_name)
-    torch.manual_seed(0)
-    model_class(model_class.config_class(**values)).save_pretrained(directory / "model")
-    byte_tokenizer().save_pretrained(directory / "model")
-    data = save_data(directory / "data.jsonl", task, rows=4)
-    return config_tree(directory / "model", data, directory / "out", lora={"r": 2, "task_type": task})
+    model, data = (
+        save_class(directory / "model", class_name, **values),
+        save_data(directory / "data.jsonl", task, rows=4),
+    )
+    return config_tree(model, data, directory / "out", lora={"r": 2, "task_type": task})
 
 
 def said(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -61,7 +57,7 @@ def said(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
             "MambaForCausalLM",
             "CAUSAL_LM",
             TEXT | {"state_size": 4, "time_step_rank": 8},
-            ["refused by PEFT in a mamba", "no part in the"],
+            ["refused by PEFT in such a model", "no part in the"],
         ),
         # the decoder has cross-attention, and nothing to attend to
         ("BartForCausalLM", "CAUSAL_LM", BART, ["took no part in the loss"]),
