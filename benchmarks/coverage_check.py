@@ -1,7 +1,7 @@
-"""One architecture, in a process of its own: init as a user runs it, following what it says, and two checks of the output.
+"""One architecture, in a process of its own: init as a user runs it, following what it says, and two checks.
 
-The adapter on the residual base, loaded by stock PEFT, has the original model's logits; and the factors are those of the
-gradient that plain autograd has of the model's own loss, of each sample alone and without padding.
+The adapter on the residual base, loaded by stock PEFT, has the original model's logits; and the factors are those of
+the gradient that plain autograd has of the model's own loss, of each sample alone and without padding.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def examine(kind_name: str, model_type: str, directory: Path) -> dict[str, Any]:
             _check(parse_config(InitConfig, tree), directory, outcome)
     except Exception as error:
         outcome.outcome, outcome.why = CRASHED, f"check: {_in_a_line(error)}\n{traceback.format_exc()}"
-    if outcome.outcome == CRASHED and own_forward is not None:
+    if outcome.outcome in (CRASHED, REFUSED) and own_forward is not None:
         outcome.outcome, outcome.why = NOT_BUILT, f"its own forward fails on text alone: {own_forward}"
     return asdict(outcome)
 
@@ -93,10 +93,10 @@ def _own_forward(model: PreTrainedModel, kind: Kind) -> str | None:
     labels = torch.zeros(1, dtype=torch.long) if kind.task_type == "SEQ_CLS" else ids
     try:
         with torch.no_grad():
-            _forward(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}).loss
+            found = _forward(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+        return None if found.loss is not None else "it gives no loss"
     except Exception as error:
         return _in_a_line(error)
-    return None
 
 
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:
@@ -145,7 +145,7 @@ def _run(kind: Kind, directory: Path, data: Path, outcome: Outcome) -> dict[str,
 
 
 _OTHER_LOSS = "gives another loss than the cross-entropy"
-_NOTES = {"padding changes what": "texts one by one, as init says: it sees their padding"}
+_NOTES = {"is that of texts one by one": "texts one by one, as init says: it sees their padding"}
 
 _NAMED = (
     # one module of many like it: the ends of their names

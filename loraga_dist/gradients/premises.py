@@ -22,9 +22,9 @@ from loraga_dist.sharding.base import Sharding
 _TOLERANCE = 1e-3
 """Relative; of lower precisions some units in the last place."""
 
-_SEE_PADDING = {"blt", "deepseek_v4", "doge", "dots3_note_text", "mistral_large4", "paligemma"}
-"""Causal models that may, by the model type of their config: they compress or choose what they attend to, by patches of
-the longest text, or see a prefix whole. benchmarks/coverage.py finds them."""
+_ATTEND_TO_PADDING = {"blt", "deepseek_v4", "doge", "dots3_note_text", "mistral_large4", "paligemma"}
+"""Causal models, by the model type of their config; at which lengths of texts differs. benchmarks/coverage.py finds
+them."""
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
@@ -34,14 +34,11 @@ def try_premises(model: nn.Module, request: AnyRequest, sharding: Sharding) -> t
     """Try them on the data of a request; a collective. The request, which takes texts one by one where a model sees
     their padding, and a line on every premise that does not hold."""
     cautions = []
-    share = _share_of_padding(model, request, sharding)
-    if share > _tolerance(model):
-        assert isinstance(request.data, SampleSharder)
-        size = request.data.per_device_batch_size
+    data = request.data
+    if isinstance(data, SampleSharder) and (how := _sees_padding(model, request, data, sharding)):
         cautions.append(
-            f"padding changes what {type(model).__name__} makes of a text (its logits by {share:.2g} of the largest): "
-            f"the gradient is that of texts one by one, not of {size} together; train with batches of one, or of texts "
-            "of one length"
+            f"{how}: the gradient is that of texts one by one, not of {data.per_device_batch_size} together; train "
+            "with batches of one, or of texts of one length"
         )
         one_by_one = [data and replace(data, per_device_batch_size=1) for data in (request.data, request.step_data)]
         request = replace(request, data=one_by_one[0], step_data=one_by_one[1])
@@ -61,13 +58,25 @@ def _tolerance(model: nn.Module) -> float:
     return max(_TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
-def _share_of_padding(model: nn.Module, request: Request, sharding: Sharding) -> float:
+def _sees_padding(model: nn.Module, request: Request, data: SampleSharder, sharding: Sharding) -> str | None:
+    """Say how, if it does."""
+    name = type(model).__name__
+    if data.per_device_batch_size == 1:
+        return None
+    if _may_attend_to_padding(model):
+        return f"{name} may attend to padding among what it compresses, or chooses from"
+    # other causal models see none on the right
+    if request.config.lora.task_type == "CAUSAL_LM" and _has_shared_loss(model):
+        return None
+    share = _share_of_padding(model, data, sharding)
+    if share <= _tolerance(model):
+        return None
+    return f"padding changes what {name} makes of a text (its logits by {share:.2g} of the largest)"
+
+
+def _share_of_padding(model: nn.Module, data: SampleSharder, sharding: Sharding) -> float:
     """By how much the logits of the shortest text change beside the longest, of the largest of them; with a decoder's
     text beside the longest of these, too."""
-    data = request.data
-    # most causal models see no padding on the right
-    if not isinstance(data, SampleSharder) or data.per_device_batch_size == 1 or not _may_look_ahead(model, request):
-        return 0.0
     shortest = min(data.samples, key=lambda sample: sum(_lengths(sample)))
     longest = [max(data.samples, key=lambda sample: _lengths(sample)[part]) for part in range(len(_lengths(shortest)))]
     alone, beside = (
@@ -89,11 +98,9 @@ def _lengths(sample: Sample) -> list[int]:
     return [len(tokens) for tokens in (inputs["input_ids"], inputs["labels"]) if isinstance(tokens, list)]
 
 
-def _may_look_ahead(model: nn.Module, request: Request) -> bool:
-    if request.config.lora.task_type != "CAUSAL_LM" or not _has_shared_loss(model):
-        return True
+def _may_attend_to_padding(model: nn.Module) -> bool:
     config: Any = model.config
-    return not _SEE_PADDING.isdisjoint({config.model_type, config.get_text_config().model_type})
+    return not _ATTEND_TO_PADDING.isdisjoint({config.model_type, config.get_text_config().model_type})
 
 
 def _has_shared_loss(model: nn.Module) -> bool:
