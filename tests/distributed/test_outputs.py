@@ -256,6 +256,7 @@ def test_each_phase_is_said_with_what_it_has_to_do(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().err
     expected = [
         r"read: 24 sequences, 21 targets in \d+\.\d s",
+        r"adapters: [\d.]+ k of [\d.]+ k parameters \(\d+\.\d %\); without adapter: .*embeddings [\d.]+ k.*",
         r"plan: 12 microbatches per rank, \d[\d.e-]* to \d[\d.e-]* seconds of arithmetic; model order",
         r"load weights: [\d.]+kB",
         "calibrate: 12 microbatches",

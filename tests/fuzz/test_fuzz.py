@@ -37,7 +37,8 @@ LINE = re.compile(r"loraga-dist( [a-z-]+)?: ")
 """Ours, or argparse's."""
 TOLD = re.compile(
     r"loraga-dist: (checkpoint: |going on from|the same command goes on)|usage: | +\[|warning: |"
-    r"[a-z ]+: [0-9.]+ ?(k?M?B|microbatches|sequences)\b|plan: \d+ microbatches|Loading weights: |$"
+    r"[a-z ]+: [0-9.]+ ?(k?M?B|microbatches|sequences)\b|adapters: [0-9.]+ |plan: \d+ microbatches|"
+    r"Loading weights: |$"
 )
 """What may stand beside it."""
 
