@@ -217,6 +217,9 @@ def _injected(meta_model: nn.Module, lora: LoraSection, target_modules: str | li
     if config is not None:
         meta_model.config = config
         if lost := lost_by_loading(peft_model):
+            if len(lost) == len(_adapted(model)):
+                problem = "PEFT finds no target of this model again when it loads an adapter; write another model"
+                raise UserError("lora.target_modules", lora.target_modules, problem)
             raise _excluding(lost, "not found again by PEFT when it loads their adapter", lora)
     return model
 
