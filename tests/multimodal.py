@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from builders import VOCABULARY, byte_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -34,6 +35,12 @@ def _rotary(*section: int, **others: Any) -> dict[str, Any]:
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {
         "text_config": _TEXT | _rotary(2, 1, 1),
+        "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
+    },
+    "qwen3_vl_moe": {
+        "text_config": _TEXT | _rotary(2, 1, 1) | {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        },
         "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
     },
     "gemma3": {
@@ -120,6 +127,10 @@ def make_multimodal(kind: str) -> Any:
 
 def save_multimodal(directory: Path, kind: str) -> Path:
     make_multimodal(kind).save_pretrained(directory)
+    if kind == "qwen3_vl_moe":  # its own files have what transformers transposes
+        file = directory / "model.safetensors"
+        tensors = load_file(file).items()
+        save_file({key: it.mT.contiguous() if it.ndim == 3 else it for key, it in tensors}, file, {"format": "pt"})
     byte_tokenizer().save_pretrained(directory)
     return directory
 

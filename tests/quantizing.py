@@ -60,7 +60,7 @@ def save_mxfp4(directory: Path) -> Path:
     for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         E, N, M = tensors.pop(key).shape
         blocks = torch.randint(256, (E, M, N // 32, 16), generator=generator)
-        exponents = torch.randint(119, 124, (E, M, N // 32), generator=generator)
+        exponents = torch.randint(100, 124, (E, M, N // 32), generator=generator)
         tensors |= {f"{key}_blocks": blocks.to(torch.uint8), f"{key}_scales": exponents.to(torch.uint8)}
     return _save(directory, tensors, {"quant_method": "mxfp4"})
 

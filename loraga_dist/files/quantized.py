@@ -9,8 +9,7 @@ import importlib.util
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class QuantizedSlot(ABC):
 
     @abstractmethod
     def values(self, first: int, past: int, dtype: torch.dtype) -> Tensor:
-        """Units [first, past), flattened, on the CPU, rounded once more at most where the format itself rounds."""
+        """Units [first, past) in a new tensor on the CPU, as transformers dequantizes them to a dtype."""
 
     def fill(self, start: int, elements: Tensor) -> None:
         """As TensorSlot's."""
@@ -64,11 +63,10 @@ class QuantizedSlot(ABC):
         while elements.numel():
             first = start // self.unit
             past = min(first + units_at_a_time, -(-(start + elements.numel()) // self.unit))
-            found = self.values(first, past, elements.dtype).reshape(-1)[start - first * self.unit :][
-                : elements.numel()
-            ]
-            elements[: found.numel()].copy_(found)
-            start, elements = start + found.numel(), elements[found.numel() :]
+            found = self.values(first, past, elements.dtype).flatten()[start - first * self.unit :]
+            part, elements = elements[: found.numel()], elements[found.numel() :]
+            part.copy_(found[: part.numel()])
+            start += part.numel()
 
 
 Find = Callable[[Mapping[str, TensorSlot], Mapping[str, Any], torch.dtype], Iterator[QuantizedSlot]]
@@ -120,10 +118,14 @@ class _BlockScaled(QuantizedSlot):
         rows = torch.arange(first, past)
         scale_rows = rows // M * down + rows % M // self.block[0]
         begin, end = int(scale_rows[0]), int(scale_rows[-1]) + 1
-        scales = _powers(_rows(scale, begin, end, across)).repeat_interleave(self.block[1], dim=1)
-        codes = _rows(weight, first, past, weight.shape[-1])
-        floats = codes.float() if codes.is_floating_point() else _pairs(codes)
-        return floats.mul_(scales[scale_rows - begin, :N]).to(dtype)
+        scales = _powers(_rows(scale, begin, end, across))[scale_rows - begin]
+        codes = _rows(weight, first, past, weight.shape[-1]).view(torch.uint8).flatten().int()
+        # torch casts from 8 bits seven times as slowly
+        floats = _meanings(weight.dtype).index_select(0, codes).view(torch.float32).view(-1, N)
+        whole, rest = divmod(N, self.block[1])
+        floats[:, : N - rest].unflatten(1, (whole, self.block[1])).mul_(scales[:, :whole, None])
+        floats[:, N - rest :].mul_(scales[:, whole:])
+        return floats.to(dtype)
 
 
 def _find_block_scaled(
@@ -145,11 +147,11 @@ def _find_block_scaled(
 
 def _block(shape: tuple[int, ...], scale: TensorSlot, stated: Sequence[int] | None) -> tuple[int, int]:
     """Rows and columns to a scale: those of the configuration, or where they do not fit equal shares."""
-    sizes, grid = shape[-2:], _grid(scale)
-    equal = [size // max(1, count) for size, count in zip(sizes, grid, strict=True)]
-    for block in (stated, equal):
-        if block and all(side and -(-size // side) == n for size, side, n in zip(sizes, block, grid, strict=True)):
-            return block[0], block[1]
+    (M, N), (down, across) = shape[-2:], _grid(scale)
+    if scale.numel == math.prod(shape[:-2]) * down * across:
+        for rows, columns in (stated or (M, N), (M // max(1, down), N // max(1, across))):
+            if rows and columns and (-(-M // rows), -(-N // columns)) == (down, across):
+                return rows, columns
     raise _unreadable(scale.name, f"has shape {scale.shape}, which are no blocks of a weight of shape {shape}")
 
 
@@ -167,27 +169,32 @@ def _powers(scales: Tensor) -> Tensor:
     return torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
 
 
-def _pairs(codes: Tensor) -> Tensor:
-    """The two floats of 4 bits in each byte, side by side, float32."""
+def _meanings(dtype: torch.dtype) -> Tensor:
+    """What every byte is: a float32, or two of them beside each other in what looks like a float64."""
     from transformers.integrations.mxfp4 import FP4_VALUES
 
-    codes = codes.view(torch.uint8)
-    return torch.tensor(FP4_VALUES)[torch.stack([codes & 15, codes >> 4], dim=-1).int()].flatten(-2)
+    codes = torch.arange(256, dtype=torch.uint8)
+    if dtype.is_floating_point:
+        return codes.view(dtype).float()
+    return torch.tensor(FP4_VALUES)[torch.stack([codes & 15, codes >> 4], dim=1).int()].view(torch.float64).flatten()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Mxfp4(QuantizedSlot):
-    """gpt-oss's experts: blocks of 32 inputs share an exponent, and outputs come before inputs, unlike in memory."""
+class _Transposed(QuantizedSlot):
+    """Matrices that lie the other way round in memory."""
+
+    stored: _BlockScaled
 
     @property
     def unit(self) -> int:
         return math.prod(self.shape[1:])
 
     def values(self, first: int, past: int, dtype: torch.dtype) -> Tensor:
-        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-        blocks, scales = (read_rows(self.parts[part], first, past) for part in ("blocks", "scales"))
-        return convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+        _, M, N = self.stored.shape
+        whole = torch.empty(past - first, N, M, dtype=dtype)
+        for one, other in zip(whole, self.stored.values(first * M, past * M, dtype).view(-1, M, N), strict=True):
+            one.copy_(other.t())  # of matrices torch does that in blocks, of stacks element by element
+        return whole
 
 
 def _find_mxfp4(
@@ -195,11 +202,13 @@ def _find_mxfp4(
 ) -> Iterator[QuantizedSlot]:
     for key, blocks in index.items():
         name = key.removesuffix("_blocks")
-        scales = index.get(f"{name}_scales")
-        if name != key and scales is not None:
-            E, P, num_blocks, num_bytes = blocks.shape
-            shape = (E, 2 * num_bytes * num_blocks, P)
-            yield _Mxfp4(name=name, shape=shape, dtype=dtype, parts={"blocks": blocks, "scales": scales})
+        scale = index.get(f"{name}_scales")
+        if name != key and scale is not None:
+            E, M, num_blocks, num_bytes = blocks.shape
+            N, block = 2 * num_bytes * num_blocks, (1, 2 * num_bytes)
+            parts = {"weight": replace(blocks, shape=(E, M, num_bytes * num_blocks)), "scale": scale}
+            stored = _BlockScaled(name=name, shape=(E, M, N), dtype=dtype, parts=parts, block=block)
+            yield _Transposed(name=name, shape=(E, N, M), dtype=dtype, parts=parts, stored=stored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +290,7 @@ class _Compressed(QuantizedSlot):
     def unit(self) -> int:
         return self._rows_per_unit * self.shape[1]
 
-    @cached_property
+    @property
     def _is_packed(self) -> bool:
         return "weight_packed" in self.parts
 
@@ -316,10 +325,8 @@ def _find_compressed(
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import is_match
 
-    if (
-        quantization.get("transform_config")
-        or (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense"
-    ):
+    sparsity = (quantization.get("sparsity_config") or {}).get("format", "dense")
+    if quantization.get("transform_config") or sparsity != "dense":
         raise _unreadable("config.json", "transforms or thins out the quantized weights")
     config = QuantizationConfig.model_validate(
         {key: value for key, value in quantization.items() if key in QuantizationConfig.model_fields}

@@ -65,3 +65,18 @@ class StoredTensor:
         for slot, first, past in self.pieces(start, start + elements.numel()):
             slot.fill(first, elements[: past - first])
             elements = elements[past - first :]
+
+
+class TransposedTensor(StoredTensor):
+    """A tensor whose matrices, its last two axes, lie transposed in the files: [..., m, n] is [..., n, m] there."""
+
+    def read_into(self, start: int, elements: Tensor) -> None:
+        """As StoredTensor's; each matrix that is touched is read whole."""
+        M, N = self.shape[-2:]
+        while elements.numel():
+            index, first = divmod(start, M * N)
+            part, elements = elements[: M * N - first], elements[M * N - first :]
+            stored_NM = torch.empty(N, M, dtype=part.dtype)
+            super().read_into(index * M * N, stored_NM.view(-1))
+            part.copy_(stored_NM.t().reshape(-1)[first : first + part.numel()])
+            start += part.numel()

@@ -64,8 +64,15 @@ class BaseModel:
         return positions if isinstance(positions, int) and positions > 0 else None
 
     def stored(self, meta_model: nn.Module) -> StoredModel:
-        """Where the model's parameters lie. Raises UserError as `stored_model`."""
-        return stored_model(meta_model, self.weights)
+        """Where the model's parameters lie. Raises UserError as `stored_model`, and for what transformers would have to
+        convert of a quantized checkpoint, or fill in."""
+        found = stored_model(meta_model, self.weights)
+        if self.quantization is not None and self.index and found.as_it_is is None:
+            name = [*found.lacking, *found.changed][0]
+            made = "is not in the checkpoint" if found.lacking else "is not made of whole tensors of the checkpoint"
+            quantized = f"which is quantized ({self.quantization['quant_method']})"
+            raise UserError(_MODEL_KEY, name, f"{made}, {quantized}; write one in floating point")
+        return found
 
 
 def find_base_model(

@@ -54,9 +54,9 @@ def find_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directo
     model_class = classes.get(wanted or stated[0]) or next(iter(classes.values()))
     if model_class not in _mapped(names[0], hf_config)[:1]:
         wanted = model_class.__name__
-    text = hf_config.get_text_config()
+    text, own = hf_config.get_text_config(), model_class.config_class
     # families that share a class have configs of their own, which it takes as well
-    is_narrow = not isinstance(hf_config, model_class.config_class) and isinstance(text, model_class.config_class)
+    is_narrow = not isinstance(hf_config, own) and isinstance(text, own)
     return FoundClass(model_class, text if is_narrow else hf_config, wanted)
 
 

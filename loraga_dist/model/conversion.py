@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from loraga_dist.errors import UserError
-from loraga_dist.files.stored_tensors import Slot, StoredTensor
+from loraga_dist.files.stored_tensors import Slot, StoredTensor, TransposedTensor
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,29 @@ class StoredModel:
 
     @cached_property
     def places(self) -> dict[str, Place]:
-        """What tensors of the checkpoint are in the model, by their keys; those that it does not use are left out."""
+        """What tensors of the checkpoint are in the model as they are, by their keys."""
         return {
             slot.name: Place(name, start)
             for name, stored in self.tensors.items()
+            if not isinstance(stored, TransposedTensor)
             for slot, start in zip(stored.slots, stored.starts, strict=False)
         }
 
     def key_of(self, name: str) -> str:
         """The key of the one tensor that is this parameter. Raises UserError where there is none."""
         stored = self.tensors.get(name)
-        if stored is not None and len(stored.slots) == 1:
+        if stored is not None and len(stored.slots) == 1 and not isinstance(stored, TransposedTensor):
             return stored.slots[0].name
         raise _without_place(name)
 
     def tensor_of(self, name: str) -> StoredTensor:
         """Where this parameter lies. Raises UserError where it is not the elements of tensors of the checkpoint."""
-        if name not in self.tensors:
+        if isinstance(stored := self.tensors.get(name), TransposedTensor):
+            problem = "lies transposed in the checkpoint, where its residual is not written"
+            raise UserError("model.name_or_path", name, f"{problem}; leave it out of lora.target_parameters")
+        if stored is None:
             raise _without_place(name, "leave it out of lora.target_parameters")
-        return self.tensors[name]
+        return stored
 
 
 def _without_place(
@@ -85,7 +89,7 @@ def stored_model(meta_model: nn.Module, index: Mapping[str, Slot]) -> StoredMode
     """
     names = [name for name, _ in [*meta_model.named_parameters(), *meta_model.named_buffers()]]
     sources = _sources(meta_model, index)
-    made = {name: sources[name].converted(name) for name in names if name in sources}
+    made = {name: sources[name].converted(name, meta_model) for name in names if name in sources}
     needed = meta_model.state_dict().keys()  # with all names of tied parameters, without buffers of no file
     return StoredModel(
         tensors={name: stored for name, stored in made.items() if stored is not None},
@@ -103,9 +107,10 @@ class _Source:
     found: defaultdict[str | None, list[tuple[str, Slot]]] = field(default_factory=lambda: defaultdict(list))
     """By the converter's pattern, with the name that the pattern matched."""
 
-    def converted(self, parameter: str) -> StoredTensor | None:
-        """What transformers makes of them; None where elements would change, or their order within a tensor."""
-        from transformers.core_model_loading import Concatenate, MergeModulelist
+    def converted(self, parameter: str, model: nn.Module) -> StoredTensor | None:
+        """What transformers makes of them for this model; None where elements would change, or their order otherwise
+        than by transposition."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
         as_they_are = {
             pattern: [StoredTensor(slot.shape, (slot,)) for _, slot in found] for pattern, found in self.found.items()
@@ -116,6 +121,11 @@ class _Source:
         if not as_they_are.keys() <= set(patterns):
             return None
         operands = [as_they_are[pattern] for pattern in patterns if pattern in as_they_are]
+        match self.converter.operations, operands:
+            case [Transpose() as transpose], [[tensor]]:
+                if transpose.check_dims and tensor.shape == model.get_parameter(parameter).shape:
+                    return tensor
+                return _transposed(tensor, transpose.dim0, transpose.dim1)
         for operation in self.converter.operations:
             if type(operation) is MergeModulelist and operation.dim == 0 and self._has_experts_in_order(parameter):
                 results = [_stack(tensors) for tensors in operands]
@@ -187,6 +197,15 @@ def _expert_number(pattern: str, name: str) -> int | None:
         return None
     match = re.search(pattern.replace("*.", r"(?P<expert>\d+)\."), name)
     return int(match["expert"]) if match else None
+
+
+def _transposed(tensor: StoredTensor, *dims: int) -> StoredTensor | None:
+    """A tensor with its last two axes exchanged; None for others."""
+    rank = len(tensor.shape)
+    if {dim % rank for dim in dims} != {rank - 2, rank - 1}:
+        return None
+    *outer, M, N = tensor.shape
+    return TransposedTensor((*outer, N, M), tensor.slots)
 
 
 def _stack(tensors: Sequence[StoredTensor]) -> StoredTensor | None:

@@ -51,6 +51,12 @@ def pattern_of(names: Iterable[str], *, any_layer: bool = False) -> str:
     return _pattern(split)
 
 
+def must_be_excluded(names: Sequence[str], what: str, lora: LoraSection) -> UserError:
+    """What to raise over targets that are `what`."""
+    problem = f"{names[0]} is among the targets that are {what}; {excluding(lora, pattern_of(names))}"
+    return UserError("lora.target_modules", lora.target_modules, problem)
+
+
 def _pattern(names: Iterable[Sequence[str]]) -> str:
     ends: dict[str, list[Sequence[str]]] = {}
     for first, *rest in names:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import re
-import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from loraga_dist.config import LoraSection
-from loraga_dist.errors import UserError, blame
+from loraga_dist.errors import UserError
 from loraga_dist.model.blocks import expert_lists
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage, Weights
+from loraga_dist.model.injection import injected_by_peft, names_taken_for_experts
 from loraga_dist.model.left_out import LeftOut, experts_left_out, routers_left_out, rows_left_out, towers_left_out
-from loraga_dist.model.names import excluding, pattern_of, require_matches, with_end
+from loraga_dist.model.names import must_be_excluded, require_matches, with_end
 from loraga_dist.model.products import find_routers, is_product, multiplies
 from loraga_dist.model.stacks import (
     NOT_IN_INTERFACE,
@@ -29,11 +27,8 @@ from loraga_dist.model.stacks import (
     find_stacks,
     untappable,
 )
-from loraga_dist.model.targets import StackPlace, StoredRows, Target, lost_by_loading, peft_lora_config
+from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
 from loraga_dist.model.towers import text_model, tower_of
-
-SELECTION_SECONDS = 120
-"""PEFT takes a few for the largest models; some regular expressions never end."""
 
 _REMOVE = "leave it out"
 
@@ -73,13 +68,13 @@ def select_targets(
     before = {name for name, _ in meta_model.named_modules()}
     weights = Weights.of(meta_model)
     stacks, lists = find_stacks(meta_model), tuple(f"{name}." for name in expert_lists(meta_model))
-    taken_for_experts = _names_taken_for_experts(meta_model)
+    taken_for_experts = names_taken_for_experts(meta_model)
     _require_names(meta_model, stacks, lora)
     require_matches(meta_model, lora)
     target_modules, left_out = lora.target_modules, list[LeftOut]()
     if target_modules == "all-linear":
         target_modules, left_out = _all_linear(meta_model, lora)
-    injected = _injected(meta_model, lora, target_modules)
+    injected = injected_by_peft(meta_model, lora, target_modules)
     targets: list[Target] = []
     tied_names: list[str] = []
     matched: set[str] = set()
@@ -102,7 +97,7 @@ def select_targets(
         targets += found if in_files is None else [with_places(target, in_files) for target in found]
     if tied_names:
         other = tied[f"{tied_names[0]}.weight"]
-        raise _excluding(
+        raise must_be_excluded(
             tied_names, f"tied to other parameters ({other}), so that changing one would change both", lora
         )
     if not targets:
@@ -187,84 +182,6 @@ def _all_linear(model: nn.Module, lora: LoraSection) -> tuple[list[str], list[Le
     if not lora.target_parameters:  # else who names some knows of the others
         left_out = experts_left_out(model) + routers_left_out(routers) + left_out
     return kept, left_out
-
-
-def _injected(meta_model: nn.Module, lora: LoraSection, target_modules: str | list[str]) -> nn.Module:
-    """The model with PEFT's layers in it. target_modules: what the section's stand for."""
-    from peft import get_peft_model
-
-    config: Any = getattr(meta_model, "config", None)
-    if config is not None:
-        # by its name PEFT would take names of modules for those of experts that an earlier transformers had
-        meta_model.config = copy.copy(config)
-        meta_model.config.model_type = ""
-    instead = "write names of nn.Linear modules, or all-linear"
-    with (
-        blame("lora.target_modules", lora.target_modules, "PEFT refuses it", instead, limit_seconds=SELECTION_SECONDS),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        peft_config = peft_lora_config(lora.model_copy(update={"target_modules": target_modules}))
-        try:
-            peft_model: Any = get_peft_model(meta_model, peft_config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
-        except TypeError as error:
-            if both := _adapted_and_saved(meta_model, lora):
-                raise _excluding(both, "trained whole by PEFT, for the ends of their names", lora) from error
-            raise
-    model = peft_model.base_model.model
-    if refused := [name for name in _adapted(model) if _is_refused(name.rpartition(".")[2], config, peft_model)]:
-        raise _excluding(refused, "refused by PEFT in such a model", lora)
-    if config is not None:
-        meta_model.config = config
-        if lost := lost_by_loading(peft_model):
-            if len(lost) == len(_adapted(model)):
-                problem = "PEFT finds no target of this model again when it loads an adapter; write another model"
-                raise UserError("lora.target_modules", lora.target_modules, problem)
-            raise _excluding(lost, "not found again by PEFT when it loads their adapter", lora)
-    return model
-
-
-def _excluding(names: list[str], what: str, lora: LoraSection) -> UserError:
-    problem = f"{names[0]} is among the targets that are {what}; {excluding(lora, pattern_of(names))}"
-    return UserError("lora.target_modules", lora.target_modules, problem)
-
-
-def _adapted(model: nn.Module) -> list[str]:
-    """Modules with one of PEFT's layers in their place."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-
-
-def _adapted_and_saved(model: nn.Module, lora: LoraSection) -> list[str]:
-    """Those that are to be trained whole as well; of classifiers, heads are."""
-    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-
-    ends = (*(lora.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if lora.task_type == "SEQ_CLS" else ()))
-    return [name for name in _adapted(model) if name.endswith(ends)]
-
-
-def _is_refused(end: str, config: Any, peft_model: Any) -> bool:
-    """Whether PEFT refuses to adapt a module of this name, knowing what model it is in."""
-    try:
-        peft_model.base_model._check_target_module_compatiblity(
-            peft_model.active_peft_config, SimpleNamespace(config=config), end
-        )
-    except ValueError:
-        return True
-    return False
-
-
-def _names_taken_for_experts(model: nn.Module) -> set[str]:
-    """Modules that PEFT, given their names, takes for experts of an earlier transformers."""
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    config = LoraConfig(target_modules=sorted(names))
-    with warnings.catch_warnings(action="ignore"):
-        convert_peft_config_for_transformers(config, model, None)
-    return names - set(config.target_modules or ())
 
 
 def _targets_of(

@@ -30,21 +30,26 @@ from loraga_dist.data.samples import fingerprints
 from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries
-from loraga_dist.model.base import DTYPES, BaseModel, factor_dtype, find_base_model, model_files
+from loraga_dist.model.base import BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.left_out import LeftOut
-from loraga_dist.model.names import excluding, pattern_of
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.shape import ModelShape
-from loraga_dist.model.stacks import Stack, find_stacks
+from loraga_dist.model.stacks import find_stacks
 from loraga_dist.model.targets import Target, meta_copy, require_saved, require_targets
-from loraga_dist.model.towers import text_model, tower_of
+from loraga_dist.model.towers import text_model
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
+from loraga_dist.request.refusals import (
+    require_base_left_alone,
+    require_gradients_of_text,
+    require_inputs_of_a,
+    require_unquantized,
+)
 from loraga_dist.schemes import SCHEMES, Scheme
 from loraga_dist.sharding.settings import Holding, require_usable
 
@@ -184,7 +189,7 @@ def understand(
     scheme = SCHEMES[config.init.scheme]
     base = find_base_model(config.model, config.lora.task_type, world.device, needs_weights=needs_weights)
     if base.quantization is not None:
-        _require_base_left_alone(base.quantization["quant_method"], config)
+        require_base_left_alone(base.quantization["quant_method"], config)
     if scheme.changes_base:
         model_files(base.directory)  # refuses links, before the work that ends in a copy
     key, value = ("model.name_or_path", config.model.name_or_path)
@@ -196,8 +201,6 @@ def understand(
         stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks, text = find_blocks(meta_model), text_model(meta_model)
-    if base.quantization is not None and base.index:
-        _require_parts(stored, base.quantization["quant_method"])
     in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
@@ -214,7 +217,7 @@ def understand(
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
         data, step_data = _share_out(read_data(config, base, world, began), config, "calibration.max_samples")
         if scheme.source == "gradient" and all(sample.images is None for sample in data.samples):
-            _require_gradients_of_text(config.lora, targets, text)
+            require_gradients_of_text(config.lora, targets, text)
     saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
     return CheckpointRequest(
         config=_resolved(config, base),
@@ -233,28 +236,6 @@ def understand(
         saved_parameters=saved_parameters,
         entries=entries,
     )
-
-
-def _require_base_left_alone(quantization: str, config: InitConfig) -> None:
-    """Raise UserError for a start that would change quantized weights, or copy what was made of them."""
-    held = f"and those of the checkpoint are quantized ({quantization})"
-    if SCHEMES[config.init.scheme].changes_base:
-        others = ", ".join(name for name, scheme in SCHEMES.items() if not scheme.changes_base)
-        problem = f"changes the base's weights, {held}; write rrr, or another that leaves them alone ({others})"
-        raise UserError("init.scheme", config.init.scheme, problem)
-    if config.lora.use_dora:
-        raise UserError("lora.use_dora", True, f"starts from norms of the base's weights, {held}; write false")
-
-
-def _require_parts(stored: StoredModel, quantization: str) -> None:
-    """Raise UserError for quantized weights that transformers would have to convert, or fill in."""
-    if stored.as_it_is is None:
-        name = next(iter([*stored.lacking, *stored.changed]))
-        made = (
-            "is not in the checkpoint" if name in stored.lacking else "is not made of whole tensors of the checkpoint"
-        )
-        problem = f"{made}, which is quantized ({quantization}); write a checkpoint in floating point"
-        raise UserError("model.name_or_path", name, problem)
 
 
 def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) -> Amount:
@@ -298,7 +279,7 @@ def understand_model(
         selection, targets, order = _choose_targets(
             meta_copy(type(model), model.config), config, None, in_pieces=is_partitioned
         )
-        _require_unquantized(model, targets)
+        require_unquantized(model, targets)
         if config.lora.use_dora and scheme.takes_step and config.init.step is None:
             problem = "has magnitudes that follow the step whose length is searched; write false, or init.step"
             raise UserError("lora.use_dora", True, problem)
@@ -338,39 +319,11 @@ def _choose_targets(
     blocks, stacks = find_blocks(meta_model), find_stacks(meta_model)  # PEFT puts its own layers into it
     selection = select_targets(meta_model, config.lora, num_triplets, any_rank=has_budget, in_files=in_files)
     if SCHEMES[config.init.scheme].whitens:
-        _require_inputs_of_a(config, selection.targets, stacks)
+        require_inputs_of_a(config, selection.targets, stacks)
     targets = planned_targets(selection.targets, config.lora, config.init)
     names = [target.name for target in targets]
     order = choose_order(config.gradient.order, type(meta_model).__name__, blocks, names, in_pieces=in_pieces)
     return selection, targets, order
-
-
-def _require_gradients_of_text(lora: LoraSection, targets: Iterable[Target], text: str) -> None:
-    """Raise UserError for targets beside the language model `text`."""
-    towers = dict.fromkeys(tower for target in targets if (tower := tower_of(target.name, text)) is not None)
-    if towers:
-        problem = f"takes in matrices of {' and '.join(towers)}, which text gives no gradient"
-        instead = excluding(lora, rf"{pattern_of(towers)}(\..*)?")
-        raise UserError("lora.target_modules", lora.target_modules, f"{problem}; {instead}")
-
-
-def _require_inputs_of_a(config: MethodConfig, targets: Sequence[Target], stacks: Mapping[str, Stack]) -> None:
-    """Raise UserError for a regression on inputs where what PEFT calls A is not on the inputs' side."""
-    for target in targets:
-        if target.stack is not None and stacks[target.stack.parameter].swapped:
-            parameter, others = target.stack.parameter, [name for name, it in SCHEMES.items() if not it.whitens]
-            problem = f"regresses on inputs, and PEFT's A of {parameter} is on the side of its outputs"
-            instead = f"write {', '.join(others)}, or leave it out of lora.target_parameters"
-            raise UserError("init.scheme", config.init.scheme, f"{problem}; {instead}")
-
-
-def _require_unquantized(model: nn.Module, targets: Sequence[Target]) -> None:
-    parameters = dict(model.named_parameters())
-    for target in targets:
-        weight = parameters.get(target.parameter_name)
-        if weight is None or weight.dtype not in DTYPES.values():
-            held = "no weight" if weight is None else f"a weight in {str(weight.dtype).removeprefix('torch.')}"
-            raise UserError("model", target.name, f"holds {held}; load the model in {', '.join(DTYPES)}")
 
 
 def _resolved(config: InitConfig, base: BaseModel) -> InitConfig:

@@ -77,8 +77,9 @@ def test_the_start_is_that_of_the_same_numbers_as_floats(root: Path, outs: dict[
 
 
 def test_two_ranks_give_what_one_process_gives(root: Path, outs: dict[str, Path]) -> None:
-    trees = [tree(root, root / kind, f"{kind}-shared") for kind in SAVED]
-    for kind, out in zip(SAVED, make_outputs(trees, 2), strict=True):
+    kinds = ("nf4", "fp8")
+    trees = [tree(root, root / kind, f"{kind}-shared") for kind in kinds]
+    for kind, out in zip(kinds, make_outputs(trees, 2), strict=True):
         assert verify(out).ok
         found = read_adapter(out)
         for key, tensor in read_adapter(outs[kind]).items():

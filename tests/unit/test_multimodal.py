@@ -38,12 +38,15 @@ def chosen(kind: str, **lora: Any) -> Selection:
 
 
 def require_all_of(stored: StoredModel, model: nn.Module) -> None:
+    """Whole, and from some element in the middle to some other."""
     assert stored.as_it_is is not None
     for name, tensor in model.named_parameters():
         place: StoredTensor = stored.tensors[name]
-        elements = torch.empty(place.numel)
-        place.read_into(0, elements)
-        assert torch.equal(elements.view(place.shape), tensor), name
+        for first, past in ((0, place.numel), (place.numel // 3, place.numel * 5 // 6)):
+            elements = torch.empty(past - first)
+            place.read_into(first, elements)
+            assert torch.equal(elements, tensor.flatten()[first:past]), name
+        assert place.shape == tensor.shape
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,7 +54,8 @@ def test_every_weight_is_found_under_the_checkpoints_own_key(kind: str, tmp_path
     stored = lies(save_multimodal(tmp_path, kind))
     model = as_trl_loads(tmp_path)
     require_all_of(stored, model)
-    assert stored.places.keys() == scan_checkpoint(tmp_path).keys()
+    transposed = {key for key in scan_checkpoint(tmp_path) if kind == "qwen3_vl_moe" and ".experts." in key}
+    assert stored.places.keys() == scan_checkpoint(tmp_path).keys() - transposed
     blocks = find_blocks(model)
     assert blocks is not None and blocks.count == model.config.get_text_config().num_hidden_layers
     assert re.search("language_model|text_model", blocks.prefix)

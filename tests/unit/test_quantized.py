@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -86,6 +88,28 @@ def test_every_weight_is_what_transformers_makes_of_it(kind: str, tmp_path: Path
                     assert parameter not in set(piece.parameters) or torch.equal(parameter, expected[name]), name
 
 
+def test_layers_of_several_groups_are_each_read_by_their_own(tmp_path: Path) -> None:
+    """As Kimi's: attention in 8 bits, the rest in 4."""
+    kinds = {"self_attn": "float8 tensor", "mlp": "int4 asymmetric"}
+    directories = {part: KINDS[kind](tmp_path / part) for part, kind in kinds.items()}
+    tensors, groups = {}, {}
+    for part, directory in directories.items():
+        held = load_file(directory / "model.safetensors")
+        tensors |= {key: tensor for key, tensor in held.items() if f".{part}." in key or "_proj." not in key}
+        config = json.loads((directory / "config.json").read_text())
+        groups[part] = config["quantization_config"]["config_groups"]["group_0"] | {"targets": [f"re:.*{part}.*"]}
+    config["quantization_config"] |= {"format": "mixed-precision", "config_groups": groups}
+    both = shutil.copytree(directories["mlp"], tmp_path / "both")
+    (both / "config.json").write_text(json.dumps(config))
+    save_file(tensors, both / "model.safetensors", {"format": "pt"})
+    _, stored = stored_in(both)
+    for part, directory in directories.items():
+        expected = by_transformers(directory, torch.bfloat16).state_dict()
+        for name, tensor in stored.items():
+            if f".{part}." in name:
+                assert torch.equal(read(tensor, 0, tensor.numel, torch.bfloat16), expected[name].flatten()), name
+
+
 def test_blocks_may_be_cut_off_at_the_ends(tmp_path: Path) -> None:
     """As those of DeepSeek-V3, which transformers refuses: 112 rows and columns, in blocks of 32."""
     _, stored = stored_in(save_fp8(tmp_path, block=32))
@@ -139,4 +163,14 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="'gptq': is how the checkpoint is quantized, and what can be read is fp8, mxfp4"
     ):
+        stored_in(directory)
+
+
+def test_a_weight_that_is_not_there_is_named(tmp_path: Path) -> None:
+    directory = save_fp8(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.layers.1.self_attn.q_proj.weight"
+    del tensors[key]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{key}': is not in the checkpoint, which is quantized \(fp8\)"):
         stored_in(directory)

@@ -1,0 +1,91 @@
+"""PEFT's layers in a copy of the model that holds no memory, and what PEFT would refuse, or lose, later on."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from loraga_dist.config import LoraSection
+from loraga_dist.errors import UserError, blame
+from loraga_dist.model.names import must_be_excluded
+from loraga_dist.model.targets import lost_by_loading, peft_lora_config
+
+SELECTION_SECONDS = 120
+"""PEFT takes a few for the largest models; some regular expressions never end."""
+
+
+def injected_by_peft(meta_model: nn.Module, lora: LoraSection, target_modules: str | list[str]) -> nn.Module:
+    """The model with PEFT's layers in it. target_modules: what the section's stand for."""
+    from peft import get_peft_model
+
+    config: Any = getattr(meta_model, "config", None)
+    if config is not None:
+        # by its name PEFT would take names of modules for those of experts that an earlier transformers had
+        meta_model.config = copy.copy(config)
+        meta_model.config.model_type = ""
+    instead = "write names of nn.Linear modules, or all-linear"
+    with (
+        blame("lora.target_modules", lora.target_modules, "PEFT refuses it", instead, limit_seconds=SELECTION_SECONDS),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        peft_config = peft_lora_config(lora.model_copy(update={"target_modules": target_modules}))
+        try:
+            peft_model: Any = get_peft_model(meta_model, peft_config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        except TypeError as error:
+            if both := _adapted_and_saved(meta_model, lora):
+                raise must_be_excluded(both, "trained whole by PEFT, for the ends of their names", lora) from error
+            raise
+    model = peft_model.base_model.model
+    if refused := [name for name in _adapted(model) if _is_refused(name.rpartition(".")[2], config, peft_model)]:
+        raise must_be_excluded(refused, "refused by PEFT in such a model", lora)
+    if config is not None:
+        meta_model.config = config
+        if lost := lost_by_loading(peft_model):
+            if len(lost) == len(_adapted(model)):
+                problem = "PEFT finds no target of this model again when it loads an adapter; write another model"
+                raise UserError("lora.target_modules", lora.target_modules, problem)
+            raise must_be_excluded(lost, "not found again by PEFT when it loads their adapter", lora)
+    return model
+
+
+def _adapted(model: nn.Module) -> list[str]:
+    """Modules with one of PEFT's layers in their place."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _adapted_and_saved(model: nn.Module, lora: LoraSection) -> list[str]:
+    """Those that are to be trained whole as well; of classifiers, heads are."""
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    ends = (*(lora.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if lora.task_type == "SEQ_CLS" else ()))
+    return [name for name in _adapted(model) if name.endswith(ends)]
+
+
+def _is_refused(end: str, config: Any, peft_model: Any) -> bool:
+    """Whether PEFT refuses to adapt a module of this name, knowing what model it is in."""
+    try:
+        peft_model.base_model._check_target_module_compatiblity(
+            peft_model.active_peft_config, SimpleNamespace(config=config), end
+        )
+    except ValueError:
+        return True
+    return False
+
+
+def names_taken_for_experts(model: nn.Module) -> set[str]:
+    """Modules that PEFT, given their names, takes for experts of an earlier transformers."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    config = LoraConfig(target_modules=sorted(names))
+    with warnings.catch_warnings(action="ignore"):
+        convert_peft_config_for_transformers(config, model, None)
+    return names - set(config.target_modules or ())
