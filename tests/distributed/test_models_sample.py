@@ -13,7 +13,7 @@ from ranks import run_on_ranks
 
 SAMPLE = {
     "causal": [
-        "bart", "cpmant", "deepseek_v3", "falcon", "gpt2", "laguna", "llama", "mamba", "mixtral", "zamba",
+        "bart", "cpmant", "deepseek_v4", "emu3", "falcon", "gpt2", "laguna", "llama", "mamba", "mixtral", "zamba",
     ],
     "seq2seq": ["led", "m2m_100", "t5", "voxtral"],
     "classifier": ["bart", "bert", "distilbert", "fnet", "llama"],
