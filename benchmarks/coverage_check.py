@@ -71,6 +71,9 @@ def examine(kind_name: str, model_type: str, directory: Path) -> dict[str, Any]:
     try:
         model = build(kind, model_type)
         data = save(model, kind, directory / "model")
+        _, loaded = type(model).from_pretrained(directory / "model", output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise ValueError("transformers does not find all weights again in the checkpoint that it has saved")
     except Exception as error:
         outcome.outcome, outcome.why = NOT_BUILT, _in_a_line(error)
         return asdict(outcome)

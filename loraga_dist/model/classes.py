@@ -72,7 +72,19 @@ def _classes(hf_config: Any, task_type: TaskType) -> dict[str, Any]:
         names = names[:1]  # what reads images and is one is no causal model
     elif task_type == "SEQ_2_SEQ_LM":
         names = ()  # what transformers lists there are decoders that hear
-    return {found.__name__: found for name in names for found in _mapped(name, hf_config)}
+    found = [found for name in names for found in _mapped(name, hf_config)]
+    if task_type == "CAUSAL_LM" and not found:
+        found = _text_model_alone(hf_config)
+    return {each.__name__: each for each in found}
+
+
+def _text_model_alone(hf_config: Any) -> list[Any]:
+    """What config.json names, of a text model that transformers loads as a part of others only."""
+    import transformers
+
+    found = [getattr(transformers, name, None) for name in hf_config.architectures or ()]
+    causal = [each for each in found if each is not None and each.__name__.endswith("ForCausalLM")]
+    return [each for each in causal if isinstance(hf_config, each.config_class)]
 
 
 def _mapped(auto: str, hf_config: Any) -> list[Any]:

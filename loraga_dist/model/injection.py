@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from loraga_dist.config import LoraSection
-from loraga_dist.errors import blame
+from loraga_dist.errors import UserError, blame
 from loraga_dist.model.names import must_be_excluded
 from loraga_dist.model.targets import lost_by_loading, peft_lora_config
 
@@ -46,6 +46,9 @@ def injected_by_peft(meta_model: nn.Module, lora: LoraSection, target_modules: s
     if config is not None:
         meta_model.config = config
         if lost := lost_by_loading(peft_model):
+            if len(lost) == len(_adapted(model)):
+                problem = "PEFT finds no target of this model again when it loads an adapter; write another model"
+                raise UserError("lora.target_modules", lora.target_modules, problem)
             raise must_be_excluded(lost, "not found again by PEFT when it loads their adapter", lora)
     return model
 
