@@ -21,6 +21,7 @@ from loraga_dist.engines import Amount, ExactEngine, SketchEngine
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.forward import forward
 from loraga_dist.model.blocks import choose_order, find_blocks
+from loraga_dist.model.coverage import Weights
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.selection import select_targets
 from loraga_dist.model.targets import meta_copy
@@ -218,6 +219,7 @@ class Bench:
             data=BatchSharder(self.microbatches),
             factor_dtypes={target.name: self.dtype for target in plan.targets},
             amount=self.amount,
+            coverage=Weights.of(self.model).covered_by(plan.targets, ()),
         )
         clock = Clock()
         with self._measured() as outcome:

@@ -41,9 +41,9 @@ class BaseModel:
     model_class: type[nn.Module]
     config: Any
     """Of the model in floating point."""
-    class_name: str | None
-    """As `model.class`; None where nobody has to say it."""
     dtype: torch.dtype
+    class_name: str | None = None
+    """As `model.class`; None where nobody has to say it."""
     quantization: Mapping[str, Any] | None = None
     """What config.json says of quantized weights."""
 

@@ -65,7 +65,7 @@ def targets_of(model: Any, task: str) -> list[Target]:
     lora = LoraSection(
         r=4,
         task_type=task,  # type: ignore[arg-type]
-        exclude_modules=["score", "classifier"] if task == "SEQ_CLS" else ["router"],
+        exclude_modules=["classifier"] if task == "SEQ_CLS" else None,
         target_parameters=["experts.gate_up_proj", "experts.down_proj"] if find_stacks(model) else None,
     )
     return select_targets(meta_copy(type(model), model.config), lora, SCHEME.num_triplets).targets

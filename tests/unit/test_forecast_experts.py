@@ -38,7 +38,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 def plan_of(kind: str, **gradient: Any) -> Plan:
     model: Any = make_model(kind)
     meta_model = meta_copy(type(model), model.config)
-    lora = LoraSection(r=4, target_parameters=EXPERTS, exclude_modules=["router"] if kind == "llama4" else None)
+    lora = LoraSection(r=4, target_parameters=EXPERTS)
     order = Order(blocks=find_blocks(meta_model), why="")
     targets = select_targets(meta_model, lora, SCHEME.num_triplets).targets
     return make_plan(targets, GradientConfig.model_validate(gradient), SCHEME, 2, order)
