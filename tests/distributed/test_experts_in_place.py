@@ -32,7 +32,7 @@ def initialize_and_train(root: Path) -> dict[str, tuple[list[float], dict[str, T
 
     world, found = World.start(), {}
     for kind in KINDS:
-        config = {"lora": {"r": 4, "lora_alpha": 8, "exclude_modules": ["router"], "target_parameters": EXPERTS}}
+        config = {"lora": {"r": 4, "lora_alpha": 8, "target_parameters": EXPERTS}}
         with zero3(world):
             model = as_trl_loads(root / kind / "model")
             start = loraga_dist.initialize(model, batches(1, 4, world), config)

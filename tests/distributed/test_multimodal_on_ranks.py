@@ -14,6 +14,7 @@ from datasets import Dataset
 from multimodal import as_trl_loads, save_multimodal
 from outputs import (
     EXPERTS,
+    flip_bit,
     logits_of,
     make_output,
     make_outputs,
@@ -27,8 +28,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from loraga_dist.artifacts.tensors import entries_of
+from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import main
+from loraga_dist.files.checksums import write_checksums
 from loraga_dist.files.safetensors_io import scan_checkpoint
+from loraga_dist.ranks.world import World
 
 KINDS = ["qwen3_vl", "qwen3_vl_moe", "gemma3", "llava", "llama4", "qwen3_5", "mistral3"]
 LANGUAGE_MODELS = {"llama4": "language_model."}
@@ -138,3 +142,24 @@ def test_it_trains_and_converts(kind: str, outputs: dict[str, Outputs], tmp_path
     assert stored.keys() == held.keys() and all(torch.equal(stored[key], held[key]) for key in stored)
     for found in (logits_of(plain), logits_of(as_trl_loads(tmp_path / "merged"))):
         assert (found - expected).abs().max() < 1e-4 * (expected - original).abs().max()
+
+
+def test_of_transposed_experts_commands_write_the_checkpoints_layout(
+    outputs: dict[str, Outputs], tmp_path: Path
+) -> None:
+    base, out, again = outputs["qwen3_vl_moe"].base, outputs["qwen3_vl_moe"].sharded, tmp_path / "again"
+    assert main(["materialize-base", str(out), "--to", str(again)]) == 0
+    written = load_file(out / "residual_base" / "model.safetensors")
+    assert all(torch.equal(tensor, written[key]) for key, tensor in load_file(again / "model.safetensors").items())
+
+    scale = ["--lora.r", "1", "--init.scale", "weight_svd"]
+    assert main(["rebuild", str(out), "--to", str(tmp_path / "rebuilt"), *scale]) == 0
+    rebuilt = tmp_path / "rebuilt"
+    loaded = PeftModel.from_pretrained(as_trl_loads(rebuilt / "residual_base"), rebuilt / "loraga_init")
+    expected = logits_of(as_trl_loads(base))
+    assert (logits_of(loaded) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert verify(rebuilt).problems == []
+    path = rebuilt / "residual_base" / "model.safetensors"
+    flip_bit(path, path.stat().st_size - 1)
+    write_checksums(rebuilt, World.alone())
+    assert verify(rebuilt).problems
