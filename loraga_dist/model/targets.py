@@ -171,8 +171,10 @@ def lost_by_loading(peft_model: Any) -> list[str]:
 
 def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
     """The model's modules and shapes on the meta device, tied as transformers ties them."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    from transformers.modeling_utils import set_zero3_state
+
+    # in a script that loads under ZeRO-3, transformers would partition the models that this one is made of
+    with set_zero3_state(), torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model = model_class(copy.deepcopy(config))
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
