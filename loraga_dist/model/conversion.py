@@ -63,8 +63,7 @@ class StoredModel:
 
     def tensor_of(self, name: str) -> StoredTensor:
         """Where this parameter lies. Raises UserError where it is not the elements of tensors of the checkpoint."""
-        stored = self.tensors.get(name)
-        if stored is None:
+        if (stored := self.tensors.get(name)) is None:
             raise _without_place(name, "leave it out of lora.target_parameters")
         return stored
 
