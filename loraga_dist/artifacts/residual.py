@@ -163,7 +163,7 @@ def _read_model_files(model_dir: Path, residual_dtype: str) -> Iterator[tuple[st
 
 def subtract_offset(target: Target, weight_rows: Tensor, A_RN: Tensor, B_MR: Tensor, row0: int) -> Tensor:
     """W - s B A in float64, for the rows of the stored weight that start at `row0`; factors in float64."""
-    left, right = (A_RN.T, B_MR.T) if target.transposed else (B_MR, A_RN)
+    left, right = (A_RN.T, B_MR.T) if target.stored_transposed else (B_MR, A_RN)
     rows = slice(row0, row0 + len(weight_rows))
     return weight_rows.to(torch.float64, copy=True).addmm_(left[rows], right, alpha=-target.scaling)
 
@@ -175,7 +175,7 @@ def output_norms(index: Mapping[str, Slot], target: Target, factors: tuple[Tenso
     for row0, rows in weight_chunks(target, index):
         changed = subtract_offset(target, rows, *as_float64, row0) if as_float64 else rows.to(torch.float64, copy=True)
         squares = changed.square_()
-        if target.transposed:
+        if target.stored_transposed:
             squares_M += squares.sum(dim=0)
         else:
             squares_M[row0 : row0 + len(rows)] = squares.sum(dim=1)
@@ -223,7 +223,7 @@ def _residual_chunks(
         for row0, (base,) in region.chunks(slot):
             changed = subtract_offset(target, base, A_RN, B_MR, row0)
             if times_M is not None:
-                changed *= times_M if target.transposed else times_M[row0 : row0 + len(base), None]
+                changed *= times_M if target.stored_transposed else times_M[row0 : row0 + len(base), None]
             yield base, _cast(changed, dtype, slot.name)
 
 

@@ -74,18 +74,6 @@ def weight_chunks(target: Target, index: Mapping[str, Slot]) -> Iterator[tuple[i
             yield row0, rows
 
 
-def read_elements(target: Target, index: Mapping[str, Slot], start: int, end: int) -> Tensor:
-    """Elements [start, end) of a target's flattened stored matrix; raises RunError on a short read."""
-    row_numel, parts = target.stored_shape[1], []
-    for region in regions_of(target):
-        first, past = region.row0 * row_numel, (region.row0 + region.rows.count) * row_numel
-        begin, until = max(start, first), min(end, past)
-        if begin < until:
-            offset = region.rows.first * row_numel - first
-            parts.append(read_part(index[region.rows.key], begin + offset, until + offset))
-    return torch.cat(parts) if parts else torch.empty(0)
-
-
 def _pieces(length: int, step: int) -> Iterator[tuple[int, int]]:
     """[0, length) in pieces of at most `step`."""
     for start in range(0, length, step):

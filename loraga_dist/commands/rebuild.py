@@ -96,7 +96,9 @@ class _NewStart:
         return made
 
     def _weight(self, target: Target) -> Tensor:
-        return torch.cat([rows for _, rows in weight_chunks(target, self.index)])
+        """As the model holds it."""
+        stored = torch.cat([rows for _, rows in weight_chunks(target, self.index)])
+        return stored if target.stored_transposed == target.transposed else stored.t()
 
     def _norm(self, target: Target) -> float:
         """||W||_F."""

@@ -14,7 +14,7 @@ from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, versions
 from loraga_dist.artifacts.residual import digest_base
-from loraga_dist.artifacts.tensors import entries_of, read_elements
+from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.config import InitConfig, ModelConfig, OutputConfig, SchemeConfig
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import TensorDigest, fingerprint
@@ -22,7 +22,7 @@ from loraga_dist.files.parallel import shares
 from loraga_dist.files.quantized import dequantized
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import StagedDirectory
-from loraga_dist.files.stored_tensors import Slot
+from loraga_dist.files.stored_tensors import Slot, StoredTensor
 from loraga_dist.model.base import quantization_of, read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.conversion import stored_model
 from loraga_dist.model.factors import split
@@ -74,7 +74,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
     for layer, members in layers_of(targets).items():
         for target, made in zip(members, _gather_factors(model, layer, len(members), sharding), strict=True):
             offset = made if scheme.changes_base else None
-            _require_start(model, target, offset, weights, name, sharding)
+            _require_start(model, target, offset, stored.tensor_of(target.parameter_name), name, sharding)
             with world.together():
                 put = start.factors[target.name] if world.is_main else made
                 if not (torch.equal(made.A_RN, put.A_RN) and torch.equal(made.B_MR, put.B_MR)):
@@ -169,7 +169,7 @@ def _require_start(
     model: Any,
     target: Target,
     offset: LoraFactors | None,
-    weights: Mapping[str, Slot],
+    stored: StoredTensor,
     base: str,
     sharding: Sharding,
 ) -> None:
@@ -182,7 +182,8 @@ def _require_start(
     parameter = adapted_parameter(model.base_model.model.get_submodule(target.layer))
     shard, first = part_of(*sharding.own_slice(parameter), target)
     with world.together():
-        original = read_elements(target, weights, first, first + shard.numel()).float()
+        original = torch.empty(shard.numel())
+        stored.read_into(target.first_element + first, original)
         restored = shard.detach().to("cpu", torch.float32, copy=True)
         size = square_norm(original) + square_norm(restored)
         if offset is not None:

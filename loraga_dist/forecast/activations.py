@@ -22,6 +22,7 @@ from loraga_dist.forecast.in_blocks import InBlocks, Shown, run_in_blocks, signa
 from loraga_dist.forecast.ledger import DEVICE, Ledger, Shapes, microbatch_of, without_memory
 from loraga_dist.gradients.experts import experts_tapped
 from loraga_dist.gradients.forward import forward
+from loraga_dist.gradients.stubs import OutOfTurn
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Blocks, Order, pieces_of
@@ -81,7 +82,7 @@ def forecast_activations(
                 backward_bytes=backward_bytes,
                 in_blocks=in_blocks,
             )
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
+    except (AssertionError, OutOfTurn, KeyError, RuntimeError, TypeError, ValueError):
         # data-dependent shapes, kernels without a shape function, blocks that are called another way
         return None
 

@@ -28,7 +28,7 @@ from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.kept import Keeping, KeptInputs
 from loraga_dist.gradients.observer import require_all_seen
 from loraga_dist.gradients.route import Route, Take
-from loraga_dist.gradients.stubs import Call, Form, Stubs
+from loraga_dist.gradients.stubs import Call, Form, OutOfTurn, Stubs
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.blocks import Blocks
 from loraga_dist.model.stacks import modules_of
@@ -221,6 +221,8 @@ class BlockOrder(Route):
             reason = step()
         except (LoragaError, torch.OutOfMemoryError, MemoryError):
             raise
+        except OutOfTurn:
+            reason = "they are not called one after the other, each once"
         except Exception as error:  # whatever a model makes of stubs
             reason = f"it does not run without them: {unforeseen(error)}"
         for of_rank in self._sharding.world.all_json(reason):

@@ -63,10 +63,7 @@ class StoredModel:
 
     def tensor_of(self, name: str) -> StoredTensor:
         """Where this parameter lies. Raises UserError where it is not the elements of tensors of the checkpoint."""
-        if isinstance(stored := self.tensors.get(name), TransposedTensor):
-            problem = "lies transposed in the checkpoint, where its residual is not written"
-            raise UserError("model.name_or_path", name, f"{problem}; leave it out of lora.target_parameters")
-        if stored is None:
+        if (stored := self.tensors.get(name)) is None:
             raise _without_place(name, "leave it out of lora.target_parameters")
         return stored
 

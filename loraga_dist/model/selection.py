@@ -12,6 +12,7 @@ from torch import nn
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError
+from loraga_dist.files.stored_tensors import TransposedTensor
 from loraga_dist.model.blocks import expert_lists
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage, Weights
@@ -254,15 +255,17 @@ def with_places(target: Target, in_files: StoredModel) -> Target:
     """The target with its place in the checkpoint. Raises UserError where it has none."""
     if target.stack is None:
         return replace(target, weight_key=in_files.key_of(target.parameter_name))
-    place, expected = in_files.tensor_of(target.parameter_name), (target.stack.size, *target.stored_shape)
+    place, expected = in_files.tensor_of(target.parameter_name), (target.stack.size, *target.parameter_shape)
     if place.shape != expected:
         problem = f"has shape {place.shape} in the checkpoint, the model's config says {expected}"
         raise UserError("model.name_or_path", target.parameter_name, problem)
+    stack = replace(target.stack, turned_in_files=isinstance(place, TransposedTensor))
+    target = replace(target, stack=stack)
     first, row_numel = target.first_element, target.stored_shape[1]
     pieces = place.pieces(first, first + target.M * target.N)
     # tensors that a stack is made of hold whole rows of it
     rows = tuple(StoredRows(slot.name, start // row_numel, (end - start) // row_numel) for slot, start, end in pieces)
-    return replace(target, weight_key=rows[0].key, stack=replace(target.stack, rows=rows))
+    return replace(target, weight_key=rows[0].key, stack=replace(stack, rows=rows))
 
 
 def _key_of(target: Target, lora: LoraSection) -> str:

@@ -47,6 +47,8 @@ class StackPlace:
     """PEFT's layer that adapts all of them; as it holds another one, its name may go on after the module's."""
     rows: tuple[StoredRows, ...] = ()
     """In the checkpoint, one after the other; none where the model is in memory."""
+    turned_in_files: bool = False
+    """These are rows of the transpose of the parameter's matrix: Qwen3-VL-MoE's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class Target:
     lora_alpha: float
     scaling: float
     transposed: bool
-    """The matrix is stored (N, M): GPT-2's Conv1D, gpt-oss's experts."""
+    """The parameter holds the matrix as (N, M): GPT-2's Conv1D, gpt-oss's experts."""
     weight_key: str
     """Of the weight in the checkpoint, or of its first part; its parameter's name where the model is in memory."""
     stack: StackPlace | None = None
@@ -118,8 +120,19 @@ class Target:
         return 4 * self.num_parameters
 
     @property
-    def stored_shape(self) -> tuple[int, int]:
+    def parameter_shape(self) -> tuple[int, int]:
+        """Of the matrix as the parameter holds it."""
         return (self.N, self.M) if self.transposed else (self.M, self.N)
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether the checkpoint holds the matrix as (N, M)."""
+        return self.transposed != (self.stack is not None and self.stack.turned_in_files)
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Of the matrix as the checkpoint holds it."""
+        return (self.N, self.M) if self.stored_transposed else (self.M, self.N)
 
 
 def kind_of(name: str) -> str:
@@ -158,8 +171,10 @@ def lost_by_loading(peft_model: Any) -> list[str]:
 
 def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
     """The model's modules and shapes on the meta device, tied as transformers ties them."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    from transformers.modeling_utils import set_zero3_state
+
+    # in a script that loads under ZeRO-3, transformers would partition the models that this one is made of
+    with set_zero3_state(), torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model = model_class(copy.deepcopy(config))
     tie = getattr(model, "tie_weights", None)
     if tie is not None:

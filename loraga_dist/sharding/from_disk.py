@@ -160,7 +160,7 @@ class FromDisk(Sharding):
 
     def weight_on(self, parameter: Parameter, target: Target, owner: int) -> torch.Tensor | None:
         with self.hold([parameter]):
-            return part_of(parameter.detach().view(-1), 0, target)[0].view(target.stored_shape).clone()
+            return part_of(parameter.detach().view(-1), 0, target)[0].view(target.parameter_shape).clone()
 
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         """As Sharding's, of a parameter that is not the checkpoint's."""

@@ -50,7 +50,7 @@ class SingleProcess(Sharding):
         yield
 
     def weight_on(self, parameter: Parameter, target: Target, owner: int) -> torch.Tensor | None:
-        return part_of(elements_of(parameter), 0, target)[0].view(target.stored_shape)
+        return part_of(elements_of(parameter), 0, target)[0].view(target.parameter_shape)
 
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         return elements_of(parameter), 0

@@ -174,7 +174,7 @@ class Zero3(Sharding):
             elif begin < past:
                 receiving.append(dist.P2POp(dist.irecv, whole[begin:past], rank))
         _exchange(receiving)
-        return whole.view(target.stored_shape)
+        return whole.view(target.parameter_shape)
 
     def own_slice(self, parameter: Parameter) -> tuple[torch.Tensor, int]:
         sharded: Any = parameter

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from builders import save_model
-from outputs import EXPERTS, causal_lm, logits_of, relative
+from multimodal import as_trl_loads, save_multimodal
+from outputs import EXPERTS, logits_of, relative
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from ranks import run_on_ranks
@@ -22,7 +23,7 @@ from loraga_dist.cli import main
 from loraga_dist.ranks.world import World
 
 STEPS = 10
-KINDS = ["mixtral", "deepseek_v3", "gpt_oss", "llama4"]
+KINDS = ["mixtral", "deepseek_v3", "gpt_oss", "llama4", "qwen3_vl_moe"]
 
 
 def initialize_and_train(root: Path) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
@@ -33,7 +34,7 @@ def initialize_and_train(root: Path) -> dict[str, tuple[list[float], dict[str, T
     for kind in KINDS:
         config = {"lora": {"r": 4, "lora_alpha": 8, "target_parameters": EXPERTS}}
         with zero3(world):
-            model = causal_lm(root / kind / "model")
+            model = as_trl_loads(root / kind / "model")
             start = loraga_dist.initialize(model, batches(1, 4, world), config)
             assert start.identity_check.max_abs_logit_diff < 1e-5 * start.identity_check.max_abs_logit
             loraga_dist.save_start(start, root / kind / "start")
@@ -50,7 +51,7 @@ def initialize_and_train(root: Path) -> dict[str, tuple[list[float], dict[str, T
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     root = tmp_path_factory.mktemp("experts")
     for kind in KINDS:
-        save_model(root / kind / "model", kind)
+        (save_multimodal if kind == "qwen3_vl_moe" else save_model)(root / kind / "model", kind)
     return root, run_on_ranks(initialize_and_train, 2, root, timeout_seconds=200)[0]
 
 
@@ -59,8 +60,8 @@ def test_stock_peft_trains_the_saved_start_to_the_same_adapter(kind: str, sharde
     (root, found), alone = sharded, World.alone()
     root, (losses, adapter) = root / kind, found[kind]
     assert main(["materialize-base", str(root / "start"), "--to", str(root / "residual")]) == 0
-    model = PeftModel.from_pretrained(causal_lm(root / "residual"), root / "start/loraga_init", is_trainable=True)
-    assert (logits_of(model) - logits_of(causal_lm(root / "model"))).abs().max() < 1e-5
+    model = PeftModel.from_pretrained(as_trl_loads(root / "residual"), root / "start/loraga_init", is_trainable=True)
+    assert (logits_of(model) - logits_of(as_trl_loads(root / "model"))).abs().max() < 1e-5
     before = load_file(root / "start/loraga_init/adapter_model.safetensors")
     torch.testing.assert_close(
         torch.tensor(losses), torch.tensor(train(model, batches(2, STEPS, alone), alone)), rtol=0, atol=2e-5
@@ -76,7 +77,7 @@ def test_stock_peft_trains_the_saved_start_to_the_same_adapter(kind: str, sharde
     trained = ["--init", str(root / "start/loraga_init"), "--trained", str(root / "trained")]
     assert main(["convert", *trained, "--to", str(root / "plain"), "--merge", str(root / "merged")]) == 0
     expected = logits_of(model)
-    assert (logits_of(causal_lm(root / "model")) - expected).abs().max() > 1e-2 * expected.abs().max()
-    plain = PeftModel.from_pretrained(causal_lm(root / "model"), root / "plain")
+    assert (logits_of(as_trl_loads(root / "model")) - expected).abs().max() > 1e-2 * expected.abs().max()
+    plain = PeftModel.from_pretrained(as_trl_loads(root / "model"), root / "plain")
     assert (logits_of(plain) - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (logits_of(causal_lm(root / "merged")) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (logits_of(as_trl_loads(root / "merged")) - expected).abs().max() < 1e-5 * expected.abs().max()

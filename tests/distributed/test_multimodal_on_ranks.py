@@ -12,15 +12,28 @@ import torch
 from builders import config_tree, save_data
 from datasets import Dataset
 from multimodal import as_trl_loads, save_multimodal
-from outputs import logits_of, make_output, make_outputs, read_factors, read_products, read_report, relative
+from outputs import (
+    EXPERTS,
+    logits_of,
+    make_output,
+    make_outputs,
+    read_factors,
+    read_products,
+    read_report,
+    relative,
+)
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
+from loraga_dist.artifacts.tensors import entries_of
+from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import main
+from loraga_dist.files.checksums import write_checksums
 from loraga_dist.files.safetensors_io import scan_checkpoint
+from loraga_dist.ranks.world import World
 
-KINDS = ["qwen3_vl", "gemma3", "llava", "llama4", "qwen3_5", "mistral3"]
+KINDS = ["qwen3_vl", "qwen3_vl_moe", "gemma3", "llava", "llama4", "qwen3_5", "mistral3"]
 LANGUAGE_MODELS = {"llama4": "language_model."}
 ROWS = 6
 
@@ -42,6 +55,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outputs]:
     for kind in KINDS:
         base = save_multimodal(root / kind, kind)
         alone, sharded = (config_tree(base, data, root / f"{kind}-{ranks}", r=2) for ranks in (1, 2))
+        if kind == "qwen3_vl_moe":  # each expert's matrix lies transposed in the checkpoint
+            alone["lora"]["target_parameters"] = sharded["lora"]["target_parameters"] = EXPERTS
         make_output(alone)
         trees.append(sharded)
         found[kind] = Outputs(base, root / f"{kind}-1", root / f"{kind}-2", data)
@@ -71,8 +86,11 @@ def test_gradients_are_those_of_the_models_own_loss(kind: str, outputs: dict[str
         ids = torch.tensor([row])
         loss = model(input_ids=ids, labels=ids).loss
         (loss * (len(row) - 1) / num_supervised).backward()
-    for name in read_report(outputs[kind].alone)["targets"]:
-        G_MN = model.get_submodule(name).weight.grad
+    for name, target in read_report(outputs[kind].alone)["targets"].items():
+        if stack := target["stack"]:
+            G_MN = model.get_parameter(stack["parameter"]).grad[stack["index"]]
+        else:
+            G_MN = model.get_submodule(name).weight.grad
         U_MK, S_K, Vh_KN = (factors[f"{name}.{part}"] for part in ("U", "S", "Vh"))
         assert relative(U_MK * S_K, G_MN @ Vh_KN.T) < 1e-4, name
 
@@ -81,7 +99,7 @@ def test_gradients_are_those_of_the_models_own_loss(kind: str, outputs: dict[str
 def test_the_residual_base_is_the_checkpoint_by_its_own_keys(kind: str, outputs: dict[str, Outputs]) -> None:
     base, out = outputs[kind].base, outputs[kind].sharded
     before, after = scan_checkpoint(base), scan_checkpoint(out / "residual_base")
-    assert after.keys() == before.keys()
+    assert entries_of(after) == entries_of(before)
     changed = {key for key in before if not torch.equal(before[key].read(), after[key].read())}
     targets = read_report(out)["targets"]
     assert changed == {target["weight_key"] for target in targets.values()}
@@ -123,3 +141,26 @@ def test_it_trains_and_converts(kind: str, outputs: dict[str, Outputs], tmp_path
     assert stored.keys() == held.keys() and all(torch.equal(stored[key], held[key]) for key in stored)
     for found in (logits_of(plain), logits_of(as_trl_loads(tmp_path / "merged"))):
         assert (found - expected).abs().max() < 1e-4 * (expected - original).abs().max()
+
+
+def test_of_transposed_experts_commands_write_the_checkpoints_layout(
+    outputs: dict[str, Outputs], tmp_path: Path
+) -> None:
+    base, out, again = outputs["qwen3_vl_moe"].base, outputs["qwen3_vl_moe"].sharded, tmp_path / "again"
+    assert main(["materialize-base", str(out), "--to", str(again)]) == 0
+    written = load_file(out / "residual_base" / "model.safetensors")
+    assert all(torch.equal(tensor, written[key]) for key, tensor in load_file(again / "model.safetensors").items())
+
+    scale = ["--lora.r", "1", "--init.scale", "weight_svd"]
+    assert main(["rebuild", str(out), "--to", str(tmp_path / "rebuilt"), *scale]) == 0
+    rebuilt = tmp_path / "rebuilt"
+    loaded = PeftModel.from_pretrained(as_trl_loads(rebuilt / "residual_base"), rebuilt / "loraga_init")
+    expected = logits_of(as_trl_loads(base))
+    assert (logits_of(loaded) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert verify(rebuilt).problems == []
+    path, key = rebuilt / "residual_base" / "model.safetensors", "model.language_model.layers.1.mlp.experts.down_proj"
+    tensors = load_file(path)
+    tensors[key][3, 0, 1] *= 1.01
+    save_file(tensors, path, {"format": "pt"})
+    write_checksums(rebuilt, World.alone())
+    assert any(key in problem for problem in verify(rebuilt).problems)

@@ -66,7 +66,7 @@ def test_encoder_decoders_are_no_single_sequence(kind: str) -> None:
 OTHERWISE = {
     # kind of model: targets, and why it cannot go by blocks
     "gemma3n": (TARGETS["gemma3n"], "block 2 uses what a block before it left behind"),
-    "albert": (["query", "ffn"], "blocks are called one after the other, each once"),
+    "albert": (["query", "ffn"], "they are not called one after the other, each once"),
     "opt_projected": ("all-linear", "the target model.decoder.project_in runs before the last of them"),
     "electra": ("all-linear", "the target electra.embeddings_project runs before the last of them"),
     "attribute": (["linear"], "block 1 uses what a block before it left behind"),
