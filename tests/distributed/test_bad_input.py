@@ -211,7 +211,7 @@ CASES = {
     ),
     "dropout": (setting("lora", lora_dropout=1.5), "lora.lora_dropout", "1.5", "should be less than 1"),
     "rank budget": (setting("init", rank_budget=99), "init.rank_budget", "99", "leave targets out with lora.exclude"),
-    "task": (setting("lora", task_type="SEQ_2_SEQ_LM"), "lora.task_type", "'SEQ_2_SEQ_LM'", "write CAUSAL_LM or SEQ_CLS"),
+    "task": (setting("lora", task_type="SEQ_2_SEQ_LM"), "lora.task_type", "'SEQ_2_SEQ_LM'", "CAUSAL_LM or SEQ_CLS"),
     "float16 on a CPU": (setting("model", dtype="float16"), "model.dtype", "'float16'", "write float32 or bfloat16"),
     "no match": (setting("lora", target_modules=["query"]), TARGETS, "'query'", "or all-linear"),
     "one without a match": (
