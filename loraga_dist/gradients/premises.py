@@ -1,5 +1,6 @@
 """What calibration takes for granted of a model, tried on the data first: that a text's padding changes nothing of it,
-and that the loss whose gradient is taken is the one the model's own forward gives."""
+that no token of a causal model sees the next ones, and that the loss whose gradient is taken is the one the model's own
+forward gives."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from loraga_dist.data.losses import LOSSES
+from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.data.microbatches import Sample, SampleSharder
 from loraga_dist.gradients.forward import forward, outputs
 from loraga_dist.model.base import WIDE_FLOATS
@@ -42,6 +43,12 @@ def try_premises(model: nn.Module, request: AnyRequest, sharding: Sharding) -> t
         )
         one_by_one = [data and replace(data, per_device_batch_size=1) for data in (request.data, request.step_data)]
         request = replace(request, data=one_by_one[0], step_data=one_by_one[1])
+    if (share := _share_of_what_follows(model, request, sharding)) > _tolerance(model):
+        cautions.append(
+            f"{type(model).__name__} lets tokens see those that follow (its logits change by {share:.2g} of the "
+            "largest): the gradient is of a loss that reads its answers; take a config with is_decoder, or data that "
+            "the model's processor marks by token_type_ids"
+        )
     losses = _losses(model, request, sharding)
     if losses is not None and abs(losses[0] - losses[1]) > _tolerance(model) * max(1.0, abs(losses[1])):
         what = "of every next token" if LOSSES[request.config.lora.task_type].shifts else "with the labels"
@@ -90,6 +97,29 @@ def _share_of_padding(model: nn.Module, data: SampleSharder, sharding: Sharding)
             found.append(forward(model, microbatch, sharding.world.device)[0].float())
     change = (found[1][: len(found[0])] - found[0]).abs().max() / found[0].abs().max()
     return sharding.world.max_(change).item()
+
+
+def _share_of_what_follows(model: nn.Module, request: Request, sharding: Sharding) -> float:
+    """By how much logits change with the last token of a text, of the largest of them.
+
+    Only of models that know types of tokens, which encoders do, and those that read a prefix as one.
+    """
+    data, world = request.data, sharding.world
+    knows_types = "token_type_ids" in inspect.signature(type(model).forward).parameters
+    if data is None or request.config.lora.task_type != "CAUSAL_LM" or not knows_types:
+        return 0.0
+    microbatch = data.microbatches(0, data.samples_per_step, 0)[0]
+    ids_BT = microbatch.inputs["input_ids"]
+    last = int((microbatch.inputs["labels"][0] != IGNORED).nonzero().max()) if microbatch.num_supervised_tokens else 0
+    other_BT = ids_BT.clone()
+    other_BT[0, last] = ids_BT[0].min() if ids_BT[0, last] != ids_BT[0].min() else ids_BT[0].max()
+    found = []
+    for ids in (ids_BT, other_BT):
+        with sharding.passing(pieces_of(model)):
+            of_ids = replace(microbatch, inputs=microbatch.inputs | {"input_ids": ids})
+            found.append(forward(model, of_ids, world.device)[0, :last].float())
+    change = (found[1] - found[0]).abs().max() / found[0].abs().max() if last else torch.zeros((), device=world.device)
+    return world.max_(change).item()
 
 
 def _lengths(sample: Sample) -> list[int]:

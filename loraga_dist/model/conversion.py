@@ -59,24 +59,21 @@ class StoredModel:
         stored = self.tensors.get(name)
         if stored is not None and len(stored.slots) == 1 and not isinstance(stored, TransposedTensor):
             return stored.slots[0].name
-        raise _without_place(name)
+        raise self._without_place(name, "leave the module out (lora.exclude_modules, lora.modules_to_save)")
 
     def tensor_of(self, name: str) -> StoredTensor:
         """Where this parameter lies. Raises UserError where it is not the elements of tensors of the checkpoint."""
         if (stored := self.tensors.get(name)) is None:
-            raise _without_place(name, "leave it out of lora.target_parameters")
+            raise self._without_place(name, "leave it out of lora.target_parameters")
         return stored
 
-
-def _without_place(
-    name: str, instead: str = "leave the module out (lora.exclude_modules, lora.modules_to_save)"
-) -> UserError:
-    return UserError(
-        "model.name_or_path",
-        name,
-        "the checkpoint has no tensor of this name, so its residual cannot be written; save the model again with "
-        f"this version of transformers, or {instead}",
-    )
+    def _without_place(self, name: str, instead: str) -> UserError:
+        if name in self.changed or name in self.tensors:
+            problem = "transformers makes it of other tensors of the checkpoint, where its residual cannot be written"
+            return UserError("model.name_or_path", name, f"{problem}; {instead}")
+        problem = "the checkpoint has no tensor of this name, so its residual cannot be written"
+        again = "save the model again with this version of transformers"
+        return UserError("model.name_or_path", name, f"{problem}; {again}, or {instead}")
 
 
 def stored_model(meta_model: nn.Module, index: Mapping[str, Slot]) -> StoredModel:

@@ -87,3 +87,13 @@ def test_another_loss_of_a_models_own_is_said(class_name: str, task: str, says: 
     assert len(said) == (says is not None)
     if says is not None:
         assert said[0].startswith(f"{class_name} gives another loss than {says}, of which the gradient is: ")
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_a_causal_model_that_reads_its_answers_is_said(is_decoder: bool, tmp_path: Path) -> None:
+    model = save_class(tmp_path / "model", "BertLMHeadModel", **ENCODER, is_decoder=is_decoder)
+    tree = tree_of(tmp_path, model, "CAUSAL_LM")
+    said = [line for line in read_report(make_output(tree))["warnings"] if "see those that follow" in line]
+    assert [line.startswith("BertLMHeadModel lets tokens see those that follow") for line in said] == (
+        [] if is_decoder else [True]
+    )
