@@ -95,3 +95,11 @@ def test_a_process_has_no_more_memory_than_it_may_take(tmp_path: Path) -> None:
     assert 300 << 20 <= within.peak_anonymous_bytes < 400 << 20
     assert 50 << 20 <= within.num_bytes_read < 60 << 20
     assert larger_than_memory.run_within([sys.executable, "-c", program], 200 << 20).code == 1
+
+
+def test_experts_cost() -> None:
+    arguments = [str(ROOT / "benchmarks" / "experts_cost.py"), "--quick", "--repeats", "1"]
+    (ended,) = run_script(arguments, 1, timeout_seconds=200)
+    succeed([ended])
+    names = [line.split(" | ")[0].strip("| ") for line in ended.stdout.splitlines() if line.startswith("| ")]
+    assert names[1:] == ["no taps", "no taps, eager experts", "taps, and nothing done", "taps, exact", "taps, sketch"]
