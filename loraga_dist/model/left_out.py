@@ -43,9 +43,8 @@ def experts_left_out(model: nn.Module) -> list[LeftOut]:
 def routers_left_out(names: Sequence[str]) -> list[LeftOut]:
     """names: of routers' modules."""
     ends = ends_of(f"{name}.weight" for name in names)
-    return (
-        [LeftOut(kind="routers", names=ends, how=f"{TO_ADD_EXPERTS.format(', '.join(ends))} adds them")] if ends else []
-    )
+    how = f"{TO_ADD_EXPERTS.format(', '.join(ends))} adds them"
+    return [LeftOut(kind="routers", names=ends, how=how)] if ends else []
 
 
 def rows_left_out(names: Sequence[str]) -> list[LeftOut]:
