@@ -126,6 +126,11 @@ class SampleSharder:
         return "cross_entropy" if first.weight is None else "policy_gradient"
 
     @property
+    def mixes_images(self) -> bool:
+        """Some samples have images, and some have none."""
+        return 0 < sum(sample.images is not None for sample in self.samples) < len(self.samples)
+
+    @property
     def num_tokens(self) -> int:
         return sum(len(inputs["input_ids"]) for sample in self.samples for inputs in sample.sequences)
 
@@ -157,6 +162,8 @@ class BatchSharder:
     """Each rank's own batches, each counted as one sample."""
 
     batches: list[Microbatch]
+    mixes_images: bool = False
+    """Of all ranks' batches some have images, and some have none."""
 
     samples_per_step = 1
 
@@ -198,7 +205,7 @@ def kept_apart(data: Sharder) -> tuple[Sharder, Sharder]:
     if count == data.num_samples:
         raise ValueError("is one sample, and the length of a step is searched on another")
     if isinstance(data, BatchSharder):
-        return BatchSharder(data.batches[:-count]), BatchSharder(data.batches[-count:])
+        return replace(data, batches=data.batches[:-count]), replace(data, batches=data.batches[-count:])
     return replace(data, samples=data.samples[:-count]), replace(data, samples=data.samples[-count:])
 
 

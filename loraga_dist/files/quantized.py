@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.errors import UserError
-from loraga_dist.files.safetensors_io import TensorSlot, read_range, read_rows
+from loraga_dist.files.safetensors_io import TensorSlot, dtype_name, read_range, read_rows
 
 _ELEMENTS_AT_A_TIME = 1 << 22
 """16 MiB in float32; of formats whose smallest piece is larger, that."""
@@ -92,6 +92,9 @@ def dequantized(
         raise UserError("model.name_or_path", method, f"{problem}; pip install {package.replace('_', '-')}")
     found = list(find(index, quantization, dtype))
     taken = {part.name for slot in found for part in slot.parts.values()}
+    for key, slot in index.items():
+        if key not in taken and slot.dtype.itemsize == 1 and slot.dtype.is_floating_point:
+            raise _unreadable(key, f"is stored as {dtype_name(slot.dtype)}, and no scale of it is known")
     return {key: slot for key, slot in index.items() if key not in taken} | {slot.name: slot for slot in found}
 
 
@@ -134,7 +137,7 @@ def _find_block_scaled(
     stated = quantization.get("weight_block_size")
     for key, weight in index.items():
         module = key.removesuffix(".weight")
-        names = (f"{key}_scale_inv", f"{module}.scale", f"{module}.qscale_weight")
+        names = (f"{key}_scale_inv", f"{key}_scale", f"{module}.scale", f"{module}.qscale_weight")
         scale = next((index[name] for name in names if name in index), None)
         if scale is None or weight.dtype.itemsize != 1 or len(weight.shape) < 2:
             continue

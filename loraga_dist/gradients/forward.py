@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.errors import UserError, reason
 
 
 def forward(model: nn.Module, microbatch: Microbatch, device: torch.device) -> torch.Tensor:
@@ -41,7 +42,11 @@ def outputs(model: nn.Module, microbatch: Microbatch, device: torch.device, *, w
     hands_down = "kwargs" in parameters and not (base.config.is_encoder_decoder and labels.dim() == 1)
     if "use_cache" in parameters or (hands_down and hasattr(base.config.get_text_config(), "use_cache")):
         inputs["use_cache"] = False
-    return model(**inputs)
+    try:
+        return model(**inputs)
+    except ValueError as error:  # what a model raises of its inputs
+        problem = f"does not take this data: {reason(error)}; write data that it takes, or another model"
+        raise UserError("model", type(base).__name__, problem) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.gradients.forward import first_nonfinite_module
 from loraga_dist.model.blocks import pieces_of
-from loraga_dist.model.names import excluding, pattern_of
+from loraga_dist.model.names import excluding, is_named, pattern_of
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
 
@@ -56,7 +56,10 @@ class NoGradient(Exception):
 
     def as_error(self, lora: LoraSection) -> UserError:
         """What to write instead."""
-        instead = excluding(lora, pattern_of(self.names))
+        named = [name for name in self.names if is_named(f"{name}.weight", lora)]
+        instead = f"leave {', '.join(named)} out of lora.target_parameters" if named else ""
+        if others := [name for name in self.names if name not in named]:
+            instead = "; ".join(filter(None, (instead, excluding(lora, pattern_of(others)))))
         problem = f"{self.problem}, so there is no gradient to start from; {instead}"
         found = UserError("lora.target_modules", self.names, problem)
         found.on_all_ranks = True
@@ -119,10 +122,10 @@ class Observer:
 
 
 def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:
-    """Raise NoGradient, on every rank, unless all of these targets were seen to take part in the loss."""
-    for missing in world.all_json([name for name in names if name not in seen]):
-        if missing:
-            raise NoGradient(missing, "took no part in the loss that autograd saw")
+    """Raise NoGradient, on every rank, unless some rank saw each of these targets take part in the loss."""
+    of_ranks = world.all_json([name for name in names if name not in seen])
+    if missing := [name for name in of_ranks[0] if all(name in others for others in of_ranks[1:])]:
+        raise NoGradient(missing, "took no part in the loss that autograd saw")
 
 
 def name_the_culprit(model: nn.Module, found: NotFinite, sharding: Sharding) -> None:

@@ -110,9 +110,13 @@ def _share_of_what_follows(model: nn.Module, request: Request, sharding: Shardin
         return 0.0
     microbatch = data.microbatches(0, data.samples_per_step, 0)[0]
     ids_BT = microbatch.inputs["input_ids"]
-    last = int((microbatch.inputs["labels"][0] != IGNORED).nonzero().max()) if microbatch.num_supervised_tokens else 0
+    supervised_P = (microbatch.inputs["labels"][0] != IGNORED).nonzero().flatten()
+    last = int(supervised_P[-1]) if len(supervised_P) else 0
     other_BT = ids_BT.clone()
-    other_BT[0, last] = ids_BT[0].min() if ids_BT[0, last] != ids_BT[0].min() else ids_BT[0].max()
+    # by a token of the text: others may stand for images
+    other_BT[0, last] = next(
+        (ids_BT[0, at] for at in supervised_P if ids_BT[0, at] != ids_BT[0, last]), ids_BT[0, last]
+    )
     found = []
     for ids in (ids_BT, other_BT):
         with sharding.passing(pieces_of(model)):
@@ -153,4 +157,4 @@ def _losses(model: nn.Module, request: Request, sharding: Sharding) -> tuple[flo
     own = output.loss * count if count else torch.zeros_like(loss)
     sums = torch.stack([own.double(), loss.double(), torch.tensor(count, device=world.device).double()])
     own_sum, loss_sum, total = world.sum_(sums).tolist()
-    return own_sum / total, loss_sum / total
+    return (own_sum / total, loss_sum / total) if total else None

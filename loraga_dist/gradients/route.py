@@ -14,7 +14,6 @@ from torch import nn
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
-from loraga_dist.errors import UserError, reason
 from loraga_dist.gradients.experts import Sink
 from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.head import Head
@@ -98,7 +97,7 @@ class ModelOrder(Route):
     def _take(self, microbatch: Microbatch) -> torch.Tensor:
         if self._long is not None and self._long.head.tokens_at_once(microbatch) is not None:
             return self._take_long(microbatch, self._long)
-        logits = self._forward(microbatch)
+        logits = forward(self._called, microbatch, self._sharding.world.device)
         return_freed_memory()  # holes that blocks left; the logits and their loss are often the peak
         loss = self._loss(logits, microbatch.inputs["labels"], microbatch.weights)
         del logits
@@ -106,13 +105,6 @@ class ModelOrder(Route):
             loss.backward()
         self._sharding.release()
         return loss.detach()
-
-    def _forward(self, microbatch: Microbatch) -> torch.Tensor:
-        try:
-            return forward(self._called, microbatch, self._sharding.world.device)
-        except ValueError as error:  # what a model raises of its inputs
-            problem = f"does not take this data: {reason(error)}; write data that it takes, or another model"
-            raise UserError("model", type(self._model).__name__, problem) from error
 
     def _take_long(self, microbatch: Microbatch, long: LongSequences) -> torch.Tensor:
         """Of a long sequence: from the last block on by some tokens at a time."""
@@ -125,7 +117,7 @@ class ModelOrder(Route):
         handle = long.last.register_forward_hook(keep)
         try:
             with short_head(self._model, 1 if long.trusted else long.head.tokens_at_once(microbatch)):
-                logits = self._forward(microbatch)
+                logits = forward(self._called, microbatch, self._sharding.world.device)
         finally:
             handle.remove()
         if not kept:  # it is no sequence of these blocks

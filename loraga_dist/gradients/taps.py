@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from loraga_dist.config import Checkpointing
 from loraga_dist.gradients.experts import Sink, experts_tapped
 from loraga_dist.gradients.forward import forward_set
+from loraga_dist.model.blocks import expert_lists
 from loraga_dist.model.products import products_seen
 
 
@@ -50,10 +51,17 @@ def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing:
     training = {name: module.training for name, module in modules.items()}
     anchor: dict[torch.device, torch.Tensor] = {}
 
+    def anchor_on(device: torch.device) -> torch.Tensor:
+        if device not in anchor:
+            anchor[device] = torch.zeros((), device=device, requires_grad=True)
+        return anchor[device]
+
     def tap(x: torch.Tensor, y: torch.Tensor, *, name: str) -> torch.Tensor:
-        if y.device not in anchor:
-            anchor[y.device] = torch.zeros((), device=y.device, requires_grad=True)
-        return _Tap.apply(y, anchor[y.device], x, sink, name)  # type: ignore[return-value]
+        return _Tap.apply(y, anchor_on(y.device), x, sink, name)  # type: ignore[return-value]
+
+    def begin(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # where no expert is called that has a tap, backward still goes as far as on other ranks
+        return (_Tap.apply(args[0], anchor_on(args[0].device), args[0], lambda *_: None, ""), *args[1:])
 
     model.eval()
     try:
@@ -61,6 +69,8 @@ def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing:
             for name in names:
                 if name in modules:
                     exits.enter_context(_product_tapped(modules[name], functools.partial(tap, name=name)))
+            for caller in _callers_of(model, names):
+                exits.callback(caller.register_forward_pre_hook(begin).remove)
             of_experts = [name for name in names if name not in modules]
             exits.enter_context(experts_tapped(model, of_experts, sink))
             exits.enter_context(_checkpointed_blocks(modules, checkpointing))
@@ -68,6 +78,13 @@ def tapped(model: nn.Module, names: Sequence[str], sink: Sink, *, checkpointing:
     finally:
         for name, module in modules.items():
             module.training = training[name]
+
+
+def _callers_of(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """What calls experts that are modules, if some of these are among them."""
+    lists = expert_lists(model)
+    callers = {caller for experts, caller in lists.items() if any(name.startswith(f"{experts}.") for name in names)}
+    return [model.get_submodule(caller) for caller in sorted(callers)]
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def find_class(config: ModelConfig, hf_config: Any, task_type: TaskType, directo
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         model_class = get_class_from_dynamic_module(remote[name], str(directory))
-        return FoundClass(model_class, hf_config, None if name == names[0] else name)
+        return FoundClass(model_class, hf_config, config.class_name or (None if name == names[0] else name))
     classes = _classes(hf_config, task_type)
     if not classes:
         raise UserError("lora.task_type", task_type, _another_task(hf_config, task_type))

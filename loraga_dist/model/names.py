@@ -23,7 +23,9 @@ def require_matches(model: nn.Module, lora: LoraSection) -> None:
     _require_each("lora.exclude_modules", lora.exclude_modules, modules, matrices)
     _require_each("lora.modules_to_save", lora.modules_to_save, modules, modules)
     chosen = lora.layers_to_transform
-    numbers = sorted({int(number) for name in modules for number in re.findall(r"\.(\d+)(?=\.)", name)})
+    # the first in a name is a layer's, further ones may be of experts
+    found = (re.search(r"\.(\d+)\.", name) for name in modules)
+    numbers = sorted({int(match[1]) for match in found if match})
     for number in [chosen] if isinstance(chosen, int) else chosen or ():
         if number not in numbers:
             instead = f"write numbers from {numbers[0]} to {numbers[-1]}" if numbers else "leave it out"
@@ -33,6 +35,19 @@ def require_matches(model: nn.Module, lora: LoraSection) -> None:
 def with_end(names: Iterable[str], end: str) -> list[str]:
     """As PEFT matches them."""
     return [name for name in names if f".{name}".endswith(f".{end}")]
+
+
+def is_excluded(module: str, lora: LoraSection) -> bool:
+    """Whether the user leaves a module out, as PEFT matches it."""
+    excluded = lora.exclude_modules or []
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, module) is not None
+    return any(with_end([module], end) for end in excluded)
+
+
+def is_named(parameter: str, lora: LoraSection) -> bool:
+    """Whether the user asks for this parameter by its own name."""
+    return any(with_end([parameter], end) for end in lora.target_parameters or ())
 
 
 def excluding(lora: LoraSection, pattern: str) -> str:
@@ -63,7 +78,9 @@ def _pattern(names: Iterable[Sequence[str]]) -> str:
         ends.setdefault(first, []).append(rest)
     firsts: dict[str, list[str]] = {}
     for first, rests in ends.items():
-        firsts.setdefault(rf"\.{_pattern(rests)}" if rests[0] else "", []).append(first)
+        inner = [rest for rest in rests if rest]
+        end = rf"\.{_pattern(inner)}" if inner else ""
+        firsts.setdefault(f"({end})?" if inner and len(inner) < len(rests) else end, []).append(first)
     leaves = firsts.pop("", [])
     return _one_of([*leaves, *(_one_of(these) + end for end, these in firsts.items())])
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from loraga_dist.config import LoraSection
-from loraga_dist.errors import UserError
+from loraga_dist.errors import UserError, blame
 from loraga_dist.files.stored_tensors import TransposedTensor
 from loraga_dist.model.blocks import expert_lists
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.coverage import Coverage, Weights
-from loraga_dist.model.injection import injected_by_peft, names_taken_for_experts
+from loraga_dist.model.injection import SELECTION_SECONDS, injected_by_peft, names_taken_for_experts
 from loraga_dist.model.left_out import LeftOut, experts_left_out, routers_left_out, rows_left_out, towers_left_out
-from loraga_dist.model.names import must_be_excluded, require_matches, with_end
+from loraga_dist.model.names import is_excluded, is_named, must_be_excluded, require_matches, with_end
 from loraga_dist.model.products import find_routers, is_product, multiplies
 from loraga_dist.model.stacks import (
     NOT_IN_INTERFACE,
@@ -71,7 +71,9 @@ def select_targets(
     stacks, lists = find_stacks(meta_model), tuple(f"{name}." for name in expert_lists(meta_model))
     taken_for_experts = names_taken_for_experts(meta_model)
     _require_names(meta_model, stacks, lora)
-    require_matches(meta_model, lora)
+    instead = "write another pattern there, or in lora.exclude_modules"
+    with blame("lora.target_modules", lora.target_modules, "not tried", instead, limit_seconds=SELECTION_SECONDS):
+        require_matches(meta_model, lora)
     target_modules, left_out = lora.target_modules, list[LeftOut]()
     if target_modules == "all-linear":
         target_modules, left_out = _all_linear(meta_model, lora)
@@ -151,13 +153,9 @@ def _require_not_excluded(module: str, lora: LoraSection) -> None:
     if lora.layers_to_transform is not None:
         problem = "does not choose among parameters; name those of these layers in lora.target_parameters"
         raise UserError("lora.layers_to_transform", lora.layers_to_transform, problem)
-    excluded = lora.exclude_modules or []
-    if isinstance(excluded, str):
-        excluded = [excluded] if re.fullmatch(excluded, module) else []
-    for end in excluded:
-        if end == lora.exclude_modules or with_end([module], end):
-            problem = f"matches {module}, of which parameters are asked for; leave them out of lora.target_parameters"
-            raise UserError("lora.exclude_modules", end, problem)
+    if is_excluded(module, lora):
+        problem = f"matches {module}, of which parameters are asked for; leave them out of lora.target_parameters"
+        raise UserError("lora.exclude_modules", lora.exclude_modules, problem)
 
 
 def _no_matrix(parameter: str, module: nn.Module, lora: LoraSection) -> UserError:
@@ -181,7 +179,8 @@ def _all_linear(model: nn.Module, lora: LoraSection) -> tuple[list[str], list[Le
 
     left_out = towers_left_out(wanted(in_towers), kept, text) + rows_left_out(wanted(rows))
     if not lora.target_parameters:  # else who names some knows of the others
-        left_out = experts_left_out(model) + routers_left_out(routers) + left_out
+        of_text = [name for name in routers if not tower_of(name, text) and not is_excluded(name, lora)]
+        left_out = experts_left_out(model) + routers_left_out(of_text) + left_out
     return kept, left_out
 
 
@@ -269,8 +268,7 @@ def with_places(target: Target, in_files: StoredModel) -> Target:
 
 
 def _key_of(target: Target, lora: LoraSection) -> str:
-    named = any(with_end([target.parameter_name], end) for end in lora.target_parameters or ())
-    return "lora.target_parameters" if named else "lora.target_modules"
+    return "lora.target_parameters" if is_named(target.parameter_name, lora) else "lora.target_modules"
 
 
 def _left_out(target: Target, lora: LoraSection) -> str:

@@ -13,7 +13,15 @@ def text_model(model: nn.Module) -> str:
     if config is None or config.is_encoder_decoder or config.get_text_config() is config:
         return ""
     decoder = model.get_decoder()  # type: ignore[operator]
-    return next((name for name, module in model.named_modules() if module is decoder), "")
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    while name:  # a language model may stand there with its output head
+        outer, _, own = name.rpartition(".")
+        beside = (child for key, child in model.get_submodule(outer).named_children() if key != own)
+        if any(child is not head and next(child.parameters(), None) is not None for child in beside):
+            break
+        name = outer
+    return name
 
 
 def tower_of(name: str, text: str) -> str | None:

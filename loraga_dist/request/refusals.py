@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from loraga_dist.config import InitConfig, LoraSection, MethodConfig
+from loraga_dist.data.microbatches import MicrobatchSharder
 from loraga_dist.errors import UserError
 from loraga_dist.model.base import DTYPES
+from loraga_dist.model.blocks import Order
 from loraga_dist.model.names import excluding, pattern_of
 from loraga_dist.model.stacks import Stack
 from loraga_dist.model.targets import Target
@@ -44,6 +46,13 @@ def require_inputs_of_a(config: MethodConfig, targets: Sequence[Target], stacks:
             problem = f"regresses on inputs, and PEFT's A of {parameter} is on the side of its outputs"
             instead = f"write {', '.join(others)}, or leave it out of lora.target_parameters"
             raise UserError("init.scheme", config.init.scheme, f"{problem}; {instead}")
+
+
+def require_alike(data: MicrobatchSharder | None, order: Order, key: str, world_size: int) -> None:
+    """Raise UserError where some ranks would gather a tower for their images, and others not. key: of the data."""
+    if world_size > 1 and order.blocks is None and data is not None and data.mixes_images:
+        problem = "some samples have images and some have none, and ranks go through this model together"
+        raise UserError(key, data.num_samples, f"{problem} ({order.why}); leave the ones or the others out")
 
 
 def require_unquantized(model: nn.Module, targets: Sequence[Target]) -> None:

@@ -45,6 +45,7 @@ from loraga_dist.model.towers import text_model
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import read_data
 from loraga_dist.request.refusals import (
+    require_alike,
     require_base_left_alone,
     require_gradients_of_text,
     require_inputs_of_a,
@@ -103,8 +104,9 @@ class Request:
         return None
 
     def in_model_order(self, why: str, world_size: int) -> Self:
-        """The same request for a model that turned out to be no sequence of blocks."""
+        """The same request for a model that turned out to be no sequence of blocks. Raises UserError, on all ranks."""
         order = Order(blocks=None, why=why)
+        require_alike(self.data, order, "data", world_size)
         config = self.config
         plan = make_plan(
             self.targets, config.gradient, self.scheme, world_size, order, self.amount, config.init.moment_shape
@@ -219,6 +221,7 @@ def understand(
         if scheme.source == "gradient" and all(sample.images is None for sample in data.samples):
             require_gradients_of_text(config.lora, targets, text)
     saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
+    require_alike(data, saved or chosen, "calibration.data_files", world.size)
     return CheckpointRequest(
         config=_resolved(config, base),
         plan=make_plan(targets, config.gradient, scheme, world.size, saved or chosen, amount, config.init.moment_shape),
@@ -291,7 +294,11 @@ def understand_model(
     dtype, data, amount = next(model.parameters()).dtype, None, USUAL_AMOUNT
     step_data = None
     if batches is not None:
-        data = BatchSharder(in_step(microbatches, world))
+        counts = torch.tensor([len(microbatches), sum(it.images is not None for it in microbatches)])
+        total, with_images = world.sum_(counts.to(world.device)).tolist()
+        data = BatchSharder(in_step(microbatches, world), mixes_images=0 < with_images < total)
+        with world.together():
+            require_alike(data, order, "dataloader", world.size)
         with world.together():
             data, step_data = _share_out(data, config, "dataloader")
         num_tokens = torch.tensor(sum(each.inputs["input_ids"].numel() for each in microbatches), device=world.device)

@@ -75,21 +75,25 @@ def share(rank: int) -> list[Microbatch]:
     return [replace(each, index=index) for index, each in enumerate(mine)]
 
 
-def be_rank() -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-    """What taps show on the way that each is, and logits; in pieces, as a model without blocks would be."""
+def be_rank() -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]], Tensor]:
+    """What taps show on the way that each is, the same of targets that the first rank calls none of, and logits; in
+    pieces, as a model without blocks would be."""
     import deepspeed
 
     world, model = World.start(), routed_llama()
     sharding, names = open_sharding(world, None), targets_in(model)
     deepspeed.zero.Init(module=model, config_dict_or_path=calibration_settings({}, torch.float32))
     found = {way: dict(shown(model, names, share(world.rank), way, sharding)) for way in WAYS}
+    (way, *_) = WAYS
+    uncalled = world.all_json([name for name in names if name not in found[way]])[0]
+    alone = {way: dict(shown(model, uncalled, share(world.rank), way, sharding)) for way in WAYS}
     assert not deepspeed.utils.get_z3_leaf_modules(model), "the user's own engine shall not find ours"
     assert not any(map(deepspeed.utils.z3_leaf_parameter, model.parameters()))
     model.config.is_encoder_decoder = True
     pieces = pieces_of(model)
     model.config.is_encoder_decoder = False
     with torch.no_grad(), sharding.passing(pieces):
-        return found, forward(model, share(world.rank)[0], CPU)
+        return found, alone, forward(model, share(world.rank)[0], CPU)
 
 
 def test_ranks_that_call_other_experts_have_the_unsharded_gradients() -> None:
@@ -98,14 +102,17 @@ def test_ranks_that_call_other_experts_have_the_unsharded_gradients() -> None:
     parts = run_on_ranks(be_rank, 2, timeout_seconds=100)
     expected = reference(model, names, [*share(0), *share(1)])
     for way in WAYS:
-        few, many = (found[way] for found, _ in parts)
+        few, many = (found[way] for found, _, _ in parts)
+        none, all_of_them = (alone[way] for _, alone, _ in parts)
+        assert not none and worst(all_of_them, {name: expected[name] for name in all_of_them}) < 1e-5, way
+        assert all_of_them.keys() == many.keys() - few.keys()
         assert few.keys() < many.keys(), "ranks should call other experts"
         assert worst({name: few.get(name, 0) + many[name] for name in many}, expected) < 1e-5, way
         assert (
             worst(shown(model, names, share(1), way), {name: many.get(name, 0 * expected[name]) for name in names})
             < 1e-5
         )
-    for rank, (_, logits) in enumerate(parts):
+    for rank, (_, _, logits) in enumerate(parts):
         torch.testing.assert_close(logits, forward(model, share(rank)[0], CPU))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from loraga_dist.config import CalibrationConfig
 from loraga_dist.data.microbatches import Microbatch, SampleSharder
 from loraga_dist.data.samples import fingerprints, load_samples
 from loraga_dist.errors import UserError
+from loraga_dist.model.blocks import Order
+from loraga_dist.request.refusals import require_alike
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
@@ -201,3 +204,15 @@ def test_what_cannot_serve_is_refused(model_dir: Path, data: Path, tmp_path: Pat
     broken.write_text(json.dumps(rows[1] | {"reward": 1.0}) + "\n")
     with pytest.raises(UserError, match="has images and reward"):
         samples_of(model_dir, broken)
+
+
+def test_ranks_that_would_gather_a_tower_alone_are_refused(model_dir: Path, data: Path) -> None:
+    samples = samples_of(model_dir, data / "chat.jsonl")
+    in_model_order, key = Order(blocks=None, why="it is wanted"), "calibration.data_files"
+    sharder = SampleSharder(samples=samples, rank=0, world_size=2, per_device_batch_size=1, pad_token_id=256)
+    with pytest.raises(UserError, match=f"^{key}: 6: some samples have images and some have none"):
+        require_alike(sharder, in_model_order, key, 2)
+    require_alike(sharder, in_model_order, key, 1)
+    require_alike(
+        replace(sharder, samples=[sample for sample in samples if sample.images is not None]), in_model_order, key, 2
+    )

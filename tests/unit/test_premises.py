@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from builders import ENCODER, SPECIAL_IDS, VOCABULARY, byte_tokenizer, config_tree, save_class, save_data
+from builders import ENCODER, SPECIAL_IDS, VOCABULARY, byte_tokenizer, config_tree, make_model, save_class, save_data
 from outputs import make_output, read_factors, read_report, relative
+
+import loraga_dist
 
 DECODER = {
     "vocab_size": VOCABULARY, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
@@ -97,3 +99,12 @@ def test_a_causal_model_that_reads_its_answers_is_said(is_decoder: bool, tmp_pat
     assert [line.startswith("BertLMHeadModel lets tokens see those that follow") for line in said] == (
         [] if is_decoder else [True]
     )
+
+
+def test_a_first_text_without_labels_is_no_obstacle() -> None:
+    ids = torch.arange(3, 43).view(2, 20)
+    labels = ids.clone()
+    labels[0] = -100
+    config = {"lora": {"r": 2, "target_modules": ["c_attn"]}}
+    start = loraga_dist.initialize(make_model("gpt2"), [{"input_ids": ids, "labels": labels}], config)
+    assert start.targets and not start.cautions

@@ -1,0 +1,47 @@
+"""Patterns that are written for users, and names that are held against a model's."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
+
+from loraga_dist.config import LoraSection
+from loraga_dist.errors import UserError
+from loraga_dist.model.names import pattern_of, require_matches
+from loraga_dist.model.towers import text_model, tower_of
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a"], ["a", "a.b"], ["a.b", "a"], ["a.b.c", "a.b", "d"], ["x.0.q", "x.1.q", "x.1.k", "y.0.q"], ["a+b", "a.b"]],
+)
+def test_a_pattern_matches_its_names_and_no_others(names: list[str]) -> None:
+    pattern = pattern_of(names)
+    others = {"a", "b", "a.b", "a.c", "a.b.c", "a.b.d", "d", "x.0.k", "x.2.q", "aab", "axb"} - set(names)
+    assert all(re.fullmatch(pattern, name) for name in names)
+    assert not any(re.fullmatch(pattern, name) for name in others)
+
+
+def test_numbers_of_experts_are_none_of_layers() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(9)) for _ in range(2))
+    require_matches(model, LoraSection(layers_to_transform=[0, 1]))
+    with pytest.raises(UserError, match="8: matches no layer; write numbers from 0 to 1"):
+        require_matches(model, LoraSection(layers_to_transform=[0, 8]))
+
+
+def test_a_language_model_with_its_head_inside_leaves_towers_beside_it() -> None:
+    config = InstructBlipConfig(
+        vision_config={"num_hidden_layers": 1}, qformer_config={"num_hidden_layers": 1},
+        text_config={"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 99},
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = InstructBlipForConditionalGeneration(config)
+    text = text_model(model)
+    assert text == "language_model"
+    towers = {tower_of(name, text) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert towers == {None, "vision_model", "qformer", "language_projection"}
