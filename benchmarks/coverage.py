@@ -24,9 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("LORAGA_DEBUG", "1")
 
 from coverage_check import CRASHED, NOT_BUILT, REFUSED, WITH_LINE, WORKS, WRONG, Outcome, examine
 from coverage_models import KINDS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from loraga_dist.cli import init_main
 from loraga_dist.config import InitConfig, parse_config
@@ -65,7 +67,9 @@ class Outcome:
 
 
 def examine(kind_name: str, model_type: str, directory: Path) -> dict[str, Any]:
-    """Build, start and check one architecture; its outcome as plain data."""
+    """Build, start and check one architecture, in a process of its own; its outcome as plain data."""
+    os.environ["LORAGA_DEBUG"] = "1"  # what is unforeseen shall be found
+    logging.set_verbosity(logging.CRITICAL)
     kind = KINDS[kind_name]
     outcome = Outcome(kind_name, model_type, kind.classes[model_type])
     try:
