@@ -95,16 +95,15 @@ def _share_of_padding(model: nn.Module, data: SampleSharder, sharding: Sharding)
         (microbatch,) = each.microbatches(0, each.num_samples, 0)
         with sharding.passing(pieces_of(model)):
             found.append(forward(model, microbatch, sharding.world.device)[0].float())
-    change = (found[1][: len(found[0])] - found[0]).abs().max() / found[0].abs().max()
-    return sharding.world.max_(change).item()
+    return _largest_change(found[0], found[1][: len(found[0])], sharding)
 
 
 def _share_of_what_follows(model: nn.Module, request: Request, sharding: Sharding) -> float:
-    """By how much logits change with the last token of a text, of the largest of them.
+    """By how much logits before it change with the last token of a text, of the largest of them.
 
     Only of models that know types of tokens, which encoders do, and those that read a prefix as one.
     """
-    data, world = request.data, sharding.world
+    data = request.data
     knows_types = "token_type_ids" in inspect.signature(type(model).forward).parameters
     if data is None or request.config.lora.task_type != "CAUSAL_LM" or not knows_types:
         return 0.0
@@ -121,9 +120,16 @@ def _share_of_what_follows(model: nn.Module, request: Request, sharding: Shardin
     for ids in (ids_BT, other_BT):
         with sharding.passing(pieces_of(model)):
             of_ids = replace(microbatch, inputs=microbatch.inputs | {"input_ids": ids})
-            found.append(forward(model, of_ids, world.device)[0, :last].float())
-    change = (found[1] - found[0]).abs().max() / found[0].abs().max() if last else torch.zeros((), device=world.device)
-    return world.max_(change).item()
+            found.append(forward(model, of_ids, sharding.world.device)[0, :last].float())
+    return _largest_change(found[0], found[1], sharding)
+
+
+def _largest_change(before: torch.Tensor, after: torch.Tensor, sharding: Sharding) -> float:
+    """On any rank, of logits (T, V) or (V,), relative to their largest; 0 where there are none. A collective."""
+    change = before.new_zeros(())
+    if before.numel():
+        change = (after - before).abs().max() / before.abs().max()
+    return sharding.world.max_(change).item()
 
 
 def _lengths(sample: Sample) -> list[int]:

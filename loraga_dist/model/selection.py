@@ -31,8 +31,6 @@ from loraga_dist.model.stacks import (
 from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
 from loraga_dist.model.towers import text_model, tower_of
 
-_REMOVE = "leave it out"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -124,7 +122,7 @@ def _require_names(model: nn.Module, stacks: Mapping[str, Stack], lora: LoraSect
     """Raise UserError for names that PEFT would pass over: of no parameter, or of what were experts' modules once; and
     for parameters that cannot be adapted."""
     ends = ends_of(stacks)
-    instead = f"write {TO_ADD_EXPERTS.format(', '.join(ends))}" if ends else _REMOVE
+    instead = f"write {TO_ADD_EXPERTS.format(', '.join(ends))}" if ends else "leave it out"
     if ends and isinstance(lora.target_modules, list):
         modules = [name for name, _ in model.named_modules()]
         for end in lora.target_modules:
