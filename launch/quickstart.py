@@ -255,6 +255,39 @@ def _new_model(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
+class Muon(torch.optim.Optimizer):
+    """Step as torch.optim.Muon does, without weight decay; that one multiplies in bfloat16 on every processor.
+
+    params: matrices. dtype: of the products. Source: https://kellerjordan.github.io/posts/muon/.
+    """
+
+    MOMENTUM = 0.95
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, dtype: torch.dtype) -> None:
+        super().__init__(params, {"lr": lr, "dtype": dtype})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for W_MN in group["params"]:
+                mean_MN = self.state[W_MN].setdefault("mean", torch.zeros_like(W_MN))
+                mean_MN.lerp_(W_MN.grad, 1 - self.MOMENTUM)
+                update_MN = self._orthogonalized(W_MN.grad.lerp(mean_MN, self.MOMENTUM).to(group["dtype"]))
+                W_MN.add_(update_MN, alpha=-group["lr"] * max(1, W_MN.shape[0] / W_MN.shape[1]) ** 0.5)
+
+    def _orthogonalized(self, G_MN: torch.Tensor) -> torch.Tensor:
+        """All singular values near 1, by five Newton-Schulz iterations."""
+        if G_MN.shape[0] > G_MN.shape[1]:
+            return self._orthogonalized(G_MN.T).T
+        a, b, c = self.COEFFICIENTS
+        X_MN = G_MN / G_MN.norm().clamp(min=1e-7)
+        for _ in range(5):
+            gram_MM = X_MN @ X_MN.T
+            X_MN = torch.addmm(X_MN, torch.addmm(gram_MM, gram_MM, gram_MM, beta=b, alpha=c), X_MN, beta=a)
+        return X_MN
+
+
 def _pretrain(recipe: Recipe) -> tuple[PreTrainedModel, float]:
     """Train until the held-out loss is below the target; raises RunError at the step or time limit."""
     torch.set_num_threads(os.cpu_count() or 1)
@@ -263,16 +296,15 @@ def _pretrain(recipe: Recipe) -> tuple[PreTrainedModel, float]:
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     hidden_ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in hidden_ids]
+    # bf16 pays only where the processor multiplies it itself; elsewhere it is emulated, tens of times slower.
+    bf16 = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     optimizers = [
-        torch.optim.Muon(hidden, lr=recipe.muon_lr, weight_decay=0.0),
+        Muon(hidden, recipe.muon_lr, torch.bfloat16 if bf16 else torch.float32),
         torch.optim.AdamW(rest, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, recipe)) for o in optimizers]
     batches = _batches(training_ids, recipe)
     options = {"output_router_logits": True} if isinstance(recipe, MoeRecipe) else {}
-    # Autocast pays only where the processor multiplies bf16 itself; elsewhere it is emulated, many times slower.
-    bf16 = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
     step, recent_losses = 0, []
     start = time.perf_counter()
     with tqdm(total=recipe.max_steps, desc="pretraining", unit="step", disable=not sys.stderr.isatty()) as bar:

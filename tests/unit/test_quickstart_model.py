@@ -126,3 +126,22 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--directory"):
         quickstart.ensure_quickstart(tmp_path, TINY)
     assert (tmp_path / "model").is_dir()
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_muon_steps_as_torchs_does(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(shape, generator=generator) for _ in range(4))
+    theirs, ours, wide = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    optimizers = [
+        torch.optim.Muon([theirs], lr=0.03, weight_decay=0.0),
+        quickstart.Muon([ours], 0.03, torch.bfloat16),
+        quickstart.Muon([wide], 0.03, torch.float32),
+    ]
+    for gradient in gradients:
+        for parameter, optimizer in zip((theirs, ours, wide), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(wide, theirs, rtol=0, atol=0.003)
+    assert not torch.equal(wide, theirs)
