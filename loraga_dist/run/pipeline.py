@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from loraga_dist.artifacts.layout import Layout
@@ -24,6 +25,7 @@ from loraga_dist.artifacts.names import REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
 from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import StagedDirectory, checkpoint_path_of, existing_parent, free_place
@@ -269,6 +271,11 @@ def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: C
     say(f"adapters: {request.coverage.text}")
     if request.plan.groups:
         say(f"plan: {_plan_report(request, forecaster).calibration}")
+        if forecaster.on_host and request.base.dtype == torch.bfloat16 and not multiplies_bfloat16():
+            say(
+                "warning: this processor has no units for bfloat16, which takes it tens of times as long as float32; "
+                "with model.dtype float32 it computes with the same weights in twice the memory"
+            )
 
 
 def _load(request: CheckpointRequest, clock: Clock, world: World, *, from_disk: bool) -> tuple[nn.Module, Sharding]:
