@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from convergence_methods import FAIR, LONGER, METHODS, ROWS, STARTS
-from rate_report import DASH, Markers, Results, mean, rates_table, table
+from rate_report import DASH, Results, mean, rates_table, table
 
-MARKERS = Markers("benchmarks/convergence.py")
-BEGIN, END = MARKERS.begin, MARKERS.end
 _STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#1f2328", "linestyle": "--"},
     "lora": {"color": "#1f4e9c", "linewidth": 2.2},

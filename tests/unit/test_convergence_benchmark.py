@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from builders import byte_tokenizer, llama_config, make_model
-from convergence import QUICK, FewShot
 from convergence_methods import METHODS, Inputs, R, alignment, best_cosine, full_gradients, lora_layers
-from convergence_report import BEGIN, END, Results, steps_to, tables, write_plots
+from convergence_report import Results, steps_to, tables, write_plots
+from convergence_tasks import QUICK, FewShot
 from launching import ROOT, succeed
 from ranks import run_script
+from rate_report import Markers
 from rate_search import Journal, best_rate, finer_rate, settings_of, train
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -188,10 +189,15 @@ def test_few_shot_stops_early_on_other_windows(small_model: Path) -> None:
 def quick_table(small_model: Path) -> Path:
     """Results of the first part."""
     path, document = small_model.parent / "runs.jsonl", small_model.parent / "page.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    markers = _markers(path)
+    document.write_text(f"before\n{markers.begin}\nold\n{markers.end}\nafter\n")
     arguments = _arguments(small_model, path, "--parts", "table", "--markdown", str(document))
     succeed(run_script(arguments, 1, timeout_seconds=250))
     return path
+
+
+def _markers(results_file: Path) -> Markers:
+    return Markers(f"benchmarks/convergence.py from {results_file.name}")
 
 
 def _arguments(model: Path, path: Path, *more: str) -> list[str]:
@@ -247,6 +253,15 @@ def test_quick_run_and_going_on(small_model: Path, quick_table: Path, tmp_path: 
     (refused,) = run_script([*arguments, "--markdown", str(document)], 1)
     assert refused.code == 2 and "has no lines" in refused.stderr
 
+    # results of another model
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    (of_model,) = (entry for entry in entries if entry["kind"] == "model")
+    of_model["loss"] += 0.001
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries if entry is not entries[-1]))
+    (refused,) = run_script(arguments, 1)
+    assert refused.code == 3 and "name that one, or a new results file" in refused.stderr
+    assert len(path.read_text().splitlines()) == len(entries) - 1
+
 
 def test_fair_comparison(small_model: Path, quick_table: Path, tmp_path: Path) -> None:
     path, document = tmp_path / "runs.jsonl", tmp_path / "page.md"
@@ -297,9 +312,9 @@ def test_fair_comparison(small_model: Path, quick_table: Path, tmp_path: Path) -
     assert rows["3 steps, RRR"] == ["", "", "", ""]  # nothing to compare with yet
 
 
-def test_document_has_the_tables_of_the_committed_results() -> None:
-    lines = (ROOT / "benchmarks" / "convergence.jsonl").read_text().splitlines()
-    results = Results([json.loads(line) for line in lines])
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("convergence*.jsonl")), ids=lambda path: path.name)
+def test_document_has_the_tables_of_the_committed_results(file: Path) -> None:
     document = (ROOT / "docs" / "BENCHMARKS.md").read_text()
-    written = document.partition(BEGIN)[2].partition(END)[0]
-    assert written.strip() == tables(results).strip(), "run benchmarks/convergence.py with --markdown"
+    markers = _markers(file)
+    written = document.partition(markers.begin)[2].partition(markers.end)[0]
+    assert written.strip() == tables(_results(file)).strip(), "run benchmarks/convergence.py with --markdown"
