@@ -77,8 +77,7 @@ class Settings:
     batch_size: int = 8
     max_length: int = 256
     """Tokens; longer rows are left out."""
-    check_every_steps: int = 50
-    heldout_answers: int = 256
+    heldout_answers: int = 128
     generated_answers: int = 0
     """For exact matches."""
     calibration_batches: int = 8
@@ -89,7 +88,7 @@ class Settings:
 
 ON_GPU: dict[str, Any] = {"generated_answers": 512}
 QUICK: dict[str, Any] = {
-    "accuracy_ranks": (4, 8), "ranks": (4, 8), "seeds": (0, 1), "steps": 4, "batch_size": 2, "check_every_steps": 2,
+    "accuracy_ranks": (4, 8), "ranks": (4, 8), "seeds": (0, 1), "steps": 4, "batch_size": 2,
     "heldout_answers": 4, "generated_answers": 0, "calibration_batches": 2, "more_steps": 2,
 }  # fmt: skip
 
@@ -213,7 +212,11 @@ class _Start:
         started = time.process_time()
         inputs = Inputs(batches=batches, seed=self.seed, steps=self.steps, r=self.r)
         started_model = self.row.start(model, inputs).train()
-        return started_model, round(time.process_time() - started, 1)
+        seconds = round(time.process_time() - started, 1)
+        for parameter in started_model.parameters():
+            if not parameter.requires_grad:  # as the files have it that a start writes
+                parameter.copy_(parameter.bfloat16())
+        return started_model, seconds
 
     @functools.cached_property
     def heldout_loss(self) -> float:
@@ -229,7 +232,7 @@ class _Start:
             lr,
             seed=self.seed,
             steps=self.steps,
-            check_every_steps=self.bench.settings.check_every_steps,
+            check_every_steps=self.steps,
             loss_before=self.heldout_loss,
         )
         matches = self.bench.exact_matches(model) if self.bench.settings.generated_answers else None
@@ -242,7 +245,7 @@ class Bench:
     def __init__(self, place: Place, settings: Settings) -> None:
         self.settings = settings
         self.tokenizer = AutoTokenizer.from_pretrained(place.checkpoint)
-        self.model = AutoModelForCausalLM.from_pretrained(place.checkpoint, dtype=torch.bfloat16).to(settings.device)
+        self.model = AutoModelForCausalLM.from_pretrained(place.checkpoint, dtype=torch.float32).to(settings.device)
         self.training, self.test = (
             samples_up_to(path, self.tokenizer, settings.max_length) for path in (place.train, place.test)
         )

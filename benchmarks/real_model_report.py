@@ -44,11 +44,11 @@ def _task_table(results: Results, task: str, methods: Sequence[str]) -> str:
         runs = [results.runs[task, method, seed, lr] for seed in results.seeds]
         losses = [run["final_loss"] for run in runs]
         if None in losses:
-            shown = ["diverged", DASH, DASH]
+            shown = ["diverged", DASH]
         else:
             differences = [loss - base for loss, base in zip(losses, lora, strict=True)] if lora else []
             compared = mean(differences, sign="+") if differences and method != "lora" else ""
-            shown = [mean(losses), compared, mean([run["curve"][1][1] for run in runs])]
+            shown = [mean(losses), compared]
         rates = results.rates(task, method)
         neighbours = [rates[lr / 2], rates[lr * 2]]
         best = rates[lr]
@@ -69,17 +69,8 @@ def _task_table(results: Results, task: str, methods: Sequence[str]) -> str:
             ]
         )
     start = results.runs[task, "lora", results.seeds[0], results.best_lr(task, "lora")]["curve"][0][1]
-    halfway = results.settings["check_every_steps"]
-    head = [
-        "",
-        "s",
-        "best rate",
-        "loss at its best rate",
-        "− LoRA",
-        f"after {halfway} steps",
-        "worse of half and twice",
-    ]
-    head += ["start, s of a core", "exact matches"]
+    head = ["", "s", "best rate", "loss at its best rate", "− LoRA", "worse of half and twice", "start, s of a core"]
+    head += ["exact matches"]
     return f"{task}, loss {start:.3f} before training:\n\n" + table(head, rows)
 
 

@@ -35,7 +35,7 @@ from loraga_dist.data.losses import causal_lm
 from loraga_dist.data.microbatches import Microbatch, SampleSharder, counted_rows
 from loraga_dist.data.samples import load_samples, padding_token_id
 from loraga_dist.gradients.route import ModelOrder
-from loraga_dist.linalg import TruncatedSVD, regression
+from loraga_dist.linalg import DampedMoment, TruncatedSVD, regression
 from loraga_dist.model.plan import BEYOND
 from loraga_dist.ranks.world import World
 
@@ -132,7 +132,7 @@ def variants(r: int, target: Seen) -> Iterator[tuple[str, float]]:
     C_NN.diagonal().add_(DAMPING * C_NN.diagonal().mean())
 
     def worth(triplets: TruncatedSVD, moment: Tensor | None) -> float:
-        found = triplets if moment is None else regression(triplets, moment, DAMPING)
+        found = triplets if moment is None else regression(triplets, DampedMoment(moment, DAMPING))
         A_RN = found.Vh_KN[:r].double()
         GA_MR = G_MN @ A_RN.T
         return float((torch.linalg.solve(A_RN @ C_NN @ A_RN.T, GA_MR.T).T * GA_MR).sum())

@@ -55,8 +55,8 @@ class Matrix:
 
     @property
     def regression_cost(self) -> int:
-        """Of that work, in the unit of `GradientEngine.cost`: a Cholesky factorization in float64."""
-        return 0 if self.moment_shape is None or len(self.moment_shape) < 2 else self.N**3
+        """Of that work, in the unit of `GradientEngine.cost`: a Cholesky factorization and solves."""
+        return 0 if self.moment_shape is None or len(self.moment_shape) < 2 else 2 * self.N**3 // 3
 
     def expected_rows(self, num_tokens: int) -> int:
         return math.ceil(self.row_share * num_tokens)

@@ -21,8 +21,8 @@ from loraga_dist.engines.base import (
     require_entries,
 )
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.product import add_product_
-from loraga_dist.linalg import effective_rank, regression
+from loraga_dist.engines.product import add_square_, mirror_lower_
+from loraga_dist.linalg import DampedMoment, effective_rank, regression
 
 
 class Inputs:
@@ -38,6 +38,7 @@ class Inputs:
         self._rows: dict[int, Tensor] = {}
         self._is_copy = False
         self._last: tuple[Tensor, str] | None = None
+        self._damped: tuple[str, DampedMoment] | None = None
         for name, matrix in self._matrices.items():
             if matrix.is_routed:  # what a rank was shown must not decide whose its sum is
                 self._lead(name, name)
@@ -80,7 +81,7 @@ class Inputs:
         kept = self._sums[name]
         sums = self._home.fetch(kept)
         if sums.dim() == 2:
-            add_product_(sums, x_TN, x_TN)  # what rounding makes negative of it, damping outweighs
+            add_square_(sums, x_TN)  # what rounding makes negative of it, damping outweighs
         else:
             sums.add_(x_TN.float().square().sum(dim=0))
         self._home.put_back(kept, sums)
@@ -122,23 +123,31 @@ class Inputs:
     def collect(self, world: Collectives) -> None:
         """Sum over ranks; a collective. Whoever owns a matrix needs the moment of its input."""
         for name, kept in self._sums.items():
-            sums = self._home.fetch(kept)
-            self._home.put_back(kept, world.sum_(sums).div_(world.sum_(self._num_tokens[name]).clamp(min=1)))
+            sums = world.sum_(self._home.fetch(kept)).div_(world.sum_(self._num_tokens[name]).clamp(min=1))
+            if sums.dim() == 2:
+                mirror_lower_(sums)
+            self._home.put_back(kept, sums)
 
     def regress(self, name: str, found: GradientSVD, damping: float) -> GradientSVD:
         """What was found of a gradient, as a regression on its input; of a matrix whose input was asked for."""
         matrix = self._matrices.get(name)
         if matrix is None:
             return found
-        moment = self._home.fetch(self._sums[self._leader_of[name]])
+        damped = self._damped_moment(self._leader_of[name], damping)
         with naming(matrix):
             # the others are a by-product, which rounding changes
-            svd = regression(found.svd.leading(matrix.num_triplets), moment, damping)
-        return replace(found, svd=svd, input_rank=effective_rank(moment))
+            svd = regression(found.svd.leading(matrix.num_triplets), damped)
+        return replace(found, svd=svd, input_rank=effective_rank(damped.moment))
+
+    def _damped_moment(self, leader: str, damping: float) -> DampedMoment:
+        """That of the last call if it is of the same input, with its factor."""
+        if self._damped is None or self._damped[0] != leader:
+            self._damped = leader, DampedMoment(self._home.fetch(self._sums[leader]), damping)
+        return self._damped[1]
 
     def forget(self) -> None:
         """Let go of all sums, when all regressions are made."""
-        self._sums, self._last = {}, None
+        self._sums, self._last, self._damped = {}, None, None
 
     def _lead(self, leader: str, name: str) -> None:
         self._leader_of[name] = leader

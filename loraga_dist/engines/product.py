@@ -7,6 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
+_BLOCK = 1024
+"""Columns of a square at a time: of two blocks of it on both sides of the diagonal, one is left out."""
+
 
 def add_product_(sum_MN: Tensor, left_TM: Tensor, right_TN: Tensor) -> None:
     """Add left^T right to a float32 sum."""
@@ -18,6 +21,18 @@ def add_product_(sum_MN: Tensor, left_TM: Tensor, right_TN: Tensor) -> None:
         sum_MN.add_(left_TM.t() @ right_TN)
     else:
         sum_MN.addmm_(left_TM.float().t(), right_TN.float())
+
+
+def add_square_(sum_NN: Tensor, x_TN: Tensor) -> None:
+    """Add x^T x to the lower triangle of a float32 sum; what is above it is for `mirror_lower_`."""
+    for first in range(0, len(sum_NN), _BLOCK):
+        add_product_(sum_NN[first:, first : first + _BLOCK], x_TN[:, first:], x_TN[:, first : first + _BLOCK])
+
+
+def mirror_lower_(sum_NN: Tensor) -> None:
+    """Make a sum of squares symmetric."""
+    for end in range(_BLOCK, len(sum_NN), _BLOCK):
+        sum_NN[end - _BLOCK : end, end:] = sum_NN[end:, end - _BLOCK : end].T
 
 
 def thin_product(left_TN: Tensor, right_NS: Tensor) -> Tensor:

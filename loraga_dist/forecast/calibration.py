@@ -135,10 +135,9 @@ class _State:
                 engine.held_bytes(matrix, dtype, owned=True) + matrix.moment_bytes for engine, matrix in pairs
             ),
             refresh=refresh,
-            factorization=max(
-                (max(engine.factorization_bytes(matrix), matrix.regression_bytes, refresh) for engine, matrix in owned),
-                default=0,
-            ),
+            # the factor of an input stays for the next matrix that has it
+            factorization=max((max(engine.factorization_bytes(matrix), refresh) for engine, matrix in owned), default=0)
+            + max((matrix.regression_bytes for _, matrix in owned), default=0),
         )
 
 

@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from loraga_dist.linalg.randomized_svd import TruncatedSVD, sign_fix
 
+_ROWS = 1024
+"""Of a moment, in float64 at a time."""
+
+
+@dataclass(frozen=True)
+class DampedMoment:
+    """C of a regression: a second moment of inputs, with some of the mean of its diagonal added to all of that.
+
+    For a moment of zero C is the identity.
+    """
+
+    moment: Tensor
+    """float32, E[x x^T] (N, N), or its diagonal (N,); never changed."""
+    damping: float
+
+    @torch.no_grad()
+    def solve(self, V_NK: Tensor) -> Tensor:
+        """Solve C X = V for X; both float64. Raises ValueError where rounding leaves C no positive matrix."""
+        if self._added == 0:
+            return V_NK
+        if self.moment.dim() == 1:
+            return V_NK / (self.moment.double() + self._added)[:, None]
+        X_NK = self._solve_roughly(V_NK)
+        products = [rows.double() @ X_NK for rows in self.moment.split(_ROWS)]
+        # float64 would take twice as long for the factor, and this step gets as far
+        step_NK = self._solve_roughly(V_NK - torch.cat(products) - self._added * X_NK)
+        if not step_NK.norm() <= 1e-3 * X_NK.norm():
+            raise _not_positive()
+        return X_NK + step_NK
+
+    @cached_property
+    def _added(self) -> float:
+        diagonal_N = self.moment if self.moment.dim() == 1 else self.moment.diagonal()
+        return self.damping * float(diagonal_N.mean(dtype=torch.float64))
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        C_NN = self.moment.clone()
+        C_NN.diagonal().add_(self._added)
+        L_NN, failed = torch.linalg.cholesky_ex(C_NN)
+        if failed:
+            raise _not_positive()
+        return L_NN
+
+    def _solve_roughly(self, V_NK: Tensor) -> Tensor:
+        return torch.cholesky_solve(V_NK.float(), self._factor).double()
+
+
+def _not_positive() -> ValueError:
+    return ValueError("the second moment of its inputs is not positive in rounding; raise init.damping")
+
 
 @torch.no_grad()
-def regression(svd: TruncatedSVD, moment: Tensor, damping: float) -> TruncatedSVD:
+def regression(svd: TruncatedSVD, damped: DampedMoment) -> TruncatedSVD:
     """The generalized triplets of G C^-1, the coefficient of the regression of dy on x, from those of G ~ U S V^T.
 
     With C = L L^T and the singular value decomposition U' S' V'^T of G L^-T: left vectors U', values S', and for Vh the
     rows V'^T L^-1, which are orthonormal in the metric of C. Exact for the G that the triplets hold. float32.
-    moment: float32, E[x x^T] (N, N), or its diagonal (N,); never changed. damping: of the mean of the diagonal, added
-    to all of it to give C. For a moment of zero C is the identity.
-
     Raises ValueError where rounding leaves C no positive matrix.
 
     Source: Izenman 1975, Reduced-rank regression for the multivariate linear model.
     """
-    diagonal_N = moment if moment.dim() == 1 else moment.diagonal()
-    added = damping * float(diagonal_N.mean(dtype=torch.float64))
     V_NK = svd.Vh_KN.double().T
-    if added == 0:
-        solved_NK = V_NK
-    elif moment.dim() == 1:
-        solved_NK = V_NK / (moment.double() + added)[:, None]
-    else:
-        C_NN = moment.double()
-        C_NN.diagonal().add_(added)
-        L_NN, failed = torch.linalg.cholesky_ex(C_NN)
-        if failed:
-            raise ValueError("the second moment of its inputs is not positive in rounding; raise init.damping")
-        solved_NK = torch.cholesky_solve(V_NK, L_NN)
+    solved_NK = damped.solve(V_NK)
     S_K = svd.S_K.double()
     gram_KK = S_K[:, None] * (V_NK.T @ solved_NK) * S_K
     squares_K, Q_KK = torch.linalg.eigh((gram_KK + gram_KK.T) / 2)
@@ -49,8 +88,8 @@ def regression(svd: TruncatedSVD, moment: Tensor, damping: float) -> TruncatedSV
 
 
 def regression_bytes(N: int, width: int, moment_numel: int) -> int:
-    """What `regression` takes beside its arguments: the moment, its factor and a copy, some N x K matrices; float64."""
-    return 24 * moment_numel + 32 * N * width
+    """What `regression` takes beside its arguments: a damped moment and its factor, some N x K matrices of float64."""
+    return 8 * moment_numel + 48 * N * width + 8 * min(N, _ROWS) * N
 
 
 def effective_rank(moment: Tensor) -> float | None:

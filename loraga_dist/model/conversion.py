@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -18,14 +17,6 @@ from torch import nn
 
 from loraga_dist.errors import UserError
 from loraga_dist.files.stored_tensors import Slot, StoredTensor, TransposedTensor
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which elements of a flattened parameter a tensor of the checkpoint holds: as many as it has, from `start` on."""
-
-    parameter: str
-    start: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +34,6 @@ class StoredModel:
     def as_it_is(self) -> Mapping[str, StoredTensor] | None:
         """Where everything lies; None where transformers has to make values of the checkpoint's."""
         return None if self.changed or self.lacking else self.tensors
-
-    @cached_property
-    def places(self) -> dict[str, Place]:
-        """What tensors of the checkpoint are in the model as they are, by their keys."""
-        return {
-            slot.name: Place(name, start)
-            for name, stored in self.tensors.items()
-            if not isinstance(stored, TransposedTensor)
-            for slot, start in zip(stored.slots, stored.starts, strict=False)
-        }
 
     def key_of(self, name: str) -> str:
         """The key of the one tensor that is this parameter. Raises UserError where there is none."""

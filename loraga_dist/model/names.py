@@ -15,13 +15,18 @@ _MOST_LISTED = 40
 """A message stays one that is read."""
 
 
-def require_matches(model: nn.Module, lora: LoraSection) -> None:
-    """Raise UserError for a module's name, pattern or a layer's number that matches nothing in the model."""
+def require_matches(model: nn.Module, lora: LoraSection, *, for_experts: str | None = None) -> None:
+    """Raise UserError for a module's name, pattern or a layer's number that matches nothing in the model.
+
+    for_experts: what to write for experts that are parameters; None where there are none.
+    """
     modules = [name for name, _ in model.named_modules() if name]
     matrices = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    _require_each("lora.target_modules", lora.target_modules, modules, matrices)
-    _require_each("lora.exclude_modules", lora.exclude_modules, modules, matrices)
-    _require_each("lora.modules_to_save", lora.modules_to_save, modules, modules)
+    instead = f"all-linear; experts of this model are parameters: for them write {for_experts}"
+    instead = instead if for_experts else "all-linear"
+    _require_each("lora.target_modules", lora.target_modules, modules, matrices, instead)
+    _require_each("lora.exclude_modules", lora.exclude_modules, modules, matrices, "leave it out")
+    _require_each("lora.modules_to_save", lora.modules_to_save, modules, modules, "leave it out")
     chosen = lora.layers_to_transform
     # the first in a name is a layer's, further ones may be of experts
     found = (re.search(r"\.(\d+)\.", name) for name in modules)
@@ -89,7 +94,9 @@ def _one_of(patterns: Sequence[str]) -> str:
     return patterns[0] if len(patterns) == 1 else f"({'|'.join(patterns)})"
 
 
-def _require_each(key: str, wanted: str | Sequence[str] | None, modules: Sequence[str], usual: Sequence[str]) -> None:
+def _require_each(
+    key: str, wanted: str | Sequence[str] | None, modules: Sequence[str], usual: Sequence[str], instead: str
+) -> None:
     """wanted: a regular expression or ends of names. usual: what somebody would name there."""
     if wanted is None or wanted == "all-linear":
         return
@@ -99,8 +106,7 @@ def _require_each(key: str, wanted: str | Sequence[str] | None, modules: Sequenc
         return
     for end in wanted:
         if not with_end(modules, end):
-            otherwise = "all-linear" if key == "lora.target_modules" else "leave it out"
-            raise UserError(key, end, f"matches no module; {_nearest(end, usual or modules)}{otherwise}")
+            raise UserError(key, end, f"matches no module; {_nearest(end, usual or modules)}{instead}")
 
 
 def _nearest(end: str, names: Sequence[str]) -> str:

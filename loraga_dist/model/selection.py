@@ -68,10 +68,12 @@ def select_targets(
     weights = Weights.of(meta_model)
     stacks, lists = find_stacks(meta_model), tuple(f"{name}." for name in expert_lists(meta_model))
     taken_for_experts = names_taken_for_experts(meta_model)
-    _require_names(meta_model, stacks, lora)
+    ends = ends_of(stacks)
+    for_experts = TO_ADD_EXPERTS.format(", ".join(ends)) if ends else None
+    _require_parameters(meta_model, for_experts, lora)
     instead = "write another pattern there, or in lora.exclude_modules"
     with blame("lora.target_modules", lora.target_modules, "not tried", instead, limit_seconds=SELECTION_SECONDS):
-        require_matches(meta_model, lora)
+        require_matches(meta_model, lora, for_experts=for_experts)
     target_modules, left_out = lora.target_modules, list[LeftOut]()
     if target_modules == "all-linear":
         target_modules, left_out = _all_linear(meta_model, lora)
@@ -118,17 +120,9 @@ def select_targets(
     )
 
 
-def _require_names(model: nn.Module, stacks: Mapping[str, Stack], lora: LoraSection) -> None:
-    """Raise UserError for names that PEFT would pass over: of no parameter, or of what were experts' modules once; and
-    for parameters that cannot be adapted."""
-    ends = ends_of(stacks)
-    instead = f"write {TO_ADD_EXPERTS.format(', '.join(ends))}" if ends else "leave it out"
-    if ends and isinstance(lora.target_modules, list):
-        modules = [name for name, _ in model.named_modules()]
-        for end in lora.target_modules:
-            if not with_end(modules, end):
-                problem = "matches no module; experts of this model are parameters"
-                raise UserError("lora.target_modules", end, f"{problem}: leave it out, and for experts {instead}")
+def _require_parameters(model: nn.Module, for_experts: str | None, lora: LoraSection) -> None:
+    """Raise UserError for parameters that are not there, which PEFT would pass over, or cannot be adapted."""
+    instead = f"write {for_experts}" if for_experts else "leave it out"
     parameters, closed = dict(model.named_parameters(remove_duplicate=False)), untappable(model)
     for end in lora.target_parameters or ():
         found = with_end(parameters, end)

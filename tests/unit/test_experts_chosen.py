@@ -146,7 +146,12 @@ def test_experts_that_cannot_be_tapped_are_refused() -> None:
 def test_names_that_experts_had_once_lead_to_their_parameters(kind: str, modules: list[str], named: str) -> None:
     with pytest.raises(UserError, match=f"^lora.target_modules: {named}: matches no module; ") as refused:
         chosen(kind, target_modules=modules)
-    assert str(refused.value).endswith(f"write lora.target_parameters: [{', '.join(ENDS)}]")
+    assert str(refused.value).endswith(f"for them write lora.target_parameters: [{', '.join(ENDS)}]")
+
+
+def test_a_mistyped_module_beside_experts_leads_to_the_module() -> None:
+    with pytest.raises(UserError, match=r"'q_porj': matches no module; did you mean q_proj"):
+        chosen("mixtral", target_modules=["q_porj"])
 
 
 def test_names_of_dense_layers_beside_experts_are_as_ever() -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import loraga_dist
 from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.data.microbatches import Microbatch, counted_rows
+from loraga_dist.engines.product import add_square_, mirror_lower_
 from loraga_dist.errors import UserError
 from loraga_dist.gradients.forward import forward
-from loraga_dist.linalg import regression, truncated_svd
+from loraga_dist.linalg import DampedMoment, regression, truncated_svd
 from loraga_dist.start.in_place import Start
 
 R, DAMPING = 2, 0.3
@@ -206,4 +207,21 @@ def test_too_little_damping_is_named() -> None:
     moment = torch.eye(64)
     moment[0, 1] = moment[1, 0] = 1 + 1e-4
     with pytest.raises(ValueError, match=r"raise init.damping"):
-        regression(svd, moment, 1e-6)
+        regression(svd, DampedMoment(moment, 1e-6))
+
+
+@pytest.mark.parametrize("tokens", [100, 4000])
+def test_a_factor_of_float32_solves_as_one_of_float64(tokens: int) -> None:
+    """With a few directions of the inputs a million times as large as most."""
+    generator = torch.Generator().manual_seed(0)
+    x_TN = torch.randn(tokens, 1100, generator=generator) * torch.logspace(0, -3, 1100)
+    x_TN[:, :3] *= 1000
+    sums_NN = torch.zeros(1100, 1100)
+    add_square_(sums_NN, x_TN)
+    mirror_lower_(sums_NN)
+    torch.testing.assert_close(sums_NN, x_TN.T @ x_TN, rtol=1e-5, atol=1e-3)
+    moment_NN = sums_NN / tokens
+    C_NN = moment_NN.double() + 0.01 * moment_NN.diagonal().double().mean() * torch.eye(1100).double()
+    V_NK = torch.randn(1100, 5, generator=generator, dtype=torch.float64)
+    found_NK, expected_NK = DampedMoment(moment_NN, 0.01).solve(V_NK), torch.linalg.solve(C_NN, V_NK)
+    assert relative(found_NK, expected_NK) < 1e-9
