@@ -108,3 +108,12 @@ def test_learning_rates_are_the_benchmarks() -> None:
     # the next of the rates that were tried, which are powers of two
     assert math.log2(times_full_rate(SCHEMES["kaiming"], "stable", 1.0, RSLORA)) == pytest.approx(2, abs=0.51)
     assert times_full_rate(SCHEMES["olora"], "stable", 1.0, 2.0) is None
+
+
+def test_readme_counts_the_models_that_the_document_does() -> None:
+    rows = re.findall(r"^\| \D+ \|" + r" (\d+) \|" * 6 + "$", (ROOT / "docs" / "MODELS.md").read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    counted, works, with_line, *_ = (sum(map(int, column)) for column in zip(*rows, strict=True))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"of the {counted} architectures in transformers that could be tried, {works + with_line} work" in readme
+    assert f"work, {with_line} of them with a line" in readme
