@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from builders import ENCODER, SPECIAL_IDS, VOCABULARY, byte_tokenizer, config_tree, make_model, save_class, save_data
+from builders import (
+    ENCODER,
+    SPECIAL_IDS,
+    VOCABULARY,
+    byte_tokenizer,
+    config_tree,
+    make_model,
+    save_class,
+    save_data,
+    save_model,
+)
 from outputs import make_output, read_factors, read_report, relative
 
 import loraga_dist
+from loraga_dist.engines.product import multiplies_bfloat16
 
 DECODER = {
     "vocab_size": VOCABULARY, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
@@ -108,3 +119,15 @@ def test_a_first_text_without_labels_is_no_obstacle() -> None:
     config = {"lora": {"r": 2, "target_modules": ["c_attn"]}}
     start = loraga_dist.initialize(make_model("gpt2"), [{"input_ids": ids, "labels": labels}], config)
     assert start.targets and not start.cautions
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_processor_that_emulates_bfloat16_is_named(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tree_of(tmp_path, save_model(tmp_path / "model"), "CAUSAL_LM", rows=2)
+    tree["model"]["dtype"] = dtype
+    make_output(tree)
+    said = " ".join(capsys.readouterr().err.split())
+    slow = dtype == "bfloat16" and not multiplies_bfloat16()
+    assert ("warning: this processor has no units for bfloat16" in said) == slow
