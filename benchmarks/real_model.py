@@ -105,6 +105,7 @@ def main() -> int:
         "--markdown", type=Path, help="write the tables: into a document with our markers, or a new one"
     )
     parser.add_argument("--only", choices=("accuracy", "training"))
+    parser.add_argument("--methods", nargs="+", choices=ROWS, metavar="METHOD", help="rows to train; default: all")
     parser.add_argument("--workers", type=int, help="processes; default: as many as cores, one on a GPU")
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that everything runs")
     options = parser.parse_args()
@@ -155,14 +156,14 @@ def _run(options: argparse.Namespace, place: Place, settings: Settings, journal:
         for row in in_worker("accuracy", _accuracy, place, settings):
             journal.add({"kind": "accuracy", **row})
     if options.only != "accuracy":
-        left_out = missing()
+        left_out, wanted = missing(), [name for name in ROWS if name in (options.methods or ROWS)]
         for name in left_out:
             print(f"{ROWS[name].label}: left out, this loraga_dist has no scheme {ROWS[name].scheme}", flush=True)
         workers = options.workers or (os.cpu_count() if settings.device == "cpu" else None) or 1
         run_seed = functools.partial(_run_seed, place, settings, journal)
         for index, r in enumerate(settings.ranks):
             # full fine-tuning has no rank
-            rows = [name for name in ROWS if name not in left_out and not (index and name == "full")]
+            rows = [name for name in wanted if name not in left_out and not (index and name == "full")]
             for longer in (False, True):
                 chosen = [name for name in rows if bool(ROWS[name].longer) == longer]
                 first_rates = {(_task(r), name): _first_rate(journal, settings, name, r) for name in chosen}
@@ -174,12 +175,10 @@ def _task(r: int) -> str:
 
 
 def _first_rate(journal: Journal, settings: Settings, name: str, r: int) -> float:
-    """Where a search begins: at the best rate of the row that it trains as, or of the first rank."""
-    results = Results(journal.read(), ROWS)
-    known = ROWS[name].longer or (name if r != settings.ranks[0] else None)
-    if known is None:
-        return ROWS[name].first_lr
-    return results.best_lr(_task(r if ROWS[name].longer else settings.ranks[0]), known)
+    """Where a search begins: at the best rate of the row that it trains as, or of the first rank, where it is known."""
+    results, row = Results(journal.read(), ROWS), ROWS[name]
+    task, known = (_task(r), row.longer) if row.longer else (_task(settings.ranks[0]), name)
+    return results.best_lr(task, known) if results.is_searched(task, known) else row.first_lr
 
 
 def _run_seed(
@@ -212,11 +211,7 @@ class _Start:
         started = time.process_time()
         inputs = Inputs(batches=batches, seed=self.seed, steps=self.steps, r=self.r)
         started_model = self.row.start(model, inputs).train()
-        seconds = round(time.process_time() - started, 1)
-        for parameter in started_model.parameters():
-            if not parameter.requires_grad:  # as the files have it that a start writes
-                parameter.copy_(parameter.bfloat16())
-        return started_model, seconds
+        return started_model, round(time.process_time() - started, 1)
 
     @functools.cached_property
     def heldout_loss(self) -> float:
@@ -245,7 +240,7 @@ class Bench:
     def __init__(self, place: Place, settings: Settings) -> None:
         self.settings = settings
         self.tokenizer = AutoTokenizer.from_pretrained(place.checkpoint)
-        self.model = AutoModelForCausalLM.from_pretrained(place.checkpoint, dtype=torch.float32).to(settings.device)
+        self.model = AutoModelForCausalLM.from_pretrained(place.checkpoint, dtype=torch.bfloat16).to(settings.device)
         self.training, self.test = (
             samples_up_to(path, self.tokenizer, settings.max_length) for path in (place.train, place.test)
         )

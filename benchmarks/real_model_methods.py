@@ -1,13 +1,18 @@
-"""The rows of benchmarks/real_model.py: convergence_methods.py's at any rank.
+"""The rows of benchmarks/real_model.py: convergence_methods.py's at any rank, on a bfloat16 base.
 
-Adapters are on every Linear layer but the head.
+Adapters are float32, on every Linear layer but the head; full fine-tuning's AdamW holds float32 weights beside the
+model's, which it rounds to bfloat16 after every step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from convergence_methods import PLAIN, RANK_STABLE, Method, adamw, full, longer_rows, lora, lora_plus, ours
+from torch import nn
+from torch.optim import AdamW, Optimizer
 
 from loraga_dist.schemes import SCHEMES
 
@@ -21,6 +26,26 @@ class Row(Method):
     """Of `loraga_dist.schemes.SCHEMES`, for starts that are ours."""
 
 
+def _float32_adamw(model: nn.Module, lr: float) -> Optimizer:
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    copies = [weight.detach().float().clone() for weight in weights]  # updates below a unit in the last place add up
+    optimizer = AdamW(copies, lr=lr, weight_decay=0.0)
+
+    def take_gradients(*_: Any) -> None:
+        for copy, weight in zip(copies, weights, strict=True):
+            copy.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+
+    @torch.no_grad()
+    def round_weights(*_: Any) -> None:
+        for copy, weight in zip(copies, weights, strict=True):
+            weight.copy_(copy)
+
+    optimizer.register_step_pre_hook(take_gradients)
+    optimizer.register_step_post_hook(round_weights)
+    return optimizer
+
+
 def _ours(label: str, scheme: str, first_lr: float, stable_gamma: float | None = None) -> Row:
     start = ours(scheme, "auto", stable_gamma)
     return Row(label=label, scaling=RANK_STABLE, start=start, optimizer=adamw, first_lr=first_lr, scheme=scheme)
@@ -28,7 +53,7 @@ def _ours(label: str, scheme: str, first_lr: float, stable_gamma: float | None =
 
 _BEGIN = 0.001
 _OWN: dict[str, Row] = {
-    "full": Row(label="full fine-tuning", scaling="", start=full, optimizer=adamw, first_lr=_BEGIN / 16),
+    "full": Row(label="full fine-tuning", scaling="", start=full, optimizer=_float32_adamw, first_lr=_BEGIN / 16),
     "lora": Row(label="LoRA", scaling=PLAIN, start=lora(), optimizer=adamw, first_lr=_BEGIN * 2),
     "rslora": Row(
         label="rsLoRA", scaling=RANK_STABLE, start=lora(use_rslora=True), optimizer=adamw, first_lr=_BEGIN

@@ -72,6 +72,7 @@ def test_rows_and_batches(inputs: Path, tmp_path: Path) -> None:
 
 def test_losses_are_the_models_own(inputs: Path, tmp_path: Path) -> None:
     bench = _bench(inputs, tmp_path)
+    bench.model.float()
     (batch,) = bench.training_batches(1, seed=0)
     torch.testing.assert_close(bench.loss(bench.model, batch), bench.model(**batch).loss)
 
@@ -86,7 +87,7 @@ def test_losses_are_the_models_own(inputs: Path, tmp_path: Path) -> None:
 def test_exact_matches_of_a_model_that_knows_one_answer(inputs: Path, tmp_path: Path) -> None:
     bench = _bench(inputs, tmp_path, generated_answers=2)
     known, other = bench.test[:2]
-    model = bench.model
+    model = bench.model.float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     (microbatch,) = bench.microbatches([known], 1)
     assert bench.exact_matches(model) == 0
@@ -103,6 +104,22 @@ def test_final_number() -> None:
     assert final_number("2 + 2 = <<2+2=4>>4\n#### 1,234</s>") == "1234"
     assert final_number("#### -5") == "-5"
     assert final_number("it is 5") is None
+
+
+def test_full_fine_tuning_keeps_what_bfloat16_rounds_away() -> None:
+    def trained(dtype: torch.dtype) -> torch.Tensor:
+        layer = torch.nn.Linear(4, 4, bias=False, dtype=dtype)
+        torch.nn.init.ones_(layer.weight)
+        optimizer = ROWS["full"].optimizer(layer, 1e-4)  # an update of a fortieth of what bfloat16 resolves near 1
+        for _ in range(400):
+            layer(torch.ones(1, 4, dtype=dtype)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert layer.weight.grad is None
+        return layer.weight.detach().float()
+
+    torch.testing.assert_close(trained(torch.bfloat16), trained(torch.float32), rtol=0, atol=2**-8)
+    assert trained(torch.float32).max() < 0.97
 
 
 def test_data_that_will_not_do(tmp_path: Path) -> None:
@@ -149,6 +166,8 @@ def test_quick_run_and_going_on(inputs: Path, tmp_path: Path) -> None:
     runs = [number for number, entry in enumerate(entries) if entry["kind"] == "run"]
     path.write_text("\n".join(lines[: runs[-2]]) + "\n" + lines[runs[-2]][:30])
     assert "rsLoRA, more steps" in tables([json.loads(line) for line in lines[: runs[-2]]])
+    succeed(run_script([*arguments, "--methods", "lora"], 1, timeout_seconds=250))
+    assert path.read_text().splitlines() == lines[: runs[-2]]  # what is missing is not LoRA's
     succeed(run_script(arguments, 1, timeout_seconds=250))
     again = Results([json.loads(line) for line in path.read_text().splitlines()], ROWS)
     assert {key: run["curve"] for key, run in again.runs.items()} == {
