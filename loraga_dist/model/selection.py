@@ -72,7 +72,7 @@ def select_targets(
     for_experts = TO_ADD_EXPERTS.format(", ".join(ends)) if ends else None
     _require_parameters(meta_model, for_experts, lora)
     instead = "write another pattern there, or in lora.exclude_modules"
-    with blame("lora.target_modules", lora.target_modules, "not tried", instead, limit_seconds=SELECTION_SECONDS):
+    with blame("lora.target_modules", lora.target_modules, "not matched", instead, limit_seconds=SELECTION_SECONDS):
         require_matches(meta_model, lora, for_experts=for_experts)
     target_modules, left_out = lora.target_modules, list[LeftOut]()
     if target_modules == "all-linear":
