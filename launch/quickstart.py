@@ -38,6 +38,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.errors import LoragaError, RunError, UserError
 
 END_OF_TEXT_ID, PAD_ID = 256, 257
@@ -296,8 +297,7 @@ def _pretrain(recipe: Recipe) -> tuple[PreTrainedModel, float]:
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     hidden_ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in hidden_ids]
-    # bf16 pays only where the processor multiplies it itself; elsewhere it is emulated, tens of times slower.
-    bf16 = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    bf16 = multiplies_bfloat16()
     optimizers = [
         Muon(hidden, recipe.muon_lr, torch.bfloat16 if bf16 else torch.float32),
         torch.optim.AdamW(rest, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),

@@ -22,8 +22,9 @@ def require_matches(model: nn.Module, lora: LoraSection, *, for_experts: str | N
     """
     modules = [name for name, _ in model.named_modules() if name]
     matrices = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    instead = f"all-linear; experts of this model are parameters: for them write {for_experts}"
-    instead = instead if for_experts else "all-linear"
+    instead = "all-linear"
+    if for_experts:
+        instead += f"; experts of this model are parameters: for them write {for_experts}"
     _require_each("lora.target_modules", lora.target_modules, modules, matrices, instead)
     _require_each("lora.exclude_modules", lora.exclude_modules, modules, matrices, "leave it out")
     _require_each("lora.modules_to_save", lora.modules_to_save, modules, modules, "leave it out")
