@@ -13,6 +13,11 @@ from loraga_dist.linalg.randomized_svd import TruncatedSVD, sign_fix
 _ROWS = 1024
 """Of a moment, in float64 at a time."""
 
+_LAST_STEP = 1e-5
+"""Of a solution's norm: each step is smaller than the one before by as much as the first was than the solution."""
+
+_MOST_REFINEMENTS = 10
+
 
 @dataclass(frozen=True)
 class DampedMoment:
@@ -33,12 +38,13 @@ class DampedMoment:
         if self.moment.dim() == 1:
             return V_NK / (self.moment.double() + self._added)[:, None]
         X_NK = self._solve_roughly(V_NK)
-        products = [rows.double() @ X_NK for rows in self.moment.split(_ROWS)]
-        # float64 would take twice as long for the factor, and this step gets as far
-        step_NK = self._solve_roughly(V_NK - torch.cat(products) - self._added * X_NK)
-        if not step_NK.norm() <= 1e-3 * X_NK.norm():
-            raise _not_positive()
-        return X_NK + step_NK
+        for _ in range(_MOST_REFINEMENTS):  # a float64 factor would take twice as long, and get no further
+            products = [rows.double() @ X_NK for rows in self.moment.split(_ROWS)]
+            step_NK = self._solve_roughly(V_NK - torch.cat(products) - self._added * X_NK)
+            X_NK = X_NK + step_NK
+            if step_NK.norm() <= _LAST_STEP * X_NK.norm():
+                return X_NK
+        raise _not_positive()
 
     @cached_property
     def _added(self) -> float:
