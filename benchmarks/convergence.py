@@ -44,9 +44,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores
 
 import torch
 from convergence_methods import FAIR, LONGER, METHODS, ROWS, Inputs, alignment, best_cosine
-from convergence_report import FEW_SHOT, Results, tables, task_name, write_plots
+from convergence_report import FEW_SHOT, Results, markers_of, tables, task_name, write_plots
 from convergence_tasks import QUICK, Bench, Settings, bench_of, require_same_model
-from rate_report import Markers
 from rate_search import Journal, best_rate, finer_rate, run_lines, train
 from torch import nn
 from transformers.utils import logging
@@ -71,8 +70,7 @@ def main() -> int:
     options = parser.parse_args()
     settings = QUICK if options.quick else Settings()
     parts = parts_of(settings)
-    # a document may have the tables of several results files, each of another model
-    markers = Markers(f"benchmarks/convergence.py from {options.json.name}")
+    markers = markers_of(options.json)
     try:
         if options.markdown:
             markers.split(options.markdown)  # a mistake there is told before the runs, not after

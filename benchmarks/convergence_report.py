@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convergence_methods import FAIR, LONGER, METHODS, ROWS, STARTS
-from rate_report import DASH, Results, mean, rates_table, table
+from rate_report import DASH, Markers, Results, mean, rates_table, table
 
 _STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#1f2328", "linestyle": "--"},
@@ -35,6 +35,11 @@ _STYLES: dict[str, dict[str, Any]] = {
     "rrr_step": {"color": "#0b4f6c", "linewidth": 2.2},
 }
 FEW_SHOT = "few-shot"
+
+
+def markers_of(results_file: Path) -> Markers:
+    """A document may have the tables of several results files, each of another model."""
+    return Markers(f"benchmarks/convergence.py from {results_file.name}")
 
 
 def task_name(main_steps: int, text: str, length: int | str) -> str:

@@ -272,7 +272,10 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for W_MN in group["params"]:
-                mean_MN = self.state[W_MN].setdefault("mean", torch.zeros_like(W_MN))
+                state = self.state[W_MN]
+                if not state:
+                    state["mean"] = torch.zeros_like(W_MN)
+                mean_MN = state["mean"]
                 mean_MN.lerp_(W_MN.grad, 1 - self.MOMENTUM)
                 update_MN = self._orthogonalized(W_MN.grad.lerp(mean_MN, self.MOMENTUM).to(group["dtype"]))
                 W_MN.add_(update_MN, alpha=-group["lr"] * max(1, W_MN.shape[0] / W_MN.shape[1]) ** 0.5)

@@ -14,11 +14,10 @@ import pytest
 import torch
 from builders import byte_tokenizer, llama_config, make_model
 from convergence_methods import METHODS, Inputs, R, alignment, best_cosine, full_gradients, lora_layers
-from convergence_report import Results, steps_to, tables, write_plots
+from convergence_report import Results, markers_of, steps_to, tables, write_plots
 from convergence_tasks import QUICK, FewShot
 from launching import ROOT, succeed
 from ranks import run_script
-from rate_report import Markers
 from rate_search import Journal, best_rate, finer_rate, settings_of, train
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -189,15 +188,11 @@ def test_few_shot_stops_early_on_other_windows(small_model: Path) -> None:
 def quick_table(small_model: Path) -> Path:
     """Results of the first part."""
     path, document = small_model.parent / "runs.jsonl", small_model.parent / "page.md"
-    markers = _markers(path)
+    markers = markers_of(path)
     document.write_text(f"before\n{markers.begin}\nold\n{markers.end}\nafter\n")
     arguments = _arguments(small_model, path, "--parts", "table", "--markdown", str(document))
     succeed(run_script(arguments, 1, timeout_seconds=250))
     return path
-
-
-def _markers(results_file: Path) -> Markers:
-    return Markers(f"benchmarks/convergence.py from {results_file.name}")
 
 
 def _arguments(model: Path, path: Path, *more: str) -> list[str]:
@@ -315,6 +310,6 @@ def test_fair_comparison(small_model: Path, quick_table: Path, tmp_path: Path) -
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("convergence*.jsonl")), ids=lambda path: path.name)
 def test_document_has_the_tables_of_the_committed_results(file: Path) -> None:
     document = (ROOT / "docs" / "BENCHMARKS.md").read_text()
-    markers = _markers(file)
+    markers = markers_of(file)
     written = document.partition(markers.begin)[2].partition(markers.end)[0]
     assert written.strip() == tables(_results(file)).strip(), "run benchmarks/convergence.py with --markdown"
