@@ -67,6 +67,9 @@ class Settings:
     data: tuple[str, ...]
     """Names of the files with GSM8K's samples, which have a digest in them."""
     device: str
+    dtype: str = "float32"
+    """What the bfloat16 weights are held and multiplied in. On CPUs float32, so that runs of all processors belong
+    together, with units for bfloat16 or without."""
     accuracy_ranks: tuple[int, ...] = (4, 8, 16, 32)
     """Of the sketch that is compared with the exact gradient."""
     ranks: tuple[int, ...] = (8, 32)
@@ -86,7 +89,7 @@ class Settings:
     on an AMD EPYC with AVX512-BF16, where a step takes 6.3 to 6.8 s."""
 
 
-ON_GPU: dict[str, Any] = {"generated_answers": 512}
+ON_GPU: dict[str, Any] = {"dtype": "bfloat16", "generated_answers": 512}
 QUICK: dict[str, Any] = {
     "accuracy_ranks": (4, 8), "ranks": (4, 8), "seeds": (0, 1), "steps": 4, "batch_size": 2,
     "heldout_answers": 4, "generated_answers": 0, "calibration_batches": 2, "more_steps": 2,
@@ -240,7 +243,8 @@ class Bench:
     def __init__(self, place: Place, settings: Settings) -> None:
         self.settings = settings
         self.tokenizer = AutoTokenizer.from_pretrained(place.checkpoint)
-        self.model = AutoModelForCausalLM.from_pretrained(place.checkpoint, dtype=torch.bfloat16).to(settings.device)
+        model = AutoModelForCausalLM.from_pretrained(place.checkpoint, dtype=getattr(torch, settings.dtype))
+        self.model = model.to(settings.device)
         self.training, self.test = (
             samples_up_to(path, self.tokenizer, settings.max_length) for path in (place.train, place.test)
         )
