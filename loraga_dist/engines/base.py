@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.product import square_bytes
 from loraga_dist.linalg import TruncatedSVD, regression_bytes
 
 
@@ -62,8 +63,8 @@ class Matrix:
         return math.ceil(self.row_share * num_tokens)
 
     def input_bytes(self, num_tokens: int) -> int:
-        """A float32 copy, or a product before it is added; for a moment."""
-        return 0 if self.moment_shape is None else 4 * max(num_tokens * self.N, math.prod(self.moment_shape))
+        """For a moment: a float32 copy, or a product before it is added."""
+        return 0 if self.moment_shape is None else square_bytes(num_tokens, self.N)
 
     @property
     def triplet_bytes(self) -> int:

@@ -29,6 +29,12 @@ def add_square_(sum_NN: Tensor, x_TN: Tensor) -> None:
         add_product_(sum_NN[first:, first : first + _BLOCK], x_TN[:, first:], x_TN[:, first : first + _BLOCK])
 
 
+def square_bytes(num_tokens: int, N: int) -> int:
+    """What `add_square_` takes beside its arguments: float32 copies of them, or a product."""
+    block = min(N, _BLOCK)
+    return 4 * max(num_tokens * (N + block), N * block)
+
+
 def mirror_lower_(sum_NN: Tensor) -> None:
     """Make a sum of squares symmetric."""
     for end in range(_BLOCK, len(sum_NN), _BLOCK):

@@ -15,6 +15,8 @@ from launching import ROOT, succeed
 from ranks import run_script
 from transformers import LlamaForCausalLM
 
+from loraga_dist.engines.product import multiplies_bfloat16
+
 
 def test_step_energy_is_that_of_the_step() -> None:
     draw = torch.Generator().manual_seed(0)
@@ -29,6 +31,7 @@ def test_step_energy_is_that_of_the_step() -> None:
 def test_init_cost(tmp_path: Path) -> None:
     path = tmp_path / "init_cost.json"
     arguments = [str(ROOT / "benchmarks" / "init_cost.py"), "--quick", "--repeats", "1", "--json", str(path)]
+    arguments += ["--dtype", "bfloat16" if multiplies_bfloat16() else "float32"]
     succeed(run_script(arguments, 1, timeout_seconds=200))
     runs = json.loads(path.read_text())["runs"]
     assert set(runs) == {"floor", "sketch", "rrr", "peft", "exact"}
