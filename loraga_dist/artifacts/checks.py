@@ -29,12 +29,12 @@ from loraga_dist.artifacts.names import (
     RESOLVED_CONFIG,
     TENSORBOARD,
 )
-from loraga_dist.artifacts.reading import read_lora_config
+from loraga_dist.artifacts.reading import adapter_fingerprint, read_lora_config
 from loraga_dist.artifacts.report import Report
-from loraga_dist.artifacts.residual import digest_base, start_magnitudes
+from loraga_dist.artifacts.residual import start_magnitudes
 from loraga_dist.artifacts.tensors import read_chunks
 from loraga_dist.config import load_config
-from loraga_dist.files.checksums import TensorDigest, fingerprint, sha256_of
+from loraga_dist.files.checksums import TensorDigest, sha256_of
 from loraga_dist.files.disk import UNFINISHED_MARK
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.linalg import TruncatedSVD
@@ -134,7 +134,7 @@ def check_model_files(directory: Path, report: Report) -> list[str]:
 
 def check_adapter_fingerprint(adapter: AdapterFile, report: Report) -> list[str]:
     """The adapter's tensors are those of the run that wrote the report."""
-    if report.adapter_fingerprint in (None, fingerprint(digest_base(adapter.slots, adapter.slots))):
+    if report.adapter_fingerprint in (None, adapter_fingerprint(adapter)):
         return []
     return [f"{LORAGA_INIT}: its fingerprint is not the report's adapter_fingerprint"]
 

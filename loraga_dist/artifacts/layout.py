@@ -19,15 +19,19 @@ from loraga_dist.artifacts.names import (
     LORAGA_OFFSET,
     MODEL_CONFIG,
     README,
+    REPORT,
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
+    TENSORBOARD,
 )
 from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import PlannedFile, digest_model_files, plan_model_files, residual_entries
 from loraga_dist.artifacts.tensors import num_bytes_of
 from loraga_dist.config import InitConfig, LoraSection
-from loraga_dist.files.checksums import CHECKSUMS
+from loraga_dist.files.checksums import CHECKSUMS, read_checksums
+from loraga_dist.files.disk import UNFINISHED_MARK
 from loraga_dist.files.safetensors_io import Entries
+from loraga_dist.files.staging import files_in
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.request.request import CheckpointRequest
@@ -162,3 +166,16 @@ class Layout:
         found = {LORAGA_INIT: 0, LORAGA_OFFSET: 0, FACTORS: num_bytes_of(self.factors.values())}
         found |= {name: num_bytes_of(entries.values()) - unspendable for name, entries in self.adapters.items()}
         return found | {RESIDUAL_BASE: sum(file.num_bytes for file in self.residual_files)}
+
+
+def strangers(directory: Path) -> list[str] | None:
+    """Files in an output directory that are of no output, by relative path; None where it has no report."""
+    if not (directory / REPORT).is_file():
+        return None
+    listed = read_checksums(directory) or {}
+    added = {TENSORBOARD}  # afterwards, by trackers
+    if not any(name.startswith(f"{RESIDUAL_BASE}/") for name in listed):
+        added.add(RESIDUAL_BASE)  # and by materialize-base
+    start = {f"{LORAGA_INIT}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}  # all that save_start writes
+    known = {REPORT, CHECKSUMS, UNFINISHED_MARK, *start, *listed}
+    return [name for name in files_in(directory) if name not in known and name.split("/")[0] not in added]

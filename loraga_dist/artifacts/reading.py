@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, rank_and_scaling, saved_key
-from loraga_dist.artifacts.names import ADAPTER_CONFIG, REPORT
+from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REPORT
 from loraga_dist.artifacts.report import Report
-from loraga_dist.errors import RunError
+from loraga_dist.artifacts.residual import digest_base
+from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.disk import read_json
 from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
 from loraga_dist.model.base import model_files, read_checkpoint_index, resolve_model_dir
@@ -58,6 +61,19 @@ def load_adapter(directory: Path, report: Report, *, use_dora: bool | None = Non
     return adapter, targets
 
 
+def load_start(directory: Path, report: Report) -> tuple[AdapterFile, list[Target]]:
+    """The `loraga_init` that the report tells of, and no other adapter in its place; raises RunError."""
+    adapter, targets = load_adapter(directory, report)
+    if report.adapter_fingerprint not in (None, adapter_fingerprint(adapter)):
+        raise RunError(f"{ADAPTER_WEIGHTS} is not what its {REPORT} tells of")
+    return adapter, targets
+
+
+def adapter_fingerprint(adapter: AdapterFile) -> str:
+    """Of the adapter's tensors, as a report names it."""
+    return fingerprint(digest_base(adapter.slots, adapter.slots))
+
+
 def targets_under(config: LoraConfig, report: Report) -> list[Target]:
     """The report's targets with the ranks and scalings that an adapter config gives them; raises RunError."""
     targets = []
@@ -94,6 +110,19 @@ def keys_passed_over(directory: Path, config: LoraConfig) -> list[str]:
 def open_base(report: Report, base: Path | None) -> tuple[Path, dict[str, TensorSlot]]:
     """Directory and tensors of the original model: `base`, or what the report names. Raises UserError."""
     model = report.config.model
-    directory = base if base is not None else resolve_model_dir(model.name_or_path, model.revision)
+    directory = resolve_model_dir(model.name_or_path, model.revision) if base is None else named_base(base)
     model_files(directory)  # refuses links, before the work of whoever copies the files
     return directory, read_checkpoint_index(directory)
+
+
+def named_base(base: Path) -> Path:
+    """The directory that `--base` names, absolute; raises UserError where there is none."""
+    if not base.is_dir():
+        raise UserError("--base", str(base), "is not there; write the original model's directory")
+    return base.resolve()
+
+
+def require_base(report: Report, base: Path, weights: Mapping[str, TensorDigest]) -> None:
+    """Raise UserError unless `base`, whose weights have these digests, is what the start was made for."""
+    if fingerprint(weights) != report.base_fingerprint:
+        raise UserError("--base", str(base), "is not the base of loraga_init: its weights have another fingerprint")

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, write_adapter
 from loraga_dist.artifacts.names import CONVERSION, MODEL_CONFIG
-from loraga_dist.artifacts.reading import open_base
+from loraga_dist.artifacts.reading import open_base, require_base
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, write_model
 from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
 from loraga_dist.commands.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
-from loraga_dist.files.checksums import fingerprint
-from loraga_dist.files.disk import read_json, write_json
+from loraga_dist.files.disk import UNFINISHED_MARK, read_json, write_json
 from loraga_dist.files.safetensors_io import TensorSlot
-from loraga_dist.files.staging import free_place, whole_directory
+from loraga_dist.files.staging import files_in, free_place, whole_directory
 from loraga_dist.linalg import product_svd
 from loraga_dist.model.base import quantization_of
 from loraga_dist.model.targets import Target, require_targets
@@ -95,22 +94,29 @@ def convert(
         problem = "but the checkpoint has all experts of a layer in one tensor; leave it out"
         raise UserError("--per_expert", True, f"names experts as the checkpoint does, {problem}")
     base_dir, index = None, {}
-    if merge is not None:
+    if merge is not None or base is not None:
         base_dir, index = open_base(update.report, base)
+        inputs.append(base_dir)
+    if merge is not None:
+        assert base_dir is not None
         if (quantization := quantization_of(base_dir)) is not None:
             problem = f"adds to the base's weights, which are quantized ({quantization.get('quant_method')})"
             raise UserError("--merge", str(merge), f"{problem}; write --to, and serve that adapter on the base")
-        inputs.append(base_dir)
-        merge = free_place(merge, "--merge", marker=CONVERSION, overwrite=overwrite, inputs=inputs)
+        merge = free_place(merge, "--merge", strangers=_strangers, overwrite=overwrite, inputs=inputs)
     if to is not None:
-        to = free_place(to, "--to", marker=CONVERSION, overwrite=overwrite, inputs=inputs)
+        to = free_place(to, "--to", strangers=_strangers, overwrite=overwrite, inputs=inputs)
     if to is not None and merge is not None and (to.is_relative_to(merge) or merge.is_relative_to(to)):
         raise UserError("--merge", str(merge), f"and --to ({to}) share a place; write two apart from each other")
+    if to is not None and base is not None:
+        assert base_dir is not None
+        num_bytes = sum(slot.num_bytes for slot in index.values())
+        with phase("base", num_bytes, "B", shown=show_progress) as progress:
+            require_base(update.report, base_dir, digest_base(index, index, progress.advance))
 
     found = Conversion(
         init=str(init),
         trained=str(trained),
-        base=str(base) if base is not None else update.report.config.model.name_or_path,
+        base=str(base_dir) if base is not None else update.report.config.model.name_or_path,
         revision=None if base is not None else update.report.config.model.revision,
         num_targets=len(update.targets),
         has_stacks=not per_expert and any(target.stack for target in update.targets.values()),
@@ -122,13 +128,13 @@ def convert(
         parts = {name: [_with_rank(part, r) for part in each] for name, each in parts.items()}
         written = [part for each in parts.values() for part in each]
         num_bytes = num_bytes_of(adapter_entries(written, use_dora=False, saved=entries_of(update.saved)).values())
-        with whole_directory(to, "--to", num_bytes, overwrite=overwrite) as directory:
+        with whole_directory(to, "--to", num_bytes, replaces=_strangers if overwrite else None) as directory:
             found = _write_adapter(directory, update, found, parts, r, show_progress)
             _write_record(directory, found)
     if merge is not None:
         assert base_dir is not None
         num_bytes = sum(slot.num_bytes for slot in index.values())
-        with whole_directory(merge, "--merge", num_bytes, overwrite=overwrite) as directory:
+        with whole_directory(merge, "--merge", num_bytes, replaces=_strangers if overwrite else None) as directory:
             _write_merged(directory, update, base_dir, index, show_progress)
             _write_record(directory, found)
     return found
@@ -252,8 +258,7 @@ def _write_merged(
             magnitudes=update.trained.magnitude if update.report.is_dora else None,
         )
     base_digests = {key: base for key, (base, _) in digests.items()} | digest_base(index, replaced)
-    if fingerprint(base_digests) != update.report.base_fingerprint:
-        raise UserError("--base", str(base_dir), "is not the base of loraga_init: its weights have another fingerprint")
+    require_base(update.report, base_dir, base_digests)
 
 
 def _require_no_tied_copy(base_dir: Path, replaced: dict[str, TensorSlot]) -> None:
@@ -280,5 +285,14 @@ def _base_key(name: str, slot: TensorSlot, index: dict[str, TensorSlot], update:
 
 def _write_record(directory: Path, found: Conversion) -> None:
     """What the directory was made from; also by what a later `overwrite` knows it."""
-    record = {**dataclasses.asdict(found), "versions": versions()}
+    record = {**dataclasses.asdict(found), "versions": versions(), "files": files_in(directory)}
     write_json(directory / CONVERSION, record)
+
+
+def _strangers(directory: Path) -> list[str] | None:
+    """What is not of the conversion there, None where there is none; an earlier version's record tells no files."""
+    if not (directory / CONVERSION).is_file():
+        return None
+    found = files_in(directory)
+    written = read_json(directory / CONVERSION).get("files", found)
+    return [name for name in found if name not in {CONVERSION, UNFINISHED_MARK, *written}]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from loraga_dist.artifacts.compare import OpenedOutput, check_residual
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.artifacts.names import LORAGA_INIT, MODEL_CONFIG, RESIDUAL_BASE
-from loraga_dist.artifacts.reading import load_adapter, open_base
+from loraga_dist.artifacts.names import LORAGA_INIT, RESIDUAL_BASE
+from loraga_dist.artifacts.reading import load_start, open_base
 from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import write_model
 from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
@@ -28,7 +28,7 @@ def materialize_base(
     """
     try:
         report = Report.read(directory)
-        adapter, targets = load_adapter(directory / LORAGA_INIT, report)
+        adapter, targets = load_start(directory / LORAGA_INIT, report)
     except RunError as error:
         raise UserError("directory", str(directory), f"{error}; write the directory of a finished run") from error
     if not report.scheme.changes_base:
@@ -36,15 +36,13 @@ def materialize_base(
         raise UserError(
             "directory", str(directory), f"{problem}; load {LORAGA_INIT} on {report.config.model.name_or_path}"
         )
-    destination = free_place(
-        to if to is not None else directory / RESIDUAL_BASE, "--to", marker=MODEL_CONFIG, overwrite=False
-    )
+    destination = free_place(to if to is not None else directory / RESIDUAL_BASE, "--to")
     base_dir, index = open_base(report, base)
     require_targets(index, targets)
     dtype = report.config.output.residual_dtype
     num_bytes = num_bytes_of(Layout.of_report(report, entries_of(index)).residual.values())
     output = OpenedOutput(report=report, adapter=adapter, targets=targets, base_dir=base_dir, base=index)
-    with whole_directory(destination, "--to", num_bytes, overwrite=False) as path:
+    with whole_directory(destination, "--to", num_bytes) as path:
         with phase("write", num_bytes, "B", shown=show_progress) as progress:
             write_model(base_dir, index, targets, adapter, path, dtype, on_progress=progress.advance)
         with phase("verify", sum(slot.num_bytes for slot in index.values()), "B", shown=show_progress) as progress:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile
-from loraga_dist.artifacts.layout import Layout
+from loraga_dist.artifacts.layout import Layout, strangers
 from loraga_dist.artifacts.names import (
     FACTORS,
     FACTORS_INDEX,
@@ -23,6 +23,7 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
+from loraga_dist.artifacts.reading import named_base
 from loraga_dist.artifacts.report import IdentityCheck, Rebuilt, Report, SpentBudget, TargetReport, versions
 from loraga_dist.artifacts.residual import digest_base, start_magnitudes, write_model
 from loraga_dist.artifacts.tensors import weight_chunks
@@ -180,7 +181,7 @@ def rebuild(
     model = config.model.model_copy(update={"attn_implementation": None})  # no model runs, its kernels need not be here
     request = understand(config.model_copy(update={"model": model}), World.alone(), reads_data=False)
     base_dir, index = request.base.directory, request.base.index
-    destination = free_place(to, "--to", marker=REPORT, overwrite=overwrite, inputs=[source, base_dir])
+    destination = free_place(to, "--to", strangers=strangers, overwrite=overwrite, inputs=[source, base_dir])
     if request.plan.owners.keys() != old.targets.keys():
         raise UserError("directory", str(source), "holds gradients of other targets than this transformers finds")
     model = request.config.model.model_copy(update={"attn_implementation": config.model.attn_implementation})
@@ -201,7 +202,8 @@ def rebuild(
     )
     layout = replace(Layout.of(request, targets), config=config, num_triplets=held)
     num_bytes = layout.num_bytes
-    with whole_directory(destination, "--to", sum(num_bytes.values()), overwrite=overwrite) as directory:
+    replaces = strangers if overwrite else None
+    with whole_directory(destination, "--to", sum(num_bytes.values()), replaces=replaces) as directory:
         adapter_fingerprint = write_adapters(
             directory, layout, lora, new_start.factors, index, new_start.magnitudes if lora.use_dora else None
         )
@@ -265,7 +267,7 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
         key, value = next(iter(changed.items()))
         raise UserError(key, value, f"is settled by the gradients of {source}; run loraga-dist init with it")
     if base is not None:
-        model = new.model.model_copy(update={"name_or_path": str(base.resolve()), "revision": None})
+        model = new.model.model_copy(update={"name_or_path": str(named_base(base)), "revision": None})
         new = new.model_copy(update={"model": model})
     return new
 

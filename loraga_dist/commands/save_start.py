@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from loraga_dist.artifacts.adapter import write_adapter
+from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
+from loraga_dist.artifacts.reading import adapter_fingerprint
 from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, versions
 from loraga_dist.artifacts.residual import digest_base
 from loraga_dist.artifacts.tensors import entries_of
@@ -122,12 +123,14 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
                     lambda target: start.factors[target.name],
                     saved={parameter: index[key] for parameter, key in saved.items()},
                 )
-                report.write(staged.path / REPORT)
+                made = adapter_fingerprint(AdapterFile(staged.path / LORAGA_INIT))
+                report.model_copy(update={"adapter_fingerprint": made}).write(staged.path / REPORT)
                 staged.commit()
     except BaseException:
         if world.is_main:
             staged.discard()
         raise
+    staged.drop_lock()
     return destination
 
 

@@ -138,14 +138,15 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from loraga_dist.artifacts.reading import named_base
     from loraga_dist.artifacts.verify import bytes_to_verify, verify
     from loraga_dist.ranks.progress import phase
 
     directory, base = options.directory, options.base
     if not directory.is_dir():
         raise UserError("directory", str(directory), "is not there; write an output directory")
-    if base is not None and not base.is_dir():
-        raise UserError("--base", str(base), "is not there; write the original model's directory")
+    if base is not None:
+        named_base(base)
     with phase("verify", bytes_to_verify(directory), "B", shown=sys.stderr.isatty()) as progress:
         result = verify(directory, base=base, on_progress=progress.advance)
     if not result.ok:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, adapter_keys, magnitude_key, saved_key
 from loraga_dist.artifacts.names import ADAPTER_WEIGHTS, LORAGA_INIT, REPORT, RESIDUAL_BASE
-from loraga_dist.artifacts.reading import keys_passed_over, load_adapter, read_lora_config, targets_under
+from loraga_dist.artifacts.reading import keys_passed_over, load_start, read_lora_config, targets_under
 from loraga_dist.artifacts.report import Report
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.disk import BrokenFileError
@@ -135,7 +135,7 @@ def _open_init(init: Path) -> tuple[Report, AdapterFile, list[Target]]:
         raise UserError("--init", str(init), f"has no {REPORT} beside it; write {instead}")
     try:
         report = Report.read(output)
-        return report, *load_adapter(init, report)
+        return report, *load_start(init, report)
     except RunError as error:
         raise UserError("--init", str(init), f"{error}; write the {LORAGA_INIT} of a verified output") from error
 

@@ -7,8 +7,8 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraga_dist.errors import LoragaError, RunError, UserError, blame
@@ -19,12 +19,22 @@ from loraga_dist.ranks.world import World
 LONGEST_NAME = 255 - len("..checkpoint")
 """In bytes, of a directory beside which there is a `.NAME.checkpoint`."""
 
+Strangers = Callable[[Path], list[str] | None]
+"""What a directory holds beside an earlier output of ours, by relative path; None where it is no output at all."""
 
-def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: Iterable[Path] = ()) -> Path:
+
+def free_place(
+    path: Path,
+    key: str,
+    *,
+    strangers: Strangers | None = None,
+    overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+) -> Path:
     """The directory to make, resolved; raises UserError, for `key`, when something is there that must not be replaced.
 
-    marker: the file by which our own earlier output is known, the only thing `overwrite` replaces.
-    inputs: what the command reads, and so must not write over.
+    strangers: how an earlier output is known, the only thing `overwrite` replaces, and only if nothing else is in it;
+    None where nothing is ever replaced. inputs: what the command reads, and so must not write over.
     """
     with blame(key, str(path), "is no path to write to", "write another directory"):
         destination = path.expanduser().resolve()
@@ -33,18 +43,23 @@ def free_place(path: Path, key: str, *, marker: str, overwrite: bool, inputs: It
         if not destination.name:
             raise OSError("it has no name")
         if destination.exists():
-            if not (destination / marker).is_file():
+            if strangers is None:
+                raise UserError(key, str(path), "exists; write another directory")
+            if (found := strangers(destination)) is None:
                 raise UserError(key, str(path), "exists and is no output of loraga-dist; write another directory")
             if not overwrite:
-                raise _exists(key, path)
-        for source in inputs:
-            if source.resolve().is_relative_to(destination):
-                raise UserError(key, str(path), f"holds {source}, which is read; write another directory")
+                raise UserError(key, str(path), "exists; write another directory, or add --overwrite")
+            for source in inputs:
+                if source.resolve().is_relative_to(destination):
+                    raise UserError(key, str(path), f"holds {source}, which is read; write another directory")
+            if found:
+                problem = f"holds {_some(found)}, not of the output that --overwrite replaces"
+                raise UserError(key, str(path), f"{problem}; move it away, or write another directory")
         return destination
 
 
-def _exists(key: str, path: Path) -> UserError:
-    return UserError(key, str(path), "exists; write another directory, or add --overwrite")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def checkpoint_path_of(destination: Path) -> Path:
@@ -60,8 +75,10 @@ def existing_parent(path: Path) -> Path:
 class StagedDirectory:
     """A hidden sibling of the destination, until `commit` puts it there."""
 
-    def __init__(self, destination: Path, world: World, key: str = "output.dir", *, overwrite: bool = False) -> None:
-        """key: what the user names the destination by. overwrite: `free_place` found something that may be replaced."""
+    def __init__(
+        self, destination: Path, world: World, key: str = "output.dir", *, replaces: Strangers | None = None
+    ) -> None:
+        """key: what the user names the destination by. replaces: `free_place`'s strangers, where it may overwrite."""
         self.destination = destination
         self._key = key
         self.path = destination.with_name(f".{destination.name}.partial")
@@ -71,8 +88,8 @@ class StagedDirectory:
         self._lock: int | None = None
         self._world = world
         self._committing = False
-        self._overwrite = overwrite
-        self._replaces = False
+        self._replaces = replaces
+        self._was_there = False
 
     def create(self, num_bytes: int) -> None:
         """Make it, empty, on rank 0; a collective. num_bytes: what will be written, checked against the free space."""
@@ -116,11 +133,11 @@ class StagedDirectory:
             for leftover in (self._old, self.path):
                 if leftover.exists():
                     num_bytes = tree_bytes(leftover)
-                    shutil.rmtree(leftover)
+                    remove_marked(leftover)
                     say(f"loraga-dist: removed {leftover} ({num_bytes} bytes), which a run that died had left")
-            self._replaces = self.destination.exists()
-            if self._replaces and not self._overwrite:  # another run has finished since this one began
-                raise _exists(self._key, self.destination)
+            self._was_there = self.destination.exists()
+            if self._was_there and self._replaces is None:  # another run has finished since this one began
+                raise UserError(self._key, str(self.destination), "exists by now; write another directory")
             self.path.mkdir()
             (self.path / UNFINISHED_MARK).touch()
         except BaseException:
@@ -144,15 +161,20 @@ class StagedDirectory:
         return found
 
     def commit(self) -> None:
-        """Rename into place, on rank 0 when everything is written. An old directory goes after the new is there."""
+        """Rename into place, on rank 0 when everything is written. An old directory goes after the new is there.
+
+        The lock is held on, for who goes on with what is in place now: `drop_lock` lets go of it.
+        """
         self._committing = True
         try:
             # names and small files, which their writers leave to the system
             for path in (*self.path.rglob("*"), self.path):
                 sync(path)
-            if self.destination.exists() and not self._replaces:
-                raise RunError(f"{self.destination} has appeared meanwhile and is kept; the output is in {self.path}")
             if self.destination.exists():
+                if not self._was_there or self._replaces is None:
+                    raise self._kept("has appeared meanwhile")
+                if found := self._replaces(self.destination):  # put there since the work began
+                    raise self._kept(f"holds {_some(found)}")
                 (self.destination / UNFINISHED_MARK).touch()
                 self.destination.rename(self._old)
             try:
@@ -164,14 +186,19 @@ class StagedDirectory:
             sync(self.destination.parent)
         except OSError as error:
             raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
-        shutil.rmtree(self._old, ignore_errors=True)
-        self.drop_lock()
+        if self._old.exists():
+            with suppress(OSError):  # the next run removes what stays
+                remove_marked(self._old)
+
+    def _kept(self, why: str) -> RunError:
+        return RunError(f"{self.destination} {why} and is kept; the output is in {self.path}")
 
     def discard(self) -> None:
         """Remove what was staged, after a failure; a finished output that could not be renamed stays."""
-        if not self._committing:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.drop_lock()
+        if not self._committing and self.path.exists():
+            with suppress(OSError):
+                remove_marked(self.path)
+        self.drop_lock()
 
     def take_lock(self) -> None:
         """Held as long as this process lives, so that two runs do not write one output."""
@@ -225,6 +252,24 @@ class StagedDirectory:
         return [path for path in names if path.is_symlink() or path.exists()]
 
 
+def remove_marked(path: Path) -> None:
+    """Remove a directory of ours; its mark goes last, so that what a kill leaves of it is known as ours."""
+    for child in path.iterdir():
+        if child.name == UNFINISHED_MARK:
+            continue
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+    shutil.rmtree(path)
+
+
+def files_in(directory: Path) -> list[str]:
+    """Relative paths of the files below, sorted; of links, too, which are not followed."""
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(directory).as_posix() for path in found)
+
+
 def tree_bytes(path: Path) -> int:
     """Of the files below, or of the file; links are not followed."""
     paths = [path, *path.rglob("*")] if path.is_dir() else [path]
@@ -232,12 +277,14 @@ def tree_bytes(path: Path) -> int:
 
 
 @contextmanager
-def whole_directory(destination: Path, key: str, num_bytes: int, *, overwrite: bool) -> Iterator[Path]:
+def whole_directory(
+    destination: Path, key: str, num_bytes: int, *, replaces: Strangers | None = None
+) -> Iterator[Path]:
     """An empty directory for one process to fill: in place when the block ends, gone when it raises.
 
-    key, overwrite: as for `StagedDirectory`. num_bytes: what will be written, checked against the free space.
+    key, replaces: as for `StagedDirectory`. num_bytes: what will be written, checked against the free space.
     """
-    staged = StagedDirectory(destination, World.alone(), key, overwrite=overwrite)
+    staged = StagedDirectory(destination, World.alone(), key, replaces=replaces)
     staged.create(num_bytes)
     try:
         yield staged.path
@@ -245,3 +292,4 @@ def whole_directory(destination: Path, key: str, num_bytes: int, *, overwrite: b
     except BaseException:
         staged.discard()
         raise
+    staged.drop_lock()

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraga_dist.artifacts.layout import Layout
-from loraga_dist.artifacts.names import REPORT, RESIDUAL_BASE
+from loraga_dist.artifacts.layout import Layout, strangers
+from loraga_dist.artifacts.names import RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
 from loraga_dist.data.microbatches import Microbatch
@@ -76,7 +76,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         if world.is_main:
             _say_what_comes(request, forecaster, clock)
     config, destination = request.config, Path(request.config.output.dir)
-    staged = StagedDirectory(destination, world, overwrite=config.output.overwrite)
+    staged = StagedDirectory(destination, world, replaces=strangers if config.output.overwrite else None)
     finished_files = staged.checkpoint_path / RESIDUAL_BASE
     stop.hold()  # from here on there is something to tidy up, and soon to save
     with PeakMemory(world.device) as memory:  # above what understanding took, as the plan is
@@ -107,10 +107,13 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
                     error.add_note(f"the same command goes on from the checkpoint in {staged.checkpoint_path}")
             raise
     stop.listen_no_more()  # nothing is left to save
-    push_output(destination, report, world)
-    with world.together():
-        if world.is_main:
-            track(destination, report)
+    try:
+        push_output(destination, report, world)
+        with world.together():
+            if world.is_main:
+                track(destination, report)
+    finally:
+        staged.drop_lock()
     return report, verified
 
 
@@ -175,7 +178,7 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointReques
         destination = free_place(
             Path(config.output.dir),
             "output.dir",
-            marker=REPORT,
+            strangers=strangers,
             overwrite=config.output.overwrite,
             inputs=_local_inputs(config),
         )

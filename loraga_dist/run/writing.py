@@ -25,6 +25,7 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
+from loraga_dist.artifacts.reading import adapter_fingerprint
 from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, SpentBudget, TargetReport, versions
 from loraga_dist.artifacts.residual import digest_base, finish_residual_base, start_magnitudes, write_residual_file
 from loraga_dist.artifacts.verify import bytes_to_verify, verify
@@ -349,4 +350,4 @@ def write_adapters(
         write_adapter(
             directory / LORAGA_OFFSET, of_original, layout.targets, stored.factors, negate_b=True, saved=saved
         )
-    return fingerprint(digest_base(stored.slots, stored.slots))
+    return adapter_fingerprint(stored)

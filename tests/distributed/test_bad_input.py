@@ -463,11 +463,15 @@ def test_overwrite_replaces_an_earlier_output(prepare: Prepare) -> None:
     attempt = prepare(setting("lora", target_modules=["q_proj"]))
     init = [INIT, *attempt.arguments]
     succeed(run_script(init, 1))
-    (attempt.out / "note.txt").write_text("of the first run")
+    kept = attempt.out / "trained" / "adapter.txt"
+    kept.parent.mkdir()
+    kept.write_text("of a trainer")
+    (result,) = run_script([*init, "--overwrite", "--lora.r", "2"], 1)
+    assert result.code == 2 and "holds trained/adapter.txt, not of the output that --overwrite" in result.stderr
+    assert kept.read_text() == "of a trainer"
+    kept.unlink()
     succeed(run_script([*init, "--overwrite", "--lora.r", "2"], 1))
-
     assert {target["r"] for target in read_report(attempt.out)["targets"].values()} == {2}
-    assert not (attempt.out / "note.txt").exists()
     assert sorted(path.name for path in attempt.directory.iterdir()) == ["config.yaml", "out"]
     assert main(["verify", str(attempt.out)]) == 0
     assert main(["verify", str(attempt.out), "--base", str(attempt.directory / "absent")]) == 2

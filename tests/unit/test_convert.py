@@ -423,6 +423,10 @@ def test_mistaken_directories_are_refused(
         (("--to", tmp_path / "x" / "adapter", "--merge", tmp_path / "x"), "share a place"),
         (("--merge", tmp_path / "x", "--base", other), "is not the base of loraga_init"),
         (("--merge", tmp_path / "x", "--base", tmp_path), "holds neither"),
+        (("--to", tmp_path / "x", "--base", other), "--base: "),
+        (("--to", tmp_path / "x", "--base", run.out / "residual_base"), "is not the base of loraga_init"),
+        (("--to", tmp_path / "x", "--base", tmp_path / "nowhere"), "write the original model's directory"),
+        (("--to", tmp_path / "x", "--init", run.out / "loraga_offset"), "is not what its loraga_report.json tells of"),
     ):
         assert run.convert(*arguments) == 2, arguments
         assert said in capsys.readouterr().err, arguments
@@ -436,6 +440,43 @@ def test_overwrite_replaces_an_earlier_result_only(trained: Callable[[str], Trai
     assert run.convert("--to", tmp_path / "plain", "--overwrite") == 0
     assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["r"] == 2 * R
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+def test_overwrite_keeps_what_is_not_of_the_earlier_result(
+    trained: Callable[[str], Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained("plain")
+    for option in ("--to", "--merge"):
+        place = tmp_path / option.strip("-")
+        assert run.convert(option, place) == 0
+        (place / "notes.txt").write_text("thesis")
+        assert run.convert(option, place, "--overwrite") == 2
+        assert f"{option}: '{place}': holds notes.txt, not of the output" in capsys.readouterr().err
+        assert (place / "notes.txt").read_text() == "thesis"
+
+
+def test_a_start_that_was_trained_over_is_no_start(
+    trained: Callable[[str], Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained("plain")
+    out = shutil.copytree(run.out, tmp_path / "out")
+    shutil.copy(run.adapter / "adapter_model.safetensors", out / "loraga_init")
+    shutil.rmtree(out / "residual_base")
+    assert run.convert("--to", tmp_path / "plain", "--init", out / "loraga_init") == 2
+    assert main(["materialize-base", str(out)]) == 2
+    assert capsys.readouterr().err.count("is not what its loraga_report.json tells of") == 2
+
+
+def test_a_base_that_moved_is_named_in_full(
+    trained: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("plain")
+    shutil.copytree(run.base, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert run.convert("--to", "plain", "--base", "moved") == 0
+    assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "moved"
+    )
 
 
 def test_training_on_the_original_base_is_warned_of(

@@ -11,10 +11,10 @@ import torch
 import yaml
 from builders import config_tree, save_data, save_model
 
-from loraga_dist.artifacts.layout import Layout
+from loraga_dist.artifacts.layout import Layout, strangers
 from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.tensors import entries_of
-from loraga_dist.cli import init_main
+from loraga_dist.cli import init_main, main
 from loraga_dist.config import load_config
 from loraga_dist.files.safetensors_io import TensorSlot, read_header
 from loraga_dist.model.base import read_checkpoint_index
@@ -114,3 +114,14 @@ def test_every_missing_file_is_named(run: Run) -> None:
         (out / name).rename(out / "away")
         assert planned.missing_files(out) == [name]
         (out / "away").rename(out / name)
+
+
+def test_all_that_stands_in_an_output_is_its_own(run: Run, tmp_path: Path) -> None:
+    _, out = run(output={"residual_base": "none", "report_to": "tensorboard"})
+    assert strangers(out) == [] and strangers(tmp_path) is None
+    assert main(["materialize-base", str(out)]) == 0
+    assert strangers(out) == []
+    for name in ("loraga_init/checkpoint-5/adapter_model.safetensors", "notes.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).touch()
+    assert strangers(out) == ["loraga_init/checkpoint-5/adapter_model.safetensors", "notes.txt"]

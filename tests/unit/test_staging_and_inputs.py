@@ -17,13 +17,18 @@ from safetensors.torch import load_file, save_file
 from loraga_dist.cli import init_main
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import check_checksums, write_checksums
-from loraga_dist.files.staging import StagedDirectory, free_place
+from loraga_dist.files.disk import UNFINISHED_MARK
+from loraga_dist.files.staging import StagedDirectory, files_in, free_place
 from loraga_dist.ranks.world import World
+
+
+def strangers(directory: Path) -> list[str]:
+    return [name for name in files_in(directory) if name not in ("file", UNFINISHED_MARK)]
 
 
 @pytest.fixture
 def staged(tmp_path: Path) -> StagedDirectory:
-    staged = StagedDirectory(tmp_path / "out", World.current(), overwrite=True)
+    staged = StagedDirectory(tmp_path / "out", World.current(), replaces=strangers)
     staged.create(0)
     (staged.path / "file").write_text("new")
     return staged
@@ -39,6 +44,7 @@ def replacing(tmp_path: Path, request: pytest.FixtureRequest) -> StagedDirectory
 
 def test_commit_replaces_and_leaves_nothing_beside(replacing: StagedDirectory, tmp_path: Path) -> None:
     replacing.commit()
+    replacing.drop_lock()
     assert (tmp_path / "out" / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -53,10 +59,44 @@ def test_what_appeared_meanwhile_is_kept(staged: StagedDirectory) -> None:
     assert (staged.path / "file").read_text() == "new", "a finished output is not thrown away"
 
 
+def test_what_was_put_into_the_old_output_meanwhile_is_kept(replacing: StagedDirectory) -> None:
+    (replacing.destination / "trained").mkdir()
+    (replacing.destination / "trained" / "adapter").write_text("thesis")
+    with pytest.raises(RunError, match=f"holds trained/adapter and is kept; the output is in {replacing.path}"):
+        replacing.commit()
+    assert (replacing.destination / "trained" / "adapter").read_text() == "thesis"
+    assert (replacing.path / "file").read_text() == "new"
+
+
+def test_a_place_is_free_where_all_in_it_is_of_an_earlier_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    with pytest.raises(UserError, match="exists; write another directory$"):
+        free_place(out, "--to", overwrite=True)
+    with pytest.raises(UserError, match="exists; write another directory, or add --overwrite"):
+        free_place(out, "--to", strangers=strangers)
+    with pytest.raises(UserError, match="is no output of loraga-dist"):
+        free_place(out, "--to", strangers=lambda _: None, overwrite=True)
+    assert free_place(out, "--to", strangers=strangers, overwrite=True) == out
+    for name in "abcd":
+        (out / name).symlink_to(tmp_path)
+    with pytest.raises(UserError, match="holds a, b, c and 1 more, not of the output that --overwrite replaces"):
+        free_place(out, "--to", strangers=strangers, overwrite=True)
+
+
+def test_the_lock_is_held_while_the_new_output_is_worked_with(staged: StagedDirectory, tmp_path: Path) -> None:
+    staged.commit()
+    with pytest.raises(UserError, match="is being written by another run"):
+        StagedDirectory(tmp_path / "out", World.current(), replaces=strangers).create(0)
+    staged.drop_lock()
+    StagedDirectory(tmp_path / "out", World.current(), replaces=strangers).create(0)
+
+
 def test_what_another_run_has_finished_is_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for _ in range(2):  # the lock is not kept
-        with pytest.raises(UserError, match="exists; write another directory, or add --overwrite"):
+        with pytest.raises(UserError, match="exists by now; write another directory"):
             StagedDirectory(tmp_path / "out", World.current()).create(0)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -66,7 +106,6 @@ def test_two_runs_cannot_write_one_output(staged: StagedDirectory, tmp_path: Pat
     with pytest.raises(UserError, match="is being written by another run"):
         other.create(0)
     assert (staged.path / "file").read_text() == "new"
-    staged.commit()
     other = StagedDirectory(tmp_path / "next" / "out", World.current())
     other.create(0)
     other.discard()
@@ -110,7 +149,7 @@ def replace_and_die(destination: Path) -> None:
     """What a run does that is killed between its two renames."""
 
     def replace() -> None:
-        staged = StagedDirectory(destination, World.alone(), overwrite=True)
+        staged = StagedDirectory(destination, World.alone(), replaces=strangers)
         staged.create(0)
         (staged.path / "file").write_text("new")
         rename = Path.rename
@@ -156,6 +195,27 @@ def test_what_a_run_that_died_left_is_removed_and_said(tmp_path: Path, capsys: p
     assert check_checksums(tmp_path / "out", World.alone()) == []
 
 
+@pytest.mark.parametrize("num_removed", range(5))
+def test_what_a_kill_leaves_of_a_removal_is_known_as_ours(tmp_path: Path, num_removed: int) -> None:
+    def discard() -> None:
+        staged = StagedDirectory(tmp_path / "out", World.alone())
+        staged.create(0)
+        for name in "abc":
+            (staged.path / name).touch()
+        unlink, left = os.unlink, iter(range(num_removed))
+
+        def unlink_or_die(*arguments: Any, **named: Any) -> None:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            unlink(*arguments, **named)
+
+        os.unlink = unlink_or_die
+        staged.discard()
+
+    die(discard)
+    StagedDirectory(tmp_path / "out", World.current()).create(0)
+
+
 @pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
 @pytest.mark.parametrize("kind", ["directory", "link", "dangling", "file"])
 def test_what_is_not_ours_is_neither_removed_nor_renamed(tmp_path: Path, name: str, kind: str) -> None:
@@ -198,8 +258,8 @@ def test_a_place_that_is_none_is_said_in_a_line(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError, match=r"is no path to write to: .*; write another directory"):
-        free_place(Path(path), "--to", marker="m", overwrite=False)
-    assert free_place(Path("x" * 243), "--to", marker="m", overwrite=False)
+        free_place(Path(path), "--to")
+    assert free_place(Path("x" * 243), "--to")
 
 
 def test_a_run_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
@@ -207,7 +267,7 @@ def test_a_run_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "out" / "file").write_text("old")
     replace_and_die(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.partial", ".out.replaced"]
-    StagedDirectory(tmp_path / "out", World.current(), overwrite=True).create(0)
+    StagedDirectory(tmp_path / "out", World.current(), replaces=strangers).create(0)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
     assert (tmp_path / "out" / "file").read_text() == "old"
 
@@ -234,7 +294,7 @@ def test_a_checkpoint_with_a_hole_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_an_output_that_holds_the_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = save_model(tmp_path / "out" / "model")
+    model = save_model(tmp_path / "out" / "residual_base")
     (tmp_path / "out" / "loraga_report.json").write_text("{}")
     code, said = run(tmp_path, model, capsys, output={"dir": str(tmp_path / "out"), "overwrite": True})
     assert code == 2 and "holds the base model" in said
