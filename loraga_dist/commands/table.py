@@ -65,7 +65,7 @@ def _init(options: argparse.Namespace, overrides: Sequence[str], world: World, s
     world.require_same(versions(), "install the same on every node")
     world.require_same(config.model_dump(mode="json"), "start all ranks with the same file and options")
     if options.dry_run:
-        dry_run(config, world)
+        dry_run(config, world, stop)
         return
     report, verified = run(config, world, stop)
     if world.is_main:

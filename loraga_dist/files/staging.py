@@ -42,6 +42,7 @@ def free_place(
             raise OSError(f"the files beside it have longer names, so that {LONGEST_NAME} bytes are left for its own")
         if not destination.name:
             raise OSError("it has no name")
+        require_writable(destination.parent, key)
         if destination.exists():
             if strangers is None:
                 raise UserError(key, str(path), "exists; write another directory")
@@ -56,6 +57,19 @@ def free_place(
                 problem = f"holds {_some(found)}, not of the output that --overwrite replaces"
                 raise UserError(key, str(path), f"{problem}; move it away, or write another directory")
         return destination
+
+
+def require_writable(directory: Path, key: str) -> None:
+    """Raise for `key` unless files can be written to this directory, or it can be made.
+
+    UserError where a file is in the way, RunError where the system refuses.
+    """
+    with blame(key, str(directory), "is no path to write to", "write another directory"):
+        place = existing_parent(directory.expanduser())
+        if not place.is_dir():
+            raise UserError(key, str(directory), f"cannot be made: {place} is a file; write another directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RunError(f"{directory} cannot be written (nothing can be made in {place}): write another place as {key}")
 
 
 def _some(names: list[str]) -> str:
@@ -99,19 +113,11 @@ class StagedDirectory:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     self.take_lock()
                     self._make_empty()
-                    free_bytes = shutil.disk_usage(self.path).free
                 except OSError as error:
                     raise RunError(
                         f"{self.destination} cannot be written ({error.strerror}); it needs {num_bytes} bytes: "
                         f"write another place as {self._key}"
                     ) from error
-                if free_bytes < num_bytes:
-                    self.discard()
-                    spared = ", or output.residual_base: none" if self._key == "output.dir" else ""
-                    raise RunError(
-                        f"{self.destination} needs {num_bytes} bytes and the disk has {free_bytes} free: "
-                        f"write another place as {self._key}{spared}"
-                    )
         try:
             with self._world.together():
                 if not self.path.is_dir():
@@ -120,6 +126,8 @@ class StagedDirectory:
                         str(self.destination),
                         f"is not seen by rank {self._world.rank}; write a place on a file system that all ranks share",
                     )
+                if self._world.is_main:
+                    self.require_space(self.path, num_bytes)
         except LoragaError:
             if self._world.is_main:
                 self.discard()
@@ -143,6 +151,16 @@ class StagedDirectory:
         except BaseException:
             self.drop_lock()
             raise
+
+    def require_space(self, place: Path, num_bytes: int) -> None:
+        """Raise RunError where the disk of `place`, which is there, has not as much free."""
+        free_bytes = shutil.disk_usage(place).free
+        if free_bytes < num_bytes:
+            spared = ", or output.residual_base: none" if self._key == "output.dir" else ""
+            raise RunError(
+                f"{self.destination} needs {num_bytes} bytes and the disk has {free_bytes} free: "
+                f"write another place as {self._key}{spared}"
+            )
 
     def require_ours(self) -> None:
         """Raise UserError where a name beside the destination is taken by something that no run has left there."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from loraga_dist.artifacts.names import FACTORS
 from loraga_dist.config import GradientConfig
 from loraga_dist.engines import ENGINES, Matrix
+from loraga_dist.files.checkpoint import GENERATIONS
 from loraga_dist.forecast.activations import Activations
 from loraga_dist.forecast.in_blocks import InBlocks
 from loraga_dist.gradients.kept import Keeping
@@ -23,6 +25,7 @@ Moments = dict[str, list[tuple[Parts, Parts]]]
 """By phase: what is held on the device, and what on the host."""
 
 KEPT_INPUTS = "inputs of blocks"
+CHECKPOINTS = "checkpoints"
 ARGUMENTS = "their arguments"
 BETWEEN = "gradients between blocks"
 STATE = "engine state"
@@ -73,6 +76,11 @@ class Course:
     def state_bytes(self) -> int:
         """Engine state every rank holds during the largest sweep."""
         return max((sum(map(Plan.state_bytes, sweep)) for sweep in self.sweeps), default=0)
+
+    def checkpoint_bytes(self, output_bytes: Mapping[str, int]) -> int:
+        """At most, on the disk: what is finished, the generations of a state, and the next one. output_bytes: by
+        part."""
+        return output_bytes[FACTORS] + (GENERATIONS + 1) * self.state_bytes
 
     @classmethod
     def of(

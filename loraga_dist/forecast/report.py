@@ -17,7 +17,7 @@ from rich.table import Table
 
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.errors import printable
-from loraga_dist.forecast.calibration import KEPT_INPUTS, Course
+from loraga_dist.forecast.calibration import CHECKPOINTS, KEPT_INPUTS, Course
 from loraga_dist.forecast.forecaster import Forecaster, advice
 from loraga_dist.forecast.kinds import Kind, experts_line, few_tokens, kinds_of
 from loraga_dist.forecast.ledger import Shapes
@@ -42,8 +42,6 @@ _LABEL = 16
 _LEAST_LABEL = 12
 """Of a table's rows, where columns are many."""
 _LEAST_COLUMNS = 80
-_COLUMNS = 110
-"""Where there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,9 +240,10 @@ class PlanReport:
 
     @property
     def disk_bytes(self) -> dict[str, int]:
-        """Of the output; and while it is made, what is kept of calibration."""
-        kept = {KEPT_INPUTS: self.kept_bytes} if self.way.keeping.directory else {}
-        return Layout.of(self.forecaster.request).num_bytes | kept
+        """Of the output; while it is made, of its checkpoints, and of what calibration keeps in files."""
+        output = Layout.of(self.forecaster.request).num_bytes
+        kept = self.kept_bytes if self.way.keeping.directory else 0
+        return output | {CHECKPOINTS: self.course.checkpoint_bytes(output), KEPT_INPUTS: kept}
 
     @property
     def dtype(self) -> str:
@@ -339,7 +338,8 @@ def print_plan(report: PlanReport) -> None:
     )
     environment.filters |= {"gib": _gib, "spread": _spread, "duration": _duration, "time": _time}
     lines = environment.get_template("plan.txt.j2")
-    width = max(_LEAST_COLUMNS, shutil.get_terminal_size((_COLUMNS, 24)).columns)
+    # 110 where there is no terminal
+    width = max(_LEAST_COLUMNS, shutil.get_terminal_size((110, 24)).columns)
     console = Console(highlight=False, markup=False, width=width)
     console.print(_targets_table(report))
     console.print(_memory_table(report.memory))

@@ -81,8 +81,3 @@ class FinishedFiles:
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         return self.directory / name, self.directory / f"{name}.json"
-
-
-def num_bytes_kept(directory: Path) -> int:
-    """What the files of an interrupted run take on the disk already."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraga_dist.artifacts.layout import Layout, strangers
+from loraga_dist.artifacts.layout import strangers
 from loraga_dist.artifacts.names import RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
@@ -28,7 +28,15 @@ from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.errors import LoragaError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
-from loraga_dist.files.staging import StagedDirectory, checkpoint_path_of, existing_parent, free_place
+from loraga_dist.files.staging import (
+    StagedDirectory,
+    checkpoint_path_of,
+    existing_parent,
+    free_place,
+    require_writable,
+    tree_bytes,
+)
+from loraga_dist.forecast.calibration import KEPT_INPUTS
 from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
 from loraga_dist.forecast.report import PlanReport, print_plan
 from loraga_dist.forecast.ways import Room
@@ -43,7 +51,6 @@ from loraga_dist.ranks.words import say
 from loraga_dist.ranks.world import World
 from loraga_dist.request.data import require_same_data
 from loraga_dist.request.request import CheckpointRequest, Request, understand, understand_model
-from loraga_dist.run.finished import num_bytes_kept
 from loraga_dist.run.writing import finish_directory, make_report, write_weights
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.base import Sharding
@@ -77,12 +84,17 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
             _say_what_comes(request, forecaster, clock)
     config, destination = request.config, Path(request.config.output.dir)
     staged = StagedDirectory(destination, world, replaces=strangers if config.output.overwrite else None)
+    num_bytes = _bytes_to_write(request, forecaster, staged.checkpoint_path)
     finished_files = staged.checkpoint_path / RESIDUAL_BASE
     stop.hold()  # from here on there is something to tidy up, and soon to save
     with PeakMemory(world.device) as memory:  # above what understanding took, as the plan is
-        staged.create(max(0, sum(Layout.of(request).num_bytes.values()) - num_bytes_kept(finished_files)))
+        staged.create(num_bytes)
         try:
             checkpointer = _checkpointer(request, clock, staged.checkpoint_path, stop, world)
+            if config.resume == "auto":
+                checkpointer.look()
+            else:
+                checkpointer.start_over()
             model, sharding = _load(request, clock, world, from_disk=forecaster.way.from_disk)
             start = start_in_place(
                 model, request, sharding=sharding, checkpointer=checkpointer, keeping=forecaster.way.all_keeping
@@ -117,14 +129,23 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
     return report, verified
 
 
-def dry_run(config: InitConfig, world: World) -> None:
-    """Check settings, model, data and memory as `run` does, then print the plan on rank 0; nothing is written."""
-    request = _prepare(config, world, Clock())
+def dry_run(config: InitConfig, world: World, stop: StopRequest) -> None:
+    """Check all that `run` does before it loads the model, then print the plan on rank 0; nothing is written."""
+    clock = Clock()
+    request = _prepare(config, world, clock)
     forecaster = _fitting(request, world)
+    request = replace(request, plan=forecaster.plan)
+    staged = StagedDirectory(Path(request.config.output.dir), world)
     with world.together():
         refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
         if world.is_main:
-            print_plan(_plan_report(request, forecaster))
+            staged.require_ours()
+            place = existing_parent(staged.path)
+            staged.require_space(place, _bytes_to_write(request, forecaster, staged.checkpoint_path))
+    if config.resume == "auto":
+        _checkpointer(request, clock, staged.checkpoint_path, stop, world).look()
+    if world.is_main:
+        print_plan(_plan_report(request, forecaster))
 
 
 def initialize(
@@ -182,6 +203,8 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointReques
             overwrite=config.output.overwrite,
             inputs=_local_inputs(config),
         )
+        if config.gradient.activations_dir is not None:
+            require_writable(Path(config.gradient.activations_dir), "gradient.activations_dir")
         if config.output.push_residual_base and not SCHEMES[config.init.scheme].changes_base:
             problem = f"{config.init.scheme} has no residual_base; write false"
             raise UserError("output.push_residual_base", True, problem)
@@ -268,6 +291,13 @@ def _plan_report(request: CheckpointRequest, forecaster: Forecaster) -> PlanRepo
     return report if data is None else replace(report, num_sequences=data.num_samples, num_tokens=data.num_tokens)
 
 
+def _bytes_to_write(request: CheckpointRequest, forecaster: Forecaster, checkpoint_path: Path) -> int:
+    """On the disk of the output, beside what an earlier run of the same work has left there."""
+    planned = _plan_report(request, forecaster).disk_bytes
+    there = tree_bytes(checkpoint_path) if checkpoint_path.exists() else 0
+    return max(0, sum(num_bytes for part, num_bytes in planned.items() if part != KEPT_INPUTS) - there)
+
+
 def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: Clock) -> None:
     read = f"{request.data.num_samples} sequences, " if request.data else ""
     say(f"read: {read}{len(request.targets)} targets in {clock.seconds['load']:.1f} s")
@@ -304,12 +334,7 @@ def _checkpointer(
         "loraga_dist": version("loraga_dist"),
     }
     store, groups = CheckpointStore(directory, world), request.plan.groups
-    checkpointer = Checkpointer(store, work, groups, clock, stop, config.checkpoint_minutes, world)
-    if config.resume == "auto":
-        checkpointer.look()
-    else:
-        checkpointer.start_over()
-    return checkpointer
+    return Checkpointer(store, work, groups, clock, stop, config.checkpoint_minutes, world)
 
 
 def _import_libraries() -> None:

@@ -21,6 +21,7 @@ from ranks import run_on_ranks, run_script
 from transformers import LlamaForCausalLM
 
 from loraga_dist.cli import main
+from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.safetensors_io import dtype_name
 from loraga_dist.model.shape import ModelShape
 from loraga_dist.model.targets import meta_copy
@@ -191,6 +192,31 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert "24 sequences" in said
     assert "on 2 CPUs" in said
     assert not results[1].stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_looks_at_the_place_and_at_what_lies_beside_it(tmp_path: Path) -> None:
+    config, beside = small_config(tmp_path), tmp_path / ".out.partial"
+    (tmp_path / "file").write_text("thesis")
+    beside.mkdir()
+    (beside / "thesis").touch()
+    in_the_way = f"cannot be made: {tmp_path}/file is a file; write another directory"
+    for options, said in (
+        ((), f"needs the name {beside}, and what stands there is not of loraga_dist; move it away"),
+        (("--output.dir", str(tmp_path / "file" / "out")), f"output.dir: '{tmp_path}/file': {in_the_way}"),
+        (("--gradient.activations_dir", str(tmp_path / "file")), f"gradient.activations_dir: '{tmp_path}/file': "),
+    ):
+        (result,) = run_script([INIT, "--config", str(config), "--dry_run", *options], 1)
+        assert result.code == 2 and said in result.stderr, result
+
+
+def test_dry_run_looks_at_the_checkpoint(tmp_path: Path) -> None:
+    config, store = small_config(tmp_path), CheckpointStore(tmp_path / ".out.checkpoint", World.alone())
+    store.save({"work": {"format": 0}, "seconds": {}}, {"a": torch.ones(3)})
+    before = sorted(tmp_path.rglob("*"))
+    (result,) = run_script([INIT, "--config", str(config), "--dry_run"], 1)
+    assert result.code == 2 and "write resume: never to start over" in result.stderr
+    succeed(run_script([INIT, "--config", str(config), "--dry_run", "--resume", "never"], 1))
     assert sorted(tmp_path.rglob("*")) == before
 
 
