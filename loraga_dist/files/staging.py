@@ -42,6 +42,7 @@ def free_place(
             raise OSError(f"the files beside it have longer names, so that {LONGEST_NAME} bytes are left for its own")
         if not destination.name:
             raise OSError("it has no name")
+        str(destination).encode()  # reports and configurations name it
         require_writable(destination.parent, key)
         if destination.exists():
             if strangers is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -17,7 +18,7 @@ from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError, blame
-from loraga_dist.files.disk import BrokenFileError, read_json
+from loraga_dist.files.disk import MAX_JSON_BYTES, BrokenFileError, read_json
 from loraga_dist.files.quantized import dequantized
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
 from loraga_dist.files.stored_tensors import Slot
@@ -170,13 +171,18 @@ MODEL_FILE_PATTERNS = (
 """What of a model directory, beside its weights, a copy of the model needs."""
 
 
+_UNLISTED = re.compile("[\n\r\\\\\ud800-\udfff]")
+"""What a name in SHA256SUMS cannot have as it is: ends of lines, backslashes, bytes that are not UTF-8."""
+
 _CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
 
 
 def model_files(model_dir: Path) -> list[str]:
     """The files beside the weights that a copy of the model needs, relative to its directory.
 
-    Raises UserError for one that is a link out of the directory: what it leads to would be copied, perhaps uploaded.
+    Raises UserError for one that is a link out of the directory, since what it leads to would be copied, perhaps
+    uploaded, and for one that cannot be copied: too large to be what stands beside weights, or of a name that SHA256SUMS
+    cannot hold.
     """
     root = Path(os.path.realpath(model_dir))
     # of a hub cache, snapshots/<commit> links to the blobs beside it
@@ -191,7 +197,14 @@ def model_files(model_dir: Path) -> list[str]:
                 problem = f"{path.relative_to(model_dir)} is a link out of it, to {target}"
                 raise UserError(_MODEL_KEY, str(model_dir), f"{problem}; put a copy in the link's place")
             if path.is_file() and not path.name.endswith(".index.json"):
-                found.append(path.relative_to(model_dir).as_posix())
+                name = path.relative_to(model_dir).as_posix()
+                if path.stat().st_size > MAX_JSON_BYTES:
+                    problem = f"{name} has more than {MAX_JSON_BYTES} bytes and would be copied"
+                    raise UserError(_MODEL_KEY, str(model_dir), f"{problem}; move it out of there")
+                if _UNLISTED.search(name):
+                    problem = f"the name of {name!r} cannot be written into a list of files"
+                    raise UserError(_MODEL_KEY, str(model_dir), f"{problem}; give it another")
+                found.append(name)
     return found
 
 

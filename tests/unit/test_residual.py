@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from loraga_dist.commands.materialize import materialize_base
 from loraga_dist.config import InitConfig, ModelConfig, OutputConfig, SchemeConfig
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import fingerprint
+from loraga_dist.files.disk import MAX_JSON_BYTES
 from loraga_dist.files.parallel import shares
 from loraga_dist.model.base import read_checkpoint_index
 from loraga_dist.model.targets import require_targets
@@ -162,6 +164,26 @@ def test_a_link_out_of_the_model_is_refused_before_the_work(
         understand(config, World.alone(), reads_data=False)
     assert not (tmp_path / "out").exists()
     assert understand(config.model_copy(update={"init": SchemeConfig(scheme="kaiming")}), World.alone()), "no copy"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_bytes", "problem"),
+    [
+        ("notes.txt", MAX_JSON_BYTES + 1, "notes.txt has more than 268435456 bytes and would be copied; move it out"),
+        ("a\\b.txt", 1, "cannot be written into a list of files; give it another"),
+        ("a\nb.txt", 1, "cannot be written into a list of files; give it another"),
+        (os.fsdecode(b"\xff.txt"), 1, "cannot be written into a list of files; give it another"),
+    ],
+)
+def test_a_file_that_cannot_be_copied_is_refused_before_the_work(
+    llama: Path, tmp_path: Path, name: str, num_bytes: int, problem: str
+) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    with (model / name).open("wb") as file:
+        file.truncate(num_bytes)
+    config = InitConfig(model=ModelConfig(name_or_path=str(model)), output=OutputConfig(dir=str(tmp_path / "out")))
+    with pytest.raises(UserError, match=problem):
+        understand(config, World.alone(), reads_data=False)
 
 
 def test_links_inside_a_hub_cache_and_inside_the_model_are_copied(llama: Path, finished: Path, tmp_path: Path) -> None:
