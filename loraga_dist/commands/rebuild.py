@@ -241,6 +241,8 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
     new = load_config(source / RESOLVED_CONFIG, ["--init.stable_gamma", "null", *words])
     if new.init.scheme == old.init.scheme:  # another has a gamma of its own
         new = load_config(source / RESOLVED_CONFIG, words)
+    if any(word.split("=")[0] == "--output.dir" for word in overrides):
+        raise UserError("output.dir", new.output.dir, "is what --to names; leave it out")
     changed = {
         f"{section}.{key}": value
         for section in ("model", "calibration", "gradient", "lora")

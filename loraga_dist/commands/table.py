@@ -138,6 +138,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from loraga_dist.artifacts.names import REPORT
     from loraga_dist.artifacts.reading import named_base
     from loraga_dist.artifacts.verify import bytes_to_verify, verify
     from loraga_dist.ranks.progress import phase
@@ -145,6 +146,8 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     directory, base = options.directory, options.base
     if not directory.is_dir():
         raise UserError("directory", str(directory), "is not there; write an output directory")
+    if not (directory / REPORT).exists():
+        raise UserError("directory", str(directory), f"has no {REPORT}; write the directory of a finished run")
     if base is not None:
         named_base(base)
     with phase("verify", bytes_to_verify(directory), "B", shown=sys.stderr.isatty()) as progress:

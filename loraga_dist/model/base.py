@@ -181,8 +181,8 @@ def model_files(model_dir: Path) -> list[str]:
     """The files beside the weights that a copy of the model needs, relative to its directory.
 
     Raises UserError for one that is a link out of the directory, since what it leads to would be copied, perhaps
-    uploaded, and for one that cannot be copied: too large to be what stands beside weights, or of a name that SHA256SUMS
-    cannot hold.
+    uploaded, and for one that cannot be copied: too large to belong beside weights, or of a name that SHA256SUMS cannot
+    hold.
     """
     root = Path(os.path.realpath(model_dir))
     # of a hub cache, snapshots/<commit> links to the blobs beside it

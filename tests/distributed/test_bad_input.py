@@ -445,6 +445,15 @@ def test_verify_refuses_a_directory_that_is_not_there(tmp_path: Path) -> None:
     ]
 
 
+def test_a_directory_that_is_no_output_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"loraga-dist: directory: '{tmp_path}': has no loraga_report.json; write the directory of a finished run\n"
+    )
+
+
 def test_a_path_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path, why in ((str(tmp_path / ("x" * 300)), "File name too long"), (str(tmp_path / "loop"), "Too many levels")):

@@ -192,6 +192,7 @@ def test_what_the_factors_do_not_hold_is_refused(
         (("--lora.rank_pattern", "{'q_proj(': 2}"), "lora.rank_pattern: 'q_proj(': is no regular expression"),
         (("--lora.alpha_pattern", "{'*': 2}"), "lora.alpha_pattern: '*': is no regular expression"),
         (("--lora.target_modules", "[q_proj]"), "lora.target_modules: ['q_proj']: is settled by the gradients"),
+        (("--output.dir", "x"), "is what --to names; leave it out"),
         (("--calibration.max_samples", 7), "calibration.max_samples: 7: is settled by the gradients"),
         (("--output.push_to_hub", "me/it"), "output.push_to_hub: 'me/it': is for loraga-dist init alone"),
         (("--init.scael", "unit"), "did you mean init.scale?"),
