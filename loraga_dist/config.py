@@ -73,6 +73,12 @@ def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
+def sections_of(config: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Its sections by name, in its order."""
+    kinds = {name: field.annotation for name, field in config.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
 class ModelConfig(Section):
     """The base model, as transformers' `from_pretrained` names its arguments."""
 
@@ -334,7 +340,7 @@ def _user_error(kind: type[BaseModel], error: ValidationError) -> UserError:
     if first["type"] == "missing":
         return UserError(".".join(path), None, "is missing; it has no default")
     # a union reports every member, under the field's own path: say what all of them wanted
-    depth = 2 if path[0] in _sections(kind) else 1
+    depth = 2 if path[0] in sections_of(kind) else 1
     wanted = dict.fromkeys(
         detail["msg"].removeprefix("Value error, ").replace("Input should", "input should")
         for detail in details
@@ -343,14 +349,9 @@ def _user_error(kind: type[BaseModel], error: ValidationError) -> UserError:
     return UserError(".".join(path[:depth]), first["input"], " or ".join(wanted))
 
 
-def _sections(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    kinds = {name: field.annotation for name, field in kind.model_fields.items()}
-    return {name: found for name, found in kinds.items() if isinstance(found, type) and issubclass(found, BaseModel)}
-
-
 def _unknown_key_hint(kind: type[BaseModel], path: list[str]) -> str:
     *parents, leaf = path
-    sections = _sections(kind)
+    sections = sections_of(kind)
     known = keys_of(sections[parents[0]] if parents else kind)
     if parents == ["lora"]:
         from peft import LoraConfig  # seconds, which only this mistake is worth
