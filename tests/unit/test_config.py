@@ -27,6 +27,7 @@ from loraga_dist.config import (
 from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
 from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
+from loraga_dist.yaml_tree import written
 
 LEAST: dict[str, Any] = {"model": {"name_or_path": "model"}, "output": {"dir": "out"}}
 
@@ -230,6 +231,24 @@ def test_overrides_are_yaml_and_make_their_sections(tmp_path: Path) -> None:
     assert loaded(tmp_path, "--model.revision", "a: b: c").model.revision == "a: b: c", "what is no YAML is a string"
     empty = "lora:\n" + yaml.safe_dump(LEAST)
     assert loaded(tmp_path, "--lora.r", "4", text=empty).lora.r == 4, "a section may stand there empty"
+
+
+@pytest.mark.parametrize("text", ["1e-2", "1E-2", "+1e-2", "1.e-2", ".1e-1", "0.01e0", "0.01"])
+def test_a_number_needs_no_dot(text: str, tmp_path: Path) -> None:
+    """As in YAML 1.2, JSON and Python; PyYAML reads YAML 1.1."""
+    assert loaded(tmp_path, "--init.scheme", "rrr", "--init.damping", text).init.damping == 0.01
+    config = loaded(tmp_path, text=yaml.safe_dump(LEAST) + f"init:\n  scheme: rrr\n  damping: {text}\n")
+    assert config.init.damping == 0.01
+
+
+@pytest.mark.parametrize("text", ["'1e-2'", "1e", "e-2", "1e-2a", "1-e2", "09", "a1e2"])
+def test_what_is_no_number_stays_a_string(text: str, tmp_path: Path) -> None:
+    assert loaded(tmp_path, "--model.revision", text).model.revision == text.strip("'")
+
+
+def test_a_tree_that_is_written_is_read_as_it_was(tmp_path: Path) -> None:
+    tree = LEAST | {"lora": {"target_modules": ["1e2", "1e-2", "x"], "lora_alpha": 1e-7}}
+    assert loaded(tmp_path, text=written(tree)) == parse_config(InitConfig, tree)
 
 
 @pytest.mark.parametrize(
