@@ -321,11 +321,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> InitConfig:
 
 
 def parse_config(kind: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
-    """Validate a plain dict; the first mistake becomes one UserError line."""
+    """Validate a plain dict; the first mistake becomes one UserError line. A section of no keys may be None."""
     for section, value in tree.items():
         require_plain(str(section), value)
+    # what YAML makes of a section whose keys are all commented out
+    without_keys = {name: {} for name in sections_of(kind) if name in tree and tree[name] is None}
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(tree | without_keys)
     except ValidationError as error:
         raise _user_error(kind, error) from error
 
@@ -339,6 +341,10 @@ def _user_error(kind: type[BaseModel], error: ValidationError) -> UserError:
         return UserError(".".join(path), first["input"], _unknown_key_hint(kind, path))
     if first["type"] == "missing":
         return UserError(".".join(path), None, "is missing; it has no default")
+    if first["type"] == "model_type":
+        (section,) = path
+        key = next(iter(keys_of(sections_of(kind)[section])))
+        return UserError(section, first["input"], f"is a section; write its keys, such as {section}.{key}")
     # a union reports every member, under the field's own path: say what all of them wanted
     depth = 2 if path[0] in sections_of(kind) else 1
     wanted = dict.fromkeys(
