@@ -137,6 +137,8 @@ def _load_dataset(config: CalibrationConfig) -> Dataset:
     with _quiet_datasets():
         try:
             builder = datasets.load_dataset_builder(source, config.dataset_config, data_files=config.data_files)
+            if config.data_files and not any((builder.config.data_files or {}).values()):
+                raise data_error(config, "matches no file; write paths or patterns of files that are there")
             if type(builder).__name__ == "Json" and not Path(builder.cache_dir).is_dir():
                 _refuse_deep_lines(config, builder.config.data_files or {})
             builder.download_and_prepare()

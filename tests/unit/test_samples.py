@@ -415,6 +415,7 @@ def test_wrong_chat_template_is_named(
     [
         ({}, "calibration.dataset_name", "no data is named"),
         ({"data_files": "missing.jsonl"}, "calibration.data_files", "missing.jsonl"),
+        ({"data_files": "missing*.jsonl"}, "calibration.data_files", "matches no file"),
         ({"data_files": "rows.dat"}, "calibration.data_files", "none of the suffixes"),
         ({"data_files": "broken.jsonl"}, "calibration.data_files", "JSON parse error"),
         ({"data_files": "broken.parquet"}, "calibration.data_files", "Parquet"),
