@@ -188,14 +188,22 @@ def _is_saved_dataset(path: Path) -> bool:
 def _load_saved_dataset(config: CalibrationConfig, path: str) -> Dataset:
     import datasets
 
+    for key, value in (("data_files", config.data_files), ("dataset_config", config.dataset_config)):
+        if value:
+            problem = f"does not go with {path}, a directory that save_to_disk has written; write null"
+            raise UserError(f"calibration.{key}", value, problem)
     with blame(*data_source(config), "cannot be read", "write a directory that datasets' save_to_disk has written"):
         saved = datasets.load_from_disk(path)
     splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-    if config.split not in splits:
-        raise UserError(
-            "calibration.split", config.split, f"is not in the data; write one of {', '.join(map(str, splits))}"
-        )
-    dataset = splits[config.split]
+    if config.split in splits:  # its name may itself be that of a slice
+        dataset = splits[config.split]
+    else:
+        with blame("calibration.split", config.split, "is not in the data", "write one that is, or [:n] of one"):
+            slices = datasets.ReadInstruction.from_spec(config.split)
+            parts = slices.to_absolute({str(name): len(rows) for name, rows in splits.items()})
+            dataset = datasets.concatenate_datasets(
+                [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+            )
     if not len(dataset):
         raise data_error(config, f"has no rows in split {config.split}")
     return dataset

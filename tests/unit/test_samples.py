@@ -314,6 +314,29 @@ def test_sources_agree(tmp_path: Path) -> None:
     assert texts(dataset_name="text", data_files=str(tmp_path / "rows.dat"), split="train[:2]") == expected
 
 
+@pytest.mark.parametrize("split", ["train", "train[:40%]", "train[-3:]", "train[2:4]+train[7:]", "train+test[:1]"])
+def test_slices_of_a_saved_data_set_are_those_of_its_files(tmp_path: Path, split: str) -> None:
+    files = {"train": [{"text": f"row {i}"} for i in range(10)], "test": [{"text": f"other {i}"} for i in range(3)]}
+    (tmp_path / "files").mkdir()
+    for name, rows in files.items():
+        write_rows(tmp_path / "files" / f"{name}.jsonl", rows)
+    datasets.load_dataset(str(tmp_path / "files")).save_to_disk(tmp_path / "saved")
+
+    def texts(name: str) -> list[list[int]]:
+        config = CalibrationConfig(dataset_name=str(tmp_path / name), split=split)
+        found = load_samples(config, make_tokenizer(), task_type="CAUSAL_LM", max_positions=None)
+        return [sample.inputs["input_ids"] for sample in found]
+
+    assert texts("saved") == texts("files")
+
+
+def test_a_saved_slice_keeps_its_name(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", TEXTS)
+    datasets.load_dataset("json", data_files=data, split="train[:50%]").save_to_disk(tmp_path / "saved")
+    config = CalibrationConfig(dataset_name=str(tmp_path / "saved"), split="train[:50%]")
+    assert load_samples(config, make_tokenizer(), task_type="CAUSAL_LM", max_positions=None)
+
+
 def test_fingerprint_follows_content_and_order(tmp_path: Path) -> None:
     samples = samples_of(tmp_path, COMPLETIONS)
     original = fingerprints(samples)
@@ -420,6 +443,10 @@ def test_wrong_chat_template_is_named(
         ({"data_files": "broken.jsonl"}, "calibration.data_files", "JSON parse error"),
         ({"data_files": "broken.parquet"}, "calibration.data_files", "Parquet"),
         ({"dataset_name": "saved", "split": "test"}, "calibration.split", "train"),
+        ({"dataset_name": "saved", "split": "train["}, "calibration.split", "or [:n] of one"),
+        ({"dataset_name": "saved", "split": "train[:0]"}, "calibration.dataset_name", "no rows"),
+        ({"dataset_name": "saved", "data_files": "broken.jsonl"}, "calibration.data_files", "save_to_disk"),
+        ({"dataset_name": "saved", "dataset_config": "en"}, "calibration.dataset_config", "save_to_disk"),
     ],
 )
 def test_unreadable_sources_are_named(
