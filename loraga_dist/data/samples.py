@@ -128,6 +128,14 @@ def fingerprints(samples: Iterable[Sample]) -> list[str]:
     return found
 
 
+def path_keys(config: CalibrationConfig) -> list[str]:
+    """Which keys name paths of this machine, and no hub's id, nor files that lie in what `dataset_name` names."""
+    name = config.dataset_name
+    if name is None or name in _BUILDERS.values() and not _is_saved_dataset(Path(name)):
+        return ["data_files"]
+    return ["dataset_name"] if Path(name).is_dir() else []
+
+
 def _load_dataset(config: CalibrationConfig) -> Dataset:
     import datasets
 
