@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ROW_SECONDS = 30
 """For one row, which takes milliseconds; chat templates are programs, and may never end."""
+LEAST_TRIED = 256
+"""Samples, before data of which none has a token to learn from is given up."""
 MOST_BRACKETS = 500
 """In one line of JSON, one inside the other: pyarrow reads them by recursion and dies at some ten thousand."""
 
@@ -50,7 +52,7 @@ def load_samples(
     Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM, of `DPOTrainer`'s for
     preference data; as there, samples that have nothing to learn from (after truncation, or with an advantage of 0) are
     left out, and the next ones take their place. Raises UserError, with the config key, for data that cannot be read,
-    has the wrong columns or values, does not fit the model's positions, or has no supervised token at all.
+    has the wrong columns or values, does not fit the model's positions, or has no token to learn from in many samples.
     began: the time that chat templates print; by default now, for all rows. load_processor: of the model, for images.
     More than 7 parameters: what a tokenizer, a model and a run know.
     """
@@ -65,8 +67,9 @@ def load_samples(
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     samples, source, began, num_encoded = [], data_source(config), began or datetime.now(), 0
     for row in order.tolist():
-        # a data set in which so many samples in a row have no supervised token is taken to have none at all
-        if len(samples) == config.most_samples or (not samples and num_encoded == config.most_samples):
+        if len(samples) == config.most_samples:
+            break
+        if not samples and num_encoded == max(config.most_samples, LEAST_TRIED):
             break
         limited = blame(*source, f"sample {row} makes no tokens", "mend or remove it", limit_seconds=ROW_SECONDS)
         with limited, clock_at(began):
@@ -102,9 +105,10 @@ def load_samples(
     if not samples:
         raise data_error(
             config,
-            "has no supervised token: every label is masked; check that calibration.max_length "
-            f"({config.max_length}) does not cut the completions off, that texts are not empty, and, with "
-            "calibration.assistant_only_loss, that assistant turns stand inside the chat template's generation markers",
+            f"none of the {num_encoded} samples that were read has a token to learn from; check that "
+            f"calibration.max_length ({config.max_length}) does not cut the completions off, that texts are not empty, "
+            "and, with calibration.assistant_only_loss, that assistant turns stand inside the chat template's "
+            "generation markers",
         )
     return samples
 

@@ -272,7 +272,7 @@ PAIR, REWARDED = PAIRS[0], SAMPLED[0]
         (REWARDED, {"completion_only_loss": False}, "calibration.completion_only_loss", "write null"),
         (PAIR, {"task_type": "SEQ_CLS"}, "calibration.data_files", "need CAUSAL_LM"),
         (REWARDED, {"task_type": "SEQ_2_SEQ_LM"}, "calibration.data_files", "need CAUSAL_LM"),
-        (PAIRS[2], {}, "calibration.data_files", "no supervised token"),
+        (PAIRS[2], {}, "calibration.data_files", "none of the 1 samples that were read has"),
     ],
 )
 def test_wrong_feedback_is_named(

@@ -23,7 +23,7 @@ from loraga_dist.data import samples
 from loraga_dist.data.formats import CHARACTERS_PER_TOKEN, MARGIN
 from loraga_dist.data.losses import IGNORED
 from loraga_dist.data.microbatches import Microbatch, Sample, SampleSharder, microbatches_from_batches
-from loraga_dist.data.samples import fingerprints, load_samples, padding_token_id
+from loraga_dist.data.samples import LEAST_TRIED, fingerprints, load_samples, padding_token_id
 from loraga_dist.errors import UserError
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -289,6 +289,16 @@ def test_samples_without_loss_are_replaced_by_the_next(tmp_path: Path) -> None:
     assert found(max_samples=6) == everything[:6]
 
 
+def test_data_is_given_up_after_many_samples_of_no_token(tmp_path: Path) -> None:
+    rows = [{"text": ""}] * LEAST_TRIED
+    found = samples_of(tmp_path, [*rows[1:], {"text": "hello"}], max_samples=1)
+    assert [sample.row for sample in found] == [LEAST_TRIED - 1]
+    with pytest.raises(UserError, match=f"none of the {LEAST_TRIED} samples that were read has a token to learn from"):
+        samples_of(tmp_path, rows * 2, max_samples=1)
+    with pytest.raises(UserError, match=f"none of the {2 * LEAST_TRIED} samples"):
+        samples_of(tmp_path, rows * 3, max_samples=2 * LEAST_TRIED)
+
+
 def test_sources_agree(tmp_path: Path) -> None:
     """json, csv, parquet, text, a saved data set and a slice of it all give the same samples."""
     data = datasets.Dataset.from_list([{"text": "first line"}, {"text": "second"}])
@@ -391,7 +401,7 @@ def test_datasets_stays_quiet_and_keeps_its_settings(tmp_path: Path, capfd: pyte
         ([{"text": "abc"}, {"text": 3}], {}, "calibration.data_files", "sample 1 holds 3 in column text"),
         ([{"prompt": "a", "completion": ["b"]}], {}, "calibration.data_files", "sample 0 holds"),
         (CHATS, {}, "calibration.data_files", "no chat template"),
-        ([{"text": ""}, {"text": "</s>"}], {}, "calibration.data_files", "no supervised token"),
+        ([{"text": ""}, {"text": "</s>"}], {}, "calibration.data_files", "none of the 2 samples that were"),
         ([COMPLETIONS[2]], {"max_length": 8}, "calibration.data_files", "calibration.max_length (8)"),
         (TEXTS, {"max_positions": 32}, "calibration.max_length", "sample 3 has 61 tokens but the model has 32"),
         (TEXTS, {"split": "test"}, "calibration.split", "train"),
