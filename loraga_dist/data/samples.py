@@ -107,8 +107,8 @@ def load_samples(
             config,
             f"none of the {num_encoded} samples that were read has a token to learn from; check that "
             f"calibration.max_length ({config.max_length}) does not cut the completions off, that texts are not empty, "
-            "and, with calibration.assistant_only_loss, that assistant turns stand inside the chat template's "
-            "generation markers",
+            "that chosen and rejected differ before they are cut, and, with calibration.assistant_only_loss, that "
+            "assistant turns stand inside the chat template's generation markers",
         )
     return samples
 
