@@ -113,9 +113,18 @@ def load_samples(
     return samples
 
 
-def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with. The attention mask hides it, so without a padding token EOS will do, and without that 0."""
-    return next((found for found in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(found, int)), 0)
+def padding_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> int:
+    """The id to pad with. The attention mask hides it, so without a padding token EOS will do, and without that 0.
+
+    num_embeddings: of the model, where it is known. A token that was added to the tokenizer alone has none.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((found for found in ids if isinstance(found, int) and has_embedding(found, num_embeddings)), 0)
+
+
+def has_embedding(token_id: int, num_embeddings: int | None) -> bool:
+    """Whether a model takes this id, as far as it is known."""
+    return token_id >= 0 and (num_embeddings is None or token_id < num_embeddings)
 
 
 def fingerprints(samples: Iterable[Sample]) -> list[str]:
