@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from loraga_dist.commands.recipe import as_yaml, meaning, sections
-from loraga_dist.config import InitConfig, keys_of
+from loraga_dist.commands.recipe import as_yaml, meaning
+from loraga_dist.config import InitConfig, keys_of, sections_of
 
 INTRODUCTION = """\
 # Configuration
@@ -33,11 +33,12 @@ Every key of a run's YAML file. Written by `python docs/config_reference.py` fro
 
 def reference() -> str:
     """The document."""
+    sections = sections_of(InitConfig)
     tables = [
         _table(name, kind, f"{kind.__doc__} {InitConfig.model_fields[name].description or ''}", prefix=f"{name}.")
-        for name, kind in sections().items()
+        for name, kind in sections.items()
     ]
-    return "\n".join([INTRODUCTION, *tables, _table("Beside the sections", InitConfig, "", leave_out=sections())])
+    return "\n".join([INTRODUCTION, *tables, _table("Beside the sections", InitConfig, "", leave_out=sections)])
 
 
 def _table(title: str, kind: type[BaseModel], about: str, prefix: str = "", leave_out: Collection[str] = ()) -> str:

@@ -73,6 +73,12 @@ def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
+def sections_of(config: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Its sections by name, in its order."""
+    kinds = {name: field.annotation for name, field in config.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
 class ModelConfig(Section):
     """The base model, as transformers' `from_pretrained` names its arguments."""
 
@@ -315,11 +321,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> InitConfig:
 
 
 def parse_config(kind: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
-    """Validate a plain dict; the first mistake becomes one UserError line."""
+    """Validate a plain dict; the first mistake becomes one UserError line. A section of no keys may be None."""
     for section, value in tree.items():
         require_plain(str(section), value)
+    # what YAML makes of a section whose keys are all commented out
+    without_keys = {name: {} for name in sections_of(kind) if name in tree and tree[name] is None}
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(tree | without_keys)
     except ValidationError as error:
         raise _user_error(kind, error) from error
 
@@ -333,8 +341,12 @@ def _user_error(kind: type[BaseModel], error: ValidationError) -> UserError:
         return UserError(".".join(path), first["input"], _unknown_key_hint(kind, path))
     if first["type"] == "missing":
         return UserError(".".join(path), None, "is missing; it has no default")
+    if first["type"] == "model_type":
+        (section,) = path
+        key = next(iter(keys_of(sections_of(kind)[section])))
+        return UserError(section, first["input"], f"is a section; write its keys, such as {section}.{key}")
     # a union reports every member, under the field's own path: say what all of them wanted
-    depth = 2 if path[0] in _sections(kind) else 1
+    depth = 2 if path[0] in sections_of(kind) else 1
     wanted = dict.fromkeys(
         detail["msg"].removeprefix("Value error, ").replace("Input should", "input should")
         for detail in details
@@ -343,14 +355,9 @@ def _user_error(kind: type[BaseModel], error: ValidationError) -> UserError:
     return UserError(".".join(path[:depth]), first["input"], " or ".join(wanted))
 
 
-def _sections(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    kinds = {name: field.annotation for name, field in kind.model_fields.items()}
-    return {name: found for name, found in kinds.items() if isinstance(found, type) and issubclass(found, BaseModel)}
-
-
 def _unknown_key_hint(kind: type[BaseModel], path: list[str]) -> str:
     *parents, leaf = path
-    sections = _sections(kind)
+    sections = sections_of(kind)
     known = keys_of(sections[parents[0]] if parents else kind)
     if parents == ["lora"]:
         from peft import LoraConfig  # seconds, which only this mistake is worth

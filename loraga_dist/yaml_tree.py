@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,20 @@ class _Loader(yaml.SafeLoader):
                 raise ValueError(f"{key.value} stands there twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
         return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers."""
+
+
+for _kind in (_Loader, _Dumper):  # YAML 1.1, which PyYAML knows, has numbers such as 1e-2 with a dot alone
+    _exponential = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _exponential, list("-+.0123456789"))
+
+
+def written(tree: dict[str, Any]) -> str:
+    """Write a tree as the YAML that `read_tree` reads it from."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def require_plain(section: str, tree: Any) -> None:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from loraga_dist.config import FILL_IN, InitConfig, keys_of
+from loraga_dist.config import FILL_IN, InitConfig, keys_of, sections_of
 from loraga_dist.schemes import SCHEMES
 
 _TO_FILL_IN = ("model.name_or_path", "calibration.data_files", "output.dir")
@@ -75,12 +75,6 @@ MEANINGS = {
 """Of keys whose meaning is not the configuration's own."""
 
 
-def sections() -> dict[str, type[BaseModel]]:
-    """The configuration's sections by name, in its order."""
-    kinds = {name: field.annotation for name, field in InitConfig.model_fields.items()}
-    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
-
-
 def meaning(key: str, field: FieldInfo) -> str:
     """What a key (`section.name`) decides, in one line. Raises ValueError unless it is said in exactly one place."""
     (found,) = filter(None, (field.description, MEANINGS.get(key)))
@@ -95,7 +89,7 @@ def as_yaml(value: Any) -> str:
 def recipe() -> str:
     """The text of a configuration that is right once its `FILL_IN`s are filled in."""
     to_fill_in = {key.partition(".")[0] for key in _TO_FILL_IN}
-    ordered = sorted(sections().items(), key=lambda section: section[0] not in to_fill_in)
+    ordered = sorted(sections_of(InitConfig).items(), key=lambda section: section[0] not in to_fill_in)
     parts = [[f"{name}:", *_keys(kind, f"{name}.")] for name, kind in ordered]
     return "\n".join([_HEAD, *("\n".join([*part, ""]) for part in parts), *_keys(InitConfig), ""])
 
@@ -103,7 +97,7 @@ def recipe() -> str:
 def _keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The lines of a section's own keys, those to fill in first and those commented out last."""
     fields = keys_of(kind)
-    names = [name for name in fields if name not in sections()] if not prefix else list(fields)
+    names = [name for name in fields if name not in sections_of(InitConfig)] if not prefix else list(fields)
     for name in sorted(names, key=lambda name: (prefix + name not in _TO_FILL_IN, prefix + name not in _SHOWN)):
         key, field, indent = prefix + name, fields[name], "  " if prefix else ""
         yield from (f"{indent}# {line}" for line in textwrap.wrap(meaning(key, field), _WIDTH))

@@ -135,13 +135,18 @@ def _preference_encoder(
 
 
 def _pair(row: Row, *, encode: Callable[[Row], Inputs]) -> Encoded:
-    """One row of `DPOTrainer._prepare_dataset` (TRL 1.16), and of its collator: tokens, masks and truncation."""
+    """One row of `DPOTrainer._prepare_dataset` (TRL 1.16), and of its collator: tokens, masks and truncation.
+
+    Of two completions that are the same no token is learnt from.
+    """
     row = _with_prompt(row)
     read = messages_in if isinstance(row["prompt"], list) else string_in
     given = {key: row[key] for key in ("prompt", "tools", "chat_template_kwargs") if key in row}
     pair = [encode(given | {"completion": read(row, column)}) for column in ("chosen", "rejected")]
     # where a prompt's last token merges into one completion alone, it is part of both
     start = min(_num_ignored(inputs["labels"]) for inputs in pair)
+    if pair[0]["input_ids"] == pair[1]["input_ids"]:  # perhaps by truncation: their gradients cancel but for rounding
+        start = len(pair[0]["input_ids"])
     chosen, rejected = (inputs | {"labels": [IGNORED] * start + inputs["input_ids"][start:]} for inputs in pair)
     return Encoded(chosen, rejected=rejected, weight=DPO_BETA / 2)
 

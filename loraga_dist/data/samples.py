@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ROW_SECONDS = 30
 """For one row, which takes milliseconds; chat templates are programs, and may never end."""
+LEAST_TRIED = 256
+"""Samples, before data of which none has a token to learn from is given up."""
 MOST_BRACKETS = 500
 """In one line of JSON, one inside the other: pyarrow reads them by recursion and dies at some ten thousand."""
 
@@ -50,7 +52,7 @@ def load_samples(
     Token ids and labels are those of TRL's `SFTTrainer._prepare_dataset` for CAUSAL_LM, of `DPOTrainer`'s for
     preference data; as there, samples that have nothing to learn from (after truncation, or with an advantage of 0) are
     left out, and the next ones take their place. Raises UserError, with the config key, for data that cannot be read,
-    has the wrong columns or values, does not fit the model's positions, or has no supervised token at all.
+    has the wrong columns or values, does not fit the model's positions, or has no token to learn from in many samples.
     began: the time that chat templates print; by default now, for all rows. load_processor: of the model, for images.
     More than 7 parameters: what a tokenizer, a model and a run know.
     """
@@ -65,8 +67,9 @@ def load_samples(
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     samples, source, began, num_encoded = [], data_source(config), began or datetime.now(), 0
     for row in order.tolist():
-        # a data set in which so many samples in a row have no supervised token is taken to have none at all
-        if len(samples) == config.most_samples or (not samples and num_encoded == config.most_samples):
+        if len(samples) == config.most_samples:
+            break
+        if not samples and num_encoded == max(config.most_samples, LEAST_TRIED):
             break
         limited = blame(*source, f"sample {row} makes no tokens", "mend or remove it", limit_seconds=ROW_SECONDS)
         with limited, clock_at(began):
@@ -102,16 +105,26 @@ def load_samples(
     if not samples:
         raise data_error(
             config,
-            "has no supervised token: every label is masked; check that calibration.max_length "
-            f"({config.max_length}) does not cut the completions off, that texts are not empty, and, with "
-            "calibration.assistant_only_loss, that assistant turns stand inside the chat template's generation markers",
+            f"none of the {num_encoded} samples that were read has a token to learn from; check that "
+            f"calibration.max_length ({config.max_length}) does not cut the completions off, that texts are not empty, "
+            "that chosen and rejected differ before they are cut, and, with calibration.assistant_only_loss, that "
+            "assistant turns stand inside the chat template's generation markers",
         )
     return samples
 
 
-def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with. The attention mask hides it, so without a padding token EOS will do, and without that 0."""
-    return next((found for found in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(found, int)), 0)
+def padding_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> int:
+    """The id to pad with. The attention mask hides it, so without a padding token EOS will do, and without that 0.
+
+    num_embeddings: of the model, where it is known. A token that was added to the tokenizer alone has none.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((found for found in ids if isinstance(found, int) and has_embedding(found, num_embeddings)), 0)
+
+
+def has_embedding(token_id: int, num_embeddings: int | None) -> bool:
+    """Whether a model takes this id, as far as it is known."""
+    return token_id >= 0 and (num_embeddings is None or token_id < num_embeddings)
 
 
 def fingerprints(samples: Iterable[Sample]) -> list[str]:
@@ -128,6 +141,14 @@ def fingerprints(samples: Iterable[Sample]) -> list[str]:
     return found
 
 
+def path_keys(config: CalibrationConfig) -> list[str]:
+    """Which keys name paths of this machine, and no hub's id, nor files that lie in what `dataset_name` names."""
+    name = config.dataset_name
+    if name is None or name in _BUILDERS.values() and not _is_saved_dataset(Path(name)):
+        return ["data_files"]
+    return ["dataset_name"] if Path(name).is_dir() else []
+
+
 def _load_dataset(config: CalibrationConfig) -> Dataset:
     import datasets
 
@@ -137,6 +158,8 @@ def _load_dataset(config: CalibrationConfig) -> Dataset:
     with _quiet_datasets():
         try:
             builder = datasets.load_dataset_builder(source, config.dataset_config, data_files=config.data_files)
+            if config.data_files and not any((builder.config.data_files or {}).values()):
+                raise data_error(config, "matches no file; write paths or patterns of files that are there")
             if type(builder).__name__ == "Json" and not Path(builder.cache_dir).is_dir():
                 _refuse_deep_lines(config, builder.config.data_files or {})
             builder.download_and_prepare()
@@ -186,14 +209,22 @@ def _is_saved_dataset(path: Path) -> bool:
 def _load_saved_dataset(config: CalibrationConfig, path: str) -> Dataset:
     import datasets
 
+    for key, value in (("data_files", config.data_files), ("dataset_config", config.dataset_config)):
+        if value:
+            problem = f"does not go with {path}, a directory that save_to_disk has written; write null"
+            raise UserError(f"calibration.{key}", value, problem)
     with blame(*data_source(config), "cannot be read", "write a directory that datasets' save_to_disk has written"):
         saved = datasets.load_from_disk(path)
     splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-    if config.split not in splits:
-        raise UserError(
-            "calibration.split", config.split, f"is not in the data; write one of {', '.join(map(str, splits))}"
-        )
-    dataset = splits[config.split]
+    if config.split in splits:  # its name may itself be that of a slice
+        dataset = splits[config.split]
+    else:
+        with blame("calibration.split", config.split, "is not in the data", "write one that is, or [:n] of one"):
+            slices = datasets.ReadInstruction.from_spec(config.split)
+            parts = slices.to_absolute({str(name): len(rows) for name, rows in splits.items()})
+            dataset = datasets.concatenate_datasets(
+                [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+            )
     if not len(dataset):
         raise data_error(config, f"has no rows in split {config.split}")
     return dataset

@@ -11,7 +11,7 @@ from typing import Any
 from loraga_dist.config import WITHOUT_GRADIENT, InitConfig
 from loraga_dist.data.formats import data_error
 from loraga_dist.data.microbatches import Sample, SampleSharder
-from loraga_dist.data.samples import load_samples, padding_token_id
+from loraga_dist.data.samples import has_embedding, load_samples, padding_token_id
 from loraga_dist.errors import UserError, blame
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.classes import names_in_forward
@@ -64,22 +64,29 @@ def require_same_data(config: InitConfig, data_fingerprint: str | None, world: W
 
 def _padding(config: InitConfig, base: BaseModel, tokenizer: Any) -> int:
     """The id to pad with. Classifiers on decoders find the last token by the model's own padding id."""
+    num_embeddings, batch_size = _num_embeddings(base), config.calibration.per_device_batch_size
+    any_will_do = padding_token_id(tokenizer, num_embeddings)
     if config.lora.task_type != "SEQ_CLS":
-        return padding_token_id(tokenizer)
+        return any_will_do
     own = getattr(base.config.get_text_config(), "pad_token_id", None)
-    if own is None and config.calibration.per_device_batch_size > 1:
-        raise UserError(
-            "calibration.per_device_batch_size",
-            config.calibration.per_device_batch_size,
-            "the model's config has no pad_token_id, which a classifier needs for batches; write 1, or set it there",
-        )
-    return padding_token_id(tokenizer) if own is None else own
+    if own is not None and has_embedding(own, num_embeddings):
+        return own
+    if batch_size > 1:
+        problem = "no pad_token_id" if own is None else f"pad_token_id {own}, which has no embedding"
+        instead = "a classifier needs one for batches; write 1, or set it there"
+        raise UserError("calibration.per_device_batch_size", batch_size, f"the model's config has {problem}: {instead}")
+    return any_will_do
+
+
+def _num_embeddings(base: BaseModel) -> int | None:
+    rows = getattr(base.config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
 
 
 def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Sample]) -> None:
-    rows = getattr(base.config.get_text_config(), "vocab_size", None)
+    rows = _num_embeddings(base)
     largest = max(max(inputs["input_ids"]) for sample in samples for inputs in sample.sequences)
-    if isinstance(rows, int) and largest >= rows:
+    if not has_embedding(largest, rows):
         raise UserError(
             "model.name_or_path",
             config.model.name_or_path,

@@ -26,7 +26,7 @@ from loraga_dist.data.microbatches import (
     kept_apart,
     microbatches_from_batches,
 )
-from loraga_dist.data.samples import fingerprints
+from loraga_dist.data.samples import fingerprints, path_keys
 from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries
@@ -342,16 +342,16 @@ def _resolved(config: InitConfig, base: BaseModel) -> InitConfig:
         deepspeed = _absolute(deepspeed)
     model = {"name_or_path": str(base.directory.resolve())} if is_local else {"revision": base.directory.name}
     model |= {"class_name": base.class_name}
-    init, calibration = config.init, config.calibration
+    init, gradient, calibration = config.init, config.gradient, config.calibration
     if "stable_gamma" in SCHEMES[init.scheme].init_keys:
         init = init.model_copy(update={"stable_gamma": init.gamma})
-    if calibration.dataset_name is None:  # else they lie in that dataset
-        calibration = calibration.model_copy(update={"data_files": _absolute(calibration.data_files)})
+    data = {key: _absolute(getattr(calibration, key)) for key in path_keys(calibration)}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model),
             "init": init,
-            "calibration": calibration,
+            "gradient": gradient.model_copy(update={"activations_dir": _absolute(gradient.activations_dir)}),
+            "calibration": calibration.model_copy(update=data),
             "output": config.output.model_copy(update={"dir": str(Path(config.output.dir).expanduser().resolve())}),
             "deepspeed": deepspeed,
         }

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, write_adapter
@@ -47,6 +46,7 @@ from loraga_dist.request.request import CheckpointRequest
 from loraga_dist.run.finished import FinishedFiles
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start.in_place import Start
+from loraga_dist.yaml_tree import written
 
 
 class Fingerprints(NamedTuple):
@@ -267,8 +267,7 @@ def finish_directory(directory: Path, report: Report, world: World) -> str:
     with world.together():
         if world.is_main:
             report.write(directory / REPORT)
-            config = yaml.safe_dump(report.config.model_dump(), sort_keys=False)
-            write_text(directory / RESOLVED_CONFIG, config, "write: ")
+            write_text(directory / RESOLVED_CONFIG, written(report.config.model_dump()), "write: ")
             write_text(directory / README, readme(report), "write: ")
             write_report_page(directory, report)
     write_checksums(directory, world)

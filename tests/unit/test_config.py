@@ -27,6 +27,7 @@ from loraga_dist.config import (
 from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
 from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
+from loraga_dist.yaml_tree import written
 
 LEAST: dict[str, Any] = {"model": {"name_or_path": "model"}, "output": {"dir": "out"}}
 
@@ -46,7 +47,8 @@ def parsed(key: str = "", value: Any = None) -> InitConfig:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("lora", 3, "input should be a valid dictionary or instance of LoraSection"),
+        ("lora", 3, "is a section; write its keys, such as lora.r"),
+        ("model", "company/base", "is a section; write its keys, such as model.name_or_path"),
         ("lora.r", 0, "input should be greater than or equal to 1"),
         ("lora.r", "8", "input should be a valid integer"),
         ("lora.r", 8.0, "input should be a valid integer"),
@@ -230,6 +232,27 @@ def test_overrides_are_yaml_and_make_their_sections(tmp_path: Path) -> None:
     assert loaded(tmp_path, "--model.revision", "a: b: c").model.revision == "a: b: c", "what is no YAML is a string"
     empty = "lora:\n" + yaml.safe_dump(LEAST)
     assert loaded(tmp_path, "--lora.r", "4", text=empty).lora.r == 4, "a section may stand there empty"
+    assert loaded(tmp_path, text=empty + "init:\ncalibration:\n  # seed: 1\n") == parsed()
+    with pytest.raises(UserError, match=r"^model\.name_or_path: None: is missing; it has no default$"):
+        loaded(tmp_path, text="model:\n  # name_or_path: model\noutput: {dir: out}\n")
+
+
+@pytest.mark.parametrize("text", ["1e-2", "1E-2", "+1e-2", "1.e-2", ".1e-1", "0.01e0", "0.01"])
+def test_a_number_needs_no_dot(text: str, tmp_path: Path) -> None:
+    """As in YAML 1.2, JSON and Python; PyYAML reads YAML 1.1."""
+    assert loaded(tmp_path, "--init.scheme", "rrr", "--init.damping", text).init.damping == 0.01
+    config = loaded(tmp_path, text=yaml.safe_dump(LEAST) + f"init:\n  scheme: rrr\n  damping: {text}\n")
+    assert config.init.damping == 0.01
+
+
+@pytest.mark.parametrize("text", ["'1e-2'", "1e", "e-2", "1e-2a", "1-e2", "09", "a1e2"])
+def test_what_is_no_number_stays_a_string(text: str, tmp_path: Path) -> None:
+    assert loaded(tmp_path, "--model.revision", text).model.revision == text.strip("'")
+
+
+def test_a_tree_that_is_written_is_read_as_it_was(tmp_path: Path) -> None:
+    tree = LEAST | {"lora": {"target_modules": ["1e2", "1e-2", "x"], "lora_alpha": 1e-7}}
+    assert loaded(tmp_path, text=written(tree)) == parse_config(InitConfig, tree)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +306,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
         ), "holds more than 100000 values"),
         ("deepspeed: {a: 2026-01-01}", "must be what JSON can hold"),
-        ("model: 2026-01-01", r"^model: datetime\.date\(2026, 1, 1\): input should be a valid dictionary"),
+        ("model: 2026-01-01", r"^model: datetime\.date\(2026, 1, 1\): is a section; write its keys, such as"),
     ],
 )  # fmt: skip
 def test_values_that_no_file_or_name_can_hold_are_refused(text: str, says: str, tmp_path: Path) -> None:

@@ -240,6 +240,15 @@ def test_without_a_difference_there_is_nothing_to_learn(tmp_path: Path) -> None:
         samples_of(tmp_path, [{"prompt": "p", "completion": "c", "advantage": 0}])
 
 
+def test_pairs_that_are_the_same_as_far_as_they_are_kept_are_left_out(tmp_path: Path) -> None:
+    same = {"prompt": "p", "chosen": "c", "rejected": "c"}
+    late = {"prompt": "p", "chosen": "c" * MAX_LENGTH, "rejected": "c" * MAX_LENGTH + "d"}
+    assert [sample.row for sample in samples_of(tmp_path, [same, PAIRS[0], late, PAIRS[1]])] == [1, 3]
+    assert len(samples_of(tmp_path, [late], max_length=MAX_LENGTH + 2)) == 1
+    with pytest.raises(UserError, match="2 samples .* to learn from; .* that chosen and rejected differ before they"):
+        samples_of(tmp_path, [same, late])
+
+
 def test_the_same_tokens_of_another_worth_are_other_data(tmp_path: Path) -> None:
     row = {"prompt": "p", "completion": "c"}
     worths = [samples_of(tmp_path, [row | {"advantage": advantage}]) for advantage in (1, 2)]
@@ -272,7 +281,7 @@ PAIR, REWARDED = PAIRS[0], SAMPLED[0]
         (REWARDED, {"completion_only_loss": False}, "calibration.completion_only_loss", "write null"),
         (PAIR, {"task_type": "SEQ_CLS"}, "calibration.data_files", "need CAUSAL_LM"),
         (REWARDED, {"task_type": "SEQ_2_SEQ_LM"}, "calibration.data_files", "need CAUSAL_LM"),
-        (PAIRS[2], {}, "calibration.data_files", "no supervised token"),
+        (PAIRS[2], {}, "calibration.data_files", "none of the 1 samples that were read has"),
     ],
 )
 def test_wrong_feedback_is_named(

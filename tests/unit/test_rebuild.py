@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import init_main, main
+from loraga_dist.config import load_config
 
 R = 4
 
@@ -45,17 +48,40 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
-def test_the_resolved_configuration_is_the_run_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        {"data_files": "data.jsonl"},
+        {"dataset_name": "json", "data_files": ["data.jsonl"]},
+        {"dataset_name": "saved", "data_files": None},
+        {"dataset_name": "files", "data_files": "*.jsonl"},
+    ],
+    ids=["files", "builder", "saved", "directory"],
+)
+def test_the_resolved_configuration_is_the_run_from_anywhere(
+    calibration: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_model(tmp_path / "base")
-    save_data(tmp_path / "data.jsonl")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_tree(Path("base"), Path("data.jsonl"), Path("out"))))
+    data = save_data(tmp_path / "data.jsonl")
+    (tmp_path / "files").mkdir()
+    shutil.copy(data, tmp_path / "files")
+    datasets.load_dataset("json", data_files=str(data), split="train").save_to_disk(tmp_path / "saved")
+    sections = {"calibration": calibration, "gradient": {"activations_dir": "kept"}}
+    tree = config_tree(Path("base"), Path("data.jsonl"), Path("out"), **sections)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     monkeypatch.chdir(tmp_path)
     assert init_main(["--config", "config.yaml"]) == 0
     monkeypatch.chdir("/")
     resolved, again = tmp_path / "out" / "resolved_config.yaml", tmp_path / "again"
+    assert load_config(resolved).gradient.activations_dir == str(tmp_path / "kept")
     assert init_main(["--config", str(resolved), "--output.dir", str(again)]) == 0
     assert main(["verify", str(again)]) == 0
 
+
+def test_paths_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "base")
+    save_data(tmp_path / "data.jsonl")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_tree(Path("base"), Path("data.jsonl"), Path("out"))))
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = {"model.name_or_path": "~/base", "calibration.data_files": "[~/data.jsonl]", "output.dir": "~/at home"}
     words = [word for key, path in paths.items() for word in (f"--{key}", path)]

@@ -23,7 +23,7 @@ from loraga_dist.data import samples
 from loraga_dist.data.formats import CHARACTERS_PER_TOKEN, MARGIN
 from loraga_dist.data.losses import IGNORED
 from loraga_dist.data.microbatches import Microbatch, Sample, SampleSharder, microbatches_from_batches
-from loraga_dist.data.samples import fingerprints, load_samples, padding_token_id
+from loraga_dist.data.samples import LEAST_TRIED, fingerprints, load_samples, padding_token_id
 from loraga_dist.errors import UserError
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -289,6 +289,16 @@ def test_samples_without_loss_are_replaced_by_the_next(tmp_path: Path) -> None:
     assert found(max_samples=6) == everything[:6]
 
 
+def test_data_is_given_up_after_many_samples_of_no_token(tmp_path: Path) -> None:
+    rows = [{"text": ""}] * LEAST_TRIED
+    found = samples_of(tmp_path, [*rows[1:], {"text": "hello"}], max_samples=1)
+    assert [sample.row for sample in found] == [LEAST_TRIED - 1]
+    with pytest.raises(UserError, match=f"none of the {LEAST_TRIED} samples that were read has a token to learn from"):
+        samples_of(tmp_path, rows * 2, max_samples=1)
+    with pytest.raises(UserError, match=f"none of the {2 * LEAST_TRIED} samples"):
+        samples_of(tmp_path, rows * 3, max_samples=2 * LEAST_TRIED)
+
+
 def test_sources_agree(tmp_path: Path) -> None:
     """json, csv, parquet, text, a saved data set and a slice of it all give the same samples."""
     data = datasets.Dataset.from_list([{"text": "first line"}, {"text": "second"}])
@@ -312,6 +322,29 @@ def test_sources_agree(tmp_path: Path) -> None:
     for name in ("saved", "saved_splits"):
         assert texts(dataset_name=str(tmp_path / name)) == expected
     assert texts(dataset_name="text", data_files=str(tmp_path / "rows.dat"), split="train[:2]") == expected
+
+
+@pytest.mark.parametrize("split", ["train", "train[:40%]", "train[-3:]", "train[2:4]+train[7:]", "train+test[:1]"])
+def test_slices_of_a_saved_data_set_are_those_of_its_files(tmp_path: Path, split: str) -> None:
+    files = {"train": [{"text": f"row {i}"} for i in range(10)], "test": [{"text": f"other {i}"} for i in range(3)]}
+    (tmp_path / "files").mkdir()
+    for name, rows in files.items():
+        write_rows(tmp_path / "files" / f"{name}.jsonl", rows)
+    datasets.load_dataset(str(tmp_path / "files")).save_to_disk(tmp_path / "saved")
+
+    def texts(name: str) -> list[list[int]]:
+        config = CalibrationConfig(dataset_name=str(tmp_path / name), split=split)
+        found = load_samples(config, make_tokenizer(), task_type="CAUSAL_LM", max_positions=None)
+        return [sample.inputs["input_ids"] for sample in found]
+
+    assert texts("saved") == texts("files")
+
+
+def test_a_saved_slice_keeps_its_name(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", TEXTS)
+    datasets.load_dataset("json", data_files=data, split="train[:50%]").save_to_disk(tmp_path / "saved")
+    config = CalibrationConfig(dataset_name=str(tmp_path / "saved"), split="train[:50%]")
+    assert load_samples(config, make_tokenizer(), task_type="CAUSAL_LM", max_positions=None)
 
 
 def test_fingerprint_follows_content_and_order(tmp_path: Path) -> None:
@@ -368,7 +401,7 @@ def test_datasets_stays_quiet_and_keeps_its_settings(tmp_path: Path, capfd: pyte
         ([{"text": "abc"}, {"text": 3}], {}, "calibration.data_files", "sample 1 holds 3 in column text"),
         ([{"prompt": "a", "completion": ["b"]}], {}, "calibration.data_files", "sample 0 holds"),
         (CHATS, {}, "calibration.data_files", "no chat template"),
-        ([{"text": ""}, {"text": "</s>"}], {}, "calibration.data_files", "no supervised token"),
+        ([{"text": ""}, {"text": "</s>"}], {}, "calibration.data_files", "none of the 2 samples that were"),
         ([COMPLETIONS[2]], {"max_length": 8}, "calibration.data_files", "calibration.max_length (8)"),
         (TEXTS, {"max_positions": 32}, "calibration.max_length", "sample 3 has 61 tokens but the model has 32"),
         (TEXTS, {"split": "test"}, "calibration.split", "train"),
@@ -415,10 +448,15 @@ def test_wrong_chat_template_is_named(
     [
         ({}, "calibration.dataset_name", "no data is named"),
         ({"data_files": "missing.jsonl"}, "calibration.data_files", "missing.jsonl"),
+        ({"data_files": "missing*.jsonl"}, "calibration.data_files", "matches no file"),
         ({"data_files": "rows.dat"}, "calibration.data_files", "none of the suffixes"),
         ({"data_files": "broken.jsonl"}, "calibration.data_files", "JSON parse error"),
         ({"data_files": "broken.parquet"}, "calibration.data_files", "Parquet"),
         ({"dataset_name": "saved", "split": "test"}, "calibration.split", "train"),
+        ({"dataset_name": "saved", "split": "train["}, "calibration.split", "or [:n] of one"),
+        ({"dataset_name": "saved", "split": "train[:0]"}, "calibration.dataset_name", "no rows"),
+        ({"dataset_name": "saved", "data_files": "broken.jsonl"}, "calibration.data_files", "save_to_disk"),
+        ({"dataset_name": "saved", "dataset_config": "en"}, "calibration.dataset_config", "save_to_disk"),
     ],
 )
 def test_unreadable_sources_are_named(

@@ -1,0 +1,52 @@
+"""What batches are padded with: an id that the model has an embedding of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import VOCABULARY, byte_tokenizer, config_tree, save_data, save_model
+from outputs import make_output
+from safetensors.torch import load_file
+
+from loraga_dist.config import InitConfig, parse_config
+from loraga_dist.errors import UserError
+from loraga_dist.ranks.world import World
+from loraga_dist.request.request import understand
+
+
+def test_a_padding_token_that_the_tokenizer_alone_has_changes_nothing(tmp_path: Path) -> None:
+    """As after `add_special_tokens` without `resize_token_embeddings`."""
+    model, data = save_model(tmp_path / "model"), save_data(tmp_path / "data.jsonl")
+
+    def adapter(name: str) -> dict[str, torch.Tensor]:
+        out = make_output(config_tree(model, data, tmp_path / name))
+        return load_file(out / "loraga_init" / "adapter_model.safetensors")
+
+    expected = adapter("padded")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == VOCABULARY
+    tokenizer.save_pretrained(model)
+    found = adapter("padded by another")
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+
+
+@pytest.mark.parametrize(("own", "says"), [(-1, "pad_token_id -1, which has no embedding"), (None, "no pad_token_id")])
+def test_batches_of_a_classifier_need_a_padding_id_of_its_own(own: int | None, says: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "bert")
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | {"pad_token_id": own}))
+    data = save_data(tmp_path / "data.jsonl", "SEQ_CLS")
+
+    def request(**calibration: Any) -> Any:
+        tree = config_tree(model, data, tmp_path / "out", kind="bert", calibration=calibration)
+        return understand(parse_config(InitConfig, tree), World.alone())
+
+    with pytest.raises(UserError, match=f"the model's config has {says}: a classifier needs one for batches; write 1"):
+        request()
+    assert request(per_device_batch_size=1).data.num_samples == 24
