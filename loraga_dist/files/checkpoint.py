@@ -16,7 +16,15 @@ from torch import Tensor
 
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
-from loraga_dist.files.disk import BrokenFileError, naming_write_errors, parse_json, read_json, sync
+from loraga_dist.files.disk import (
+    MAX_JSON_BYTES,
+    BrokenFileError,
+    naming_write_errors,
+    parse_json,
+    read_bounded,
+    read_json,
+    sync,
+)
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.files.shared_tensors import write_shared_tensors
 from loraga_dist.ranks.world import World
@@ -151,8 +159,8 @@ class CheckpointStore:
         """What the saved states say of something that is the same in all, before they are read; None if none does."""
         found = None
         for path in [*self._named(_FINISHED), *self._named(_GENERATION)]:
-            with suppress(OSError, BrokenFileError, AttributeError):  # `read` tells of what is damaged
-                content = (path / _CONTENT).read_bytes()
+            with suppress(BrokenFileError, AttributeError):  # `read` tells of what is damaged
+                content = read_bounded(path / _CONTENT, MAX_JSON_BYTES)
                 if hashlib.sha256(content).hexdigest() == (read_checksums(path) or {}).get(_CONTENT):
                     found = parse_json(content, _CONTENT).get(key, found)
         return self._world.all_json(found)[0]

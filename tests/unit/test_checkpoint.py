@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -134,6 +135,15 @@ def test_a_whole_generation_outlives_a_damaged_one(store: CheckpointStore) -> No
     assert number(again) == 1
     save(again, 3)
     assert names(store) == ["000001", "000003"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "SHA256SUMS"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(store: CheckpointStore, name: str) -> None:
+    save(store, 1)
+    save(store, 2)
+    (store.directory / "000002" / name).unlink()
+    os.mkfifo(store.directory / "000002" / name)
+    assert store.peek("number") == 1 and number(store) == 1
 
 
 def test_an_unfinished_generation_does_not_count(store: CheckpointStore) -> None:
