@@ -37,7 +37,9 @@ _AFTER = "num_finished"
 """In a generation's content: the finished parts that it goes on from."""
 _CONTENT = "state.json"
 _STEM = "state"
-_UNFINISHED = "unfinished"
+_UNFINISHED = rf"unfinished(-({_GENERATION}|{_FINISHED}))?"
+"""Of what it is to be, and of nothing before: another node may take a name for the directory that once had it. Without
+in earlier versions."""
 _OF_STATE = rf"({_GENERATION}|{_FINISHED}|{_UNFINISHED})(/({CHECKSUMS}|{_STEM}[-.][\w.-]*))?"
 _OF_WEIGHTS = r"residual_base(/[^/]+\.(safetensors|json|part))?"  # of run.finished
 
@@ -192,17 +194,19 @@ class CheckpointStore:
 
     def _write(self, name: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """A directory of this name, which appears when all of it is on the disk."""
-        unfinished, path = self.directory / _UNFINISHED, self.directory / name
+        unfinished, path = self.directory / f"unfinished-{name}", self.directory / name
         with self._world.together():
             if self._world.is_main:
                 with naming_write_errors(unfinished, "checkpoint: "):
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                    for left in self._named(_UNFINISHED):
+                        shutil.rmtree(left, ignore_errors=True)
                     unfinished.mkdir(parents=True)
                     (unfinished / _CONTENT).write_text(json.dumps(content))
         write_shared_tensors(unfinished, _STEM, tensors, self._world)
         write_checksums(unfinished, self._world)
         with self._world.together():
             if self._world.is_main:
+                _require_whole(unfinished)
                 with naming_write_errors(self.directory, "checkpoint: "):
                     for written in (*unfinished.iterdir(), unfinished):
                         sync(written)
@@ -224,3 +228,13 @@ class CheckpointStore:
 
     def _names_seen_by_main(self, pattern: str) -> list[str]:
         return self._world.all_json([path.name for path in self._named(pattern)])[0]
+
+
+def _require_whole(unfinished: Path) -> None:
+    """Raise RunError unless every rank's file is where rank 0 sees it."""
+    try:
+        scan_checkpoint(unfinished, _STEM)
+    except BrokenFileError as error:
+        found = str(error).partition(";")[0]
+        problem = f"{unfinished} is not what the ranks have written ({found}); see that all nodes share it"
+        raise RunError(f"checkpoint: {problem}") from error
