@@ -148,8 +148,14 @@ class CheckpointStore:
                 break
             finished.append(part)
         self._num_finished = len(finished)
+
+        def check_state(saved: Checkpoint) -> None:
+            # one from before the last part, which a kill has left, is none that a run would go on from
+            if saved.content.get(_AFTER, len(finished)) == len(finished):
+                check(saved, len(finished))
+
         for name in reversed(self._names_seen_by_main(_GENERATION)):
-            state = self._open(name, problems, lambda saved: check(saved, len(finished)))
+            state = self._open(name, problems, check_state)
             if state is None:
                 self._damaged.add(name)
             # one that does not say is another version's, which is refused as other work
@@ -170,6 +176,9 @@ class CheckpointStore:
     def clear(self) -> None:
         """Remove everything, on rank 0, when the run it belongs to is done or wanted no more."""
         if self._world.is_main:
+            with suppress(OSError):
+                for path in self._named(rf"{_GENERATION}|{_FINISHED}"):
+                    _set_aside(path)
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _open(self, name: str, problems: list[str], check: Callable[[Checkpoint], None]) -> Checkpoint | None:
@@ -219,7 +228,7 @@ class CheckpointStore:
             if self._world.is_main:
                 with naming_write_errors(self.directory, "checkpoint: "):
                     for path in paths:
-                        shutil.rmtree(path)
+                        shutil.rmtree(_set_aside(path))
 
     def _named(self, pattern: str) -> list[Path]:
         if not (self._world.is_main and self.directory.is_dir()):
@@ -228,6 +237,11 @@ class CheckpointStore:
 
     def _names_seen_by_main(self, pattern: str) -> list[str]:
         return self._world.all_json([path.name for path in self._named(pattern)])[0]
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename what is to be removed: what a kill leaves of it would be called damaged under its name."""
+    return path.rename(path.with_name(f"unfinished-{path.name}"))
 
 
 def _require_whole(unfinished: Path) -> None:

@@ -138,6 +138,36 @@ def test_a_whole_generation_outlives_a_damaged_one(store: CheckpointStore) -> No
     assert names(store) == ["000001", "000003"]
 
 
+@pytest.mark.parametrize("step", ["save", "finish", "clear"])
+def test_a_kill_while_state_is_removed_damages_nothing(
+    store: CheckpointStore, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(store, 0)
+    save(store, 1)
+    save(store, 2)
+
+    def be_killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            next(path.rglob("state.json")).unlink()
+            raise KeyboardInterrupt
+
+    def check(saved: Checkpoint, num_finished: int | None) -> None:
+        if num_finished == 2:
+            raise ValueError("a state within another group")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", be_killed)
+        {"save": lambda: save(store, 3), "finish": lambda: finish(store, 1), "clear": store.clear}[step]()
+    again = CheckpointStore(store.directory, World.alone())
+    again.require_ours()
+    found = again.read(check)
+    assert found.problems == []
+    kept = [part.content["number"] for part in found.finished], found.newest and found.newest.content["number"]
+    assert kept == {"save": ([0], 3), "finish": ([0, 1], None), "clear": ([], None)}[step]
+    save(again, 4)
+    assert number(again) == 4 and not any("unfinished" in name for name in names(store))
+
+
 @pytest.mark.parametrize("name", ["state.json", "SHA256SUMS"])
 def test_a_pipe_in_a_checkpoint_is_not_waited_for(store: CheckpointStore, name: str) -> None:
     save(store, 1)
