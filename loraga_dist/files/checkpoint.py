@@ -171,7 +171,7 @@ class CheckpointStore:
                 content = read_bounded(path / _CONTENT, MAX_JSON_BYTES)
                 if hashlib.sha256(content).hexdigest() == (read_checksums(path) or {}).get(_CONTENT):
                     found = parse_json(content, _CONTENT).get(key, found)
-        return self._world.all_json(found)[0]
+        return self._world.of_main(found)
 
     def clear(self) -> None:
         """Remove everything, on rank 0, when the run it belongs to is done or wanted no more."""
@@ -236,7 +236,7 @@ class CheckpointStore:
         return sorted(path for path in self.directory.iterdir() if re.fullmatch(pattern, path.name))
 
     def _names_seen_by_main(self, pattern: str) -> list[str]:
-        return self._world.all_json([path.name for path in self._named(pattern)])[0]
+        return self._world.of_main([path.name for path in self._named(pattern)])
 
 
 def _set_aside(path: Path) -> Path:

@@ -140,7 +140,7 @@ def _sizes_seen_by_main(directory: Path, world: World) -> dict[str, int]:
             for path in directory.rglob("*")
             if path.is_file() and not path.is_symlink() and path not in left_out
         }
-    return world.all_json(sizes)[0]
+    return world.of_main(sizes)
 
 
 def _share(sizes: Mapping[str, int], world: World) -> list[str]:

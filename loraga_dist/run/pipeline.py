@@ -198,7 +198,7 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointReques
 
 def _began(saved: Any, world: World) -> datetime:
     """When the work began: now, by rank 0, or when the run to go on from did. Another would make other data."""
-    now = world.all_texts(datetime.now().isoformat())[0]
+    now = world.of_main(datetime.now().isoformat())
     try:
         return datetime.fromisoformat(saved or now)
     except (TypeError, ValueError):  # another version's, which is refused when it is read
