@@ -288,7 +288,10 @@ def _load(request: CheckpointRequest, clock: Clock, world: World, *, from_disk: 
 def _checkpointer(
     request: CheckpointRequest, clock: Clock, directory: Path, stop: StopRequest, world: World
 ) -> Checkpointer:
-    config = request.config
+    config, base = request.config, {}
+    with world.together():
+        if world.is_main:
+            base = base_identity(request.base.directory, request.base.index)
     work = {
         **config.model_dump(
             mode="json",
@@ -296,7 +299,7 @@ def _checkpointer(
             # where and how many at a time changes nothing but the time
             exclude={"gradient": {"activations_dir", "chunk_microbatches", "checkpointing"}},
         ),
-        "base": base_identity(request.base.index),
+        "base": world.of_main(base),  # rank 0's: nodes may hold copies of their own, with other times
         "data": request.data_fingerprint,
         "loraga_dist": version("loraga_dist"),
     }

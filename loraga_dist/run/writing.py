@@ -134,9 +134,7 @@ def _write_residual(
     with world.together():
         if world.is_main:
             adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
-    # rank 0's: nodes may hold copies of the base with other times
-    work = world.of_main({**checkpointer.work, "adapter": adapter_digest})
-    finished = FinishedFiles(finished_files, work)
+    finished = FinishedFiles(finished_files, {**checkpointer.work, "adapter": world.of_main(adapter_digest)})
     with world.together():
         if world.is_main:
             kept = finished.prune(files)

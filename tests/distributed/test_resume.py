@@ -215,6 +215,23 @@ def test_other_data_and_another_base_are_refused(config: Path, stopped: Path, tm
     assert result.code == 2 and "was saved with" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["config.json", "modeling_own.py"])
+def test_a_base_with_another_file_beside_its_weights_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    base = save_model(tmp_path / "base")
+    (base / "modeling_own.py").write_text("SCALE = 1\n")
+    config = write_config(config_tree(base, save_data(tmp_path / "data.jsonl", rows=21), tmp_path / "out"))
+    assert [rank.code for rank in start(config, tmp_path / "out", 1, stop=4)] == [143]
+    before = (base / name).read_text()
+    after = json.dumps(json.loads(before) | {"rms_norm_eps": 5.0}) if name == "config.json" else "SCALE = 2\n"
+    (base / name).write_text(after)
+    (result,) = start(config, tmp_path / "out", 1)
+    assert result.code == 2 and f"was saved with base.{name} '" in result.stderr
+    (base / name).write_text(before)
+    (result,) = start(config, tmp_path / "out", 1)
+    succeed([result])
+    assert "going on from" in result.stderr
+
+
 @pytest.mark.parametrize("file", ["state.json", "state-*.safetensors", "state.safetensors.index.json", "SHA256SUMS"])
 def test_a_flipped_bit_leaves_the_generation_before(config: Path, stopped: Path, tmp_path: Path, file: str) -> None:
     shutil.copytree(stopped, tmp_path / "again")
