@@ -143,6 +143,16 @@ class Checkpointer:
         error.on_all_ranks = True
         raise error
 
+    def require_same_base(self, now: Mapping[str, str]) -> None:
+        """On rank 0: raise RunError, with nothing left to go on from, if the base is no longer the one of this work.
+
+        now: its `base_identity`.
+        """
+        if changed := _differing(self.work["base"], now):
+            self._store.clear()  # what was saved may be of both, too
+            problem = f"the base changed during the run ({', '.join(changed[:5])}), which may be of both models now"
+            raise RunError(f"{problem}; run again, on a copy that nobody writes to")
+
     def done(self) -> None:
         """The work is finished: nothing is left to go on from."""
         self._store.clear()

@@ -96,6 +96,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
             verified = finish_directory(staged.path, report, world)
             with world.together():
                 if world.is_main:
+                    checkpointer.require_same_base(base_identity(request.base.directory, request.base.index))
                     staged.commit()
             checkpointer.done()
         except BaseException as error:
