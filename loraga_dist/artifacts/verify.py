@@ -78,12 +78,12 @@ def verify(
         with _collected(problems, REPORT):
             problems += check_kinds(directory, layout)
             notes = unknown_files(directory, layout) + _not_said(report)
-    problems, notes = world.all_json((problems, notes))[0]
+    problems, notes = world.of_main((problems, notes))
     if problems:
         return VerifyResult(problems, len(report.targets), 0.0, residual_checked=False, notes=notes)
     # where the report says none, materialize-base may have made it since
     has_residual = RESIDUAL_BASE in layout.directories or (
-        report.scheme.changes_base and world.all_json((directory / RESIDUAL_BASE).exists())[0]
+        report.scheme.changes_base and world.of_main((directory / RESIDUAL_BASE).exists())
     )
     problems += check_checksums(directory, world, on_progress)
     output: OpenedOutput | None = None
@@ -187,10 +187,11 @@ def _open_report(directory: Path, world: World) -> tuple[Report | None, list[str
     except RunError as error:
         problem = str(error)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    (text, problem, expected), *others = world.all_json((text, problem, digest) if world.is_main else ("", "", digest))
+    text, problem = world.of_main((text, problem))
     if problem:
         return None, [problem]
-    differing = [rank for rank, (_, _, digest) in enumerate(others, start=1) if digest != expected]
+    expected, *others = world.all_texts(digest)
+    differing = [rank for rank, found in enumerate(others, start=1) if found != expected]
     problems = [f"{REPORT}: ranks {differing} see another one than rank 0"] if differing else []
     report = None
     with _collected(problems):

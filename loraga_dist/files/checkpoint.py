@@ -16,7 +16,15 @@ from torch import Tensor
 
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
-from loraga_dist.files.disk import BrokenFileError, naming_write_errors, parse_json, read_json, sync
+from loraga_dist.files.disk import (
+    MAX_JSON_BYTES,
+    BrokenFileError,
+    naming_write_errors,
+    parse_json,
+    read_bounded,
+    read_json,
+    sync,
+)
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.files.shared_tensors import write_shared_tensors
 from loraga_dist.ranks.world import World
@@ -29,7 +37,9 @@ _AFTER = "num_finished"
 """In a generation's content: the finished parts that it goes on from."""
 _CONTENT = "state.json"
 _STEM = "state"
-_UNFINISHED = "unfinished"
+_UNFINISHED = rf"unfinished(-({_GENERATION}|{_FINISHED}))?"
+"""Of what it is to be, and of nothing before: another node may take a name for the directory that once had it. Without
+in earlier versions."""
 _OF_STATE = rf"({_GENERATION}|{_FINISHED}|{_UNFINISHED})(/({CHECKSUMS}|{_STEM}[-.][\w.-]*))?"
 _OF_WEIGHTS = r"residual_base(/[^/]+\.(safetensors|json|part))?"  # of run.finished
 
@@ -138,8 +148,14 @@ class CheckpointStore:
                 break
             finished.append(part)
         self._num_finished = len(finished)
+
+        def check_state(saved: Checkpoint) -> None:
+            # one from before the last part, which a kill has left, is none that a run would go on from
+            if saved.content.get(_AFTER, len(finished)) == len(finished):
+                check(saved, len(finished))
+
         for name in reversed(self._names_seen_by_main(_GENERATION)):
-            state = self._open(name, problems, lambda saved: check(saved, len(finished)))
+            state = self._open(name, problems, check_state)
             if state is None:
                 self._damaged.add(name)
             # one that does not say is another version's, which is refused as other work
@@ -151,15 +167,18 @@ class CheckpointStore:
         """What the saved states say of something that is the same in all, before they are read; None if none does."""
         found = None
         for path in [*self._named(_FINISHED), *self._named(_GENERATION)]:
-            with suppress(OSError, BrokenFileError, AttributeError):  # `read` tells of what is damaged
-                content = (path / _CONTENT).read_bytes()
+            with suppress(BrokenFileError, AttributeError):  # `read` tells of what is damaged
+                content = read_bounded(path / _CONTENT, MAX_JSON_BYTES)
                 if hashlib.sha256(content).hexdigest() == (read_checksums(path) or {}).get(_CONTENT):
                     found = parse_json(content, _CONTENT).get(key, found)
-        return self._world.all_json(found)[0]
+        return self._world.of_main(found)
 
     def clear(self) -> None:
         """Remove everything, on rank 0, when the run it belongs to is done or wanted no more."""
         if self._world.is_main:
+            with suppress(OSError):
+                for path in self._named(rf"{_GENERATION}|{_FINISHED}"):
+                    _set_aside(path)
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _open(self, name: str, problems: list[str], check: Callable[[Checkpoint], None]) -> Checkpoint | None:
@@ -184,17 +203,19 @@ class CheckpointStore:
 
     def _write(self, name: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """A directory of this name, which appears when all of it is on the disk."""
-        unfinished, path = self.directory / _UNFINISHED, self.directory / name
+        unfinished, path = self.directory / f"unfinished-{name}", self.directory / name
         with self._world.together():
             if self._world.is_main:
                 with naming_write_errors(unfinished, "checkpoint: "):
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                    for left in self._named(_UNFINISHED):
+                        shutil.rmtree(left, ignore_errors=True)
                     unfinished.mkdir(parents=True)
                     (unfinished / _CONTENT).write_text(json.dumps(content))
         write_shared_tensors(unfinished, _STEM, tensors, self._world)
         write_checksums(unfinished, self._world)
         with self._world.together():
             if self._world.is_main:
+                _require_whole(unfinished)
                 with naming_write_errors(self.directory, "checkpoint: "):
                     for written in (*unfinished.iterdir(), unfinished):
                         sync(written)
@@ -207,7 +228,7 @@ class CheckpointStore:
             if self._world.is_main:
                 with naming_write_errors(self.directory, "checkpoint: "):
                     for path in paths:
-                        shutil.rmtree(path)
+                        shutil.rmtree(_set_aside(path))
 
     def _named(self, pattern: str) -> list[Path]:
         if not (self._world.is_main and self.directory.is_dir()):
@@ -215,4 +236,19 @@ class CheckpointStore:
         return sorted(path for path in self.directory.iterdir() if re.fullmatch(pattern, path.name))
 
     def _names_seen_by_main(self, pattern: str) -> list[str]:
-        return self._world.all_json([path.name for path in self._named(pattern)])[0]
+        return self._world.of_main([path.name for path in self._named(pattern)])
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename what is to be removed: what a kill leaves of it would be called damaged under its name."""
+    return path.rename(path.with_name(f"unfinished-{path.name}"))
+
+
+def _require_whole(unfinished: Path) -> None:
+    """Raise RunError unless every rank's file is where rank 0 sees it."""
+    try:
+        scan_checkpoint(unfinished, _STEM)
+    except BrokenFileError as error:
+        found = str(error).partition(";")[0]
+        problem = f"{unfinished} is not what the ranks have written ({found}); see that all nodes share it"
+        raise RunError(f"checkpoint: {problem}") from error

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loraga_dist.errors import RunError
-from loraga_dist.files.disk import UNFINISHED_MARK, write_text
+from loraga_dist.files.disk import MAX_JSON_BYTES, UNFINISHED_MARK, BrokenFileError, read_bounded, write_text
 from loraga_dist.files.parallel import over_cores, shares
 from loraga_dist.files.safetensors_io import as_bytes, dtype_name
 from loraga_dist.ranks.world import World
@@ -122,8 +122,8 @@ def _check_share(
 def read_checksums(directory: Path) -> dict[str, str] | None:
     """Digest by name, None where the file is not what `sha256sum` writes."""
     try:
-        *lines, rest = (directory / CHECKSUMS).read_text().split("\n")
-    except (OSError, UnicodeDecodeError):
+        *lines, rest = read_bounded(directory / CHECKSUMS, MAX_JSON_BYTES).decode("utf-8").split("\n")
+    except (BrokenFileError, UnicodeDecodeError):
         return None
     matches = [match for match in map(_LINE.fullmatch, lines) if match]
     whole = lines and not rest and len(matches) == len(lines)
@@ -140,7 +140,7 @@ def _sizes_seen_by_main(directory: Path, world: World) -> dict[str, int]:
             for path in directory.rglob("*")
             if path.is_file() and not path.is_symlink() and path not in left_out
         }
-    return world.all_json(sizes)[0]
+    return world.of_main(sizes)
 
 
 def _share(sizes: Mapping[str, int], world: World) -> list[str]:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from loraga_dist.engines.base import EngineState, Matrix
-from loraga_dist.errors import Preempted, UserError
+from loraga_dist.errors import Preempted, RunError, UserError
 from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
+from loraga_dist.files.checksums import sha256_of
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.saved import require_finished, require_state
+from loraga_dist.model.base import files_beside_weights
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.words import say
@@ -79,8 +81,7 @@ class Checkpointer:
         theirs, ours = dict(dotted(last.content["work"])), dict(dotted(self.work))
         differing = _differing(theirs, ours)
         with self._world.together():
-            # of rank 0's files: nodes may hold copies of their own, with other times
-            if differing and self._world.is_main:
+            if differing:
                 key = differing[0]
                 raise UserError(
                     "resume",
@@ -142,6 +143,16 @@ class Checkpointer:
         error.on_all_ranks = True
         raise error
 
+    def require_same_base(self, now: Mapping[str, str]) -> None:
+        """On rank 0: raise RunError, with nothing left to go on from, if the base is no longer the one of this work.
+
+        now: its `base_identity`.
+        """
+        if changed := _differing(self.work["base"], now):
+            self._store.clear()  # what was saved may be of both, too
+            problem = f"the base changed during the run ({', '.join(changed[:5])}), which may be of both models now"
+            raise RunError(f"{problem}; run again, on a copy that nobody writes to")
+
     def done(self) -> None:
         """The work is finished: nothing is left to go on from."""
         self._store.clear()
@@ -151,12 +162,20 @@ def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
 
 
-def base_identity(index: Mapping[str, TensorSlot]) -> str:
-    """A digest of a checkpoint's layout and its files' sizes and times: changes whenever its content may have."""
+def base_identity(directory: Path, index: Mapping[str, TensorSlot]) -> dict[str, str]:
+    """Digests that change whenever the content of a model directory may have: of `weights`, by their layout and their
+    files' sizes and times, and of each file beside them, by its name.
+
+    Raises RunError for a file that cannot be read.
+    """
     files: dict[Path, tuple[str, int, int]] = {}
-    for slot in index.values():
-        if slot.path not in files:
-            stat = slot.path.stat()
-            files[slot.path] = (slot.path.name, stat.st_size, stat.st_mtime_ns)
+    try:
+        for slot in index.values():
+            if slot.path not in files:
+                stat = slot.path.stat()
+                files[slot.path] = (slot.path.name, stat.st_size, stat.st_mtime_ns)
+        beside = {name: sha256_of(directory / name) for name in files_beside_weights(directory)}
+    except OSError as error:
+        raise RunError(f"{error.filename} cannot be read ({error.strerror})") from error
     layout = [[name, str(slot.dtype), list(slot.shape), files[slot.path]] for name, slot in sorted(index.items())]
-    return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+    return {"weights": hashlib.sha256(json.dumps(layout).encode()).hexdigest(), **beside}

@@ -177,8 +177,20 @@ _UNLISTED = re.compile("[\n\r\\\\\ud800-\udfff]")
 _CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
 
 
+def files_beside_weights(model_dir: Path) -> list[str]:
+    """What transformers may read of a model directory beside its weights, relative to it."""
+    return [
+        path.relative_to(model_dir).as_posix()
+        for directory in (model_dir, model_dir / _CHAT_TEMPLATES)
+        for path in (sorted(directory.iterdir()) if directory.is_dir() else ())
+        if any(fnmatch(path.name, pattern) for pattern in MODEL_FILE_PATTERNS)
+        and path.is_file()
+        and not path.name.endswith(".index.json")
+    ]
+
+
 def model_files(model_dir: Path) -> list[str]:
-    """The files beside the weights that a copy of the model needs, relative to its directory.
+    """The same for a copy of the model.
 
     Raises UserError for one that is a link out of the directory, since what it leads to would be copied, perhaps
     uploaded, and for one that cannot be copied: too large to belong beside weights, or of a name that SHA256SUMS cannot
@@ -187,25 +199,18 @@ def model_files(model_dir: Path) -> list[str]:
     root = Path(os.path.realpath(model_dir))
     # of a hub cache, snapshots/<commit> links to the blobs beside it
     inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    found = []
-    for directory in (model_dir, model_dir / _CHAT_TEMPLATES):
-        for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-            if not any(fnmatch(path.name, pattern) for pattern in MODEL_FILE_PATTERNS):
-                continue
-            target = Path(os.path.realpath(path))
-            if not any(target.is_relative_to(place) for place in inside):
-                problem = f"{path.relative_to(model_dir)} is a link out of it, to {target}"
-                raise UserError(_MODEL_KEY, str(model_dir), f"{problem}; put a copy in the link's place")
-            if path.is_file() and not path.name.endswith(".index.json"):
-                name = path.relative_to(model_dir).as_posix()
-                if path.stat().st_size > MAX_JSON_BYTES:
-                    problem = f"{name} has more than {MAX_JSON_BYTES} bytes and would be copied"
-                    raise UserError(_MODEL_KEY, str(model_dir), f"{problem}; move it out of there")
-                if _UNLISTED.search(name):
-                    problem = f"the name of {name!r} cannot be written into a list of files"
-                    raise UserError(_MODEL_KEY, str(model_dir), f"{problem}; give it another")
-                found.append(name)
-    return found
+    names = files_beside_weights(model_dir)
+    for name in names:
+        problem, target = None, Path(os.path.realpath(model_dir / name))
+        if not any(target.is_relative_to(place) for place in inside):
+            problem = f"{name} is a link out of it, to {target}; put a copy in the link's place"
+        elif target.stat().st_size > MAX_JSON_BYTES:
+            problem = f"{name} has more than {MAX_JSON_BYTES} bytes and would be copied; move it out of there"
+        elif _UNLISTED.search(name):
+            problem = f"the name of {name!r} cannot be written into a list of files; give it another"
+        if problem is not None:
+            raise UserError(_MODEL_KEY, str(model_dir), problem)
+    return names
 
 
 def resolve_model_dir(name_or_path: str, revision: str | None = None, *, needs_weights: bool = True) -> Path:

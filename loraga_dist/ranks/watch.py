@@ -118,7 +118,7 @@ class Watch:
                 host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=descriptor
             )
             place = {"host": host, "port": self._served.port, "secret": secrets.token_hex(32)}
-        self._place = self._world.all_json(place)[0]
+        self._place = self._world.of_main(place)
         # a connection of its own also on rank 0: the thread must not wait for the main thread's use of it
         store = TCPStore(self._place["host"], self._place["port"], is_master=False, timeout=timeout)
         return SealedStore(store, self._place["secret"])

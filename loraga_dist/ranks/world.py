@@ -125,11 +125,22 @@ class World:
         padded[: len(data)] = data
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        return [bytes(part[: int(length) - 1].tolist()).decode() for part, length in zip(parts, lengths, strict=True)]
+        lengths_of_parts = zip(parts, lengths, strict=True)
+        return [part[: int(length) - 1].cpu().numpy().tobytes().decode() for part, length in lengths_of_parts]
 
     def all_json(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, as JSON gives it back: tuples have become lists."""
         return [json.loads(text) for text in self.all_texts(json.dumps(value))]
+
+    def of_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank, as JSON gives it back; what the others pass is ignored."""
+        content = bytearray(json.dumps(value).encode()) if self.is_main else bytearray()
+        length = self.broadcast_(torch.tensor([len(content)], device=self.device), 0)
+        if self.is_main:
+            data = torch.frombuffer(content, dtype=torch.uint8).to(self.device)
+        else:
+            data = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        return json.loads(self.broadcast_(data, 0).cpu().numpy().tobytes())
 
     def require_same(self, facts: Mapping[str, object], remedy: str) -> None:
         """Raise UserError on all ranks unless each of them has the same facts; a collective. Names those that differ.

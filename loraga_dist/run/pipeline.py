@@ -108,6 +108,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
             verified = finish_directory(staged.path, report, world)
             with world.together():
                 if world.is_main:
+                    checkpointer.require_same_base(base_identity(request.base.directory, request.base.index))
                     staged.commit()
             checkpointer.done()
         except BaseException as error:
@@ -224,7 +225,7 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointReques
 
 def _began(saved: Any, world: World) -> datetime:
     """When the work began: now, by rank 0, or when the run to go on from did. Another would make other data."""
-    now = world.all_texts(datetime.now().isoformat())[0]
+    now = world.of_main(datetime.now().isoformat())
     try:
         return datetime.fromisoformat(saved or now)
     except (TypeError, ValueError):  # another version's, which is refused when it is read
@@ -321,7 +322,10 @@ def _load(request: CheckpointRequest, clock: Clock, world: World, *, from_disk: 
 def _checkpointer(
     request: CheckpointRequest, clock: Clock, directory: Path, stop: StopRequest, world: World
 ) -> Checkpointer:
-    config = request.config
+    config, base = request.config, {}
+    with world.together():
+        if world.is_main:
+            base = base_identity(request.base.directory, request.base.index)
     work = {
         **config.model_dump(
             mode="json",
@@ -329,7 +333,7 @@ def _checkpointer(
             # where and how many at a time changes nothing but the time
             exclude={"gradient": {"activations_dir", "chunk_microbatches", "checkpointing"}},
         ),
-        "base": base_identity(request.base.index),
+        "base": world.of_main(base),  # rank 0's: nodes may hold copies of their own, with other times
         "data": request.data_fingerprint,
         "loraga_dist": version("loraga_dist"),
     }

@@ -93,7 +93,7 @@ def write_weights(
                 None if magnitudes is None else lambda target, A_RN, B_MR: magnitudes[target.name],
             )
             of_main = adapter, layout.digest_model_files(request.base.directory)
-    adapter, model_files = world.all_json(of_main)[0]
+    adapter, model_files = world.of_main(of_main)
     factors_fingerprint = None
     if start.gradients is not None:
         factors_fingerprint = write_factors(directory / FACTORS, start.gradients.owned, world)
@@ -135,13 +135,11 @@ def _write_residual(
     with world.together():
         if world.is_main:
             adapter_digest = sha256_of(directory / LORAGA_INIT / ADAPTER_WEIGHTS)
-    # rank 0's: nodes may hold copies of the base with other times
-    work = world.all_json({**checkpointer.work, "adapter": adapter_digest})[0]
-    finished = FinishedFiles(finished_files, work)
+    finished = FinishedFiles(finished_files, {**checkpointer.work, "adapter": world.of_main(adapter_digest)})
     with world.together():
         if world.is_main:
             kept = finished.prune(files)
-    kept = world.all_json(kept)[0]
+    kept = world.of_main(kept)
     share = shares(files, lambda file: 0 if file.name in kept else file.num_bytes, world.size)[world.rank]
     digests: dict[str, Sequence[TensorDigest]] = {}
     with world.together():

@@ -85,7 +85,7 @@ def be_rank() -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]
     deepspeed.zero.Init(module=model, config_dict_or_path=calibration_settings({}, torch.float32))
     found = {way: dict(shown(model, names, share(world.rank), way, sharding)) for way in WAYS}
     (way, *_) = WAYS
-    uncalled = world.all_json([name for name in names if name not in found[way]])[0]
+    uncalled = world.of_main([name for name in names if name not in found[way]])
     alone = {way: dict(shown(model, uncalled, share(world.rank), way, sharding)) for way in WAYS}
     assert not deepspeed.utils.get_z3_leaf_modules(model), "the user's own engine shall not find ours"
     assert not any(map(deepspeed.utils.z3_leaf_parameter, model.parameters()))

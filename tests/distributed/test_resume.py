@@ -20,7 +20,7 @@ from launching import Finished, succeed
 from outputs import captured_shares, flip_bit, read_products, read_report, relative, write_config
 from ranks import finish_on_ranks
 from safetensors.torch import load_file, save_file
-from stopping import init_until
+from stopping import StopAfter, init_until
 
 from loraga_dist.artifacts import layout
 from loraga_dist.artifacts.residual import plan_model_files
@@ -29,12 +29,18 @@ from loraga_dist.config import load_config
 from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.gradients.saved import require_state
+from loraga_dist.ranks.session import run_as_rank
+from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.words import leave_process
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import understand
+from loraga_dist.run.pipeline import run
 
 SKETCH = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "1")
 IN_GROUPS = ("--gradient.max_targets_in_flight", "9")
+UP_TO_THE_WRITING = 11 + 21 + 1
+"""Looks: after every microbatch, after every target's factors, between phases, before every file."""
+UP_TO_THE_THIRD_FILE = UP_TO_THE_WRITING + 3
 ONE_PASS = ("--gradient.engine", "sketch", "--gradient.oversampling", "24", "--gradient.refine_passes", "0")
 
 
@@ -215,6 +221,57 @@ def test_other_data_and_another_base_are_refused(config: Path, stopped: Path, tm
     assert result.code == 2 and "was saved with" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["config.json", "modeling_own.py"])
+def test_a_base_with_another_file_beside_its_weights_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    base = save_model(tmp_path / "base")
+    (base / "modeling_own.py").write_text("SCALE = 1\n")
+    config = write_config(config_tree(base, save_data(tmp_path / "data.jsonl", rows=21), tmp_path / "out"))
+    assert [rank.code for rank in start(config, tmp_path / "out", 1, stop=4)] == [143]
+    before = (base / name).read_text()
+    after = json.dumps(json.loads(before) | {"rms_norm_eps": 5.0}) if name == "config.json" else "SCALE = 2\n"
+    (base / name).write_text(after)
+    (result,) = start(config, tmp_path / "out", 1)
+    assert result.code == 2 and f"was saved with base.{name} '" in result.stderr
+    (base / name).write_text(before)
+    (result,) = start(config, tmp_path / "out", 1)
+    succeed([result])
+    assert "going on from" in result.stderr
+
+
+class ChangeAfter(StopAfter):
+    """Asks for nothing; does something at one look."""
+
+    def __init__(self, num_looks: int, change: Callable[[], object]) -> None:
+        super().__init__(num_looks)
+        self._change = change
+
+    @property
+    def signal_name(self) -> str | None:
+        if super().signal_name is not None:
+            self._change()
+        return None
+
+
+@pytest.mark.parametrize("name", ["weights", "config.json"])
+def test_a_base_that_changes_during_a_run_gives_no_output(tmp_path: Path, name: str) -> None:
+    base, other = save_model(tmp_path / "base"), save_model(tmp_path / "other", seed=1)
+    config = write_config(config_tree(base, save_data(tmp_path / "data.jsonl", rows=21), tmp_path / "out"))
+
+    def change() -> None:
+        if name == "weights":
+            shutil.copytree(other, base, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.json"))
+        else:
+            (base / name).write_text((base / name).read_text() + "\n")
+
+    def work(world: World, _: StopRequest) -> None:
+        run(load_config(config, []), world, ChangeAfter(UP_TO_THE_WRITING, change))
+
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        assert run_as_rank(work) == 3, stderr.getvalue()
+    assert f"the base changed during the run ({name})" in stderr.getvalue() and "goes on" not in stderr.getvalue()
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "other", "data.jsonl", "out.yaml"}
+
+
 @pytest.mark.parametrize("file", ["state.json", "state-*.safetensors", "state.safetensors.index.json", "SHA256SUMS"])
 def test_a_flipped_bit_leaves_the_generation_before(config: Path, stopped: Path, tmp_path: Path, file: str) -> None:
     shutil.copytree(stopped, tmp_path / "again")
@@ -366,10 +423,6 @@ def test_a_damaged_checkpoint_is_said_and_left(config: Path, stopped: Path, tmp_
     (result,) = start(config, tmp_path / "again" / "out", 1)
     succeed(result)
     assert "is damaged (state.json: does not match SHA256SUMS)" in result.stderr and "going on" not in result.stderr
-
-
-UP_TO_THE_THIRD_FILE = 11 + 21 + 1 + 3
-"""Looks: after every microbatch, after every target's factors, between phases, before every file."""
 
 
 @pytest.fixture

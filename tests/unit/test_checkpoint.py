@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_on_ranks
 
-from loraga_dist.errors import RunError, UserError
+from loraga_dist.errors import LoragaError, RunError, UserError
 from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.ranks.world import World
@@ -136,12 +138,94 @@ def test_a_whole_generation_outlives_a_damaged_one(store: CheckpointStore) -> No
     assert names(store) == ["000001", "000003"]
 
 
-def test_an_unfinished_generation_does_not_count(store: CheckpointStore) -> None:
+@pytest.mark.parametrize("step", ["save", "finish", "clear"])
+def test_a_kill_while_state_is_removed_damages_nothing(
+    store: CheckpointStore, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(store, 0)
     save(store, 1)
-    (store.directory / "000001").rename(store.directory / "unfinished")
+    save(store, 2)
+
+    def be_killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            next(path.rglob("state.json")).unlink()
+            raise KeyboardInterrupt
+
+    def check(saved: Checkpoint, num_finished: int | None) -> None:
+        if num_finished == 2:
+            raise ValueError("a state within another group")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", be_killed)
+        {"save": lambda: save(store, 3), "finish": lambda: finish(store, 1), "clear": store.clear}[step]()
+    again = CheckpointStore(store.directory, World.alone())
+    again.require_ours()
+    found = again.read(check)
+    assert found.problems == []
+    kept = [part.content["number"] for part in found.finished], found.newest and found.newest.content["number"]
+    assert kept == {"save": ([0], 3), "finish": ([0, 1], None), "clear": ([], None)}[step]
+    save(again, 4)
+    assert number(again) == 4 and not any("unfinished" in name for name in names(store))
+
+
+@pytest.mark.parametrize("name", ["state.json", "SHA256SUMS"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(store: CheckpointStore, name: str) -> None:
+    save(store, 1)
+    save(store, 2)
+    (store.directory / "000002" / name).unlink()
+    os.mkfifo(store.directory / "000002" / name)
+    assert store.peek("number") == 1 and number(store) == 1
+
+
+@pytest.mark.parametrize("name", ["unfinished", "unfinished-000003", "unfinished-finished-000000"])
+def test_an_unfinished_generation_does_not_count(store: CheckpointStore, name: str) -> None:
+    save(store, 1)
+    (store.directory / "000001").rename(store.directory / name)
+    store.require_ours()
     assert number(store) is None
     save(store, 2)
     assert number(store) == 2 and names(store) == ["000001"]
+
+
+def finish_as_two_nodes(root: Path, stale: list[str]) -> str:
+    """Two parts, the second by a node to which names still lead to where they led before; how that failed.
+
+    The second rank's directory is made of links, as its cache of a network file system would resolve the names.
+    """
+    world = World.start()
+    directory = root / ("checkpoint" if world.is_main else "of_rank_1")
+    store, tensor = CheckpointStore(directory, world), torch.full((3,), float(world.rank))
+    store.finish({"number": 0}, {f"of {world.rank}": tensor})
+    if not world.is_main:
+        for name in stale:
+            (directory / name).unlink()
+            (directory / name).symlink_to(root / "checkpoint" / "finished-000000")
+    try:
+        store.finish({"number": 1}, {f"of {world.rank}": tensor + 10})
+    except LoragaError as error:
+        return str(error)
+    return ""
+
+
+OF_ONE_PART = ["unfinished", "unfinished-finished-000000"]
+
+
+@pytest.mark.parametrize("stale", [OF_ONE_PART, [*OF_ONE_PART, "unfinished-finished-000001"]], ids=["past", "all"])
+def test_names_that_lead_to_the_part_before_on_another_node(tmp_path: Path, stale: list[str]) -> None:
+    (tmp_path / "of_rank_1").mkdir()
+    for name in [*OF_ONE_PART, "unfinished-finished-000001"]:
+        (tmp_path / "of_rank_1" / name).symlink_to(tmp_path / "checkpoint" / name)
+    told = run_on_ranks(finish_as_two_nodes, 2, tmp_path, stale)
+    store = CheckpointStore(tmp_path / "checkpoint", World.alone())
+    if stale == OF_ONE_PART:
+        found = store.read()
+        assert told == ["", ""] and found.problems == []
+        parts = [[part.tensors[f"of {rank}"].tolist() for rank in range(2)] for part in found.finished]
+        assert parts == [[[0.0] * 3, [1.0] * 3], [[10.0] * 3, [11.0] * 3]]
+    else:
+        problem = "is not what the ranks have written (shard state-00002-of-00002.safetensors is missing)"
+        assert told[0] == told[1] and problem in told[0]
+        assert names(store) == ["finished-000000", "unfinished-finished-000001"]
 
 
 def test_a_refusing_file_system_leaves_what_was_there(store: CheckpointStore) -> None:

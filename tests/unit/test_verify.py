@@ -368,6 +368,10 @@ def test_verify_names_pipes_and_does_not_wait_for_them(output: Path) -> None:
         "SHA256SUMS: is neither a file nor a directory",
         "residual_base/pipe: is neither a file nor a directory",
     ]
+    (output / "loraga_report.json").unlink()
+    os.mkfifo(output / "loraga_report.json")
+    (problem,) = verify(output).problems
+    assert problem.startswith("loraga_report.json: cannot be read (loraga_report.json is no file)")
 
 
 ODD_JSON = {

@@ -30,6 +30,7 @@ def collectives() -> dict[str, Any]:
         "broadcast": world.broadcast_(mine.clone(), 1).tolist(),
         "texts": world.all_texts(TEXTS[world.rank]),
         "json": world.all_json(VALUES[world.rank]),
+        "of_main": world.of_main((TEXTS[1], VALUES) if world.is_main else object()),
     }
 
 
@@ -40,6 +41,7 @@ def test_collectives() -> None:
         assert rank["again"]
         assert rank["sum"] == [3.0, 19.0] and rank["max"] == [2.0, 10.0] and rank["broadcast"] == [2.0, 9.0]
         assert rank["texts"] == TEXTS and rank["json"] == VALUES
+        assert rank["of_main"] == [TEXTS[1], VALUES]
     assert told[1]["reduced"] == [3.0, 19.0]
 
 
@@ -51,6 +53,7 @@ def test_alone_every_collective_is_the_identity() -> None:
     for tensor in (world.sum_(ours), world.max_(ours), world.broadcast_(ours, 0)):
         assert tensor.tolist() == [1.0, 2.0]
     assert world.all_texts("text") == ["text"] and world.all_json({"a": (1, 2)}) == [{"a": [1, 2]}]
+    assert world.of_main({"a": (1, None)}) == {"a": [1, None]}
     world.require_same({"a": 1}, "install the same")
 
 
