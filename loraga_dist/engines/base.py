@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.product import square_bytes
+from loraga_dist.engines.product import rows_with_gradient, square_bytes
 from loraga_dist.linalg import TruncatedSVD, regression_bytes
 
 
@@ -181,6 +181,9 @@ class GradientEngine(ABC):
         self._dtype = dtype
         self._half = 0
         self._halves_seen: set[int] = set()
+        self._num_rows = {matrix.name: 0 for matrix in matrices if matrix.is_routed}
+        """With a gradient, of all ranks in the first pass: no gradient has a higher rank."""
+        self._rows_here: dict[str, Tensor] = {}
 
     def begin_microbatch(self, index: int) -> None:
         self._half = index % 2
@@ -193,8 +196,27 @@ class GradientEngine(ABC):
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None: ...
 
     def end_microbatch(self, world: Collectives) -> None:
-        """After every backward, on all ranks."""
-        return None
+        """After every backward, on all ranks; a collective where a matrix is routed."""
+        for name, rows in self._sum_rows(list(self._num_rows), world).items():
+            self._num_rows[name] += rows
+
+    def _count_rows(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
+        count = rows_with_gradient(x_TN, dy_TM).sum()
+        self._rows_here[name] = self._rows_here[name] + count if name in self._rows_here else count
+
+    def _sum_rows(self, names: Sequence[str], world: Collectives) -> dict[str, int]:
+        """How many rows of these were counted in the microbatch at hand, on all ranks; a collective if any is named."""
+        if not names:
+            return {}
+        none = torch.zeros((), dtype=torch.int64, device=self._home.device)
+        rows = torch.stack([self._rows_here.get(name, none) for name in names])
+        self._rows_here.clear()
+        return dict(zip(names, map(int, world.sum_(rows.double()).tolist()), strict=True))
+
+    def _drop_noise_(self, name: str, S_K: Tensor) -> None:
+        """Zero the singular values that are rounding's, which in 16 bits looks like more directions than rows have."""
+        if name in self._num_rows:
+            S_K[self._num_rows[name] :] = 0
 
     @abstractmethod
     def split_half_cosines(self, world: Collectives) -> list[float | None]:
@@ -317,6 +339,12 @@ def require_entries(saved: Entries, expected: Entries) -> None:
     for name, entry in expected.items():
         if saved.get(name) != entry:
             raise ValueError(f"{name} is {saved.get(name)} and not {entry}")
+
+
+def require_num_rows(matrix: Matrix, num_rows: Any) -> None:
+    """Raise ValueError or KeyError for what `save_state` does not write as the rows of a matrix."""
+    if matrix.is_routed and not (type(num_rows[matrix.name]) is int and num_rows[matrix.name] >= 0):
+        raise ValueError(f"{matrix.name} has {num_rows[matrix.name]} rows")
 
 
 def require_halves(halves_seen: Any) -> None:

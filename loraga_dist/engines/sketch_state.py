@@ -48,15 +48,11 @@ class State:
     cold: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(x_TN, dy_TM) of the microbatch at hand, while there are no bases."""
     window: Window | None = None
-    """None until the target has seen a token."""
+    """None until the target has seen a gradient."""
     num_microbatches: int = 0
-    """Of all ranks, since there are bases; those that sent no rank a row do not count."""
+    """Of all ranks, since there are bases; those that sent no rank a row with a gradient do not count."""
     refreshed_at: int = 0
     refining: bool = False
-    rows_here: int = 0
-    """That this rank was shown in the microbatch at hand."""
-    num_rows: int = 0
-    """Of all ranks, where the matrix is routed: no gradient has a higher rank."""
     P_rest_MK: Tensor | None = None
     Q_rest_NK: Tensor | None = None
     """On the owner, if the window's bases have 16 bits: 16 more of them."""
