@@ -23,6 +23,11 @@ def add_product_(sum_MN: Tensor, left_TM: Tensor, right_TN: Tensor) -> None:
         sum_MN.addmm_(left_TM.float().t(), right_TN.float())
 
 
+def dtype_of_products(dtype: torch.dtype) -> torch.dtype:
+    """What products of such data are handed over in, where these are multiplied again: float16 has not the range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def rows_with_gradient(x_TN: Tensor, dy_TM: Tensor) -> Tensor:
     """Which rows add to dy^T x, whichever side has the gradient: padding and what no loss depends on do not."""
     return _nonzero_rows(x_TN) & _nonzero_rows(dy_TM)

@@ -36,6 +36,7 @@ from loraga_dist.engines.base import (
     split_half_cosine,
 )
 from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.product import dtype_of_products
 from loraga_dist.engines.sketch_state import SketchCosts, State, Window, equal_batches, kept_rows
 from loraga_dist.engines.sketch_union import shares_held, unite
 from loraga_dist.linalg import TruncatedSVD, complete_bases, orthonormal_columns
@@ -51,7 +52,7 @@ class SketchEngine(SketchCosts):
 
     def __init__(self, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> None:
         """dtype: of x and dy; data of another dtype is right, too, but the bases are cast for it every time."""
-        super().__init__(matrices, home=home, seed=seed, dtype=dtype)
+        super().__init__(matrices, home=home, seed=seed, dtype=dtype_of_products(dtype))
         self._device = home.device
         self._states = {
             matrix.name: State(
@@ -64,6 +65,7 @@ class SketchEngine(SketchCosts):
         state = self._states[name]
         if state.window is None or state.matrix.is_routed:
             self._count_rows(name, x_TN, dy_TM)
+        x_TN, dy_TM = (rows.to(dtype_of_products(rows.dtype)) for rows in (x_TN, dy_TM))
         if state.window is None:
             x_TN, dy_TM = self._few_rows(state, x_TN, dy_TM)
             state.cold.append((self._home.keep(x_TN), self._home.keep(dy_TM)))

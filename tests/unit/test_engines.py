@@ -96,6 +96,27 @@ def test_products_of_bfloat16_lose_no_more_than_the_data_has_lost() -> None:
     assert (G_MN - rounded_data).norm() < 3e-3 * truth.norm()
 
 
+@pytest.mark.parametrize("tokens", [32, 512], ids=["few rows at first", "many"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_products_of_float16_may_be_out_of_its_range(name: str, tokens: int) -> None:
+    M, N, world = 96, 80, World.alone()
+    width = ENGINES[name].width(8, M, N, 16)
+    matrix = Matrix(name="any", M=M, N=N, num_triplets=8, width=width, owner=0, engine=name)
+    engine = ENGINES[name]([matrix], home=StateHome(torch.device("cpu")), seed=0, dtype=torch.float16)
+    draw, G_MN = torch.Generator().manual_seed(0), torch.zeros(M, N, dtype=torch.float64)
+    mean_N, mean_M = torch.randn(N, generator=draw), torch.randn(M, generator=draw)
+    for index in range(4):
+        x_TN = (8000 * (mean_N + 0.1 * torch.randn(tokens, N, generator=draw))).half()
+        dy_TM = (mean_M + 0.1 * torch.randn(tokens, M, generator=draw)).half()
+        engine.begin_microbatch(index)
+        engine.observe("any", x_TN, dy_TM)
+        engine.end_microbatch(world)
+        G_MN += dy_TM.double().T @ x_TN.double()
+    found = dict(engine.factorize(world, 1))["any"]
+    assert found.svd.S_K[0].item() == pytest.approx(torch.linalg.matrix_norm(G_MN, 2).item(), rel=1e-4)
+    assert found.captured_energy > 0.99
+
+
 def large(engine: str, d: int) -> Matrix:
     return Matrix(
         name="any", M=d, N=d, num_triplets=16, width=ENGINES[engine].width(16, d, d, None), owner=0, engine=engine
