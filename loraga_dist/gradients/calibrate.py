@@ -235,7 +235,8 @@ class _Calibrator:
 
         target_cosine: once the median split-half cosine reaches it, no new microbatch is looked at.
         """
-        observers = [each and Observer(each, self._world, self._request.moment_share) for each in observing]
+        goes_on, share = bool(self._at.num_samples or self._at.num_groups_ahead), self._request.moment_share
+        observers = [each and Observer(each, self._world, share, goes_on=goes_on) for each in observing]
         while self._at.num_samples < self._used.num_samples:
             at, stop = self._at, self._at.chunk_end or self._used.num_samples
             most = None if at.chunk_end else self._chunk

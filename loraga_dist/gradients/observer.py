@@ -69,8 +69,9 @@ class NoGradient(Exception):
 class Observer:
     """Shows an engine the x and dy of its targets, without syncs, and accounts for each microbatch to all ranks."""
 
-    def __init__(self, engine: EngineGroup, world: World, moment_share: float = 1.0) -> None:
-        """moment_share: of the tokens, what moments of inputs are summed over."""
+    def __init__(self, engine: EngineGroup, world: World, moment_share: float = 1.0, *, goes_on: bool = False) -> None:
+        """moment_share: of the tokens, what moments of inputs are summed over. goes_on: an earlier run was shown what
+        comes before."""
         self._engine = engine
         self._share = moment_share
         self._world = world
@@ -78,7 +79,7 @@ class Observer:
         self._in_every_microbatch = {name: None for name in self.names if not engine.engine_of[name].is_routed(name)}
         self._row = {name: row for row, name in enumerate(self.names)}
         self._seen: set[str] = set()
-        self._began = False
+        self._goes_on = goes_on
         self._failed = torch.zeros(len(self.names), dtype=torch.bool, device=world.device)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
@@ -93,7 +94,6 @@ class Observer:
         self._engine.observe(name, x_TN, dy_TM)
 
     def begin(self, microbatch: Microbatch) -> None:
-        self._began = True
         self._engine.begin_microbatch(microbatch.index)
         if self._engine.inputs.are_wanted:
             is_copy = not microbatch.num_supervised_tokens
@@ -117,7 +117,7 @@ class Observer:
 
     def require_all_seen(self) -> None:
         """Raise NoGradient, on every rank, when a target took no part in the loss."""
-        if self._began:  # else an earlier run was shown all there is, on every rank alike
+        if not self._goes_on:  # else the earlier run may have seen them; without a gradient none is taken in the end
             require_all_seen(list(self._in_every_microbatch), self._seen, self._world)
 
 
