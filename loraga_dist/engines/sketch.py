@@ -232,12 +232,12 @@ class SketchEngine(SketchCosts):
                 for state, X_MK, X_NK in zip(batch, X_BMK, X_BNK, strict=True):
                     for x_TN, dy_TM in map(self._fetched, state.cold):
                         X_MK += _product(dy_TM, x_TN, X_NK)
-                self._share_bases(X_BMK, matrix.owner, generators, world)
+                self._share_bases(X_BMK, batch, generators, world)
                 X_BNK.zero_()
                 for state, X_MK, X_NK in zip(batch, X_BMK, X_BNK, strict=True):
                     for x_TN, dy_TM in map(self._fetched, state.cold):
                         X_NK += _product(x_TN, dy_TM, X_MK)
-                self._share_bases(X_BNK, matrix.owner, generators, world)
+                self._share_bases(X_BNK, batch, generators, world)
             for state, P_MK, Q_NK in zip(batch, X_BMK, X_BNK, strict=True):
                 window = self._open(state, P_MK, Q_NK, is_owner=world.rank == matrix.owner)
                 for x_TN, dy_TM in map(self._fetched, state.cold):
@@ -245,13 +245,15 @@ class SketchEngine(SketchCosts):
                 state.cold.clear()
 
     def _share_bases(
-        self, X_BMK: Tensor, owner: int, generators: Sequence[torch.Generator], world: Collectives
+        self, X_BMK: Tensor, batch: Sequence[State], generators: Sequence[torch.Generator], world: Collectives
     ) -> None:
         """Put orthonormal columns that span the sum over ranks in its place."""
+        owner = batch[0].matrix.owner
         world.reduce_(X_BMK, owner)
         if world.rank == owner:
-            W_BMK, held_BK = orthonormal_columns(X_BMK)
-            X_BMK.copy_(complete_bases([W_BMK], held_BK, generators)[0])
+            with naming(batch[0].matrix, len(batch) - 1):
+                W_BMK, held_BK = orthonormal_columns(X_BMK)
+                X_BMK.copy_(complete_bases([W_BMK], held_BK, generators)[0])
         world.broadcast_(X_BMK, owner)
 
     def _start_anywhere(self, states: Sequence[State]) -> None:

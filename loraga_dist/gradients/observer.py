@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -112,13 +113,25 @@ class Observer:
         if failures or not math.isfinite(loss_value):
             failed = [name for name, row in self._row.items() if self._failed[row]]
             raise NotFinite(microbatch, loss.item(), failed)
-        self._engine.end_microbatch(world)
+        with failing_by_name("calibrate"):
+            self._engine.end_microbatch(world)
         return LossTotals(loss_value, int(tokens), int(terms))
 
     def require_all_seen(self) -> None:
         """Raise NoGradient, on every rank, when a target took no part in the loss."""
         if not self._goes_on:  # else the earlier run may have seen them; without a gradient none is taken in the end
             require_all_seen(list(self._in_every_microbatch), self._seen, self._world)
+
+
+@contextmanager
+def failing_by_name(step: str) -> Iterator[None]:
+    """Raise RunError, with its name, for a matrix that this rank cannot factorize."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if which := getattr(error, "__notes__", None):  # else a collective, which another rank has left
+            raise RunError(f"{step}: the gradient {' '.join(which)}: {error}") from error
+        raise
 
 
 def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:
