@@ -154,11 +154,9 @@ ERROR_COLUMNS = 16
 """Width of the Gaussian error sketches; the energy they estimate is within about 0.02 of the truth."""
 
 
-def split_half_cosine(E_2MS: Tensor, halves_seen: int) -> float | None:
+def split_half_cosine(E_2MS: Tensor) -> float | None:
     """Cosine between the mean gradients of even and odd microbatches, from their error sketches; None where one of them
-    has none."""
-    if halves_seen < 2:
-        return None
+    is zero, as that of a half without microbatches is."""
     even, odd = E_2MS.double()
     norms = (even.norm() * odd.norm()).item()
     return (even * odd).sum().item() / norms if norms else None
@@ -180,14 +178,12 @@ class GradientEngine(ABC):
         self._seed = seed
         self._dtype = dtype
         self._half = 0
-        self._halves_seen: set[int] = set()
         self._num_rows = {matrix.name: 0 for matrix in matrices if matrix.is_routed}
         """With a gradient, of all ranks in the first pass: no gradient has a higher rank."""
         self._rows_here: dict[str, Tensor] = {}
 
     def begin_microbatch(self, index: int) -> None:
         self._half = index % 2
-        self._halves_seen.add(self._half)
 
     def is_routed(self, name: str) -> bool:
         return self._matrices[name].is_routed
@@ -345,12 +341,6 @@ def require_num_rows(matrix: Matrix, num_rows: Any) -> None:
     """Raise ValueError or KeyError for what `save_state` does not write as the rows of a matrix."""
     if matrix.is_routed and not (type(num_rows[matrix.name]) is int and num_rows[matrix.name] >= 0):
         raise ValueError(f"{matrix.name} has {num_rows[matrix.name]} rows")
-
-
-def require_halves(halves_seen: Any) -> None:
-    """Raise ValueError for what `save_state` does not write as the halves of the data that were seen."""
-    if halves_seen not in ([], [0], [1], [0, 1]):
-        raise ValueError("halves_seen is none of the halves of the data")
 
 
 def gather_on_owner_(tensor: Tensor, owner: int, world: Collectives) -> bool:

@@ -19,7 +19,6 @@ from loraga_dist.engines.base import (
     gather_on_owner_,
     naming,
     require_entries,
-    require_halves,
     require_num_rows,
     seeded_generator,
     split_half_cosine,
@@ -65,7 +64,7 @@ class ExactEngine(GradientEngine):
             E_2MS = self._E[matrix.name].clone()  # the sum must not count again when the sweep ends
             world.reduce_(E_2MS, matrix.owner)
             if matrix.owner == world.rank:
-                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+                cosines.append(split_half_cosine(E_2MS))
         return cosines
 
     def save_state(self, world: Collectives) -> EngineState:
@@ -77,10 +76,9 @@ class ExactEngine(GradientEngine):
                 self._home.put_back(kept, sums)
                 if is_owner:
                     tensors[f"{name}/{part}"] = sums.cpu()
-        return EngineState({"halves_seen": sorted(self._halves_seen), "num_rows": dict(self._num_rows)}, tensors)
+        return EngineState({"num_rows": dict(self._num_rows)}, tensors)
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
-        self._halves_seen = set(content["halves_seen"])
         self._num_rows = dict(content["num_rows"])
         for name, matrix in self._matrices.items():
             if matrix.owner == world.rank:
@@ -89,7 +87,6 @@ class ExactEngine(GradientEngine):
 
     @classmethod
     def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
-        require_halves(content["halves_seen"])
         require_num_rows(matrix, content["num_rows"])
         M, N = matrix.M, matrix.N
         require_entries(saved, {"G": (torch.float32, (M, N)), "E": (torch.float32, (2, M, ERROR_COLUMNS))})
@@ -117,12 +114,12 @@ class ExactEngine(GradientEngine):
                 self._drop_noise_(matrix.name, svd.S_K)
                 wanted = svd.S_K[: matrix.num_triplets].double().square().sum().item()
                 whole = torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item()
-            E_2MS, halves_seen = self._E.pop(matrix.name), len(self._halves_seen)
+            E_2MS = self._E.pop(matrix.name)
             found = GradientSVD(
                 svd=svd,
                 captured_energy=wanted / whole if whole else 0.0,
-                split_half_cosine=split_half_cosine(E_2MS, halves_seen),
-                subspace_cosine=split_half_cosine(svd.leading(matrix.num_triplets).U_MK.T @ E_2MS, halves_seen),
+                split_half_cosine=split_half_cosine(E_2MS),
+                subspace_cosine=split_half_cosine(svd.leading(matrix.num_triplets).U_MK.T @ E_2MS),
             )
             yield matrix.name, found
 

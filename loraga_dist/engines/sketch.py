@@ -30,7 +30,6 @@ from loraga_dist.engines.base import (
     gather_on_owner_,
     naming,
     require_entries,
-    require_halves,
     require_num_rows,
     seeded_generator,
     split_half_cosine,
@@ -111,7 +110,7 @@ class SketchEngine(SketchCosts):
                 E_2MS = E_2MS.clone()
                 world.reduce_(E_2MS, state.matrix.owner)
             if state.matrix.owner == world.rank:
-                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+                cosines.append(split_half_cosine(E_2MS))
         return cosines
 
     def begin_refinement(self, world: Collectives) -> None:
@@ -146,11 +145,9 @@ class SketchEngine(SketchCosts):
             name: [state.window is not None, state.num_microbatches, state.refreshed_at, state.refining]
             for name, state in self._states.items()
         }
-        content = {"halves_seen": sorted(self._halves_seen), "num_rows": dict(self._num_rows), "counts": counts}
-        return EngineState(content, tensors)
+        return EngineState({"num_rows": dict(self._num_rows), "counts": counts}, tensors)
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
-        self._halves_seen = set(content["halves_seen"])
         self._num_rows = dict(content["num_rows"])
         for name, state in self._states.items():
             started, *counts = content["counts"][name]
@@ -170,7 +167,6 @@ class SketchEngine(SketchCosts):
 
     @classmethod
     def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
-        require_halves(content["halves_seen"])
         require_num_rows(matrix, content["num_rows"])
         counts = content["counts"][matrix.name]
         started, num_microbatches, refreshed_at, _ = counts
@@ -327,8 +323,8 @@ class SketchEngine(SketchCosts):
         return GradientSVD(
             svd=svd,
             captured_energy=shares_held(held_MS[None], E_MS[None])[0],
-            split_half_cosine=split_half_cosine(E_2MS, len(self._halves_seen)),
-            subspace_cosine=split_half_cosine(wanted.U_MK.T @ E_2MS, len(self._halves_seen)),
+            split_half_cosine=split_half_cosine(E_2MS),
+            subspace_cosine=split_half_cosine(wanted.U_MK.T @ E_2MS),
             window_capture=_worst_against_best_before(state.captures),
         )
 

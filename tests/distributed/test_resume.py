@@ -289,8 +289,6 @@ OF_JSON: list[Callable[[Any], object]] = [
     lambda content: content["data"].update(refine_passes=-1),
     lambda content: content["engines"][0].update(engines={}),
     lambda content: content["engines"][0]["engines"].append({}),
-    lambda content: content["engines"][0]["engines"][0].update(halves_seen=[2]),
-    lambda content: content["engines"][0]["engines"][0].update(halves_seen="01"),
     lambda content: content["engines"][0]["engines"][0].pop("num_rows"),
 ]
 OF_SKETCH: list[Callable[[Any], object]] = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -73,6 +75,25 @@ def test_split_half_cosine_of_exact_is_near_the_gradients(T: int) -> None:
     even, odd = halves @ Phi_NS.double()
     expected = ((even * odd).sum() / (even.norm() * odd.norm())).item()
     assert engine.split_half_cosines(world) == [pytest.approx(expected, abs=1e-5)]
+
+
+@pytest.mark.parametrize("T", [8, 200])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_half_without_microbatches_has_no_cosine(name: str, T: int) -> None:
+    """Over any number of refreshes, and with a state that was saved and loaded on the way."""
+    M, N, world = 96, 80, World.alone()
+    matrix = Matrix(name="any", M=M, N=N, num_triplets=4, width=12, owner=0, engine=name)
+    fresh = partial(ENGINES[name], [matrix], home=StateHome(torch.device("cpu")), seed=0, dtype=torch.float32)
+    engine, draw = fresh(), torch.Generator().manual_seed(0)
+    for _ in range(4):
+        engine.begin_microbatch(1)
+        engine.observe("any", torch.randn(T, N, generator=draw), torch.randn(T, M, generator=draw))
+        engine.end_microbatch(world)
+        state, engine = engine.save_state(world), fresh()
+        engine.load_state(state.content, state.tensors, world)
+        assert engine.split_half_cosines(world) == [None]
+    found = dict(engine.factorize(world, 1))["any"]
+    assert found.split_half_cosine is None and found.subspace_cosine is None
 
 
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor has no units for bfloat16")
