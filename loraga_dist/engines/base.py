@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.product import square_bytes
+from loraga_dist.engines.product import rows_with_gradient, square_bytes
 from loraga_dist.linalg import TruncatedSVD, regression_bytes
 
 
@@ -154,11 +154,9 @@ ERROR_COLUMNS = 16
 """Width of the Gaussian error sketches; the energy they estimate is within about 0.02 of the truth."""
 
 
-def split_half_cosine(E_2MS: Tensor, halves_seen: int) -> float | None:
+def split_half_cosine(E_2MS: Tensor) -> float | None:
     """Cosine between the mean gradients of even and odd microbatches, from their error sketches; None where one of them
-    has none."""
-    if halves_seen < 2:
-        return None
+    is zero, as that of a half without microbatches is."""
     even, odd = E_2MS.double()
     norms = (even.norm() * odd.norm()).item()
     return (even * odd).sum().item() / norms if norms else None
@@ -180,11 +178,12 @@ class GradientEngine(ABC):
         self._seed = seed
         self._dtype = dtype
         self._half = 0
-        self._halves_seen: set[int] = set()
+        self._num_rows = {matrix.name: 0 for matrix in matrices if matrix.is_routed}
+        """With a gradient, of all ranks in the first pass: no gradient has a higher rank."""
+        self._rows_here: dict[str, Tensor] = {}
 
     def begin_microbatch(self, index: int) -> None:
         self._half = index % 2
-        self._halves_seen.add(self._half)
 
     def is_routed(self, name: str) -> bool:
         return self._matrices[name].is_routed
@@ -193,8 +192,27 @@ class GradientEngine(ABC):
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None: ...
 
     def end_microbatch(self, world: Collectives) -> None:
-        """After every backward, on all ranks."""
-        return None
+        """After every backward, on all ranks; a collective where a matrix is routed."""
+        for name, rows in self._sum_rows(list(self._num_rows), world).items():
+            self._num_rows[name] += rows
+
+    def _count_rows(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
+        count = rows_with_gradient(x_TN, dy_TM).sum()
+        self._rows_here[name] = self._rows_here[name] + count if name in self._rows_here else count
+
+    def _sum_rows(self, names: Sequence[str], world: Collectives) -> dict[str, int]:
+        """How many rows of these were counted in the microbatch at hand, on all ranks; a collective if any is named."""
+        if not names:
+            return {}
+        none = torch.zeros((), dtype=torch.int64, device=self._home.device)
+        rows = torch.stack([self._rows_here.get(name, none) for name in names])
+        self._rows_here.clear()
+        return dict(zip(names, map(int, world.sum_(rows.double()).tolist()), strict=True))
+
+    def _drop_noise_(self, name: str, S_K: Tensor) -> None:
+        """Zero the singular values that are rounding's, which in 16 bits looks like more directions than rows have."""
+        if name in self._num_rows:
+            S_K[self._num_rows[name] :] = 0
 
     @abstractmethod
     def split_half_cosines(self, world: Collectives) -> list[float | None]:
@@ -319,10 +337,10 @@ def require_entries(saved: Entries, expected: Entries) -> None:
             raise ValueError(f"{name} is {saved.get(name)} and not {entry}")
 
 
-def require_halves(halves_seen: Any) -> None:
-    """Raise ValueError for what `save_state` does not write as the halves of the data that were seen."""
-    if halves_seen not in ([], [0], [1], [0, 1]):
-        raise ValueError("halves_seen is none of the halves of the data")
+def require_num_rows(matrix: Matrix, num_rows: Any) -> None:
+    """Raise ValueError or KeyError for what `save_state` does not write as the rows of a matrix."""
+    if matrix.is_routed and not (type(num_rows[matrix.name]) is int and num_rows[matrix.name] >= 0):
+        raise ValueError(f"{matrix.name} has {num_rows[matrix.name]} rows")
 
 
 def gather_on_owner_(tensor: Tensor, owner: int, world: Collectives) -> bool:

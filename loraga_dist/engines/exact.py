@@ -19,7 +19,7 @@ from loraga_dist.engines.base import (
     gather_on_owner_,
     naming,
     require_entries,
-    require_halves,
+    require_num_rows,
     seeded_generator,
     split_half_cosine,
 )
@@ -46,6 +46,8 @@ class ExactEngine(GradientEngine):
             self._Phi[matrix.name] = torch.randn(matrix.N, ERROR_COLUMNS, generator=generator).to(home.device)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
+        if name in self._num_rows:
+            self._count_rows(name, x_TN, dy_TM)
         kept, E_2MS, Phi_NS = self._G[name], self._E[name], self._Phi[name]
         G_MN = self._home.fetch(kept)
         add_product_(G_MN, dy_TM, x_TN)
@@ -62,7 +64,7 @@ class ExactEngine(GradientEngine):
             E_2MS = self._E[matrix.name].clone()  # the sum must not count again when the sweep ends
             world.reduce_(E_2MS, matrix.owner)
             if matrix.owner == world.rank:
-                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+                cosines.append(split_half_cosine(E_2MS))
         return cosines
 
     def save_state(self, world: Collectives) -> EngineState:
@@ -74,10 +76,10 @@ class ExactEngine(GradientEngine):
                 self._home.put_back(kept, sums)
                 if is_owner:
                     tensors[f"{name}/{part}"] = sums.cpu()
-        return EngineState({"halves_seen": sorted(self._halves_seen)}, tensors)
+        return EngineState({"num_rows": dict(self._num_rows)}, tensors)
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
-        self._halves_seen = set(content["halves_seen"])
+        self._num_rows = dict(content["num_rows"])
         for name, matrix in self._matrices.items():
             if matrix.owner == world.rank:
                 self._home.put_back(self._G[name], tensors[f"{name}/G"].to(self._home.device))
@@ -85,7 +87,7 @@ class ExactEngine(GradientEngine):
 
     @classmethod
     def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
-        require_halves(content["halves_seen"])
+        require_num_rows(matrix, content["num_rows"])
         M, N = matrix.M, matrix.N
         require_entries(saved, {"G": (torch.float32, (M, N)), "E": (torch.float32, (2, M, ERROR_COLUMNS))})
 
@@ -109,14 +111,15 @@ class ExactEngine(GradientEngine):
         for matrix, G_MN in self.mean_gradients(num_tokens):
             with naming(matrix):
                 svd = self.svd(matrix, G_MN)
+                self._drop_noise_(matrix.name, svd.S_K)
                 wanted = svd.S_K[: matrix.num_triplets].double().square().sum().item()
                 whole = torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item()
-            E_2MS, halves_seen = self._E.pop(matrix.name), len(self._halves_seen)
+            E_2MS = self._E.pop(matrix.name)
             found = GradientSVD(
                 svd=svd,
                 captured_energy=wanted / whole if whole else 0.0,
-                split_half_cosine=split_half_cosine(E_2MS, halves_seen),
-                subspace_cosine=split_half_cosine(svd.leading(matrix.num_triplets).U_MK.T @ E_2MS, halves_seen),
+                split_half_cosine=split_half_cosine(E_2MS),
+                subspace_cosine=split_half_cosine(svd.leading(matrix.num_triplets).U_MK.T @ E_2MS),
             )
             yield matrix.name, found
 

@@ -21,7 +21,7 @@ from loraga_dist.engines.base import (
     require_entries,
 )
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.product import add_square_, mirror_lower_
+from loraga_dist.engines.product import add_square_, mirror_lower_, rows_with_gradient
 from loraga_dist.linalg import DampedMoment, effective_rank, regression
 
 
@@ -62,8 +62,7 @@ class Inputs:
             return
         if self._matrices[name].is_routed:
             if not self._is_copy:
-                # padding is routed, too, but has no gradient
-                counts_T = (dy_TM != 0).any(dim=1)
+                counts_T = rows_with_gradient(x_TN, dy_TM)  # padding is routed, too
                 self._add(name, x_TN * counts_T[:, None], counts_T.sum())
             return
         if name not in self._leader_of:

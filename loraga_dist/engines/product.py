@@ -23,6 +23,20 @@ def add_product_(sum_MN: Tensor, left_TM: Tensor, right_TN: Tensor) -> None:
         sum_MN.addmm_(left_TM.float().t(), right_TN.float())
 
 
+def dtype_of_products(dtype: torch.dtype) -> torch.dtype:
+    """What products of such data are handed over in, where these are multiplied again: float16 has not the range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def rows_with_gradient(x_TN: Tensor, dy_TM: Tensor) -> Tensor:
+    """Which rows add to dy^T x, whichever side has the gradient: padding and what no loss depends on do not."""
+    return _nonzero_rows(x_TN) & _nonzero_rows(dy_TM)
+
+
+def _nonzero_rows(rows: Tensor) -> Tensor:
+    return (rows.amax(dim=1) != 0) | (rows.amin(dim=1) != 0)  # ten times faster than `any` on CPUs
+
+
 def add_square_(sum_NN: Tensor, x_TN: Tensor) -> None:
     """Add x^T x to the lower triangle of a float32 sum; what is above it is for `mirror_lower_`."""
     for first in range(0, len(sum_NN), _BLOCK):

@@ -30,11 +30,12 @@ from loraga_dist.engines.base import (
     gather_on_owner_,
     naming,
     require_entries,
-    require_halves,
+    require_num_rows,
     seeded_generator,
     split_half_cosine,
 )
 from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.product import dtype_of_products
 from loraga_dist.engines.sketch_state import SketchCosts, State, Window, equal_batches, kept_rows
 from loraga_dist.engines.sketch_union import shares_held, unite
 from loraga_dist.linalg import TruncatedSVD, complete_bases, orthonormal_columns
@@ -50,7 +51,7 @@ class SketchEngine(SketchCosts):
 
     def __init__(self, matrices: Sequence[Matrix], *, home: StateHome, seed: int, dtype: torch.dtype) -> None:
         """dtype: of x and dy; data of another dtype is right, too, but the bases are cast for it every time."""
-        super().__init__(matrices, home=home, seed=seed, dtype=dtype)
+        super().__init__(matrices, home=home, seed=seed, dtype=dtype_of_products(dtype))
         self._device = home.device
         self._states = {
             matrix.name: State(
@@ -61,7 +62,9 @@ class SketchEngine(SketchCosts):
 
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
         state = self._states[name]
-        state.rows_here += len(x_TN)
+        if state.window is None or state.matrix.is_routed:
+            self._count_rows(name, x_TN, dy_TM)
+        x_TN, dy_TM = (rows.to(dtype_of_products(rows.dtype)) for rows in (x_TN, dy_TM))
         if state.window is None:
             x_TN, dy_TM = self._few_rows(state, x_TN, dy_TM)
             state.cold.append((self._home.keep(x_TN), self._home.keep(dy_TM)))
@@ -107,7 +110,7 @@ class SketchEngine(SketchCosts):
                 E_2MS = E_2MS.clone()
                 world.reduce_(E_2MS, state.matrix.owner)
             if state.matrix.owner == world.rank:
-                cosines.append(split_half_cosine(E_2MS, len(self._halves_seen)))
+                cosines.append(split_half_cosine(E_2MS))
         return cosines
 
     def begin_refinement(self, world: Collectives) -> None:
@@ -139,16 +142,16 @@ class SketchEngine(SketchCosts):
                     kept["P"], kept["Q"] = state.bases(self._home)
                 tensors |= {f"{name}/{part}": self._home.fetch(tensor).cpu() for part, tensor in kept.items()}
         counts = {
-            name: [state.window is not None, state.num_microbatches, state.refreshed_at, state.refining, state.num_rows]
+            name: [state.window is not None, state.num_microbatches, state.refreshed_at, state.refining]
             for name, state in self._states.items()
         }
-        return EngineState({"halves_seen": sorted(self._halves_seen), "counts": counts}, tensors)
+        return EngineState({"num_rows": dict(self._num_rows), "counts": counts}, tensors)
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
-        self._halves_seen = set(content["halves_seen"])
+        self._num_rows = dict(content["num_rows"])
         for name, state in self._states.items():
             started, *counts = content["counts"][name]
-            state.num_microbatches, state.refreshed_at, state.refining, state.num_rows = counts
+            state.num_microbatches, state.refreshed_at, state.refining = counts
             is_owner = state.matrix.owner == world.rank
             if started:
                 P_MK, Q_NK = (tensors[f"{name}/{part}"].to(self._device) for part in "PQ")
@@ -164,11 +167,11 @@ class SketchEngine(SketchCosts):
 
     @classmethod
     def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
-        require_halves(content["halves_seen"])
+        require_num_rows(matrix, content["num_rows"])
         counts = content["counts"][matrix.name]
-        started, num_microbatches, refreshed_at, _, num_rows = counts
-        is_typed = [type(count) for count in counts] == [bool, int, int, bool, int]
-        if not is_typed or not 0 <= refreshed_at <= num_microbatches or num_rows < 0:
+        started, num_microbatches, refreshed_at, _ = counts
+        is_typed = [type(count) for count in counts] == [bool, int, int, bool]
+        if not is_typed or not 0 <= refreshed_at <= num_microbatches:
             raise ValueError(f"{matrix.name} has the counts {counts}")
         M, N, K, float32 = matrix.M, matrix.N, matrix.width, torch.float32
         # of as many windows as there were
@@ -198,32 +201,20 @@ class SketchEngine(SketchCosts):
         return [state for state in self._states.values() if state.is_unfinished]
 
     def _reached(self, world: Collectives) -> list[State]:
-        """Those that have bases or can have them now, unless they are routed and no rank was shown a row of theirs.
+        """Those that have bases or can have them now, unless they are routed and no row of theirs has a gradient.
 
         A collective while there is one of which this is not known beforehand.
         """
-        asked = [state for state in self._states.values() if state.window is None or state.matrix.is_routed]
+        asked = [name for name, state in self._states.items() if state.window is None or state.matrix.is_routed]
         unreached = set()
-        if asked:
-            rows = torch.tensor([state.rows_here for state in asked], dtype=torch.float64, device=self._device)
-            signs = rows.clone()
-            for at, state in enumerate(asked):
-                if state.window is None:
-                    signs[at] = self._largest_gradient(state)
-            for state, any_sign, num_rows in zip(asked, *world.sum_(torch.stack([signs, rows])).tolist(), strict=True):
-                if state.matrix.is_routed and not state.refining:
-                    state.num_rows += int(num_rows)
-                if not any_sign:
-                    unreached.add(state.matrix.name)
-                    state.cold.clear()
-        for state in self._states.values():
-            state.rows_here = 0
+        for name, rows in self._sum_rows(asked, world).items():
+            state = self._states[name]
+            if state.matrix.is_routed and not state.refining:
+                self._num_rows[name] += rows
+            if not rows:
+                unreached.add(name)
+                state.cold.clear()
         return [state for name, state in self._states.items() if name not in unreached]
-
-    def _largest_gradient(self, state: State) -> Tensor:
-        """Largest magnitude in the cold rows' dy; 0 without rows."""
-        magnitudes = [self._home.fetch(dy_TM).abs().amax().float() for _, dy_TM in state.cold if dy_TM.numel()]
-        return torch.stack([*magnitudes, torch.zeros((), device=self._device)]).amax()
 
     def _start(self, states: Sequence[State], world: Collectives) -> None:
         """Bases from the first microbatch by subspace iteration over ranks; then its sketch, as of any other data."""
@@ -237,12 +228,12 @@ class SketchEngine(SketchCosts):
                 for state, X_MK, X_NK in zip(batch, X_BMK, X_BNK, strict=True):
                     for x_TN, dy_TM in map(self._fetched, state.cold):
                         X_MK += _product(dy_TM, x_TN, X_NK)
-                self._share_bases(X_BMK, matrix.owner, generators, world)
+                self._share_bases(X_BMK, batch, generators, world)
                 X_BNK.zero_()
                 for state, X_MK, X_NK in zip(batch, X_BMK, X_BNK, strict=True):
                     for x_TN, dy_TM in map(self._fetched, state.cold):
                         X_NK += _product(x_TN, dy_TM, X_MK)
-                self._share_bases(X_BNK, matrix.owner, generators, world)
+                self._share_bases(X_BNK, batch, generators, world)
             for state, P_MK, Q_NK in zip(batch, X_BMK, X_BNK, strict=True):
                 window = self._open(state, P_MK, Q_NK, is_owner=world.rank == matrix.owner)
                 for x_TN, dy_TM in map(self._fetched, state.cold):
@@ -250,13 +241,15 @@ class SketchEngine(SketchCosts):
                 state.cold.clear()
 
     def _share_bases(
-        self, X_BMK: Tensor, owner: int, generators: Sequence[torch.Generator], world: Collectives
+        self, X_BMK: Tensor, batch: Sequence[State], generators: Sequence[torch.Generator], world: Collectives
     ) -> None:
         """Put orthonormal columns that span the sum over ranks in its place."""
+        owner = batch[0].matrix.owner
         world.reduce_(X_BMK, owner)
         if world.rank == owner:
-            W_BMK, held_BK = orthonormal_columns(X_BMK)
-            X_BMK.copy_(complete_bases([W_BMK], held_BK, generators)[0])
+            with naming(batch[0].matrix, len(batch) - 1):
+                W_BMK, held_BK = orthonormal_columns(X_BMK)
+                X_BMK.copy_(complete_bases([W_BMK], held_BK, generators)[0])
         world.broadcast_(X_BMK, owner)
 
     def _start_anywhere(self, states: Sequence[State]) -> None:
@@ -322,8 +315,7 @@ class SketchEngine(SketchCosts):
         assert state.window is not None and state.S_K is not None
         P_MK, Q_NK = state.bases(self._home)
         Phi_NS = fetch(state.window.QPhi_NC)[:, matrix.width :].float()
-        if matrix.is_routed:
-            state.S_K[state.num_rows :] = 0  # what products in 16 bits have rounded looks like more
+        self._drop_noise_(matrix.name, state.S_K)
         svd = TruncatedSVD(U_MK=P_MK, S_K=state.S_K / num_tokens, Vh_KN=Q_NK.T.contiguous())
         E_2MS = fetch(state.E_2MS)
         wanted, E_MS = svd.leading(matrix.num_triplets), E_2MS.sum(dim=0) / num_tokens
@@ -331,8 +323,8 @@ class SketchEngine(SketchCosts):
         return GradientSVD(
             svd=svd,
             captured_energy=shares_held(held_MS[None], E_MS[None])[0],
-            split_half_cosine=split_half_cosine(E_2MS, len(self._halves_seen)),
-            subspace_cosine=split_half_cosine(wanted.U_MK.T @ E_2MS, len(self._halves_seen)),
+            split_half_cosine=split_half_cosine(E_2MS),
+            subspace_cosine=split_half_cosine(wanted.U_MK.T @ E_2MS),
             window_capture=_worst_against_best_before(state.captures),
         )
 

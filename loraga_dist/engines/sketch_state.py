@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from loraga_dist.engines.base import ERROR_COLUMNS, FLOPS_PER_BYTE, Amount, GradientEngine, Matrix
 from loraga_dist.engines.home import StateHome
+from loraga_dist.engines.product import dtype_of_products
 
 _WINDOW_BYTES = 8
 """Of a window, per column and row of the matrix: Y or Z, and P or Q in 32 bits or twice 16."""
@@ -48,15 +49,11 @@ class State:
     cold: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(x_TN, dy_TM) of the microbatch at hand, while there are no bases."""
     window: Window | None = None
-    """None until the target has seen a token."""
+    """None until the target has seen a gradient."""
     num_microbatches: int = 0
-    """Of all ranks, since there are bases; those that sent no rank a row do not count."""
+    """Of all ranks, since there are bases; those that sent no rank a row with a gradient do not count."""
     refreshed_at: int = 0
     refining: bool = False
-    rows_here: int = 0
-    """That this rank was shown in the microbatch at hand."""
-    num_rows: int = 0
-    """Of all ranks, where the matrix is routed: no gradient has a higher rank."""
     P_rest_MK: Tensor | None = None
     Q_rest_NK: Tensor | None = None
     """On the owner, if the window's bases have 16 bits: 16 more of them."""
@@ -149,23 +146,26 @@ class SketchCosts(GradientEngine):
 
     @staticmethod
     def held_bytes(matrix: Matrix, dtype: torch.dtype, *, owned: bool) -> int:
-        M, N, K = matrix.M, matrix.N, matrix.width
+        M, N, K, dtype = matrix.M, matrix.N, matrix.width, dtype_of_products(dtype)
         window = (4 + dtype.itemsize) * K * (M + N) + 8 * M * ERROR_COLUMNS + dtype.itemsize * N * ERROR_COLUMNS
         rest = 0 if dtype == torch.float32 else dtype.itemsize * K * (M + N)
         return window + (rest + 4 * M * ERROR_COLUMNS if owned else 0)
 
     @staticmethod
     def cold_bytes(matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
+        dtype = dtype_of_products(dtype)
         rows = kept_rows(matrix, num_tokens, dtype.itemsize)
         return dtype.itemsize * rows * (matrix.M + matrix.N) + 8 * matrix.M * ERROR_COLUMNS
 
     @staticmethod
     def observation_bytes(matrix: Matrix, dtype: torch.dtype, num_tokens: int) -> int:
-        largest = max(matrix.M, matrix.N)
+        largest, given, dtype = max(matrix.M, matrix.N), dtype, dtype_of_products(dtype)
+        copies = 0 if dtype == given else dtype.itemsize * num_tokens * (matrix.M + matrix.N)
         products = dtype.itemsize * (matrix.width + ERROR_COLUMNS) * (largest + num_tokens)
         rows = kept_rows(matrix, num_tokens, dtype.itemsize)
         # fewer rows than tokens come from orthonormalizing that many columns: four float32 copies, one in dtype
-        return products if rows == num_tokens else max(products, (16 + dtype.itemsize) * rows * largest)
+        taken = products if rows == num_tokens else max(products, (16 + dtype.itemsize) * rows * largest)
+        return copies + taken
 
     @staticmethod
     def refresh_bytes(matrices: Sequence[Matrix]) -> int:
@@ -182,6 +182,7 @@ class SketchCosts(GradientEngine):
 
     @classmethod
     def cost(cls, matrix: Matrix, amount: Amount) -> int:
+        amount = replace(amount, dtype=dtype_of_products(amount.dtype))
         observing = amount.flops(cls.flops_per_token(matrix))
         unions = _refreshes(amount.num_microbatches) * cls.factorization_cost(matrix)
         traffic_bytes = cls.traffic_bytes(matrix, amount.num_microbatches, 0)

@@ -16,14 +16,13 @@ from loraga_dist.engines import ENGINES
 from loraga_dist.engines.base import EngineState
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
-from loraga_dist.errors import RunError
 from loraga_dist.files.checkpoint import Checkpoint
 from loraga_dist.gradients.block_order import BlockOrder, OnWay
 from loraga_dist.gradients.checkpointer import ORDER, Checkpointer
 from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
 from loraga_dist.gradients.kept import Keeping
-from loraga_dist.gradients.observer import NoGradient, NotFinite, Observer, name_the_culprit
+from loraga_dist.gradients.observer import NoGradient, NotFinite, Observer, failing_by_name, name_the_culprit
 from loraga_dist.gradients.passes import Position, chunks_of, is_time_to_look, median_cosine, steps_to_reach
 from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.linalg import TruncatedSVD
@@ -207,7 +206,8 @@ class _Calibrator:
             if self._at.num_microbatches == 0 and not self._at.num_groups_ahead:
                 for each in refining:
                     if each is not None:
-                        each.begin_refinement(self._world)
+                        with failing_by_name("calibrate"):
+                            each.begin_refinement(self._world)
             self._pass(route, refining, progress)
             self._save_if_due()
 
@@ -235,7 +235,8 @@ class _Calibrator:
 
         target_cosine: once the median split-half cosine reaches it, no new microbatch is looked at.
         """
-        observers = [each and Observer(each, self._world, self._request.moment_share) for each in observing]
+        goes_on, share = bool(self._at.num_samples or self._at.num_groups_ahead), self._request.moment_share
+        observers = [each and Observer(each, self._world, share, goes_on=goes_on) for each in observing]
         while self._at.num_samples < self._used.num_samples:
             at, stop = self._at, self._at.chunk_end or self._used.num_samples
             most = None if at.chunk_end else self._chunk
@@ -304,17 +305,13 @@ class _Calibrator:
         with (
             world.together(),
             phase("factorize", num_owned, "targets", shown=world.is_main, nested=True) as progress,
+            failing_by_name("factorize"),
         ):
-            try:
-                for name, found in engines.factorize(world, self._used.num_terms, self._request.config.init.damping):
-                    svd = found.svd
-                    owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
-                    mine[name] = asdict(GradientFacts.of(matrices[name], found))
-                    progress.advance()
-            except (RuntimeError, ValueError) as error:
-                if which := getattr(error, "__notes__", None):  # else a collective, which another rank has left
-                    raise RunError(f"factorize: the gradient {' '.join(which)}: {error}") from error
-                raise
+            for name, found in engines.factorize(world, self._used.num_terms, self._request.config.init.damping):
+                svd = found.svd
+                owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
+                mine[name] = asdict(GradientFacts.of(matrices[name], found))
+                progress.advance()
         facts = {name: GradientFacts(**it) for part in world.all_json(mine) for name, it in part.items()}
         tiny = torch.finfo(torch.float32).tiny
         zero = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +70,9 @@ class NoGradient(Exception):
 class Observer:
     """Shows an engine the x and dy of its targets, without syncs, and accounts for each microbatch to all ranks."""
 
-    def __init__(self, engine: EngineGroup, world: World, moment_share: float = 1.0) -> None:
-        """moment_share: of the tokens, what moments of inputs are summed over."""
+    def __init__(self, engine: EngineGroup, world: World, moment_share: float = 1.0, *, goes_on: bool = False) -> None:
+        """moment_share: of the tokens, what moments of inputs are summed over. goes_on: an earlier run was shown what
+        comes before."""
         self._engine = engine
         self._share = moment_share
         self._world = world
@@ -78,7 +80,7 @@ class Observer:
         self._in_every_microbatch = {name: None for name in self.names if not engine.engine_of[name].is_routed(name)}
         self._row = {name: row for row, name in enumerate(self.names)}
         self._seen: set[str] = set()
-        self._began = False
+        self._goes_on = goes_on
         self._failed = torch.zeros(len(self.names), dtype=torch.bool, device=world.device)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
@@ -93,7 +95,6 @@ class Observer:
         self._engine.observe(name, x_TN, dy_TM)
 
     def begin(self, microbatch: Microbatch) -> None:
-        self._began = True
         self._engine.begin_microbatch(microbatch.index)
         if self._engine.inputs.are_wanted:
             is_copy = not microbatch.num_supervised_tokens
@@ -112,13 +113,25 @@ class Observer:
         if failures or not math.isfinite(loss_value):
             failed = [name for name, row in self._row.items() if self._failed[row]]
             raise NotFinite(microbatch, loss.item(), failed)
-        self._engine.end_microbatch(world)
+        with failing_by_name("calibrate"):
+            self._engine.end_microbatch(world)
         return LossTotals(loss_value, int(tokens), int(terms))
 
     def require_all_seen(self) -> None:
         """Raise NoGradient, on every rank, when a target took no part in the loss."""
-        if self._began:  # else an earlier run was shown all there is, on every rank alike
+        if not self._goes_on:  # else the earlier run may have seen them; without a gradient none is taken in the end
             require_all_seen(list(self._in_every_microbatch), self._seen, self._world)
+
+
+@contextmanager
+def failing_by_name(step: str) -> Iterator[None]:
+    """Raise RunError, with its name, for a matrix that this rank cannot factorize."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if which := getattr(error, "__notes__", None):  # else a collective, which another rank has left
+            raise RunError(f"{step}: the gradient {' '.join(which)}: {error}") from error
+        raise
 
 
 def require_all_seen(names: Sequence[str], seen: Container[str], world: World) -> None:

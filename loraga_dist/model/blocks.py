@@ -41,11 +41,16 @@ def find_blocks(model: nn.Module) -> Blocks | None:
         return None
     text = text_model(model)
     lists = [
-        (sum(parameter.numel() for parameter in module.parameters()), Blocks(prefix=name, count=len(module)))
+        (sum(map(numel_of, module.parameters())), Blocks(prefix=name, count=len(module)))
         for name, module in model.get_submodule(text).named_modules(prefix=text)
         if isinstance(module, nn.ModuleList) and len(module) and not re.search(r"\.\d+\.", f".{name}.")
     ]
     return max(lists, key=lambda sized: sized[0])[1] if lists else None
+
+
+def numel_of(parameter: Parameter) -> int:
+    """The whole one's, also of a shard's."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def expert_lists(model: nn.Module) -> dict[str, str]:

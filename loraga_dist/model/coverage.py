@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from loraga_dist.model.blocks import numel_of
 from loraga_dist.model.stacks import find_stacks, shape_of
 from loraga_dist.model.targets import Target, kind_of
 from loraga_dist.model.towers import text_model, tower_of
@@ -68,7 +69,7 @@ class Weights:
                     kinds[name] = "embeddings"
                 else:
                     kinds[name] = kind_of(module_name) if own == "weight" else own
-        return cls({name: _numel(parameter) for name, parameter in parameters.items()}, kinds)
+        return cls({name: numel_of(parameter) for name, parameter in parameters.items()}, kinds)
 
     def covered_by(self, targets: Iterable[Target], saved: Collection[str]) -> Coverage:
         """What these targets are of them; saved: names of parameters that train whole."""
@@ -86,10 +87,6 @@ class Weights:
             num_trained_whole=sum(self.numels[name] for name in saved),
             left_out={kind: numel for kind, numel in left_out.most_common() if numel},
         )
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _output_heads(model: nn.Module) -> set[str]:

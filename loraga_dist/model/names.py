@@ -25,16 +25,19 @@ def require_matches(model: nn.Module, lora: LoraSection, *, for_experts: str | N
     instead = "all-linear"
     if for_experts:
         instead += f"; experts of this model are parameters: for them write {for_experts}"
-    _require_each("lora.target_modules", lora.target_modules, modules, matrices, instead)
+    wanted = None if lora.target_modules == "all-linear" else lora.target_modules
+    _require_each("lora.target_modules", wanted, modules, matrices, instead)
     _require_each("lora.exclude_modules", lora.exclude_modules, modules, matrices, "leave it out")
     _require_each("lora.modules_to_save", lora.modules_to_save, modules, modules, "leave it out")
     chosen = lora.layers_to_transform
     # the first in a name is a layer's, further ones may be of experts
     found = (re.search(r"\.(\d+)\.", name) for name in modules)
     numbers = sorted({int(match[1]) for match in found if match})
+    instead = f"write numbers from {numbers[0]} to {numbers[-1]}" if numbers else "leave it out"
+    if chosen == []:  # which PEFT takes for all
+        raise UserError("lora.layers_to_transform", chosen, f"names no layer; {instead}")
     for number in [chosen] if isinstance(chosen, int) else chosen or ():
         if number not in numbers:
-            instead = f"write numbers from {numbers[0]} to {numbers[-1]}" if numbers else "leave it out"
             raise UserError("lora.layers_to_transform", number, f"matches no layer; {instead}")
 
 
@@ -99,7 +102,7 @@ def _require_each(
     key: str, wanted: str | Sequence[str] | None, modules: Sequence[str], usual: Sequence[str], instead: str
 ) -> None:
     """wanted: a regular expression or ends of names. usual: what somebody would name there."""
-    if wanted is None or wanted == "all-linear":
+    if wanted is None:
         return
     if isinstance(wanted, str):
         if not any(re.fullmatch(wanted, name) for name in modules):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,9 +95,8 @@ def select_targets(
             problem = f"{parameter_name} is tied to {tied[parameter_name]}; changing one would change both"
             raise UserError(key, lora.target_parameters, f"{problem}; {_left_out(found[0], lora)}")
         matched.add(found[0].parameter_name if isinstance(layer, ParamWrapper) else name)
-        for target in found:
-            _require_size(target, lora, num_triplets, any_rank=any_rank)
         targets += found if in_files is None else [with_places(target, in_files) for target in found]
+    _require_sizes(targets, lora, num_triplets, any_rank=any_rank)
     if tied_names:
         other = tied[f"{tied_names[0]}.weight"]
         raise must_be_excluded(
@@ -268,11 +267,18 @@ def _left_out(target: Target, lora: LoraSection) -> str:
     return f"leave it out of {key}" if key == "lora.target_parameters" else "add it to lora.exclude_modules"
 
 
-def _require_size(target: Target, lora: LoraSection, num_triplets: Callable[[int], int], *, any_rank: bool) -> None:
-    """Raise UserError for a matrix that has fewer singular directions than its rank takes."""
-    smallest = min(target.M, target.N)
-    if num_triplets(1 if any_rank else target.r) <= smallest:
+def _require_sizes(
+    targets: Iterable[Target], lora: LoraSection, num_triplets: Callable[[int], int], *, any_rank: bool
+) -> None:
+    """Raise UserError for the smallest of the matrices that have fewer singular directions than their rank takes."""
+
+    def directions(target: Target) -> int:
+        return min(target.M, target.N)
+
+    small = (target for target in targets if num_triplets(1 if any_rank else target.r) > directions(target))
+    if (target := min(small, key=directions, default=None)) is None:
         return
+    smallest = directions(target)
     fitting = max(rank for rank in range(smallest + 1) if num_triplets(rank) <= smallest)
     instead = f"write {fitting} or less, there alone with lora.rank_pattern" if fitting else _left_out(target, lora)
     raise UserError(
@@ -291,14 +297,19 @@ def _require_nothing_of_inputs(lora: LoraSection, parameter: str) -> None:
         raise UserError("lora.use_dora", True, f"{problem} magnitudes; write false")
 
 
-def _check_patterns(lora: LoraSection, names: Iterable[str]) -> None:
-    """Raise UserError for a rank or alpha pattern that matches none of the names that PEFT held them against."""
+def _check_patterns(lora: LoraSection, names: Collection[str]) -> None:
+    """Raise UserError for a rank or alpha pattern that decides about none of the names that PEFT held them against."""
     from peft.utils.other import get_pattern_key
 
     for key, patterns in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern)):
         used = {get_pattern_key(list(patterns), name) for name in names}
         for pattern in patterns:
             if pattern not in used:
+                taken = sorted(name for name in names if get_pattern_key([pattern], name) == pattern)
+                if taken:
+                    first = get_pattern_key(list(patterns), taken[0])
+                    problem = f"{first} stands before it and matches {taken[0]}, too; write {pattern} first"
+                    raise UserError(key, pattern, problem)
                 instead = "write a target's name or the end of one, of experts their parameter's, or remove it"
                 raise UserError(key, pattern, f"matches no target; {instead}")
 

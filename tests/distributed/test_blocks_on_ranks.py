@@ -13,14 +13,15 @@ from outputs import relative
 from pieces import Loaded, autograd_gradients, exact_gradients, load
 from ranks import run_on_ranks
 from subspace import efficiency
-from torch import Tensor
+from torch import Tensor, nn
+from training import ZERO3, zero3
 
 from loraga_dist.config import GradientConfig, LoraSection, MethodConfig
 from loraga_dist.data.microbatches import BatchSharder, Microbatch
 from loraga_dist.gradients.block_order import NotInBlocks
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.kept import Keeping
-from loraga_dist.model.blocks import choose_order, find_blocks
+from loraga_dist.model.blocks import Blocks, choose_order, find_blocks
 from loraga_dist.model.coverage import Weights
 from loraga_dist.model.plan import make_plan
 from loraga_dist.ranks.progress import Clock
@@ -148,6 +149,28 @@ def test_ranks_have_the_unsharded_gradients(world_size: int, models: Path) -> No
         assert part.not_in_blocks == parts[0].not_in_blocks != []
         assert "block 2 uses what a block before it left behind" in part.not_in_blocks[0]
         assert part.amiss == []
+
+
+class TwoLists(nn.Module):
+    """The smaller list comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.ModuleList([nn.Linear(2, 2)])
+        self.layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
+
+
+def blocks_of_shards() -> Blocks | None:
+    import deepspeed
+
+    with zero3(World.start(), switched_on=False), deepspeed.zero.Init(config_dict_or_path=ZERO3):
+        model = TwoLists()
+    assert not sum(parameter.numel() for parameter in model.parameters())
+    return find_blocks(model)
+
+
+def test_the_list_of_most_parameters_is_found_among_shards_too() -> None:
+    assert run_on_ranks(blocks_of_shards, 2, timeout_seconds=120) == [Blocks(prefix="layers", count=3)] * 2
 
 
 def fail_to_hold(model: Path) -> list[str]:

@@ -150,17 +150,27 @@ def test_many_together_are_as_good_as_each_alone(truth: Tensor) -> None:
             assert well_used(truth[expert], each) == pytest.approx(well_used(truth[expert], single), abs=1e-4)
 
 
-def test_products_in_16_bits_give_no_more_directions_than_rows() -> None:
-    members = [replace(matrices("sketch", 1)[0], is_routed=is_routed) for is_routed in (True, False)]
+@pytest.mark.parametrize("swapped", [False, True], ids=["x, dy", "dy, x"])
+@pytest.mark.parametrize("kind", ENGINES)
+def test_rounding_gives_no_more_directions_than_rows_with_a_gradient(kind: str, swapped: bool) -> None:
+    """Most rows have none, as padding and prompts do; Llama4's experts have it on the other side."""
+    shown_MN = (N, M) if swapped else (M, N)
+    members = [
+        replace(matrices(kind, 1)[0], M=shown_MN[0], N=shown_MN[1], is_routed=is_routed) for is_routed in (True, False)
+    ]
     ranks = []
     for member in members:
-        engine, world = ENGINES["sketch"]([member], home=HOME, seed=0, dtype=torch.bfloat16), World.alone()
+        engine, world = ENGINES[kind]([member], home=HOME, seed=0, dtype=torch.bfloat16), World.alone()
         draw = torch.Generator().manual_seed(0)
-        for index in range(3):
-            engine.begin_microbatch(index)
-            dy_TM = torch.randn(2, M, generator=draw).bfloat16()
-            engine.observe(member.name, torch.randn(2, N, generator=draw).bfloat16(), dy_TM)
+        for index in range(2 if kind == "exact" else 4):
+            engine.begin_microbatch(index % 2)
+            x_TN, dy_TM = (torch.randn(40, width, generator=draw).bfloat16() for width in (N, M))
+            dy_TM[3:] = 0
+            engine.observe(member.name, *((dy_TM, x_TN) if swapped else (x_TN, dy_TM)))
             engine.end_microbatch(world)
+            if index == 1 and kind == "sketch":  # the same rows once more, which count once
+                engine.begin_refinement(world)
+                draw.manual_seed(0)
         S_K = dict(engine.factorize(world, 1))[member.name].svd.S_K
         ranks.append(int((S_K > 0).sum()))
     assert ranks[0] == 6 < ranks[1], "else rounding is taken for directions"
@@ -203,6 +213,10 @@ def test_a_state_with_matrices_that_were_not_seen_goes_on(kind: str, before: int
             if name.startswith(f"{matrix.name}/")
         }
         ENGINES[kind].check_state(matrix, saved.content, own)
+        for wrong in (-1, 1.5, None):
+            content = saved.content | {"num_rows": saved.content["num_rows"] | {matrix.name: wrong}}
+            with pytest.raises(ValueError, match="rows"):
+                ENGINES[kind].check_state(matrix, content, own)
     if kind == "sketch":
         assert [saved.content["counts"][name_of(expert)][0] for expert in (0, LATE_ONE, NEVER)] == [True, False, False]
     resumed = merged(run_on_ranks(go_on, after, kind, saved))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -75,6 +77,25 @@ def test_split_half_cosine_of_exact_is_near_the_gradients(T: int) -> None:
     assert engine.split_half_cosines(world) == [pytest.approx(expected, abs=1e-5)]
 
 
+@pytest.mark.parametrize("T", [8, 200])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_half_without_microbatches_has_no_cosine(name: str, T: int) -> None:
+    """Over any number of refreshes, and with a state that was saved and loaded on the way."""
+    M, N, world = 96, 80, World.alone()
+    matrix = Matrix(name="any", M=M, N=N, num_triplets=4, width=12, owner=0, engine=name)
+    fresh = partial(ENGINES[name], [matrix], home=StateHome(torch.device("cpu")), seed=0, dtype=torch.float32)
+    engine, draw = fresh(), torch.Generator().manual_seed(0)
+    for _ in range(4):
+        engine.begin_microbatch(1)
+        engine.observe("any", torch.randn(T, N, generator=draw), torch.randn(T, M, generator=draw))
+        engine.end_microbatch(world)
+        state, engine = engine.save_state(world), fresh()
+        engine.load_state(state.content, state.tensors, world)
+        assert engine.split_half_cosines(world) == [None]
+    found = dict(engine.factorize(world, 1))["any"]
+    assert found.split_half_cosine is None and found.subspace_cosine is None
+
+
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor has no units for bfloat16")
 def test_products_of_bfloat16_lose_no_more_than_the_data_has_lost() -> None:
     """Each product is rounded once; over many microbatches these errors average out, as the data's own do."""
@@ -94,6 +115,27 @@ def test_products_of_bfloat16_lose_no_more_than_the_data_has_lost() -> None:
     ((_, G_MN),) = engine.mean_gradients(1)
     assert (G_MN - rounded_data).norm() < 1.5 * (rounded_data - truth).norm()
     assert (G_MN - rounded_data).norm() < 3e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("tokens", [32, 512], ids=["few rows at first", "many"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_products_of_float16_may_be_out_of_its_range(name: str, tokens: int) -> None:
+    M, N, world = 96, 80, World.alone()
+    width = ENGINES[name].width(8, M, N, 16)
+    matrix = Matrix(name="any", M=M, N=N, num_triplets=8, width=width, owner=0, engine=name)
+    engine = ENGINES[name]([matrix], home=StateHome(torch.device("cpu")), seed=0, dtype=torch.float16)
+    draw, G_MN = torch.Generator().manual_seed(0), torch.zeros(M, N, dtype=torch.float64)
+    mean_N, mean_M = torch.randn(N, generator=draw), torch.randn(M, generator=draw)
+    for index in range(4):
+        x_TN = (8000 * (mean_N + 0.1 * torch.randn(tokens, N, generator=draw))).half()
+        dy_TM = (mean_M + 0.1 * torch.randn(tokens, M, generator=draw)).half()
+        engine.begin_microbatch(index)
+        engine.observe("any", x_TN, dy_TM)
+        engine.end_microbatch(world)
+        G_MN += dy_TM.double().T @ x_TN.double()
+    found = dict(engine.factorize(world, 1))["any"]
+    assert found.svd.S_K[0].item() == pytest.approx(torch.linalg.matrix_norm(G_MN, 2).item(), rel=1e-4)
+    assert found.captured_energy > 0.99
 
 
 def large(engine: str, d: int) -> Matrix:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
+from builders import make_model
 from torch import nn
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from loraga_dist.config import LoraSection
 from loraga_dist.errors import UserError
 from loraga_dist.model.names import pattern_of, require_matches
+from loraga_dist.model.selection import select_targets
+from loraga_dist.model.targets import meta_copy
 from loraga_dist.model.towers import text_model, tower_of
 
 
@@ -32,6 +36,27 @@ def test_numbers_of_experts_are_none_of_layers() -> None:
     require_matches(model, LoraSection(layers_to_transform=[0, 1]))
     with pytest.raises(UserError, match="8: matches no layer; write numbers from 0 to 1"):
         require_matches(model, LoraSection(layers_to_transform=[0, 8]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"exclude_modules": "all-linear"}, "lora.exclude_modules: 'all-linear': matches no module's whole name, as"),
+        ({"layers_to_transform": []}, r"lora.layers_to_transform: \[\]: names no layer; write numbers from 0 to 2"),
+        (
+            {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 8}},
+            "layers.0.self_attn.q_proj': q_proj stands before it and matches model.layers.0.self_attn.q_proj, too; "
+            "write layers.0.self_attn.q_proj first",
+        ),
+        ({"rank_pattern": {"q_proj": 4, "v_proj": 8}}, "'v_proj': matches no target"),
+        ({"r": 40}, "k_proj is 32 x 64 and needs 80 singular directions; write 16 or less"),
+    ],
+)
+def test_settings_that_do_nothing_or_do_not_fit_are_told_what_to_write(settings: dict[str, Any], told: str) -> None:
+    model = make_model("llama")
+    lora = LoraSection(target_modules=["q_proj", "k_proj"], **settings)
+    with pytest.raises(UserError, match=told):
+        select_targets(meta_copy(type(model), model.config), lora, lambda r: 2 * r)
 
 
 def test_a_language_model_with_its_head_inside_leaves_towers_beside_it() -> None:
