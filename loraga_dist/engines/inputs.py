@@ -53,7 +53,8 @@ class Inputs:
         return bool(self._matrices)
 
     def begin_microbatch(self, rows: Mapping[int, Tensor], *, is_copy: bool) -> None:
-        """rows: which rows count, by how many there are; all of an input of another number, but none of a copy."""
+        """rows: which rows count, by how many there are; of an input of another number those with a gradient, none of a
+        copy."""
         self._rows = {count: chosen.to(self._home.device) for count, chosen in rows.items()}
         self._is_copy, self._last = is_copy, None
 
@@ -62,8 +63,7 @@ class Inputs:
             return
         if self._matrices[name].is_routed:
             if not self._is_copy:
-                counts_T = rows_with_gradient(x_TN, dy_TM)  # padding is routed, too
-                self._add(name, x_TN * counts_T[:, None], counts_T.sum())
+                self._add_with_gradient(name, x_TN, dy_TM)  # padding is routed, too
             return
         if name not in self._leader_of:
             leader = self._last[1] if self._last is not None and _is_same(x_TN, self._last[0]) else name
@@ -74,7 +74,13 @@ class Inputs:
             return
         if len(x_TN) in self._rows:
             x_TN = x_TN.index_select(0, self._rows[len(x_TN)])
-        self._add(name, x_TN, len(x_TN))
+            self._add(name, x_TN, len(x_TN))
+        else:  # of an output head, a part of a long sequence
+            self._add_with_gradient(name, x_TN, dy_TM)
+
+    def _add_with_gradient(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
+        counts_T = rows_with_gradient(x_TN, dy_TM)
+        self._add(name, x_TN * counts_T[:, None], counts_T.sum())
 
     def _add(self, name: str, x_TN: Tensor, num_tokens: int | Tensor) -> None:
         kept = self._sums[name]

@@ -29,7 +29,7 @@ BEGAN = "began"
 ORDER = "order"
 """In which the model is gone through: another number of ranks might choose another."""
 
-_FORMAT = 9
+_FORMAT = 8
 """Of saved states; one of another number is other work."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import make_model
 from families import TARGETS, padded_microbatches, task_of, tiny
 from outputs import angle_between_rows, relative
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.data.microbatches import Microbatch, counted_rows
 from loraga_dist.engines.product import add_square_, mirror_lower_
 from loraga_dist.errors import UserError
+from loraga_dist.gradients import head
 from loraga_dist.gradients.forward import forward
 from loraga_dist.linalg import DampedMoment, regression, truncated_svd
 from loraga_dist.start.in_place import Start
@@ -225,3 +227,28 @@ def test_a_factor_of_float32_solves_as_one_of_float64(tokens: int, damping: floa
     V_NK = torch.randn(1100, 5, generator=generator, dtype=torch.float64)
     found_NK, expected_NK = DampedMoment(moment_NN, damping).solve(V_NK), torch.linalg.solve(C_NN, V_NK)
     assert relative(found_NK, expected_NK) < 1e-8
+
+
+def test_a_head_that_takes_long_sequences_in_parts_counts_the_tokens_with_a_label(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long the parts are, and however much padding there is."""
+    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :20] = IGNORED
+    found = []
+    for num_padding, tokens_at_once in ((0, 16), (0, 7), (40, 16)):
+        monkeypatch.setattr(head, "LOGITS_AT_ONCE", 258 * 2 * tokens_at_once)
+        padded = nn.functional.pad
+        batch = {
+            "input_ids": padded(ids, (0, num_padding)),
+            "labels": padded(labels, (0, num_padding), value=IGNORED),
+            "attention_mask": padded(torch.ones_like(ids), (0, num_padding)),
+        }
+        config = {"lora": {"r": 2, "target_modules": ["lm_head"]}, "init": {"scheme": "rrr"}}
+        gradients = loraga_dist.initialize(make_model("llama"), [batch] * 2, config).gradients
+        assert gradients is not None
+        found.append(gradients.facts["lm_head"])
+    for other in found[1:]:
+        assert other.input_rank == pytest.approx(found[0].input_rank, rel=1e-4)
+        assert other.singular_values == pytest.approx(found[0].singular_values, rel=1e-4)
