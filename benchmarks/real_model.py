@@ -85,8 +85,8 @@ class Settings:
     """For exact matches."""
     calibration_batches: int = 8
     more_steps: int = 12
-    """As many as take what a calibration of `calibration_batches` and its factorization take: in bfloat16 68 to 83 s of a
-    core of an AMD EPYC with units for it, where a step takes 6.3 to 6.8 s."""
+    """As many as take what a calibration of `calibration_batches` and its factorization take: in bfloat16 68 to 83 s of
+    a core of an AMD EPYC with units for it, where a step takes 6.3 to 6.8 s."""
 
 
 ON_GPU: dict[str, Any] = {"dtype": "bfloat16", "generated_answers": 512}
