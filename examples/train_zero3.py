@@ -81,7 +81,8 @@ def main() -> Any:
     else:
         base_name, revision, calibration = options.model, None, CalibrationConfig(max_length=256)
     base = AutoModelForCausalLM.from_pretrained(base_name, revision=revision, dtype=torch.float32)
-    batches = read_batches(options, calibration, AutoTokenizer.from_pretrained(base_name, revision=revision))
+    tokenizer = AutoTokenizer.from_pretrained(base_name, revision=revision)
+    batches = read_batches(options, calibration, tokenizer, base.config.get_text_config().vocab_size)
     if options.loraga_dir:
         model: Any = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)
     else:
@@ -134,7 +135,7 @@ def parameter_groups(model: torch.nn.Module, learning_rate: float, loraplus_lr_r
 
 
 def read_batches(
-    options: argparse.Namespace, calibration: CalibrationConfig, tokenizer: Any
+    options: argparse.Namespace, calibration: CalibrationConfig, tokenizer: Any, num_embeddings: int
 ) -> list[dict[str, torch.Tensor]]:
     """This rank's batches, as many as the steps take; every rank reads the data and takes its own samples."""
     num_samples = options.steps * options.batch_size * dist.get_world_size()
@@ -143,7 +144,7 @@ def read_batches(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         per_device_batch_size=options.batch_size,
-        pad_token_id=padding_token_id(tokenizer),
+        pad_token_id=padding_token_id(tokenizer, num_embeddings),
     )
     num_whole = sharder.num_samples // sharder.samples_per_step * sharder.samples_per_step
     if not num_whole:
