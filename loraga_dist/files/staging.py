@@ -192,8 +192,8 @@ class StagedDirectory:
             if self.destination.exists():
                 if not self._was_there or self._replaces is None:
                     raise self._kept("has appeared meanwhile")
-                if found := self._replaces(self.destination):  # put there since the work began
-                    raise self._kept(f"holds {_some(found)}")
+                if (found := self._replaces(self.destination)) != []:  # put there since the work began
+                    raise self._kept(f"holds {_some(found)}" if found else "is the earlier output no longer")
                 (self.destination / UNFINISHED_MARK).touch()
                 self.destination.rename(self._old)
             try:

@@ -68,6 +68,16 @@ def test_what_was_put_into_the_old_output_meanwhile_is_kept(replacing: StagedDir
     assert (replacing.path / "file").read_text() == "new"
 
 
+def test_what_stands_in_the_place_of_the_old_output_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    staged = StagedDirectory(tmp_path / "out", World.current(), replaces=lambda _: None)
+    staged.create(0)
+    with pytest.raises(RunError, match="is the earlier output no longer and is kept"):
+        staged.commit()
+    staged.discard()
+    assert (tmp_path / "out").is_dir() and staged.path.is_dir()
+
+
 def test_a_place_is_free_where_all_in_it_is_of_an_earlier_output(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
