@@ -18,7 +18,7 @@ from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.disk import read_json
 from loraga_dist.files.safetensors_io import TensorSlot, dtype_name
-from loraga_dist.model.base import model_files, read_checkpoint_index, resolve_model_dir
+from loraga_dist.model.base import read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.targets import Target
 
 if TYPE_CHECKING:
@@ -111,7 +111,6 @@ def open_base(report: Report, base: Path | None) -> tuple[Path, dict[str, Tensor
     """Directory and tensors of the original model: `base`, or what the report names. Raises UserError."""
     model = report.config.model
     directory = resolve_model_dir(model.name_or_path, model.revision) if base is None else named_base(base)
-    model_files(directory)  # refuses links, before the work of whoever copies the files
     return directory, read_checkpoint_index(directory)
 
 

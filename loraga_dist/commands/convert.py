@@ -21,7 +21,7 @@ from loraga_dist.files.disk import UNFINISHED_MARK, read_json, write_json
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import files_in, free_place, whole_directory
 from loraga_dist.linalg import product_svd
-from loraga_dist.model.base import quantization_of
+from loraga_dist.model.base import model_files, quantization_of
 from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.progress import phase
 from loraga_dist.schemes import LoraFactors
@@ -99,6 +99,7 @@ def convert(
         inputs.append(base_dir)
     if merge is not None:
         assert base_dir is not None
+        model_files(base_dir)  # refuses what cannot be copied, before the work
         if (quantization := quantization_of(base_dir)) is not None:
             problem = f"adds to the base's weights, which are quantized ({quantization.get('quant_method')})"
             raise UserError("--merge", str(merge), f"{problem}; write --to, and serve that adapter on the base")
@@ -107,7 +108,7 @@ def convert(
         to = free_place(to, "--to", strangers=_strangers, overwrite=overwrite, inputs=inputs)
     if to is not None and merge is not None and (to.is_relative_to(merge) or merge.is_relative_to(to)):
         raise UserError("--merge", str(merge), f"and --to ({to}) share a place; write two apart from each other")
-    if to is not None and base is not None:
+    if to is not None and base is not None and merge is None:  # which would look itself
         assert base_dir is not None
         num_bytes = sum(slot.num_bytes for slot in index.values())
         with phase("base", num_bytes, "B", shown=show_progress) as progress:
@@ -123,6 +124,12 @@ def convert(
         saved_parameters=list(update.saved),
         warnings=update.warnings,
     )
+    if merge is not None:
+        assert base_dir is not None
+        num_bytes = sum(slot.num_bytes for slot in index.values())
+        with whole_directory(merge, "--merge", num_bytes, replaces=_strangers if overwrite else None) as directory:
+            _write_merged(directory, update, base_dir, index, show_progress)
+            _write_record(directory, found)
     if to is not None:
         r = rank or update.full_rank
         parts = {name: [_with_rank(part, r) for part in each] for name, each in parts.items()}
@@ -130,12 +137,6 @@ def convert(
         num_bytes = num_bytes_of(adapter_entries(written, use_dora=False, saved=entries_of(update.saved)).values())
         with whole_directory(to, "--to", num_bytes, replaces=_strangers if overwrite else None) as directory:
             found = _write_adapter(directory, update, found, parts, r, show_progress)
-            _write_record(directory, found)
-    if merge is not None:
-        assert base_dir is not None
-        num_bytes = sum(slot.num_bytes for slot in index.values())
-        with whole_directory(merge, "--merge", num_bytes, replaces=_strangers if overwrite else None) as directory:
-            _write_merged(directory, update, base_dir, index, show_progress)
             _write_record(directory, found)
     return found
 
@@ -294,5 +295,8 @@ def _strangers(directory: Path) -> list[str] | None:
     if not (directory / CONVERSION).is_file():
         return None
     found = files_in(directory)
-    written = read_json(directory / CONVERSION).get("files", found)
+    try:
+        written = read_json(directory / CONVERSION).get("files", found)
+    except (RunError, AttributeError):  # another's file of that name
+        return None
     return [name for name in found if name not in {CONVERSION, UNFINISHED_MARK, *written}]

@@ -13,6 +13,7 @@ from loraga_dist.artifacts.residual import write_model
 from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.staging import free_place, whole_directory
+from loraga_dist.model.base import model_files
 from loraga_dist.model.targets import require_targets
 from loraga_dist.ranks.progress import phase
 
@@ -38,6 +39,7 @@ def materialize_base(
         )
     destination = free_place(to if to is not None else directory / RESIDUAL_BASE, "--to")
     base_dir, index = open_base(report, base)
+    model_files(base_dir)  # refuses what cannot be copied, before the work
     require_targets(index, targets)
     dtype = report.config.output.residual_dtype
     num_bytes = num_bytes_of(Layout.of_report(report, entries_of(index)).residual.values())

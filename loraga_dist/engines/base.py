@@ -338,7 +338,9 @@ def require_entries(saved: Entries, expected: Entries) -> None:
 
 
 def require_num_rows(matrix: Matrix, num_rows: Any) -> None:
-    """Raise ValueError or KeyError for what `save_state` does not write as the rows of a matrix."""
+    """Raise ValueError for what `save_state` does not write as the rows of a matrix."""
+    if type(num_rows) is not dict or (matrix.name in num_rows) != matrix.is_routed:
+        raise ValueError(f"rows are counted of routed matrices alone, and of {matrix.name} as {num_rows}")
     if matrix.is_routed and not (type(num_rows[matrix.name]) is int and num_rows[matrix.name] >= 0):
         raise ValueError(f"{matrix.name} has {num_rows[matrix.name]} rows")
 

@@ -128,7 +128,7 @@ class StagedDirectory:
                         f"is not seen by rank {self._world.rank}; write a place on a file system that all ranks share",
                     )
                 if self._world.is_main:
-                    self.require_space(self.path, num_bytes)
+                    self.require_space(num_bytes)
         except LoragaError:
             if self._world.is_main:
                 self.discard()
@@ -153,9 +153,9 @@ class StagedDirectory:
             self.drop_lock()
             raise
 
-    def require_space(self, place: Path, num_bytes: int) -> None:
-        """Raise RunError where the disk of `place`, which is there, has not as much free."""
-        free_bytes = shutil.disk_usage(place).free
+    def require_space(self, num_bytes: int) -> None:
+        """Raise RunError where the disk has not as much, free or taken by what an earlier run of this output left."""
+        free_bytes = shutil.disk_usage(existing_parent(self.path)).free + tree_bytes(*self.leftovers())
         if free_bytes < num_bytes:
             spared = ", or output.residual_base: none" if self._key == "output.dir" else ""
             raise RunError(
@@ -289,10 +289,16 @@ def files_in(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in found)
 
 
-def tree_bytes(path: Path) -> int:
-    """Of the files below, or of the file; links are not followed."""
-    paths = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return sum(found.st_size for found in map(os.lstat, paths) if stat.S_ISREG(found.st_mode))
+def tree_bytes(*paths: Path) -> int:
+    """Of these files, and those below: each once, however many names it has. Links are not followed."""
+    sizes: dict[tuple[int, int], int] = {}
+    for path in paths:
+        for name in [path, *path.rglob("*")] if path.is_dir() else [path]:
+            with suppress(FileNotFoundError):  # a run at work has renamed it
+                found = os.lstat(name)
+                if stat.S_ISREG(found.st_mode):
+                    sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 @contextmanager

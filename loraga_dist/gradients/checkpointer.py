@@ -17,7 +17,6 @@ from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.checksums import sha256_of
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.saved import require_finished, require_state
-from loraga_dist.model.base import files_beside_weights
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.stop import StopRequest
 from loraga_dist.ranks.words import say
@@ -163,8 +162,8 @@ def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 
 
 def base_identity(directory: Path, index: Mapping[str, TensorSlot]) -> dict[str, str]:
-    """Digests that change whenever the content of a model directory may have: of `weights`, by their layout and their
-    files' sizes and times, and of each file beside them, by its name.
+    """Digests that change whenever what a run reads of a model directory may have: of `weights`, by their layout and
+    their files' sizes and times, of config.json and of the model's own code; the tokenizer makes the data.
 
     Raises RunError for a file that cannot be read.
     """
@@ -174,7 +173,7 @@ def base_identity(directory: Path, index: Mapping[str, TensorSlot]) -> dict[str,
             if slot.path not in files:
                 stat = slot.path.stat()
                 files[slot.path] = (slot.path.name, stat.st_size, stat.st_mtime_ns)
-        beside = {name: sha256_of(directory / name) for name in files_beside_weights(directory)}
+        beside = {path.name: sha256_of(path) for path in (directory / "config.json", *sorted(directory.glob("*.py")))}
     except OSError as error:
         raise RunError(f"{error.filename} cannot be read ({error.strerror})") from error
     layout = [[name, str(slot.dtype), list(slot.shape), files[slot.path]] for name, slot in sorted(index.items())]

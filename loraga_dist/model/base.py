@@ -177,20 +177,8 @@ _UNLISTED = re.compile("[\n\r\\\\\ud800-\udfff]")
 _CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
 
 
-def files_beside_weights(model_dir: Path) -> list[str]:
-    """What transformers may read of a model directory beside its weights, relative to it."""
-    return [
-        path.relative_to(model_dir).as_posix()
-        for directory in (model_dir, model_dir / _CHAT_TEMPLATES)
-        for path in (sorted(directory.iterdir()) if directory.is_dir() else ())
-        if any(fnmatch(path.name, pattern) for pattern in MODEL_FILE_PATTERNS)
-        and path.is_file()
-        and not path.name.endswith(".index.json")
-    ]
-
-
 def model_files(model_dir: Path) -> list[str]:
-    """The same for a copy of the model.
+    """The files beside the weights that a copy of the model needs, relative to its directory.
 
     Raises UserError for one that is a link out of the directory, since what it leads to would be copied, perhaps
     uploaded, and for one that cannot be copied: too large to belong beside weights, or of a name that SHA256SUMS cannot
@@ -199,7 +187,14 @@ def model_files(model_dir: Path) -> list[str]:
     root = Path(os.path.realpath(model_dir))
     # of a hub cache, snapshots/<commit> links to the blobs beside it
     inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    names = files_beside_weights(model_dir)
+    names = [
+        path.relative_to(model_dir).as_posix()
+        for directory in (model_dir, model_dir / _CHAT_TEMPLATES)
+        for path in (sorted(directory.iterdir()) if directory.is_dir() else ())
+        if any(fnmatch(path.name, pattern) for pattern in MODEL_FILE_PATTERNS)
+        and path.is_file()
+        and not path.name.endswith(".index.json")
+    ]
     for name in names:
         problem, target = None, Path(os.path.realpath(model_dir / name))
         if not any(target.is_relative_to(place) for place in inside):

@@ -27,14 +27,13 @@ from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_f
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.errors import LoragaError, UserError, VerificationError
-from loraga_dist.files.checkpoint import CheckpointStore
+from loraga_dist.files.checkpoint import GENERATIONS, CheckpointStore
 from loraga_dist.files.staging import (
     StagedDirectory,
     checkpoint_path_of,
     existing_parent,
     free_place,
     require_writable,
-    tree_bytes,
 )
 from loraga_dist.forecast.calibration import KEPT_INPUTS
 from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
@@ -84,7 +83,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
             _say_what_comes(request, forecaster, clock)
     config, destination = request.config, Path(request.config.output.dir)
     staged = StagedDirectory(destination, world, replaces=strangers if config.output.overwrite else None)
-    num_bytes = _bytes_to_write(request, forecaster, staged.checkpoint_path)
+    num_bytes = _bytes_to_write(request, forecaster)
     finished_files = staged.checkpoint_path / RESIDUAL_BASE
     stop.hold()  # from here on there is something to tidy up, and soon to save
     with PeakMemory(world.device) as memory:  # above what understanding took, as the plan is
@@ -141,8 +140,8 @@ def dry_run(config: InitConfig, world: World, stop: StopRequest) -> None:
         refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
         if world.is_main:
             staged.require_ours()
-            place = existing_parent(staged.path)
-            staged.require_space(place, _bytes_to_write(request, forecaster, staged.checkpoint_path))
+            staged.require_space(_bytes_to_write(request, forecaster))
+            CheckpointStore(staged.checkpoint_path, World.alone()).require_ours()
     if config.resume == "auto":
         _checkpointer(request, clock, staged.checkpoint_path, stop, world).look()
     if world.is_main:
@@ -292,11 +291,11 @@ def _plan_report(request: CheckpointRequest, forecaster: Forecaster) -> PlanRepo
     return report if data is None else replace(report, num_sequences=data.num_samples, num_tokens=data.num_tokens)
 
 
-def _bytes_to_write(request: CheckpointRequest, forecaster: Forecaster, checkpoint_path: Path) -> int:
-    """On the disk of the output, beside what an earlier run of the same work has left there."""
-    planned = _plan_report(request, forecaster).disk_bytes
-    there = tree_bytes(checkpoint_path) if checkpoint_path.exists() else 0
-    return max(0, sum(num_bytes for part, num_bytes in planned.items() if part != KEPT_INPUTS) - there)
+def _bytes_to_write(request: CheckpointRequest, forecaster: Forecaster) -> int:
+    """On the disk of the output, at least: with the state that a stop saves, not all that a long run may keep."""
+    report = _plan_report(request, forecaster)
+    planned = sum(num_bytes for part, num_bytes in report.disk_bytes.items() if part != KEPT_INPUTS)
+    return planned - GENERATIONS * report.course.state_bytes
 
 
 def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: Clock) -> None:
@@ -326,19 +325,19 @@ def _checkpointer(
     with world.together():
         if world.is_main:
             base = base_identity(request.base.directory, request.base.index)
-    work = {
+    work = {  # rank 0's: nodes may hold copies of their own, in other places and with other times
         **config.model_dump(
             mode="json",
             include={"model", "lora", "init", "gradient", "calibration"},
             # where and how many at a time changes nothing but the time
             exclude={"gradient": {"activations_dir", "chunk_microbatches", "checkpointing"}},
         ),
-        "base": world.of_main(base),  # rank 0's: nodes may hold copies of their own, with other times
+        "base": base,
         "data": request.data_fingerprint,
         "loraga_dist": version("loraga_dist"),
     }
     store, groups = CheckpointStore(directory, world), request.plan.groups
-    return Checkpointer(store, work, groups, clock, stop, config.checkpoint_minutes, world)
+    return Checkpointer(store, world.of_main(work), groups, clock, stop, config.checkpoint_minutes, world)
 
 
 def _import_libraries() -> None:
