@@ -111,11 +111,11 @@ class CheckpointStore:
 
         Raises RunError, with the earlier generations untouched, when the file system refuses.
         """
-        generations = self._named(_GENERATION)
-        newest = int(generations[-1].name) if generations else 0
+        generations = self._names_seen_by_main(_GENERATION)
+        newest = int(generations[-1]) if generations else 0
         self._write(f"{newest + 1:06d}", {**content, _AFTER: self._num_finished}, tensors)
-        whole = [path for path in generations if path.name not in self._damaged]
-        self._remove(path for path in generations if path not in whole[1 - GENERATIONS :])
+        whole = [name for name in generations if name not in self._damaged]
+        self._remove(self.directory / name for name in generations if name not in whole[1 - GENERATIONS :])
 
     def finish(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a part that stays as it is; generations of the state before it are dropped."""
