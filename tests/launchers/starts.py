@@ -29,7 +29,7 @@ class TinyRun:
     def wait_for_checkpoint(directory: Path, seconds: float = 90) -> None:
         """Until a run that writes this directory has saved something whole for the first time."""
         deadline = time.monotonic() + seconds
-        while not list(directory.parent.glob(f".{directory.name}.checkpoint/*0*")):
+        while not list(directory.parent.glob(f".{directory.name}.checkpoint/[0-9f]*")):
             assert time.monotonic() < deadline, f"no checkpoint of {directory} after {seconds} s"
             time.sleep(0.02)
 
