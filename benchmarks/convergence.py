@@ -46,7 +46,7 @@ import torch
 from convergence_methods import FAIR, LONGER, METHODS, ROWS, Inputs, alignment, best_cosine
 from convergence_report import FEW_SHOT, Results, markers_of, tables, task_name, write_plots
 from convergence_tasks import QUICK, Bench, Settings, bench_of, require_same_model
-from rate_search import Journal, best_rate, finer_rate, run_lines, train
+from rate_search import Journal, best_rate, finer_rate, in_worker, run_lines, train
 from torch import nn
 from transformers.utils import logging
 
@@ -78,9 +78,12 @@ def main() -> int:
             if name not in parts:
                 raise UserError("--parts", name, f"is none of {', '.join(parts)}")
         journal = Journal(options.json, settings)
-        for name, part in parts.items():
-            if options.parts is None or name in options.parts:
-                run_part(options.model, settings, part, options.methods or ROWS, journal, options.workers)
+        chosen = [part for name, part in parts.items() if options.parts is None or name in options.parts]
+        for text in sorted({tasks_of(settings)[task].text for part in chosen for task in part.tasks}):
+            # before the workers, each of which would note it
+            in_worker(text, require_same_model, options.model, settings, text, journal)
+        for part in chosen:
+            run_part(options.model, settings, part, options.methods or ROWS, journal, options.workers)
         results = Results(journal.read())
         if options.markdown:
             markers.write(options.markdown, tables(results))
@@ -187,7 +190,6 @@ def _run_seed(
     logging.set_verbosity_error()
     trial = tasks_of(settings)[task]
     bench = bench_of(model, settings, trial.text, trial.few_shot)
-    require_same_model(model, trial.text, bench, journal)
     start = _Start(bench, trial, method, seed)
     if part.at_common and not journal.has_alignment(task, method, seed):
         journal.add({"kind": "alignment", "task": task, "method": method, "seed": seed, **start.alignment()})

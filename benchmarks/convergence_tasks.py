@@ -98,11 +98,6 @@ class Bench:
         starts = self._spread(self.heldout_ids, self.settings.heldout_windows)
         return self._mean_loss(model, self.heldout_ids, starts)
 
-    @functools.cached_property
-    def loss_before(self) -> float:
-        """The pretrained model's."""
-        return self.heldout_loss(self.model)
-
     @torch.no_grad()
     def _mean_loss(self, model: nn.Module, ids: Tensor, starts: Tensor) -> float:
         losses = []
@@ -152,16 +147,18 @@ def bench_of(model: str, settings: Settings, text: str, few_shot: bool) -> Bench
     return (FewShot if few_shot else Bench)(model, settings, text)
 
 
-def require_same_model(model: str, text: str, bench: Bench, journal: Journal) -> None:
+def require_same_model(model: str, settings: Settings, text: str, journal: Journal) -> None:
     """Note the model's loss before training in the results, or raise UserError where they are of another model.
 
     The quickstart model is another on a processor that multiplies bfloat16 than on one that does not.
     """
+    bench = Bench(model, settings, text)
+    loss = bench.heldout_loss(bench.model)
     known = [entry["loss"] for entry in journal.read() if entry["kind"] == "model" and entry["text"] == text]
     if not known:
-        journal.add({"kind": "model", "text": text, "loss": round(bench.loss_before, 5)})
-    elif abs(known[0] - bench.loss_before) > 1e-4:
-        problem = f"has a loss of {bench.loss_before:.5f} on {text}, the model of {journal.path}, {known[0]:.5f}"
+        journal.add({"kind": "model", "text": text, "loss": round(loss, 5)})
+    elif abs(known[0] - loss) > 1e-4:
+        problem = f"has a loss of {loss:.5f} on {text}, the model of {journal.path}, {known[0]:.5f}"
         raise UserError("--model", model, f"{problem}; name that one, or a new results file")
 
 
