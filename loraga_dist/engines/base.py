@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.product import rows_with_gradient, square_bytes
+from loraga_dist.engines.product import square_bytes
 from loraga_dist.linalg import TruncatedSVD, regression_bytes
 
 
@@ -178,9 +178,6 @@ class GradientEngine(ABC):
         self._seed = seed
         self._dtype = dtype
         self._half = 0
-        self._num_rows = {matrix.name: 0 for matrix in matrices if matrix.is_routed}
-        """With a gradient, of all ranks in the first pass: no gradient has a higher rank."""
-        self._rows_here: dict[str, Tensor] = {}
 
     def begin_microbatch(self, index: int) -> None:
         self._half = index % 2
@@ -191,28 +188,9 @@ class GradientEngine(ABC):
     @abstractmethod
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None: ...
 
+    @abstractmethod
     def end_microbatch(self, world: Collectives) -> None:
-        """After every backward, on all ranks; a collective where a matrix is routed."""
-        for name, rows in self._sum_rows(list(self._num_rows), world).items():
-            self._num_rows[name] += rows
-
-    def _count_rows(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
-        count = rows_with_gradient(x_TN, dy_TM).sum()
-        self._rows_here[name] = self._rows_here[name] + count if name in self._rows_here else count
-
-    def _sum_rows(self, names: Sequence[str], world: Collectives) -> dict[str, int]:
-        """How many rows of these were counted in the microbatch at hand, on all ranks; a collective if any is named."""
-        if not names:
-            return {}
-        none = torch.zeros((), dtype=torch.int64, device=self._home.device)
-        rows = torch.stack([self._rows_here.get(name, none) for name in names])
-        self._rows_here.clear()
-        return dict(zip(names, map(int, world.sum_(rows.double()).tolist()), strict=True))
-
-    def _drop_noise_(self, name: str, S_K: Tensor) -> None:
-        """Zero the singular values that are rounding's, which in 16 bits looks like more directions than rows have."""
-        if name in self._num_rows:
-            S_K[self._num_rows[name] :] = 0
+        """After every backward, on all ranks."""
 
     @abstractmethod
     def split_half_cosines(self, world: Collectives) -> list[float | None]:
@@ -337,20 +315,17 @@ def require_entries(saved: Entries, expected: Entries) -> None:
             raise ValueError(f"{name} is {saved.get(name)} and not {entry}")
 
 
-def require_num_rows(matrix: Matrix, num_rows: Any) -> None:
-    """Raise ValueError for what `save_state` does not write as the rows of a matrix."""
-    if type(num_rows) is not dict or (matrix.name in num_rows) != matrix.is_routed:
-        raise ValueError(f"rows are counted of routed matrices alone, and of {matrix.name} as {num_rows}")
-    if matrix.is_routed and not (type(num_rows[matrix.name]) is int and num_rows[matrix.name] >= 0):
-        raise ValueError(f"{matrix.name} has {num_rows[matrix.name]} rows")
-
-
 def gather_on_owner_(tensor: Tensor, owner: int, world: Collectives) -> bool:
     """Sum over ranks into the owner's tensor and zero the others', so that later sums are right; True on the owner."""
     world.reduce_(tensor, owner)
     if world.rank != owner:
         tensor.zero_()
     return world.rank == owner
+
+
+def drop_noise_(S_K: Tensor, num_rows: int) -> None:
+    """Zero the singular values beyond the rows of a gradient: rounding's, which in 16 bits look like directions."""
+    S_K[num_rows:] = 0
 
 
 def seeded_generator(seed: int, name: str, device: torch.device) -> torch.Generator:

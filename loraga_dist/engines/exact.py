@@ -16,15 +16,15 @@ from loraga_dist.engines.base import (
     GradientSVD,
     Matrix,
     Tensors,
+    drop_noise_,
     gather_on_owner_,
     naming,
     require_entries,
-    require_num_rows,
     seeded_generator,
     split_half_cosine,
 )
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.product import add_product_, thin_product
+from loraga_dist.engines.product import add_product_, rows_with_gradient, thin_product
 from loraga_dist.linalg import TruncatedSVD, truncated_svd, truncated_svd_bytes
 
 OVERSAMPLING = 32
@@ -39,15 +39,19 @@ class ExactEngine(GradientEngine):
         self._G: dict[str, torch.Tensor] = {}
         self._E: dict[str, torch.Tensor] = {}
         self._Phi: dict[str, torch.Tensor] = {}
+        self._num_rows: dict[str, torch.Tensor] = {}
+        """Of routed matrices: those with a gradient, float64 []."""
         for matrix in matrices:
             self._G[matrix.name] = home.keep(torch.zeros(matrix.M, matrix.N, device=home.device))
             self._E[matrix.name] = torch.zeros(2, matrix.M, ERROR_COLUMNS, device=home.device)
             generator = seeded_generator(seed, f"{matrix.name}/error", torch.device("cpu"))
             self._Phi[matrix.name] = torch.randn(matrix.N, ERROR_COLUMNS, generator=generator).to(home.device)
+            if matrix.is_routed:
+                self._num_rows[matrix.name] = torch.zeros((), dtype=torch.float64, device=home.device)
 
     def observe(self, name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
         if name in self._num_rows:
-            self._count_rows(name, x_TN, dy_TM)
+            self._num_rows[name] += rows_with_gradient(x_TN, dy_TM).sum()
         kept, E_2MS, Phi_NS = self._G[name], self._E[name], self._Phi[name]
         G_MN = self._home.fetch(kept)
         add_product_(G_MN, dy_TM, x_TN)
@@ -57,6 +61,9 @@ class ExactEngine(GradientEngine):
         else:  # fewer flops: both halves together are G Phi
             torch.addmm(E_2MS[1 - self._half], G_MN, Phi_NS, beta=-1, out=E_2MS[self._half])
         self._home.put_back(kept, G_MN)
+
+    def end_microbatch(self, world: Collectives) -> None:
+        """Nothing: sums stay on their ranks until the last microbatch."""
 
     def split_half_cosines(self, world: Collectives) -> list[float | None]:
         cosines = []
@@ -70,34 +77,37 @@ class ExactEngine(GradientEngine):
     def save_state(self, world: Collectives) -> EngineState:
         tensors = {}
         for name, matrix in self._matrices.items():
-            for part, kept in (("G", self._G[name]), ("E", self._E[name])):
+            for part, kept in self._kept(name).items():
                 sums = self._home.fetch(kept)
                 is_owner = gather_on_owner_(sums, matrix.owner, world)
                 self._home.put_back(kept, sums)
                 if is_owner:
                     tensors[f"{name}/{part}"] = sums.cpu()
-        return EngineState({"num_rows": dict(self._num_rows)}, tensors)
+        return EngineState({}, tensors)
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
-        self._num_rows = dict(content["num_rows"])
         for name, matrix in self._matrices.items():
             if matrix.owner == world.rank:
-                self._home.put_back(self._G[name], tensors[f"{name}/G"].to(self._home.device))
-                self._E[name].copy_(tensors[f"{name}/E"])
+                for part, kept in self._kept(name).items():
+                    self._home.put_back(kept, tensors[f"{name}/{part}"].to(self._home.device))
 
     @classmethod
     def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
-        require_num_rows(matrix, content["num_rows"])
         M, N = matrix.M, matrix.N
-        require_entries(saved, {"G": (torch.float32, (M, N)), "E": (torch.float32, (2, M, ERROR_COLUMNS))})
+        expected: Entries = {"G": (torch.float32, (M, N)), "E": (torch.float32, (2, M, ERROR_COLUMNS))}
+        require_entries(saved, {**expected, "rows": (torch.float64, ())} if matrix.is_routed else expected)
+
+    def _kept(self, name: str) -> dict[str, torch.Tensor]:
+        """Sums over microbatches."""
+        kept = {"G": self._G[name], "E": self._E[name]}
+        return kept | {"rows": self._num_rows[name]} if name in self._num_rows else kept
 
     def collect(self, world: Collectives) -> None:
         for name, matrix in self._matrices.items():
-            kept = self._G[name]
-            G_MN = self._home.fetch(kept)
-            world.reduce_(G_MN, matrix.owner)
-            self._home.put_back(kept, G_MN)
-            world.reduce_(self._E[name], matrix.owner)
+            for kept in self._kept(name).values():
+                sums = self._home.fetch(kept)
+                world.reduce_(sums, matrix.owner)
+                self._home.put_back(kept, sums)
             del self._Phi[name]
             if matrix.owner != world.rank:
                 del self._G[name], self._E[name]
@@ -111,7 +121,8 @@ class ExactEngine(GradientEngine):
         for matrix, G_MN in self.mean_gradients(num_tokens):
             with naming(matrix):
                 svd = self.svd(matrix, G_MN)
-                self._drop_noise_(matrix.name, svd.S_K)
+                if matrix.is_routed:
+                    drop_noise_(svd.S_K, int(self._num_rows[matrix.name]))
                 wanted = svd.S_K[: matrix.num_triplets].double().square().sum().item()
                 whole = torch.linalg.vector_norm(G_MN, dtype=torch.float64).square().item()
             E_2MS = self._E.pop(matrix.name)

@@ -27,15 +27,15 @@ from loraga_dist.engines.base import (
     GradientSVD,
     Matrix,
     Tensors,
+    drop_noise_,
     gather_on_owner_,
     naming,
     require_entries,
-    require_num_rows,
     seeded_generator,
     split_half_cosine,
 )
 from loraga_dist.engines.home import StateHome
-from loraga_dist.engines.product import dtype_of_products
+from loraga_dist.engines.product import dtype_of_products, rows_with_gradient
 from loraga_dist.engines.sketch_state import SketchCosts, State, Window, equal_batches, kept_rows
 from loraga_dist.engines.sketch_union import shares_held, unite
 from loraga_dist.linalg import TruncatedSVD, complete_bases, orthonormal_columns
@@ -53,6 +53,8 @@ class SketchEngine(SketchCosts):
         """dtype: of x and dy; data of another dtype is right, too, but the bases are cast for it every time."""
         super().__init__(matrices, home=home, seed=seed, dtype=dtype_of_products(dtype))
         self._device = home.device
+        self._rows_here: dict[str, Tensor] = {}
+        """With a gradient, of the microbatch at hand, where `_reached` asks for them; int64 []."""
         self._states = {
             matrix.name: State(
                 matrix=matrix, E_2MS=home.keep(torch.zeros(2, matrix.M, ERROR_COLUMNS, device=home.device))
@@ -63,7 +65,8 @@ class SketchEngine(SketchCosts):
     def observe(self, name: str, x_TN: Tensor, dy_TM: Tensor) -> None:
         state = self._states[name]
         if state.window is None or state.matrix.is_routed:
-            self._count_rows(name, x_TN, dy_TM)
+            count = rows_with_gradient(x_TN, dy_TM).sum()
+            self._rows_here[name] = self._rows_here[name] + count if name in self._rows_here else count
         x_TN, dy_TM = (rows.to(dtype_of_products(rows.dtype)) for rows in (x_TN, dy_TM))
         if state.window is None:
             x_TN, dy_TM = self._few_rows(state, x_TN, dy_TM)
@@ -142,16 +145,15 @@ class SketchEngine(SketchCosts):
                     kept["P"], kept["Q"] = state.bases(self._home)
                 tensors |= {f"{name}/{part}": self._home.fetch(tensor).cpu() for part, tensor in kept.items()}
         counts = {
-            name: [state.window is not None, state.num_microbatches, state.refreshed_at, state.refining]
+            name: [state.window is not None, state.refining, state.num_microbatches, state.refreshed_at, state.num_rows]
             for name, state in self._states.items()
         }
-        return EngineState({"num_rows": dict(self._num_rows), "counts": counts}, tensors)
+        return EngineState({"counts": counts}, tensors)
 
     def load_state(self, content: dict[str, Any], tensors: Tensors, world: Collectives) -> None:
-        self._num_rows = dict(content["num_rows"])
         for name, state in self._states.items():
             started, *counts = content["counts"][name]
-            state.num_microbatches, state.refreshed_at, state.refining = counts
+            state.refining, state.num_microbatches, state.refreshed_at, state.num_rows = counts
             is_owner = state.matrix.owner == world.rank
             if started:
                 P_MK, Q_NK = (tensors[f"{name}/{part}"].to(self._device) for part in "PQ")
@@ -167,11 +169,10 @@ class SketchEngine(SketchCosts):
 
     @classmethod
     def check_state(cls, matrix: Matrix, content: dict[str, Any], saved: Entries) -> None:
-        require_num_rows(matrix, content["num_rows"])
         counts = content["counts"][matrix.name]
-        started, num_microbatches, refreshed_at, _ = counts
-        is_typed = [type(count) for count in counts] == [bool, int, int, bool]
-        if not is_typed or not 0 <= refreshed_at <= num_microbatches:
+        started, _, num_microbatches, refreshed_at, num_rows = counts
+        is_typed = [type(count) for count in counts] == [bool, bool, int, int, int]
+        if not is_typed or not 0 <= refreshed_at <= num_microbatches or num_rows < 0:
             raise ValueError(f"{matrix.name} has the counts {counts}")
         M, N, K, float32 = matrix.M, matrix.N, matrix.width, torch.float32
         # of as many windows as there were
@@ -209,12 +210,21 @@ class SketchEngine(SketchCosts):
         unreached = set()
         for name, rows in self._sum_rows(asked, world).items():
             state = self._states[name]
-            if state.matrix.is_routed and not state.refining:
-                self._num_rows[name] += rows
+            if not state.refining:
+                state.num_rows += rows
             if not rows:
                 unreached.add(name)
                 state.cold.clear()
         return [state for name, state in self._states.items() if name not in unreached]
+
+    def _sum_rows(self, names: Sequence[str], world: Collectives) -> dict[str, int]:
+        """How many rows with a gradient these have in the microbatch at hand, on all ranks."""
+        if not names:
+            return {}
+        none = torch.zeros((), dtype=torch.int64, device=self._device)
+        rows = torch.stack([self._rows_here.get(name, none) for name in names])
+        self._rows_here.clear()
+        return dict(zip(names, map(int, world.sum_(rows.double()).tolist()), strict=True))
 
     def _start(self, states: Sequence[State], world: Collectives) -> None:
         """Bases from the first microbatch by subspace iteration over ranks; then its sketch, as of any other data."""
@@ -315,7 +325,8 @@ class SketchEngine(SketchCosts):
         assert state.window is not None and state.S_K is not None
         P_MK, Q_NK = state.bases(self._home)
         Phi_NS = fetch(state.window.QPhi_NC)[:, matrix.width :].float()
-        self._drop_noise_(matrix.name, state.S_K)
+        if matrix.is_routed:
+            drop_noise_(state.S_K, state.num_rows)
         svd = TruncatedSVD(U_MK=P_MK, S_K=state.S_K / num_tokens, Vh_KN=Q_NK.T.contiguous())
         E_2MS = fetch(state.E_2MS)
         wanted, E_MS = svd.leading(matrix.num_triplets), E_2MS.sum(dim=0) / num_tokens

@@ -53,6 +53,8 @@ class State:
     num_microbatches: int = 0
     """Of all ranks, since there are bases; those that sent no rank a row with a gradient do not count."""
     refreshed_at: int = 0
+    num_rows: int = 0
+    """With a gradient, of all ranks in the first pass, of a routed matrix: its gradient has no higher rank."""
     refining: bool = False
     P_rest_MK: Tensor | None = None
     Q_rest_NK: Tensor | None = None

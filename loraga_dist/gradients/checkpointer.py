@@ -28,7 +28,7 @@ BEGAN = "began"
 ORDER = "order"
 """In which the model is gone through: another number of ranks might choose another."""
 
-_FORMAT = 8
+_FORMAT = 9
 """Of saved states; one of another number is other work."""
 
 

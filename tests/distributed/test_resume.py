@@ -346,12 +346,11 @@ OF_JSON: list[Callable[[Any], object]] = [
     lambda content: content["data"].update(refine_passes=-1),
     lambda content: content["engines"][0].update(engines={}),
     lambda content: content["engines"][0]["engines"].append({}),
-    lambda content: content["engines"][0]["engines"][0].pop("num_rows"),
 ]
 OF_SKETCH: list[Callable[[Any], object]] = [
     lambda content: content["engines"][0]["engines"][0]["counts"].pop(NAME),
-    lambda content: content["engines"][0]["engines"][0]["counts"].update({NAME: [True, 1, 2, False]}),
-    lambda content: content["engines"][0]["engines"][0]["counts"].update({NAME: [1, 2, 2, False]}),
+    lambda content: content["engines"][0]["engines"][0]["counts"].update({NAME: [True, False, 1, 2, 0]}),
+    lambda content: content["engines"][0]["engines"][0]["counts"].update({NAME: [1, False, 2, 2, 0]}),
     lambda content: content["engines"][0]["engines"][0]["counts"].update({NAME: None}),
 ]
 OF_TENSORS: list[Callable[[Any], object]] = [
