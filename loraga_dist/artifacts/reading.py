@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,11 +107,29 @@ def keys_passed_over(directory: Path, config: LoraConfig) -> list[str]:
     return sorted(key for key, value in content.items() if value and not hasattr(config, key))
 
 
-def open_base(report: Report, base: Path | None) -> tuple[Path, dict[str, TensorSlot]]:
-    """Directory and tensors of the original model: `base`, or what the report names. Raises UserError."""
-    model = report.config.model
-    directory = resolve_model_dir(model.name_or_path, model.revision) if base is None else named_base(base)
-    return directory, read_checkpoint_index(directory)
+@dataclass(frozen=True, kw_only=True)
+class OriginalBase:
+    """The checkpoint of the original model."""
+
+    directory: Path
+    index: dict[str, TensorSlot]
+
+    @classmethod
+    def open(cls, report: Report, base: Path | None) -> OriginalBase:
+        """`base`, or what the report names. Raises UserError."""
+        model = report.config.model
+        directory = resolve_model_dir(model.name_or_path, model.revision) if base is None else named_base(base)
+        return cls(directory=directory, index=read_checkpoint_index(directory))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(slot.num_bytes for slot in self.index.values())
+
+    def require_same(self, report: Report, weights: Mapping[str, TensorDigest]) -> None:
+        """Raise UserError unless the start was made for it, whose weights have these digests."""
+        if fingerprint(weights) != report.base_fingerprint:
+            problem = "is not the base of loraga_init: its weights have another fingerprint"
+            raise UserError("--base", str(self.directory), problem)
 
 
 def named_base(base: Path) -> Path:
@@ -119,9 +137,3 @@ def named_base(base: Path) -> Path:
     if not base.is_dir():
         raise UserError("--base", str(base), "is not there; write the original model's directory")
     return base.resolve()
-
-
-def require_base(report: Report, base: Path, weights: Mapping[str, TensorDigest]) -> None:
-    """Raise UserError unless `base`, whose weights have these digests, is what the start was made for."""
-    if fingerprint(weights) != report.base_fingerprint:
-        raise UserError("--base", str(base), "is not the base of loraga_init: its weights have another fingerprint")

@@ -26,7 +26,7 @@ from loraga_dist.artifacts.checks import (
 from loraga_dist.artifacts.compare import Comparison, OpenedOutput, compare, merge
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
-from loraga_dist.artifacts.reading import load_adapter, open_base
+from loraga_dist.artifacts.reading import OriginalBase, load_adapter
 from loraga_dist.artifacts.report import Report, read_report_text
 from loraga_dist.errors import LoragaError, RunError
 from loraga_dist.files.checksums import (
@@ -104,10 +104,16 @@ def verify(
                     offset = load_adapter(directory / LORAGA_OFFSET, report, use_dora=False)
                     problems += check_offset(*opened_adapter, *offset)
         with _collected(problems, "base"):
-            base_dir, index = open_base(report, base)
+            original = OriginalBase.open(report, base)
             if opened_adapter:
                 adapter, targets = opened_adapter
-                output = OpenedOutput(report=report, adapter=adapter, targets=targets, base_dir=base_dir, base=index)
+                output = OpenedOutput(
+                    report=report,
+                    adapter=adapter,
+                    targets=targets,
+                    base_dir=original.directory,
+                    base=original.index,
+                )
         if FACTORS in layout.directories:
             with _collected(problems, FACTORS):
                 found, of_factors = check_factors(directory, layout, report, output, world)

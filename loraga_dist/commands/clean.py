@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checkpoint import require_checkpoint
-from loraga_dist.files.staging import StagedDirectory, remove_marked, tree_bytes
+from loraga_dist.files.staging import Destination, StagedDirectory, remove_marked, tree_bytes
 from loraga_dist.ranks.world import World
 
 _KEY = "directory"
@@ -19,7 +19,7 @@ def clean(directory: Path, *, remove: bool) -> list[tuple[Path, int]]:
     that output, and for something under these names that no run has left there, before anything is removed.
     """
     destination = directory.expanduser().resolve()
-    staged = StagedDirectory(destination, World.alone(), _KEY)
+    staged = StagedDirectory(Destination(destination, _KEY), World.alone())
     found = staged.leftovers()
     had_lock = staged.lock_path in found
     if not destination.parent.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, write_adapter
 from loraga_dist.artifacts.names import CONVERSION, MODEL_CONFIG
-from loraga_dist.artifacts.reading import open_base, require_base
+from loraga_dist.artifacts.reading import OriginalBase
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, write_model
 from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
@@ -19,7 +20,7 @@ from loraga_dist.commands.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.disk import UNFINISHED_MARK, read_json, write_json
 from loraga_dist.files.safetensors_io import TensorSlot
-from loraga_dist.files.staging import files_in, free_place, whole_directory
+from loraga_dist.files.staging import Destination, files_in, free_place, whole_directory
 from loraga_dist.linalg import product_svd
 from loraga_dist.model.base import model_files, quantization_of
 from loraga_dist.model.targets import Target, require_targets
@@ -87,58 +88,65 @@ def convert(
     if to is not None and update.report.is_dora:
         problem = "cannot hold a trained DoRA: its magnitudes change weights by more than any low rank"
         raise UserError("--to", str(to), f"{problem}; write --merge DIR instead, for a merged model")
-    inputs = [init.parent, trained]
     parts = {name: _parts(target, per_expert=per_expert) for name, target in update.targets.items()}
     keys = [part.weight_key for each in parts.values() for part in each]
     if per_expert and len(keys) > len(set(keys)):
         problem = "but the checkpoint has all experts of a layer in one tensor; leave it out"
         raise UserError("--per_expert", True, f"names experts as the checkpoint does, {problem}")
-    base_dir, index = None, {}
-    if merge is not None or base is not None:
-        base_dir, index = open_base(update.report, base)
-        inputs.append(base_dir)
-    if merge is not None:
-        assert base_dir is not None
-        model_files(base_dir)  # refuses what cannot be copied, before the work
-        if (quantization := quantization_of(base_dir)) is not None:
-            problem = f"adds to the base's weights, which are quantized ({quantization.get('quant_method')})"
-            raise UserError("--merge", str(merge), f"{problem}; write --to, and serve that adapter on the base")
-        merge = free_place(merge, "--merge", strangers=_strangers, overwrite=overwrite, inputs=inputs)
-    if to is not None:
-        to = free_place(to, "--to", strangers=_strangers, overwrite=overwrite, inputs=inputs)
-    if to is not None and merge is not None and (to.is_relative_to(merge) or merge.is_relative_to(to)):
-        raise UserError("--merge", str(merge), f"and --to ({to}) share a place; write two apart from each other")
-    if to is not None and base is not None and merge is None:  # which would look itself
-        assert base_dir is not None
-        num_bytes = sum(slot.num_bytes for slot in index.values())
-        with phase("base", num_bytes, "B", shown=show_progress) as progress:
-            require_base(update.report, base_dir, digest_base(index, index, progress.advance))
+    original = OriginalBase.open(update.report, base) if merge is not None or base is not None else None
+    inputs = [init.parent, trained, *([original.directory] if original else [])]
+    free = functools.partial(free_place, strangers=_strangers, overwrite=overwrite, inputs=inputs)
+    merging = None if merge is None or original is None else _Merging(free(merge, "--merge"), original)
+    adapter = None if to is None else free(to, "--to")
+    if merging is not None:
+        merging.require_possible(beside=adapter)
+    elif original is not None:  # else it is held against the report as it is merged
+        with phase("base", original.num_bytes, "B", shown=show_progress) as progress:
+            original.require_same(update.report, digest_base(original.index, original.index, progress.advance))
 
+    model = update.report.config.model
     found = Conversion(
         init=str(init),
         trained=str(trained),
-        base=str(base_dir) if base is not None else update.report.config.model.name_or_path,
-        revision=None if base is not None else update.report.config.model.revision,
+        base=model.name_or_path if base is None or original is None else str(original.directory),
+        revision=model.revision if base is None else None,
         num_targets=len(update.targets),
         has_stacks=not per_expert and any(target.stack for target in update.targets.values()),
         saved_parameters=list(update.saved),
         warnings=update.warnings,
     )
-    if merge is not None:
-        assert base_dir is not None
-        num_bytes = sum(slot.num_bytes for slot in index.values())
-        with whole_directory(merge, "--merge", num_bytes, replaces=_strangers if overwrite else None) as directory:
-            _write_merged(directory, update, base_dir, index, show_progress)
+    if merging is not None:
+        with whole_directory(merging.destination, merging.original.num_bytes) as directory:
+            _write_merged(directory, update, merging.original, show_progress)
             _write_record(directory, found)
-    if to is not None:
+    if adapter is not None:
         r = rank or update.full_rank
         parts = {name: [_with_rank(part, r) for part in each] for name, each in parts.items()}
         written = [part for each in parts.values() for part in each]
         num_bytes = num_bytes_of(adapter_entries(written, use_dora=False, saved=entries_of(update.saved)).values())
-        with whole_directory(to, "--to", num_bytes, replaces=_strangers if overwrite else None) as directory:
+        with whole_directory(adapter, num_bytes) as directory:
             found = _write_adapter(directory, update, found, parts, r, show_progress)
             _write_record(directory, found)
     return found
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """Where a merged model goes, and what it is merged into."""
+
+    destination: Destination
+    original: OriginalBase
+
+    def require_possible(self, beside: Destination | None) -> None:
+        """Raise UserError for a base that no update can be added to, or a place that is also another output's."""
+        path, base_dir = self.destination.path, self.original.directory
+        model_files(base_dir)  # refuses what cannot be copied
+        if (quantization := quantization_of(base_dir)) is not None:
+            problem = f"adds to the base's weights, which are quantized ({quantization.get('quant_method')})"
+            raise UserError("--merge", str(path), f"{problem}; write --to, and serve that adapter on the base")
+        if beside is not None and (beside.path.is_relative_to(path) or path.is_relative_to(beside.path)):
+            problem = f"and --to ({beside.path}) share a place; write two apart from each other"
+            raise UserError("--merge", str(path), problem)
 
 
 def refactorize(A_KN: Tensor, B_MK: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,16 +246,14 @@ def _check_stored(update: Update, parts: list[LoraFactors], name: str, energy: f
         raise RunError(f"convert: {name} was stored with a relative error of {error:.1e}; is the disk sound?")
 
 
-def _write_merged(
-    directory: Path, update: Update, base_dir: Path, index: dict[str, TensorSlot], show_progress: bool
-) -> None:
+def _write_merged(directory: Path, update: Update, original: OriginalBase, show_progress: bool) -> None:
+    base_dir, index = original.directory, original.index
     # what is subtracted is s B A
     targets = [_with_rank(target, update.rank_of(name), scaling=-1.0) for name, target in update.targets.items()]
     require_targets(index, targets)
     replaced = {_base_key(name, slot, index, update): slot for name, slot in update.saved.items()}
     _require_no_tied_copy(base_dir, replaced)
-    num_bytes = sum(slot.num_bytes for slot in index.values())
-    with phase("merge", num_bytes, "B", shown=show_progress) as progress:
+    with phase("merge", original.num_bytes, "B", shown=show_progress) as progress:
         digests = write_model(
             base_dir,
             index,
@@ -259,7 +265,7 @@ def _write_merged(
             magnitudes=update.trained.magnitude if update.report.is_dora else None,
         )
     base_digests = {key: base for key, (base, _) in digests.items()} | digest_base(index, replaced)
-    require_base(update.report, base_dir, base_digests)
+    original.require_same(update.report, base_digests)
 
 
 def _require_no_tied_copy(base_dir: Path, replaced: dict[str, TensorSlot]) -> None:

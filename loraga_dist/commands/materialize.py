@@ -7,7 +7,7 @@ from pathlib import Path
 from loraga_dist.artifacts.compare import OpenedOutput, check_residual
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import LORAGA_INIT, RESIDUAL_BASE
-from loraga_dist.artifacts.reading import load_start, open_base
+from loraga_dist.artifacts.reading import OriginalBase, load_start
 from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import write_model
 from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
@@ -38,17 +38,18 @@ def materialize_base(
             "directory", str(directory), f"{problem}; load {LORAGA_INIT} on {report.config.model.name_or_path}"
         )
     destination = free_place(to if to is not None else directory / RESIDUAL_BASE, "--to")
-    base_dir, index = open_base(report, base)
+    original = OriginalBase.open(report, base)
+    base_dir, index = original.directory, original.index
     model_files(base_dir)  # refuses what cannot be copied, before the work
     require_targets(index, targets)
     dtype = report.config.output.residual_dtype
     num_bytes = num_bytes_of(Layout.of_report(report, entries_of(index)).residual.values())
     output = OpenedOutput(report=report, adapter=adapter, targets=targets, base_dir=base_dir, base=index)
-    with whole_directory(destination, "--to", num_bytes) as path:
+    with whole_directory(destination, num_bytes) as path:
         with phase("write", num_bytes, "B", shown=show_progress) as progress:
             write_model(base_dir, index, targets, adapter, path, dtype, on_progress=progress.advance)
-        with phase("verify", sum(slot.num_bytes for slot in index.values()), "B", shown=show_progress) as progress:
+        with phase("verify", original.num_bytes, "B", shown=show_progress) as progress:
             problems = check_residual(output, path, progress.advance)
         if problems:
             raise RunError(f"verify: {'; '.join(problems[:5])}")
-    return destination
+    return destination.path

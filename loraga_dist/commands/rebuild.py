@@ -202,8 +202,7 @@ def rebuild(
     )
     layout = replace(Layout.of(request, targets), config=config, num_triplets=held)
     num_bytes = layout.num_bytes
-    replaces = strangers if overwrite else None
-    with whole_directory(destination, "--to", sum(num_bytes.values()), replaces=replaces) as directory:
+    with whole_directory(destination, sum(num_bytes.values())) as directory:
         adapter_fingerprint = write_adapters(
             directory, layout, lora, new_start.factors, index, new_start.magnitudes if lora.use_dora else None
         )

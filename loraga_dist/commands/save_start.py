@@ -22,7 +22,7 @@ from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.quantized import dequantized
 from loraga_dist.files.safetensors_io import TensorSlot
-from loraga_dist.files.staging import StagedDirectory
+from loraga_dist.files.staging import Destination, StagedDirectory
 from loraga_dist.files.stored_tensors import Slot, StoredTensor
 from loraga_dist.model.base import quantization_of, read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.conversion import stored_model
@@ -110,7 +110,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         step=start.step,
         identity_check=start.identity_check,
     )
-    staged = StagedDirectory(destination, world, "directory")
+    staged = StagedDirectory(Destination(destination, "directory"), world)
     staged.create(Layout.of_report(report, entries_of(index)).num_bytes[LORAGA_INIT])
     try:
         with world.together():

@@ -113,7 +113,8 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     from loraga_dist.config import load_config, require_filled_in
     from loraga_dist.forecast.forecaster import Forecaster
-    from loraga_dist.forecast.report import PlanReport, print_plan
+    from loraga_dist.forecast.report import PlanReport
+    from loraga_dist.forecast.text import print_plan
 
     config = load_config(options.config, overrides)
     require_filled_in(config, "model")

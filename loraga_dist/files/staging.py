@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from loraga_dist.errors import LoragaError, RunError, UserError, blame
@@ -23,6 +24,18 @@ Strangers = Callable[[Path], list[str] | None]
 """What a directory holds beside an earlier output of ours, by relative path; None where it is no output at all."""
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where an output will stand."""
+
+    path: Path
+    """Absolute, its links resolved."""
+    key: str
+    """What the user names it by."""
+    replaces: Strangers | None = None
+    """How an earlier output is known, where one may be replaced."""
+
+
 def free_place(
     path: Path,
     key: str,
@@ -30,8 +43,8 @@ def free_place(
     strangers: Strangers | None = None,
     overwrite: bool = False,
     inputs: Iterable[Path] = (),
-) -> Path:
-    """The directory to make, resolved; raises UserError, for `key`, when something is there that must not be replaced.
+) -> Destination:
+    """The directory to make; raises UserError, for `key`, when something is there that must not be replaced.
 
     strangers: how an earlier output is known, the only thing `overwrite` replaces, and only if nothing else is in it;
     None where nothing is ever replaced. inputs: what the command reads, and so must not write over.
@@ -57,7 +70,7 @@ def free_place(
             if found:
                 problem = f"holds {_some(found)}, not of the output that --overwrite replaces"
                 raise UserError(key, str(path), f"{problem}; move it away, or write another directory")
-        return destination
+        return Destination(destination, key, strangers if overwrite else None)
 
 
 def require_writable(directory: Path, key: str) -> None:
@@ -77,11 +90,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def checkpoint_path_of(destination: Path) -> Path:
-    """Where an interrupted run leaves what it has."""
-    return destination.with_name(f".{destination.name}.checkpoint")
-
-
 def existing_parent(path: Path) -> Path:
     """The path, or the nearest above it that is there."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -90,21 +98,20 @@ def existing_parent(path: Path) -> Path:
 class StagedDirectory:
     """A hidden sibling of the destination, until `commit` puts it there."""
 
-    def __init__(
-        self, destination: Path, world: World, key: str = "output.dir", *, replaces: Strangers | None = None
-    ) -> None:
-        """key: what the user names the destination by. replaces: `free_place`'s strangers, where it may overwrite."""
-        self.destination = destination
-        self._key = key
-        self.path = destination.with_name(f".{destination.name}.partial")
-        self._old = destination.with_name(f".{destination.name}.replaced")
-        self.checkpoint_path = checkpoint_path_of(destination)
-        self.lock_path = destination.with_name(f".{destination.name}.lock")
+    def __init__(self, destination: Destination, world: World) -> None:
+        self.destination, self._key, self._replaces = destination.path, destination.key, destination.replaces
+        self.path = self._beside("partial")
+        self.checkpoint_path = self._beside("checkpoint")
+        """Where an interrupted run leaves what it has."""
+        self.lock_path = self._beside("lock")
+        self._old = self._beside("replaced")
         self._lock: int | None = None
         self._world = world
         self._committing = False
-        self._replaces = replaces
         self._was_there = False
+
+    def _beside(self, what: str) -> Path:
+        return self.destination.with_name(f".{self.destination.name}.{what}")
 
     def create(self, num_bytes: int) -> None:
         """Make it, empty, on rank 0; a collective. num_bytes: what will be written, checked against the free space."""
@@ -302,14 +309,12 @@ def tree_bytes(*paths: Path) -> int:
 
 
 @contextmanager
-def whole_directory(
-    destination: Path, key: str, num_bytes: int, *, replaces: Strangers | None = None
-) -> Iterator[Path]:
+def whole_directory(destination: Destination, num_bytes: int) -> Iterator[Path]:
     """An empty directory for one process to fill: in place when the block ends, gone when it raises.
 
-    key, replaces: as for `StagedDirectory`. num_bytes: what will be written, checked against the free space.
+    num_bytes: what will be written, checked against the free space.
     """
-    staged = StagedDirectory(destination, World.alone(), key, replaces=replaces)
+    staged = StagedDirectory(destination, World.alone())
     staged.create(num_bytes)
     try:
         yield staged.path

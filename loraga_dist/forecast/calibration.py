@@ -11,7 +11,6 @@ import torch
 from loraga_dist.artifacts.names import FACTORS
 from loraga_dist.config import GradientConfig
 from loraga_dist.engines import ENGINES, Matrix
-from loraga_dist.files.checkpoint import GENERATIONS
 from loraga_dist.forecast.activations import Activations
 from loraga_dist.forecast.in_blocks import InBlocks
 from loraga_dist.gradients.kept import Keeping
@@ -77,10 +76,9 @@ class Course:
         """Engine state every rank holds during the largest sweep."""
         return max((sum(map(Plan.state_bytes, sweep)) for sweep in self.sweeps), default=0)
 
-    def checkpoint_bytes(self, output_bytes: Mapping[str, int]) -> int:
-        """At most, on the disk: what is finished, the generations of a state, and the next one. output_bytes: by
-        part."""
-        return output_bytes[FACTORS] + (GENERATIONS + 1) * self.state_bytes
+    def checkpoint_bytes(self, output_bytes: Mapping[str, int], num_states: int) -> int:
+        """On the disk: what is finished, and some states of all ranks. output_bytes: by part."""
+        return output_bytes[FACTORS] + num_states * self.state_bytes
 
     @classmethod
     def of(

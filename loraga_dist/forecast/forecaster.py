@@ -18,7 +18,6 @@ from loraga_dist.data.microbatches import PROBE_TOKENS
 from loraga_dist.engines import ENGINES, Matrix
 from loraga_dist.engines.home import DEVICE_SHARE
 from loraga_dist.errors import UserError
-from loraga_dist.files.staging import checkpoint_path_of
 from loraga_dist.forecast.activations import Activations, forecast_activations
 from loraga_dist.forecast.calibration import Course, Setting
 from loraga_dist.forecast.in_blocks import InBlocks, Shown
@@ -80,7 +79,7 @@ class Forecaster:
     def files_directory(self) -> Path:
         """What takes the inputs of blocks that memory has no room for."""
         named = self.config.gradient.activations_dir
-        return Path(named) if named else checkpoint_path_of(Path(self.config.output.dir)).parent
+        return Path(named) if named else Path(self.config.output.dir).parent
 
     def fitting(self, room: Room, shapes: Shapes | None = None) -> Forecaster:
         """The first way that fits there, with what it keeps where; else the one that needs least.

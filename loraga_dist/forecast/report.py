@@ -1,22 +1,13 @@
-"""`loraga-dist plan`: what a request will take, as one value, as a JSON object and as tables."""
+"""`loraga-dist plan`: what a request will take, as one value and as a JSON object."""
 
 from __future__ import annotations
 
-import shutil
-import textwrap
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import jinja2
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.errors import printable
+from loraga_dist.files.checkpoint import GENERATIONS
 from loraga_dist.forecast.calibration import CHECKPOINTS, KEPT_INPUTS, Course
 from loraga_dist.forecast.forecaster import Forecaster, advice
 from loraga_dist.forecast.kinds import Kind, experts_line, few_tokens, kinds_of
@@ -36,12 +27,6 @@ MEASURED_UTILISATION = (1.0, 0.4)
 """The same of a measured product: what is not a product (docs/BENCHMARKS.md) takes the rest."""
 
 _GIB = 2**30
-_SECONDS_UNTIL_MINUTES = 120
-_LABEL = 16
-"""Columns of the names of the text's lines."""
-_LEAST_LABEL = 12
-"""Of a table's rows, where columns are many."""
-_LEAST_COLUMNS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,23 +184,6 @@ class PlanReport:
             "measured": self.is_measured,
         }
 
-    @property
-    def calibration(self) -> str:
-        """In a line: what is done, which way, and how long it takes."""
-        sweeps = f" in each of {self.num_sweeps} sweeps" if self.num_sweeps > 1 else ""
-        time = "" if self.seconds is None else f", {_duration(self.seconds)} of arithmetic"
-        return f"{self.microbatches_per_rank} microbatches per rank{sweeps}{time}; {self.way_taken}"
-
-    @property
-    def way_taken(self) -> str:
-        """With what is kept between blocks, and where."""
-        if self.plan.order.blocks is None or not self.plan.groups:
-            return self.way.title
-        course, directory = self.course, self.way.keeping.directory
-        together = "all" if course.num_chunks == 1 else f"{course.chunk} microbatches"
-        where = "memory" if directory is None else str(directory)
-        return f"{self.way.title}, {together} together: {_gib(self.kept_bytes)} GiB of inputs of blocks in {where}"
-
     @cached_property
     def kinds(self) -> dict[Kind, int]:
         """How many targets there are of each kind."""
@@ -243,7 +211,8 @@ class PlanReport:
         """Of the output; while it is made, of its checkpoints, and of what calibration keeps in files."""
         output = Layout.of(self.forecaster.request).num_bytes
         kept = self.kept_bytes if self.way.keeping.directory else 0
-        return output | {CHECKPOINTS: self.course.checkpoint_bytes(output), KEPT_INPUTS: kept}
+        checkpoints = self.course.checkpoint_bytes(output, num_states=GENERATIONS + 1)  # one is being written
+        return output | {CHECKPOINTS: checkpoints, KEPT_INPUTS: kept}
 
     @property
     def dtype(self) -> str:
@@ -325,76 +294,3 @@ class PlanReport:
             "verdict": self.verdict,
             "advice": self.advice,
         }
-
-
-def print_plan(report: PlanReport) -> None:
-    request = report.forecaster.request
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"gib": _gib, "spread": _spread, "duration": _duration, "time": _time}
-    lines = environment.get_template("plan.txt.j2")
-    # 110 where there is no terminal
-    width = max(_LEAST_COLUMNS, shutil.get_terminal_size((110, 24)).columns)
-    console = Console(highlight=False, markup=False, width=width)
-    console.print(_targets_table(report))
-    console.print(_memory_table(report.memory))
-    text = lines.render(report=report, base=request.base, shape=request.shape)
-    for line in text.splitlines():
-        indent = " " * (4 if line.startswith(" ") else _LABEL)
-        print(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
-
-
-def _targets_table(report: PlanReport) -> Table:
-    model = report.forecaster.config.model.name_or_path
-    num_ranks = report.forecaster.world_size
-    device = ("CPU" if report.forecaster.on_host else "GPU") + ("s" if num_ranks > 1 else "")
-    table = Table(title=f"{report.plan.scheme.title} plan of {printable(model)} on {num_ranks} {device}")
-    for column in ("module", "targets", "M x N", "r", "engine", "K", "state MiB each"):
-        table.add_column(column, justify="left" if column in ("module", "engine") else "right")
-    for kind, count in report.kinds.items():
-        shape, state = f"{kind.M} x {kind.N}", f"{kind.state_bytes_each / 2**20:.1f}"
-        table.add_row(
-            printable(kind.module), str(count), shape, str(kind.r), kind.engine or "-", str(kind.width or "-"), state
-        )
-    return table
-
-
-def _memory_table(memory: RankMemory) -> Table:
-    """A column for each phase, which are fewer than what is held in them."""
-    table = Table(title="GiB on the rank that needs most", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("in phase", min_width=_LEAST_LABEL)
-    for phase in memory.device:
-        table.add_column(phase, justify="right", no_wrap=True)
-    for side, phases in (("", memory.device), ("host: ", memory.host)):
-        for part in dict.fromkeys(part for parts in phases.values() for part in parts):
-            values = [phases.get(phase, {}).get(part) for phase in memory.device]
-            table.add_row(side + part, *("" if value is None else f"{value / _GIB:.2f}" for value in values))
-    table.add_row("sum", *(f"{sum(parts.values()) / _GIB:.2f}" for parts in memory.device.values()))
-    return table
-
-
-def _spread(numbers: Iterable[int]) -> str:
-    numbers = list(numbers)
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / _GIB:.1f}" if num_bytes >= _GIB else f"{num_bytes / _GIB:.3f}"
-
-
-def _duration(seconds: Mapping[str, float]) -> str:
-    """From the least to the most."""
-    least, most = seconds["at_least"], seconds["at_most"]
-    if most < _SECONDS_UNTIL_MINUTES:
-        return f"{least:.2g} to {most:.2g} seconds"
-    return f"{least / 60:.1f} to {most / 60:.1f} minutes"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2g} seconds" if seconds < _SECONDS_UNTIL_MINUTES else f"{seconds / 60:.1f} minutes"

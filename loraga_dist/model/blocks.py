@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,9 +49,14 @@ def find_blocks(model: nn.Module) -> Blocks | None:
     return max(lists, key=lambda sized: sized[0])[1] if lists else None
 
 
+def shape_of(parameter: Parameter) -> tuple[int, ...]:
+    """The whole one's, also of a shard's."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def numel_of(parameter: Parameter) -> int:
     """The whole one's, also of a shard's."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    return math.prod(shape_of(parameter))
 
 
 def expert_lists(model: nn.Module) -> dict[str, str]:

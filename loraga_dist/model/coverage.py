@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from loraga_dist.model.blocks import numel_of
-from loraga_dist.model.stacks import find_stacks, shape_of
+from loraga_dist.model.blocks import numel_of, shape_of
+from loraga_dist.model.stacks import find_stacks
 from loraga_dist.model.targets import Target, kind_of
 from loraga_dist.model.towers import text_model, tower_of
 

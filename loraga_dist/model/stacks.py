@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from loraga_dist.model.blocks import expert_lists
+from loraga_dist.model.blocks import expert_lists, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +109,6 @@ def modules_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         within = (caller for experts, caller in lists.items() if owner.startswith(f"{experts}."))
         found[name] = modules[next(within, owner)]
     return found
-
-
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The whole one's, also of a shard's."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def is_llama4_experts(module: nn.Module) -> bool:

@@ -20,24 +20,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraga_dist.artifacts.layout import strangers
+from loraga_dist.artifacts.layout import Layout, strangers
 from loraga_dist.artifacts.names import RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.errors import LoragaError, UserError, VerificationError
-from loraga_dist.files.checkpoint import GENERATIONS, CheckpointStore
+from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import (
     StagedDirectory,
-    checkpoint_path_of,
     existing_parent,
     free_place,
     require_writable,
 )
-from loraga_dist.forecast.calibration import KEPT_INPUTS
 from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
-from loraga_dist.forecast.report import PlanReport, print_plan
+from loraga_dist.forecast.report import PlanReport
+from loraga_dist.forecast.text import plan_line, print_plan
 from loraga_dist.forecast.ways import Room
 from loraga_dist.gradients.checkpointer import BEGAN, ORDER, Checkpointer, base_identity
 from loraga_dist.gradients.kept import SHARE, FreeSpace, Keeping, choose_keeping
@@ -73,7 +72,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
     return_freed_memory_at_once()
     _import_libraries()
     with clock.phase("load"):
-        request = _prepare(config, world, clock)
+        request, staged = _prepare(config, world, clock)
     forecaster = _fitting(request, world)
     request = replace(request, plan=forecaster.plan)
     with world.together():
@@ -81,8 +80,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         refuse_what_cannot_fit(planned, forecaster, world)
         if world.is_main:
             _say_what_comes(request, forecaster, clock)
-    config, destination = request.config, Path(request.config.output.dir)
-    staged = StagedDirectory(destination, world, replaces=strangers if config.output.overwrite else None)
+    config, destination = request.config, staged.destination
     num_bytes = _bytes_to_write(request, forecaster)
     finished_files = staged.checkpoint_path / RESIDUAL_BASE
     stop.hold()  # from here on there is something to tidy up, and soon to save
@@ -132,10 +130,9 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
 def dry_run(config: InitConfig, world: World, stop: StopRequest) -> None:
     """Check all that `run` does before it loads the model, then print the plan on rank 0; nothing is written."""
     clock = Clock()
-    request = _prepare(config, world, clock)
+    request, staged = _prepare(config, world, clock)
     forecaster = _fitting(request, world)
     request = replace(request, plan=forecaster.plan)
-    staged = StagedDirectory(Path(request.config.output.dir), world)
     with world.together():
         refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
         if world.is_main:
@@ -189,8 +186,10 @@ def initialize(
     return start
 
 
-def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointRequest:
+def _prepare(config: InitConfig, world: World, clock: Clock) -> tuple[CheckpointRequest, StagedDirectory]:
     """Understand the request and check it against files, model, data and services. Raises UserError; a collective.
+
+    Returns the place of its output, too, where nothing has been made yet.
 
     clock: set to when the work began, if an earlier run did.
     """
@@ -211,15 +210,16 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> CheckpointReques
         if world.is_main:
             check_trackers(config.output)
             check_hub_access(config.output)
-    store = CheckpointStore(checkpoint_path_of(destination), world)
+    staged = StagedDirectory(destination, world)
+    store = CheckpointStore(staged.checkpoint_path, world)
     began, order = (store.peek(key) if config.resume == "auto" else None for key in (BEGAN, ORDER))
     clock.began = _began(began, world)
     with world.together():
         request = understand(config, world, began=clock.began, order=order)
-        if request.base.directory.resolve().is_relative_to(destination):
+        if request.base.directory.resolve().is_relative_to(staged.destination):
             raise UserError("output.dir", config.output.dir, "holds the base model; write another directory")
     require_same_data(config, request.data_fingerprint, world)
-    return request
+    return request, staged
 
 
 def _began(saved: Any, world: World) -> datetime:
@@ -292,10 +292,9 @@ def _plan_report(request: CheckpointRequest, forecaster: Forecaster) -> PlanRepo
 
 
 def _bytes_to_write(request: CheckpointRequest, forecaster: Forecaster) -> int:
-    """On the disk of the output, at least: with the state that a stop saves, not all that a long run may keep."""
-    report = _plan_report(request, forecaster)
-    planned = sum(num_bytes for part, num_bytes in report.disk_bytes.items() if part != KEPT_INPUTS)
-    return planned - GENERATIONS * report.course.state_bytes
+    """On the disk of the output, at least: with one state, which a stop saves, and not all that a long run keeps."""
+    output = Layout.of(request).num_bytes
+    return sum(output.values()) + _plan_report(request, forecaster).course.checkpoint_bytes(output, num_states=1)
 
 
 def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: Clock) -> None:
@@ -303,7 +302,7 @@ def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: C
     say(f"read: {read}{len(request.targets)} targets in {clock.seconds['load']:.1f} s")
     say(f"adapters: {request.coverage.text}")
     if request.plan.groups:
-        say(f"plan: {_plan_report(request, forecaster).calibration}")
+        say(f"plan: {plan_line(_plan_report(request, forecaster))}")
         if forecaster.on_host and request.base.dtype == torch.bfloat16 and not multiplies_bfloat16():
             say(
                 "warning: this processor has no units for bfloat16, which takes it tens of times as long as float32; "

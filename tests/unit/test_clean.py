@@ -10,7 +10,7 @@ from test_staging_and_inputs import replace_and_die, start_and_die
 
 from loraga_dist.cli import main
 from loraga_dist.files.checkpoint import CheckpointStore
-from loraga_dist.files.staging import StagedDirectory
+from loraga_dist.files.staging import Destination, StagedDirectory
 from loraga_dist.ranks.world import World
 
 
@@ -54,7 +54,7 @@ def test_an_output_that_was_about_to_be_replaced_is_put_back(
 
 
 def test_not_while_a_run_writes(left: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    running = StagedDirectory(left / "out", World.current())
+    running = StagedDirectory(Destination(left / "out", "output.dir"), World.current())
     running.create(0)
     before = names(left)
     assert main(["clean", str(left / "out"), "--yes"]) == 2

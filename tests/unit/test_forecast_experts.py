@@ -21,7 +21,8 @@ from loraga_dist.forecast.calibration import CHECKPOINTS, Course, Setting
 from loraga_dist.forecast.forecaster import Forecaster
 from loraga_dist.forecast.kinds import experts_line, few_tokens, kinds_of
 from loraga_dist.forecast.memory import KERNELS_BYTES, RUNTIME_BYTES, rank_memory
-from loraga_dist.forecast.report import PlanReport, print_plan
+from loraga_dist.forecast.report import PlanReport
+from loraga_dist.forecast.text import print_plan
 from loraga_dist.gradients.experts import experts_tapped
 from loraga_dist.gradients.kept import Keeping
 from loraga_dist.model.blocks import Blocks, Order, find_blocks

@@ -132,6 +132,7 @@ INSIDE = {
         "kinds",
         "speed",
         "report",
+        "text",
     ],
     "publish": ["rendering", "card", "text", "plots", "page", "hub", "tracking"],
     "run": ["finished", "writing", "pipeline"],

@@ -18,7 +18,7 @@ from loraga_dist.cli import init_main
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import check_checksums, write_checksums
 from loraga_dist.files.disk import UNFINISHED_MARK
-from loraga_dist.files.staging import StagedDirectory, files_in, free_place
+from loraga_dist.files.staging import Destination, StagedDirectory, files_in, free_place
 from loraga_dist.ranks.world import World
 
 
@@ -28,7 +28,7 @@ def strangers(directory: Path) -> list[str]:
 
 @pytest.fixture
 def staged(tmp_path: Path) -> StagedDirectory:
-    staged = StagedDirectory(tmp_path / "out", World.current(), replaces=strangers)
+    staged = StagedDirectory(Destination(tmp_path / "out", "output.dir", strangers), World.current())
     staged.create(0)
     (staged.path / "file").write_text("new")
     return staged
@@ -70,7 +70,7 @@ def test_what_was_put_into_the_old_output_meanwhile_is_kept(replacing: StagedDir
 
 def test_what_stands_in_the_place_of_the_old_output_is_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    staged = StagedDirectory(tmp_path / "out", World.current(), replaces=lambda _: None)
+    staged = StagedDirectory(Destination(tmp_path / "out", "output.dir", lambda _: None), World.current())
     staged.create(0)
     with pytest.raises(RunError, match="is the earlier output no longer and is kept"):
         staged.commit()
@@ -88,7 +88,7 @@ def test_a_place_is_free_where_all_in_it_is_of_an_earlier_output(tmp_path: Path)
         free_place(out, "--to", strangers=strangers)
     with pytest.raises(UserError, match="is no output of loraga-dist"):
         free_place(out, "--to", strangers=lambda _: None, overwrite=True)
-    assert free_place(out, "--to", strangers=strangers, overwrite=True) == out
+    assert free_place(out, "--to", strangers=strangers, overwrite=True) == Destination(out, "--to", strangers)
     for name in "abcd":
         (out / name).symlink_to(tmp_path)
     with pytest.raises(UserError, match="holds a, b, c and 1 more, not of the output that --overwrite replaces"):
@@ -98,25 +98,25 @@ def test_a_place_is_free_where_all_in_it_is_of_an_earlier_output(tmp_path: Path)
 def test_the_lock_is_held_while_the_new_output_is_worked_with(staged: StagedDirectory, tmp_path: Path) -> None:
     staged.commit()
     with pytest.raises(UserError, match="is being written by another run"):
-        StagedDirectory(tmp_path / "out", World.current(), replaces=strangers).create(0)
+        StagedDirectory(Destination(tmp_path / "out", "output.dir", strangers), World.current()).create(0)
     staged.drop_lock()
-    StagedDirectory(tmp_path / "out", World.current(), replaces=strangers).create(0)
+    StagedDirectory(Destination(tmp_path / "out", "output.dir", strangers), World.current()).create(0)
 
 
 def test_what_another_run_has_finished_is_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for _ in range(2):  # the lock is not kept
         with pytest.raises(UserError, match="exists by now; write another directory"):
-            StagedDirectory(tmp_path / "out", World.current()).create(0)
+            StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current()).create(0)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_runs_cannot_write_one_output(staged: StagedDirectory, tmp_path: Path) -> None:
-    other = StagedDirectory(tmp_path / "out", World.current())
+    other = StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current())
     with pytest.raises(UserError, match="is being written by another run"):
         other.create(0)
     assert (staged.path / "file").read_text() == "new"
-    other = StagedDirectory(tmp_path / "next" / "out", World.current())
+    other = StagedDirectory(Destination(tmp_path / "next" / "out", "output.dir"), World.current())
     other.create(0)
     other.discard()
     assert list((tmp_path / "next").iterdir()) == []
@@ -132,7 +132,7 @@ def test_a_lock_whose_file_is_gone_locks_nobody_out(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(fcntl, "flock", late_lock)
     with pytest.raises(UserError, match="is being written by another run"):
-        StagedDirectory(tmp_path / "out", World.current()).create(0)
+        StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current()).create(0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,7 +159,7 @@ def replace_and_die(destination: Path) -> None:
     """What a run does that is killed between its two renames."""
 
     def replace() -> None:
-        staged = StagedDirectory(destination, World.alone(), replaces=strangers)
+        staged = StagedDirectory(Destination(destination, "output.dir", strangers), World.alone())
         staged.create(0)
         (staged.path / "file").write_text("new")
         rename = Path.rename
@@ -186,7 +186,7 @@ def die(work: Callable[[], None]) -> None:
 
 def start_and_die(destination: Path, num_bytes: int) -> None:
     def start() -> None:
-        staged = StagedDirectory(destination, World.alone())
+        staged = StagedDirectory(Destination(destination, "output.dir"), World.alone())
         staged.create(0)
         (staged.path / "file").write_bytes(b"x" * num_bytes)
 
@@ -195,7 +195,7 @@ def start_and_die(destination: Path, num_bytes: int) -> None:
 
 def test_what_a_run_that_died_left_is_removed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start_and_die(tmp_path / "out", 1234)
-    again = StagedDirectory(tmp_path / "out", World.current())
+    again = StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current())
     again.create(0)
     assert f"removed {tmp_path}/.out.partial (1234 bytes), which a run that died had left" in capsys.readouterr().err
     (again.path / "file").write_text("new")
@@ -208,7 +208,7 @@ def test_what_a_run_that_died_left_is_removed_and_said(tmp_path: Path, capsys: p
 @pytest.mark.parametrize("num_removed", range(5))
 def test_what_a_kill_leaves_of_a_removal_is_known_as_ours(tmp_path: Path, num_removed: int) -> None:
     def discard() -> None:
-        staged = StagedDirectory(tmp_path / "out", World.alone())
+        staged = StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.alone())
         staged.create(0)
         for name in "abc":
             (staged.path / name).touch()
@@ -223,7 +223,7 @@ def test_what_a_kill_leaves_of_a_removal_is_known_as_ours(tmp_path: Path, num_re
         staged.discard()
 
     die(discard)
-    StagedDirectory(tmp_path / "out", World.current()).create(0)
+    StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current()).create(0)
 
 
 @pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
@@ -240,7 +240,7 @@ def test_what_is_not_ours_is_neither_removed_nor_renamed(tmp_path: Path, name: s
         theirs.symlink_to(elsewhere if kind == "link" else tmp_path / "gone")
     problem = f"needs the name {theirs}, and what stands there is not of loraga_dist; move it away"
     with pytest.raises(UserError, match=problem):
-        StagedDirectory(tmp_path / "here" / "out", World.current()).create(0)
+        StagedDirectory(Destination(tmp_path / "here" / "out", "output.dir"), World.current()).create(0)
     assert [path.name for path in tmp_path.glob("here/*")] == [name] and (elsewhere / "thesis").is_dir()
     assert kind != "directory" or (theirs / "thesis").is_dir()
 
@@ -258,7 +258,7 @@ def test_a_lock_that_is_not_ours_is_left_alone(tmp_path: Path, kind: str) -> Non
     else:
         lock.symlink_to(elsewhere if kind == "link" else tmp_path / "gone")
     with pytest.raises(UserError, match="is not of loraga_dist; move it away"):
-        StagedDirectory(tmp_path / "out", World.current()).create(0)
+        StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current()).create(0)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "elsewhere"]
     assert elsewhere.read_text() == "thesis" and (kind != "text" or lock.read_text() == "thesis")
 
@@ -277,7 +277,7 @@ def test_a_run_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "out" / "file").write_text("old")
     replace_and_die(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.partial", ".out.replaced"]
-    StagedDirectory(tmp_path / "out", World.current(), replaces=strangers).create(0)
+    StagedDirectory(Destination(tmp_path / "out", "output.dir", strangers), World.current()).create(0)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
     assert (tmp_path / "out" / "file").read_text() == "old"
 
