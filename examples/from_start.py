@@ -11,18 +11,21 @@ from typing import Any
 from peft import PeftConfig
 from transformers import TrainerCallback
 
+from loraga_dist.artifacts.report import Report
 from loraga_dist.config import CalibrationConfig
 from loraga_dist.data.samples import Sample, load_samples
 from loraga_dist.errors import LoragaError
 
 
-def base_of(loraga_dir: Path) -> tuple[str, str | None]:
-    """Name or directory, and revision, of the model that the adapter in `loraga_init` belongs on."""
+def base_of(loraga_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Name or directory of the model that the adapter in `loraga_init` belongs on, and what `from_pretrained` needs
+    beside it."""
+    how: dict[str, Any] = {"trust_remote_code": Report.read(loraga_dir).config.model.trust_remote_code}
     if (loraga_dir / "residual_base").exists():
-        return str(loraga_dir / "residual_base"), None
+        return str(loraga_dir / "residual_base"), how
     adapter = PeftConfig.from_pretrained(loraga_dir / "loraga_init")  # a scheme that leaves the base as it is
     assert adapter.base_model_name_or_path is not None, "every start names it"
-    return adapter.base_model_name_or_path, adapter.revision
+    return adapter.base_model_name_or_path, {**how, "revision": adapter.revision}
 
 
 def read_samples(data: str, calibration: CalibrationConfig, tokenizer: Any, num_samples: int) -> list[Sample]:

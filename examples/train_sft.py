@@ -56,9 +56,9 @@ def main() -> SFTTrainer:
         bf16=torch.cuda.is_available(),  # SFTConfig's default is True
         report_to="none",
     )
-    base_name, revision = base_of(options.loraga_dir)
-    base = AutoModelForCausalLM.from_pretrained(base_name, revision=revision, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(base_name, revision=revision)
+    base_name, how = base_of(options.loraga_dir)
+    base = AutoModelForCausalLM.from_pretrained(base_name, **how, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base_name, **how)
     num_samples = options.steps * arguments.train_batch_size * arguments.world_size
     samples = read_samples(options.data, start.config.calibration, tokenizer, num_samples)
     trainer = LoraPlusSFTTrainer(

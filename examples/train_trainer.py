@@ -59,10 +59,10 @@ def main() -> Trainer:
         use_cpu=not torch.cuda.is_available(),  # else accelerate takes each of several ranks for the only one
         report_to="none",
     )
-    base_name, revision = base_of(options.loraga_dir)
-    tokenizer = AutoTokenizer.from_pretrained(base_name, revision=revision)
+    base_name, how = base_of(options.loraga_dir)
+    tokenizer = AutoTokenizer.from_pretrained(base_name, **how)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    base = AutoModelForCausalLM.from_pretrained(base_name, revision=revision, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(base_name, **how, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)
 
     num_samples = options.steps * arguments.train_batch_size * arguments.world_size

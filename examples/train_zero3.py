@@ -76,12 +76,12 @@ def main() -> Any:
     }
     keep_alive = HfDeepSpeedConfig(settings)  # from_pretrained shards while it lives
     if options.loraga_dir:
-        base_name, revision = base_of(options.loraga_dir)
+        base_name, how = base_of(options.loraga_dir)
         calibration = Report.read(options.loraga_dir).config.calibration
     else:
-        base_name, revision, calibration = options.model, None, CalibrationConfig(max_length=256)
-    base = AutoModelForCausalLM.from_pretrained(base_name, revision=revision, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(base_name, revision=revision)
+        base_name, how, calibration = options.model, {}, CalibrationConfig(max_length=256)
+    base = AutoModelForCausalLM.from_pretrained(base_name, **how, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base_name, **how)
     batches = read_batches(options, calibration, tokenizer, base.config.get_text_config().vocab_size)
     if options.loraga_dir:
         model: Any = PeftModel.from_pretrained(base, options.loraga_dir / "loraga_init", is_trainable=True)

@@ -25,6 +25,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from loraga_dist.commands.convert import Conversion
+
 VOCABULARY = 258
 """256 bytes, then padding and end of sequence."""
 
@@ -240,6 +242,7 @@ def report_tree(**changes: Any) -> dict[str, Any]:
         "adapter_fingerprint": "sha256:4",
         "factors_fingerprint": "sha256:5",
         "model_files": {"config.json": "6"},
+        "base_quantization": None,
         "versions": {"python": "3.11"},
         "world_size": 1,
         "data_fingerprint": "sha256:3",
@@ -282,6 +285,14 @@ def report_tree(**changes: Any) -> dict[str, Any]:
         "warnings": [],
     }
     return _merged(tree, changes)
+
+
+def conversion(**changes: Any) -> Conversion:
+    values: dict[str, Any] = {
+        "init": "init", "trained": "trained", "base": "company/base", "revision": None, "task_type": "CAUSAL_LM",
+        "trust_remote_code": False, "num_targets": 1, "saved_parameters": [], "warnings": [],
+    }  # fmt: skip
+    return Conversion(**(values | changes))
 
 
 def target_tree(**changes: Any) -> dict[str, Any]:

@@ -170,6 +170,8 @@ class Report(ReportPart):
     factors_fingerprint: str | None = None
     model_files: dict[str, str] = {}
     """SHA-256 of what stands beside the weights in `residual_base`, written or to come: config.json, tokenizer, ..."""
+    base_quantization: str | None = None
+    """`quant_method` of the original model's files; None in floating point, and in reports of earlier versions."""
     versions: dict[str, str] = {}
     world_size: int | None = None
     data_fingerprint: str | None = None

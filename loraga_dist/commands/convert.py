@@ -40,6 +40,8 @@ class Conversion:
     base: str
     """The original base, as the adapter names it."""
     revision: str | None
+    task_type: str | None
+    trust_remote_code: bool
     num_targets: int
     r: int | None = None
     """Of the adapter; None if only a merged model was written."""
@@ -110,6 +112,8 @@ def convert(
         trained=str(trained),
         base=model.name_or_path if base is None or original is None else str(original.directory),
         revision=model.revision if base is None else None,
+        task_type=update.task_type,
+        trust_remote_code=model.trust_remote_code,
         num_targets=len(update.targets),
         has_stacks=not per_expert and any(target.stack for target in update.targets.values()),
         saved_parameters=list(update.saved),

@@ -98,6 +98,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         config=_known_config(start, name, base_dir, destination),
         base_fingerprint=fingerprint(base_digests),
         residual_fingerprint=None,
+        base_quantization=(quantization_of(base_dir) or {}).get("quant_method"),
         versions=versions(),
         targets={
             target.name: start.reports[target.name].model_copy(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from loraga_dist.ranks.session import run_alone, run_as_rank
 from loraga_dist.ranks.words import require_said, say
 
 if TYPE_CHECKING:
+    from loraga_dist.commands.convert import Conversion
     from loraga_dist.ranks.stop import StopRequest
     from loraga_dist.ranks.world import World
 
@@ -202,31 +204,34 @@ def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             f"kept energy {found.total_kept_energy:.6f}, least {found.kept_energy[worst]:.6f} in {worst}",
             sys.stdout,
         )
-        for line in how_to_serve(options.to, found.base, found.r, found.saved_parameters, has_stacks=found.has_stacks):
+        for line in how_to_serve(options.to, found):
             say(f"serve: {line}", sys.stdout)
     if options.merge is not None:
         say(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in", sys.stdout)
 
 
-def how_to_serve(
-    adapter: Path, base: str, r: int, saved_parameters: Sequence[str], *, has_stacks: bool = False
-) -> list[str]:
-    """What to type for vLLM and SGLang, or why they do not take it; one line each.
-
-    r: of the adapter. has_stacks: it has experts in PEFT's layout.
-    """
-    saved_modules = {name.split(".")[-2] for name in saved_parameters}
+def how_to_serve(adapter: Path, found: Conversion) -> list[str]:
+    """What to type for vLLM and SGLang, or why they do not take the adapter that was made; one line each."""
+    r = found.r
+    assert r is not None, "a merged model needs no words"
+    saved_modules = {name.split(".")[-2] for name in found.saved_parameters}
     fitting = [rank for rank in VLLM_LORA_RANKS if rank >= r]
+    if found.task_type == "SEQ_2_SEQ_LM":  # which neither has
+        return []
     if saved_modules - VLLM_SAVED_MODULES:
         return ["vLLM and SGLang take no modules_to_save; use --merge"]
     if not fitting:
         return [f"vLLM takes adapters of rank {VLLM_LORA_RANKS[-1]} at most; use --rank or --merge"]
-    lines = [f"vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules tuned={adapter}"]
-    if has_stacks:
+    base, named = shlex.quote(found.base), shlex.quote(f"tuned={adapter}")
+    more = (f" --revision {shlex.quote(found.revision)}" if found.revision else "") + (
+        " --trust-remote-code" if found.trust_remote_code else ""
+    )
+    lines = [f"vllm serve {base}{more} --enable-lora --max-lora-rank {fitting[0]} --lora-modules {named}"]
+    if found.has_stacks:
         lines.append("where the checkpoint has its experts one by one, vLLM and SGLang want --per_expert")
     elif not saved_modules:
         server = "python -m sglang.launch_server"
-        lines.append(f"{server} --model-path {base} --enable-lora --max-lora-rank {r} --lora-paths tuned={adapter}")
+        lines.append(f"{server} --model-path {base}{more} --enable-lora --max-lora-rank {r} --lora-paths {named}")
     return lines
 
 

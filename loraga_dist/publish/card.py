@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.artifacts.names import LORAGA_OFFSET
+from loraga_dist.artifacts.names import LORAGA_OFFSET, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
-from loraga_dist.model.classes import loader_of
+from loraga_dist.publish.base_call import BaseCall
 from loraga_dist.publish.rendering import render
 
 
@@ -18,10 +19,18 @@ def model_card(report: Report, repo_id: str) -> str:
     """README.md of the repository, with the metadata that the hub reads."""
     from huggingface_hub import ModelCardData
 
-    config, name = report.config, report.config.model.name_or_path
-    on_hub = not Path(name).is_absolute()  # a run writes local paths absolutely
+    config, original = report.config, BaseCall.of_original(report)
+    on_residual = LORAGA_OFFSET in Layout.of_report(report).directories
+    base = original
+    if on_residual and config.output.push_residual_base:
+        base = replace(original, name=repo_id, subfolder=RESIDUAL_BASE, revision=None)
+    else:
+        if original.is_local:
+            base = replace(base, name="PATH_OF_THE_BASE")
+        if on_residual and config.output.residual_dtype != "auto":
+            base = replace(base, dtype=config.output.residual_dtype)  # what the offset is merged in
     metadata = ModelCardData(
-        base_model=name if on_hub else None,
+        base_model=None if original.is_local else original.name,
         library_name="peft",
         tags=["lora", config.init.scheme.replace("_", "-")],
     )
@@ -29,10 +38,10 @@ def model_card(report: Report, repo_id: str) -> str:
         "card.md.j2",
         report=report,
         metadata=yaml.safe_dump(metadata.to_dict(), sort_keys=False, width=math.inf).rstrip(),  # in ASCII, escaped
-        base=name if on_hub else Path(name).name,
-        revision=config.model.revision,
-        loader=loader_of(config.model, config.lora.task_type),
-        on_residual=LORAGA_OFFSET in Layout.of_report(report).directories,
+        name=Path(original.name).name if original.is_local else original.name,
+        original=original,
+        base=base,
+        on_residual=on_residual,
         pushes_residual=config.output.push_residual_base,
         repo_id=repo_id,
     )

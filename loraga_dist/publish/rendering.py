@@ -43,7 +43,13 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": _number, "prose": _prose, "code": _code, "python": _python, "shell": _shell}
+    environment.filters |= {
+        "number": _number,
+        "prose": _prose,
+        "code": _code,
+        "python": python_literal,
+        "shell": _shell,
+    }
     return environment
 
 
@@ -68,7 +74,8 @@ def _code(value: object) -> str:
     return f"{fence} {text} {fence}"
 
 
-def _python(value: str) -> str:
+def python_literal(value: str) -> str:
+    """A string in Python's own words, printable and in one line."""
     letters = json.dumps(value, ensure_ascii=False)
     return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in letters)
 

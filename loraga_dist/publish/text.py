@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET, RESIDUAL_BASE
+from loraga_dist.artifacts.names import LORAGA_INIT, LORAGA_OFFSET
 from loraga_dist.artifacts.report import Report, TargetReport
 from loraga_dist.errors import printable
-from loraga_dist.model.classes import loader_of
 from loraga_dist.model.targets import kind_of
+from loraga_dist.publish.base_call import BaseCall
 from loraga_dist.publish.rendering import render
 
 
@@ -48,33 +48,32 @@ def print_summary(report: Report, directory: str, verified: str) -> None:
 
 def readme(report: Report) -> str:
     """README.md of the output directory: what is here and how to train, merge and serve from it."""
-    config, directories = report.config, Layout.of_report(report).directories
-    adapter, start_base = f"{config.output.dir}/{LORAGA_INIT}", config.model.name_or_path
+    directories = Layout.of_report(report).directories
+    adapter, on_residual = f"{report.config.output.dir}/{LORAGA_INIT}", LORAGA_OFFSET in directories
     of_experts = [target.weight_key for target in report.targets.values() if target.stack is not None]
-    if on_residual := LORAGA_OFFSET in directories:
-        start_base = f"{config.output.dir}/{RESIDUAL_BASE}"
+    base = BaseCall.of_residual(report) if on_residual else BaseCall.of_original(report)
     return render(
         "output.md.j2",
         report=report,
         directories=directories,
         on_residual=on_residual,
         adapter=adapter,
-        start_base=start_base,
+        base=base,
         has_experts=bool(of_experts),
         has_them_apart=len(of_experts) == len(set(of_experts)),
-        loader=loader_of(config.model, config.lora.task_type),
-        trainers=_trainer_configs(start_base, adapter, report.learning_rate),
+        trl=_TRL.get(report.loss or "", ("SFTTrainer", "SFTConfig")),
+        trainers=_trainer_texts(base, adapter, report),
     )
 
 
-def _trainer_configs(base: str, adapter: str, learning_rate: float) -> dict[str, str]:
-    """What to write into the configuration files of trainers, by their names."""
-    configs = {
-        "Axolotl": {"base_model": base, "adapter": "lora", "lora_model_dir": adapter},
-        "LLaMA-Factory": {"model_name_or_path": base, "adapter_name_or_path": adapter, "finetuning_type": "lora"},
-        "ms-swift": {"model": base, "adapters": [adapter], "tuner_type": "lora"},
-    }
-    rate = {"learning_rate": learning_rate}
+_TRL = {"dpo": ("DPOTrainer", "DPOConfig"), "policy_gradient": ("GRPOTrainer", "GRPOConfig")}
+"""What trains on the loss that a start was made for, where that is not `SFTTrainer`."""
+
+
+def _trainer_texts(base: BaseCall, adapter: str, report: Report) -> dict[str, str]:
+    """YAML by trainer; of language models, which these train."""
+    configs = base.trainer_configs(adapter) if report.config.lora.task_type == "CAUSAL_LM" else {}
+    rate = {"learning_rate": report.learning_rate}
     return {
         trainer: yaml.safe_dump(config | rate, sort_keys=False, width=math.inf) for trainer, config in configs.items()
     }

@@ -212,6 +212,7 @@ def make_report(
         adapter_fingerprint=fingerprints.adapter,
         factors_fingerprint=fingerprints.factors,
         model_files=dict(fingerprints.model_files),
+        base_quantization=(request.base.quantization or {}).get("quant_method"),
         versions=versions(),
         world_size=world.size,
         seconds=dict(seconds),

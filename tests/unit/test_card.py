@@ -12,6 +12,7 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.publish.card import model_card
 
 REPO = "someone/start"
+PUSHED = {"push_to_hub": REPO, "push_residual_base": True, "residual_base": "full"}
 
 
 def card(**config: Any) -> tuple[dict[str, Any], str]:
@@ -39,3 +40,18 @@ def test_an_unchanged_base_needs_no_offset() -> None:
 def test_a_dora_becomes_a_merged_model() -> None:
     assert "As a merged model, from a copy" in card(lora={"use_dora": True})[1]
     assert "--to CONVERTED" in card()[1]
+
+
+def test_a_local_base_is_not_named_as_one_of_the_hub() -> None:
+    _, text = card(init={"scheme": "rrr"}, model={"name_or_path": "/models/gpt2"})
+    assert 'from_pretrained("PATH_OF_THE_BASE", dtype="auto")' in text and '"gpt2"' not in text
+    assert "is not on the hub under this name" in text
+    _, text = card(output=PUSHED, model={"name_or_path": "/models/gpt2"})
+    assert "is not on the hub" not in text and "PATH_OF_THE_BASE" not in text
+
+
+def test_the_offset_is_merged_in_the_dtype_of_the_residual() -> None:
+    _, text = card(output={"residual_dtype": "float32"})
+    assert 'from_pretrained("company/base", dtype="float32")' in text
+    _, text = card(output={"residual_dtype": "float32", **PUSHED}, model={"trust_remote_code": True})
+    assert f'from_pretrained("{REPO}", subfolder="residual_base", trust_remote_code=True, dtype="auto")' in text

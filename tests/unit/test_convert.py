@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from builders import TASKS, config_tree, save_data, save_model
+from builders import TASKS, config_tree, conversion, save_data, save_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -266,8 +267,17 @@ def test_ranks_that_servers_allow() -> None:
     allowed = json.loads((GOLDEN / "trainer_keys.json").read_text())["vllm"]["max_lora_rank"]
     assert list(VLLM_LORA_RANKS) == allowed
     for r, flag in ((1, 1), (2, 8), (8, 8), (9, 16), (129, 256), (257, 320), (321, 512)):
-        assert f"--max-lora-rank {flag} " in how_to_serve(Path("a"), "base", r, [])[0]
-    assert "use --rank or --merge" in how_to_serve(Path("a"), "base", 513, [])[0]
+        assert f"--max-lora-rank {flag} " in how_to_serve(Path("a"), conversion(r=r))[0]
+    assert "use --rank or --merge" in how_to_serve(Path("a"), conversion(r=513))[0]
+
+
+def test_what_is_typed_names_revision_and_code_and_is_quoted() -> None:
+    found = conversion(base="/data/my base", revision="abc", trust_remote_code=True, r=8)
+    for line in how_to_serve(Path("/runs/a b"), found):
+        words = shlex.split(line)
+        assert {"/data/my base", "--trust-remote-code", "tuned=/runs/a b"} < set(words)
+        assert words[words.index("--revision") + 1] == "abc"
+    assert how_to_serve(Path("a"), conversion(r=8, task_type="SEQ_2_SEQ_LM")) == []
 
 
 def test_truncation_is_the_best_of_its_rank(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import MOE, config_tree, save_data, save_model
+from builders import MOE, config_tree, conversion, save_data, save_model
 from outputs import make_output, read_adapter
 from safetensors.torch import load_file, save_file
 
@@ -90,6 +90,6 @@ def test_experts_in_one_tensor_have_no_names(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_what_is_said_of_servers() -> None:
-    vllm, other = how_to_serve(Path("a"), "company/base", 8, [], has_stacks=True)
+    vllm, other = how_to_serve(Path("a"), conversion(r=8, has_stacks=True))
     assert vllm.startswith("vllm serve") and other.endswith("vLLM and SGLang want --per_expert")
-    assert [line.split()[0] for line in how_to_serve(Path("a"), "company/base", 8, [])] == ["vllm", "python"]
+    assert [line.split()[0] for line in how_to_serve(Path("a"), conversion(r=8))] == ["vllm", "python"]

@@ -72,7 +72,7 @@ def test_a_repository_is_enough_to_train_from(
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(content)
     program = text.split("```python\n")[1].split("```")[0]
-    program = program.replace(REPO, str(copy)).replace('"base"', repr(str(tmp_path / "base")))
+    program = program.replace(REPO, str(copy)).replace("PATH_OF_THE_BASE", str(tmp_path / "base"))
     namespace: dict[str, Any] = {}
     exec(program, namespace)
     model: PeftModel = namespace["model"]

@@ -134,7 +134,7 @@ INSIDE = {
         "report",
         "text",
     ],
-    "publish": ["rendering", "card", "text", "plots", "page", "hub", "tracking"],
+    "publish": ["rendering", "base_call", "card", "text", "plots", "page", "hub", "tracking"],
     "run": ["finished", "writing", "pipeline"],
     "commands": ["trained", "convert", "materialize", "rebuild", "save_start", "clean", "recipe", "table"],
 }

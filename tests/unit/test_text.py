@@ -48,6 +48,61 @@ def test_lines_are_what_the_trainer_knows(trainer: str) -> None:
         assert config[key] in (f"{OUT}/{directory}", [f"{OUT}/{directory}"])
 
 
+def with_values(config: dict[str, Any], **values: Any) -> Report:
+    return Report.parse(json.dumps(report_tree(config=config, **values)))
+
+
+def known_and_written(report: Report) -> dict[str, dict[str, Any]]:
+    """What every trainer's lines say, all of it keys that it knows."""
+    blocks = re.findall(r"^(\S+):\n\n```yaml\n(.*?)```", readme(report), flags=re.MULTILINE | re.DOTALL)
+    found = {trainer: yaml.safe_load(block) for trainer, block in blocks}
+    for trainer, lines in found.items():
+        package, _ = EXPECTED[trainer]
+        known = set(KEYS[package]["keys"]) | {field.name for field in dataclasses.fields(TrainingArguments)}
+        assert set(lines) <= known
+    return found
+
+
+def test_a_pinned_base_with_code_of_its_own_is_named_so_everywhere() -> None:
+    model = {"name_or_path": "company/base", "revision": "abc", "trust_remote_code": True}
+    report = with_values({"model": model, "init": {"scheme": "rrr"}})
+    assert 'from_pretrained("company/base", revision="abc", trust_remote_code=True, dtype="auto")' in readme(report)
+    lines = known_and_written(report)
+    assert lines["Axolotl"]["revision_of_model"] == lines["LLaMA-Factory"]["model_revision"] == "abc"
+    assert lines["ms-swift"]["model_revision"] == "abc"
+    assert lines["Axolotl"]["trust_remote_code"] and lines["LLaMA-Factory"]["trust_remote_code"]
+    residual = readme(with_values({"model": model}))
+    assert 'residual_base", trust_remote_code=True, dtype="auto")' in residual and "abc" not in residual
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "compressed-tensors", "bitsandbytes"])
+def test_a_quantized_base_is_dequantized_where_adapters_on_it_are_not_trained(method: str) -> None:
+    report = with_values({"init": {"scheme": "rrr"}}, base_quantization=method)
+    text, lines = readme(report), known_and_written(report)
+    assert "--merge" not in text, "convert refuses it"
+    (program,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (names,) = [line for line in program.splitlines() if line.startswith("from transformers import ")]
+    namespace: dict[str, Any] = {}
+    exec(names, namespace)
+    if method == "bitsandbytes":
+        assert "quantization_config" not in text and len(lines) == 3
+        return
+    (call,) = re.findall(r"quantization_config=(\w+\(dequantize=True\))", program)
+    assert eval(call, namespace).quant_method == method and eval(call, namespace).dequantize
+    assert lines == {"Axolotl": lines["Axolotl"]}, "the others have no key for it"
+    assert lines["Axolotl"]["model_quantization_config"] == type(eval(call, namespace)).__name__
+
+
+def test_trainers_are_those_of_the_task_and_the_loss() -> None:
+    for task in ("SEQ_2_SEQ_LM", "SEQ_CLS"):
+        text = readme(with_values({"lora": {"task_type": task}}))
+        assert "TRL:" not in text and "```yaml" not in text and "transformers' `Trainer` takes this model" in text
+    for loss, trainer in (("cross_entropy", "SFT"), ("dpo", "DPO"), ("policy_gradient", "GRPO")):
+        assert f"`{trainer}Trainer(model=model, peft_config=None, args={trainer}Config(" in readme(
+            with_values({}, loss=loss)
+        )
+
+
 def test_learning_rate_ratios_are_known_by_these_names() -> None:
     text = " ".join(readme(REPORT).split())
     for name, packages in {"loraplus_lr_ratio": ("axolotl", "llamafactory"), "lorap_lr_ratio": ("ms_swift",)}.items():
