@@ -245,6 +245,7 @@ def report_tree(**changes: Any) -> dict[str, Any]:
         "base_quantization": None,
         "versions": {"python": "3.11"},
         "world_size": 1,
+        "device": "CPU",
         "data_fingerprint": "sha256:3",
         "engine": "exact",
         "order": "block",

@@ -174,6 +174,8 @@ class Report(ReportPart):
     """`quant_method` of the original model's files; None in floating point, and in reports of earlier versions."""
     versions: dict[str, str] = {}
     world_size: int | None = None
+    device: str | None = None
+    """Name of rank 0's, `CPU` for one. Not in reports of earlier versions."""
     data_fingerprint: str | None = None
     engine: str | None = None
     order: str | None = None

@@ -30,17 +30,18 @@ _MARGIN_SECONDS = 5
 T = TypeVar("T")
 
 
-def meet(launched: LaunchedRank) -> Store:
+def meet(launched: LaunchedRank, device_type: str) -> Store:
     """The store through which process groups connect, once every rank has reached it.
 
-    Raises UserError when the address is no address, the port is taken, or ranks disagree on their number; RunError when
-    not all ranks arrive within LORAGA_RENDEZVOUS_SECONDS.
+    Raises UserError when the address is no address, the port is taken, or ranks disagree on their number or compute on
+    devices of another type, whose groups would wait for each other; RunError when not all ranks arrive within
+    LORAGA_RENDEZVOUS_SECONDS.
     """
     seconds = rendezvous_seconds()
     where = f"{launched.master_addr}:{launched.master_port}"
     return within(
         seconds + _MARGIN_SECONDS,
-        lambda: _meet(launched, where, seconds),
+        lambda: _meet(launched, device_type, where, seconds),
         f"rendezvous at {where}: {_here(launched)} reached something that gave no answer within {seconds} s; see that "
         "MASTER_ADDR and MASTER_PORT are rank 0's, and that nothing else listens there",
     )
@@ -99,14 +100,14 @@ def listen(addresses: Sequence[str], port: int) -> Listening | None:
     return None
 
 
-def _meet(launched: LaunchedRank, where: str, seconds: int) -> Store:
+def _meet(launched: LaunchedRank, device_type: str, where: str, seconds: int) -> Store:
     deadline = time.monotonic() + seconds
     # torchrun's store outlives the ranks that it starts again
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"loraga_dist/{attempt}", _reach(launched, where, seconds))
     keys = [f"arrived/{rank}" for rank in range(launched.size)]
     try:
-        store.set(keys[launched.rank], f"{launched.size} {socket.gethostname()}")
+        store.set(keys[launched.rank], f"{launched.size} {device_type} {socket.gethostname()}")
         with suppress(dist.DistStoreError):  # who is missing is seen below
             store.wait(keys, timedelta(seconds=max(1.0, deadline - time.monotonic())))
         if missing := [rank for rank, key in enumerate(keys) if not store.check([key])]:
@@ -115,13 +116,17 @@ def _meet(launched: LaunchedRank, where: str, seconds: int) -> Store:
                 f"{seconds} s, not {missing}; check that they run and that their nodes reach this address and port"
             )
         for rank, key in enumerate(keys):
-            size, _, host = store.get(key).decode().partition(" ")
+            size, their_type, host = store.get(key).decode().split(" ", 2)
             if int(size) != launched.size:
                 raise UserError(
                     "WORLD_SIZE",
                     launched.size,
                     f"is {size} for rank {rank} on {host}; start all ranks by one launcher, with the same settings",
                 )
+            if their_type != device_type:
+                problem = f"has {_here(launched)} compute on {device_type} and rank {rank} on {host} on {their_type}"
+                remedy = "see what nvidia-smi says on both; give every rank a GPU, or none"
+                raise UserError("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"), f"{problem}; {remedy}")
     except dist.DistError as error:
         raise RunError(f"rendezvous at {where}: rank 0 has left it; its own message says why") from error
     return store

@@ -83,6 +83,10 @@ class World:
         """As the launcher says; 1 where it says nothing."""
         return local_size(os.environ)
 
+    @property
+    def device_name(self) -> str:
+        return "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+
     def stop(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -192,7 +196,7 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _connect(launched: LaunchedRank, backend: str) -> None:
-    store = meet(launched)
+    store = meet(launched, _device(launched.local_rank).type)
     store.set_timeout(COLLECTIVE_TIMEOUT)
     # what a rank that has left since then would be waited for
     seconds = max(_MIN_CONNECT_SECONDS, rendezvous_seconds())

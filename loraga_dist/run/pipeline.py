@@ -79,7 +79,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
         refuse_what_cannot_fit(planned, forecaster, world)
         if world.is_main:
-            _say_what_comes(request, forecaster, clock)
+            _say_what_comes(request, forecaster, clock, world)
     config, destination = request.config, staged.destination
     num_bytes = _bytes_to_write(request, forecaster)
     finished_files = staged.checkpoint_path / RESIDUAL_BASE
@@ -297,9 +297,10 @@ def _bytes_to_write(request: CheckpointRequest, forecaster: Forecaster) -> int:
     return sum(output.values()) + _plan_report(request, forecaster).course.checkpoint_bytes(output, num_states=1)
 
 
-def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: Clock) -> None:
+def _say_what_comes(request: CheckpointRequest, forecaster: Forecaster, clock: Clock, world: World) -> None:
     read = f"{request.data.num_samples} sequences, " if request.data else ""
-    say(f"read: {read}{len(request.targets)} targets in {clock.seconds['load']:.1f} s")
+    ranks = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device_name}"
+    say(f"read: {read}{len(request.targets)} targets in {clock.seconds['load']:.1f} s; {ranks}")
     say(f"adapters: {request.coverage.text}")
     if request.plan.groups:
         say(f"plan: {plan_line(_plan_report(request, forecaster))}")

@@ -215,6 +215,7 @@ def make_report(
         base_quantization=(request.base.quantization or {}).get("quant_method"),
         versions=versions(),
         world_size=world.size,
+        device=world.device_name,
         seconds=dict(seconds),
         peak_bytes_per_rank=[peak for peak, _ in per_rank],
         planned_peak_bytes_per_rank=[planned for _, planned in per_rank],

@@ -255,7 +255,7 @@ def test_each_phase_is_said_with_what_it_has_to_do(tmp_path: Path, capsys: pytes
     make_output(config_tree(base, data, tmp_path / "out"))
     said = capsys.readouterr().err
     expected = [
-        r"read: 24 sequences, 21 targets in \d+\.\d s",
+        r"read: 24 sequences, 21 targets in \d+\.\d s; 1 rank on CPU",
         r"adapters: [\d.]+ k of [\d.]+ k parameters \(\d+\.\d %\); without adapter: .*embeddings [\d.]+ k.*",
         r"plan: 12 microbatches per rank, \d[\d.e-]* to \d[\d.e-]* seconds of arithmetic; model order",
         r"load weights: [\d.]+kB",

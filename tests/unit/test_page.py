@@ -111,7 +111,7 @@ def test_the_page_says_what_the_report_says(run: Path, report: dict[str, Any]) -
     _, page = read(run)
     facts = {row[0]: row[1] for row in page.rows if len(row) == 2}
     assert facts["base"] == report["config"]["model"]["name_or_path"]
-    assert facts["world size"] == "1"
+    assert facts["world size"] == "1, CPU"
     assert facts["supervised tokens"].replace(",", "") == str(report["num_supervised_tokens"])
     assert float(facts["mean loss"]) == pytest.approx(report["mean_loss"], abs=1e-4)
     assert f"{report['identity_check']['max_abs_logit_diff']:.2e}" in facts["identity check"]

@@ -28,7 +28,7 @@ def three_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_meet() -> None:
     port = free_port()
     with ThreadPoolExecutor(3) as ranks:
-        stores = list(ranks.map(lambda rank: meet(place(rank, 3, port)), (2, 0, 1)))
+        stores = list(ranks.map(lambda rank: meet(place(rank, 3, port), "cpu"), (2, 0, 1)))
     stores[0].set("from", "rank 2")
     assert stores[1].get("from") == b"rank 2"
 
@@ -39,12 +39,12 @@ def test_ranks_started_again_meet_again(monkeypatch: pytest.MonkeyPatch) -> None
     agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with ThreadPoolExecutor(2) as ranks:
-        stores = list(ranks.map(lambda rank: meet(place(rank, 2, port)), (0, 1)))
+        stores = list(ranks.map(lambda rank: meet(place(rank, 2, port), "cpu"), (0, 1)))
     stores[0].set("address", "of the first attempt")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(RunError, match=r"1 of 2 ranks arrived within 3 s, not \[1\]"):
-        meet(place(0, 2, port))
-    store = meet(place(1, 2, port))
+        meet(place(0, 2, port), "cpu")
+    store = meet(place(1, 2, port), "cpu")
     assert not store.check(["address"])
     del agent
 
@@ -52,7 +52,7 @@ def test_ranks_started_again_meet_again(monkeypatch: pytest.MonkeyPatch) -> None
 def test_who_is_missing_is_named() -> None:
     port = free_port()
     with ThreadPoolExecutor(2) as ranks:
-        waiting = [ranks.submit(meet, place(rank, 4, port)) for rank in (0, 2)]
+        waiting = [ranks.submit(meet, place(rank, 4, port), "cpu") for rank in (0, 2)]
     with pytest.raises(RunError, match=rf"127.0.0.1:{port}: 2 of 4 ranks arrived within 3 s, not \[1, 3\]"):
         waiting[0].result()
     with pytest.raises(RunError, match=f"127.0.0.1:{port}"):
@@ -62,14 +62,24 @@ def test_who_is_missing_is_named() -> None:
 def test_rank_0_is_missing() -> None:
     port = free_port()
     with pytest.raises(RunError, match=rf"127.0.0.1:{port}: rank 1 on .* found nobody there within 3 s"):
-        meet(place(1, 2, port))
+        meet(place(1, 2, port), "cpu")
 
 
 def test_another_number_of_ranks_is_refused() -> None:
     port = free_port()
     with ThreadPoolExecutor(2) as ranks:
-        waiting = [ranks.submit(meet, place(0, 2, port)), ranks.submit(meet, place(1, 3, port))]
+        waiting = [ranks.submit(meet, place(0, 2, port), "cpu"), ranks.submit(meet, place(1, 3, port), "cpu")]
     with pytest.raises(UserError, match="WORLD_SIZE: 2: is 3 for rank 1"):
+        waiting[0].result()
+    with pytest.raises((UserError, RunError)):
+        waiting[1].result()
+
+
+def test_a_rank_that_sees_no_gpu_is_named_at_once() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(2) as ranks:
+        waiting = [ranks.submit(meet, place(0, 2, port), "cuda"), ranks.submit(meet, place(1, 2, port), "cpu")]
+    with pytest.raises(UserError, match=r"rank 0 on \S+ compute on cuda and rank 1 on \S+ on cpu; see what nvidia-smi"):
         waiting[0].result()
     with pytest.raises((UserError, RunError)):
         waiting[1].result()
@@ -77,13 +87,13 @@ def test_another_number_of_ranks_is_refused() -> None:
 
 def test_taken_port() -> None:
     with socket.create_server(("", 0)) as other, pytest.raises(UserError, match="set it to a free port"):
-        meet(place(0, 2, other.getsockname()[1]))
+        meet(place(0, 2, other.getsockname()[1]), "cpu")
 
 
 @pytest.mark.parametrize("address", ["no-such-node.invalid", "a" * 300, "a..b", "10.0.0.256.1", "\x1b[2J", " "])
 def test_unknown_address(address: str) -> None:
     with pytest.raises(UserError, match="rank 1 on") as refused:
-        meet(place(1, 2, 1234, address))
+        meet(place(1, 2, 1234, address), "cpu")
     assert refused.value.key == "MASTER_ADDR"
 
 
@@ -91,7 +101,7 @@ def test_a_port_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraga_dist.ranks.rendezvous._MARGIN_SECONDS", 0)
     began = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(RunError, match="gave no answer within 3 s"):
-        meet(place(1, 2, mute.getsockname()[1]))
+        meet(place(1, 2, mute.getsockname()[1]), "cpu")
     assert time.monotonic() - began < 10
 
 
@@ -99,7 +109,7 @@ def test_a_port_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
     monkeypatch.setenv("LORAGA_RENDEZVOUS_SECONDS", seconds)
     with pytest.raises(UserError, match="LORAGA_RENDEZVOUS_SECONDS"):
-        meet(place(0, 2, 1234))
+        meet(place(0, 2, 1234), "cpu")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
@@ -107,7 +117,7 @@ def test_rank_0_listens_where_it_is_looked_for(host: str) -> None:
     """Linux leads all of 127.0.0.0/8 to this machine: 127.0.0.2 stands for its other networks."""
     port = free_port()
     with ThreadPoolExecutor(2) as ranks:
-        stores = list(ranks.map(lambda rank: meet(place(rank, 2, port, host)), (0, 1)))
+        stores = list(ranks.map(lambda rank: meet(place(rank, 2, port, host), "cpu"), (0, 1)))
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port))
     del stores
