@@ -173,7 +173,7 @@ def _parts(target: Target, *, per_expert: bool) -> list[Target]:
         return [target]
     target = dataclasses.replace(target, by_parameter=False)  # for PEFT, which does not read it
     if target.stack is None:
-        return [target]
+        return [dataclasses.replace(target, name=target.weight_key.removesuffix(".weight"))]
     return [
         dataclasses.replace(
             target, name=rows.key.removesuffix(".weight"), M=rows.count, weight_key=rows.key, stack=None

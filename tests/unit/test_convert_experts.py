@@ -34,9 +34,10 @@ def moved(out: Path, trained: Path) -> Path:
 
 
 def start(root: Path, kind: str) -> tuple[Path, Path, list[str]]:
-    """Base, and what `convert` takes; every dense target beside the experts."""
+    """Base, and what `convert` takes; every dense target beside the experts, routers of some."""
     base, data = save_model(root / "base", kind), save_data(root / "data.jsonl", rows=8)
-    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    router = ["mlp.gate.weight"] if kind in ("mixtral", "deepseek_v3") else []
+    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", *router]}
     out = make_output(config_tree(base, data, root / "out", kind=kind, r=2, lora=experts))
     return base, out, ["--init", str(out / "loraga_init"), "--trained", str(moved(out, root / "trained"))]
 
