@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from builders import TASKS, make_model
 from torch import Tensor
@@ -56,6 +57,49 @@ def test_integers_of_any_width_are_labels() -> None:
     assert_same(started([{name: tensor.int() for name, tensor in batch.items()} for batch in data]), started(data))
 
 
+CLASSES = {"input_ids": torch.arange(97, 121).view(2, 12), "labels": torch.tensor([0, 1])}
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "says"),
+    [
+        ("t5", "CAUSAL_LM", "is of an encoder and a decoder; write SEQ_2_SEQ_LM"),
+        ("llama", "SEQ_2_SEQ_LM", "is not of an encoder and a decoder; write CAUSAL_LM"),
+        ("llama", "SEQ_CLS", "takes one label of every sequence, and batch 0 has labels of shape [2, 20]"),
+        ("bert", "CAUSAL_LM", "generates nothing, as PEFT wants of models for it; write SEQ_CLS for a classifier"),
+    ],
+)
+def test_another_task_is_refused(kind: str, task: str, says: str) -> None:
+    data = [CLASSES] if kind == "bert" else batches()
+    with pytest.raises(loraga_dist.UserError, match="^lora.task_type: ") as error:
+        started(data, kind, lora={**LORA, "task_type": task})
+    assert says in str(error.value)
+
+
+def test_labels_of_sequences_are_none_of_tokens() -> None:
+    with pytest.raises(loraga_dist.UserError, match=r"^lora.task_type: .* batch 0 has labels of shape \[2\]"):
+        started([CLASSES])
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "key", "says"),
+    [
+        ({"num_labels": 1}, torch.tensor([0.3, 0.4]), "init.scheme", "num_labels 1"),
+        ({"problem_type": "regression"}, torch.rand(2, 3), "init.scheme", "problem_type regression"),
+        ({"problem_type": None}, torch.eye(3)[:2], "dataloader", "labels that are no integers"),
+    ],
+)
+def test_classifiers_that_tell_no_classes_apart_are_refused(
+    values: dict[str, Any], labels: Tensor, key: str, says: str
+) -> None:
+    model = make_model("bert")
+    for name, value in values.items():
+        setattr(model.config, name, value)
+    with pytest.raises(loraga_dist.UserError, match=f"^{key}: ") as error:
+        started([CLASSES | {"labels": labels}], "bert", model)
+    assert says in str(error.value)
+
+
 def test_sequences_without_labels_count_among_inputs_however_they_are_batched() -> None:
     singly = batches(8, size=1)
     for batch in singly[1::2]:
@@ -66,3 +110,15 @@ def test_sequences_without_labels_count_among_inputs_however_they_are_batched() 
     ]
     init = {"scheme": "rrr", "whitening": "exact"}
     assert_same(started(singly, init=init), started(by_two, init=init))
+
+
+@pytest.mark.parametrize(
+    ("without", "says"), [([3], "searched, have no label"), ([0, 1, 2], "no batch has a label but the last 1")]
+)
+def test_a_step_is_searched_on_labels_and_from_labels(without: list[int], says: str) -> None:
+    data = batches()
+    for index in without:
+        data[index]["labels"][:] = -100
+    with pytest.raises(loraga_dist.UserError, match="^dataloader: 4: ") as error:
+        started(data, init={"scheme": "rrr_step"})
+    assert says in str(error.value)
