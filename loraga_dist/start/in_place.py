@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from loraga_dist.artifacts.report import FoundStep, IdentityCheck, TargetReport
@@ -55,6 +58,27 @@ class Start:
     """Where its length was searched."""
     cautions: list[str] = field(default_factory=list)
     """What of the model's own behaviour the gradient does not follow."""
+
+
+@contextmanager
+def beside_a_script(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Without what a training script may have switched on: autocast, which would round factors and products, modes
+    without gradients, another default dtype. After an error the model trains what it did before, as it did before."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    except BaseException:
+        for module, was_training in training:
+            module.training = was_training
+        for parameter, required_grad in trainable:
+            parameter.requires_grad_(required_grad)
+        raise
+    finally:
+        torch.set_default_dtype(default)
 
 
 def start_in_place(

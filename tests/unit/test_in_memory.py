@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -122,3 +123,50 @@ def test_a_step_is_searched_on_labels_and_from_labels(without: list[int], says: 
     with pytest.raises(loraga_dist.UserError, match="^dataloader: 4: ") as error:
         started(data, init={"scheme": "rrr_step"})
     assert says in str(error.value)
+
+
+SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == dtype
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("scheme", ["lora_ga", "rrr_step", "pissa"])
+def test_what_a_script_has_switched_on_changes_nothing(scheme: str, surroundings: str) -> None:
+    model, init = make_model("llama"), {"scheme": scheme}
+    plain = started(batches(), init=init)
+    with SURROUNDINGS[surroundings]():
+        start = started(batches(), model=model, init=init)
+    expected = dict(plain.model.named_parameters())
+    for name, parameter in start.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+        assert parameter.requires_grad == expected[name].requires_grad
+    assert start.identity_check == plain.identity_check
+
+
+def test_a_model_trains_as_before_after_an_error() -> None:
+    model = make_model("llama").train()
+    model.model.layers[0].eval()
+    model.model.layers[1].requires_grad_(False)
+    before = [(name, module.training) for name, module in model.named_modules()]
+    trainable = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(loraga_dist.RunError, match="the loss is nan"):
+        started(batches(), model=model)
+    assert [(name, module.training) for name, module in model.named_modules()] == before
+    assert [(name, parameter.requires_grad) for name, parameter in model.named_parameters()] == trainable
