@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from loraga_dist.artifacts.report import FoundStep, IdentityCheck, TargetReport
-from loraga_dist.config import LoraSection, SchemeName
+from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.errors import UserError
 from loraga_dist.gradients.block_order import NotInBlocks
@@ -42,7 +42,8 @@ class Start:
 
     model: Any
     """The `peft.PeftModel`: adapter "default" A0, B0 on the base W - s*B0*A0, or on W where the scheme leaves it."""
-    scheme: SchemeName
+    init: SchemeConfig
+    """With the step that was searched."""
     lora: LoraSection
     """The adapter's section; where there is a rank budget, with the ranks it bought."""
     targets: list[Target]
@@ -161,7 +162,7 @@ def start_in_place(
     return Start(
         coverage=request.coverage,
         model=peft_model,
-        scheme=request.config.init.scheme,
+        init=request.config.init,
         lora=lora,
         targets=plan.targets,
         factors=placed.factors,
