@@ -52,7 +52,8 @@ def outputs(model: nn.Module, microbatch: Microbatch, device: torch.device, *, w
 @contextmanager
 def full_float32_matmul() -> Iterator[None]:
     """No TF32 or bf16 shortcuts in float32 products while the context lasts."""
-    products: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends  # without stubs
+    products = backends.cuda.matmul, backends.mkldnn.matmul
     own = [product.fp32_precision for product in products]
     try:
         general = torch.get_float32_matmul_precision()

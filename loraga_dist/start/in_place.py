@@ -30,7 +30,7 @@ from loraga_dist.ranks.words import say
 from loraga_dist.request.request import Request
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.start.identity import Probe, compare_logits
+from loraga_dist.start.identity import Probe, coarsest_dtype, compare_logits
 from loraga_dist.start.place import Placed, add_adapter, place_factors
 from loraga_dist.start.rounds import make_owned_factors
 from loraga_dist.start.step import search_step
@@ -124,7 +124,7 @@ def start_in_place(
         return_freed_memory()  # engine state
         return_pinned_memory(sharding.world.device)  # that and inputs of blocks, where they lay on the host
     before = probe.logits(model, sharding)
-    rerounded = None
+    rerounded, dtype = None, coarsest_dtype(model, request.targets)
     if request.scheme.changes_base:
         rerounded = probe.rerounded_logits(model, request.targets, sharding)
 
@@ -155,7 +155,7 @@ def start_in_place(
         before,
         rerounded,
         after,
-        dtype=next(model.parameters()).dtype,
+        dtype=dtype,
         scheme=plan.scheme,
         world=sharding.world,
     )

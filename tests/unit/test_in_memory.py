@@ -159,7 +159,7 @@ def test_what_a_script_has_switched_on_changes_nothing(scheme: str, surroundings
 
 
 def test_a_model_trains_as_before_after_an_error() -> None:
-    model = make_model("llama").train()
+    model: Any = make_model("llama").train()
     model.model.layers[0].eval()
     model.model.layers[1].requires_grad_(False)
     before = [(name, module.training) for name, module in model.named_modules()]
@@ -170,3 +170,18 @@ def test_a_model_trains_as_before_after_an_error() -> None:
         started(batches(), model=model)
     assert [(name, module.training) for name, module in model.named_modules()] == before
     assert [(name, parameter.requires_grad) for name, parameter in model.named_parameters()] == trainable
+
+
+def test_a_model_on_several_devices_is_refused() -> None:
+    model: Any = make_model("llama")
+    model.model.layers[1].to("meta")
+    with pytest.raises(loraga_dist.UserError, match="has parameters on cpu and meta; load it whole on one device"):
+        started(batches(), model=model)
+
+
+def test_weights_beside_an_embedding_in_float32_are_judged_by_their_own_rounding() -> None:
+    model: Any = make_model("llama").to(torch.bfloat16)
+    model.model.embed_tokens.float()
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.to(torch.bfloat16))
+    check = started(batches(), model=model).identity_check
+    assert check.dtype == "bfloat16" and check.kl_of_rounding is not None
