@@ -117,8 +117,9 @@ def require_supervised(data: BatchSharder, step_data: BatchSharder, world: World
     """Raise UserError, on all ranks, where the gradient's batches or those kept apart have no label; a collective."""
     counts = [sum(it.num_supervised_tokens for it in part.batches) for part in (data, step_data)]
     of_gradient, of_step = world.sum_(torch.tensor(counts, device=world.device)).tolist()
-    last = f"the last {step_data.num_samples} batches, on which the length of a step is searched"
+    total = data.num_samples + step_data.num_samples
+    last = f"the last {step_data.num_samples} of {total} batches, on which the length of a step is searched"
     with world.together():
         if not of_gradient or not of_step:
             problem = f"{last}, have no label" if not of_step else f"no batch has a label but {last}"
-            raise UserError("dataloader", data.num_samples + step_data.num_samples, f"{problem}; shuffle them")
+            raise UserError("dataloader", total, f"{problem}; shuffle them")
