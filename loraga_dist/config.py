@@ -205,7 +205,8 @@ class GradientConfig(Section):
     of all ranks has fewer supervised tokens than the sketch has columns."""
     checkpointing: Checkpointing = "auto"
     """Model order: whether every block is computed again in backward instead of kept: less memory, for a second forward
-    pass. `auto` does that only where block order is no way out, and in one process only where there is no room."""
+    pass. `auto` does that only where block order is no way out, and in one process of `init` only where there is no
+    room."""
 
 
 class CalibrationConfig(Section):

@@ -16,7 +16,7 @@ from loraga_dist.artifacts.reading import adapter_fingerprint
 from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, versions
 from loraga_dist.artifacts.residual import digest_base
 from loraga_dist.artifacts.tensors import entries_of
-from loraga_dist.config import InitConfig, ModelConfig, OutputConfig, SchemeConfig
+from loraga_dist.config import InitConfig, ModelConfig, OutputConfig
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import TensorDigest, fingerprint
 from loraga_dist.files.parallel import shares
@@ -51,7 +51,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
     """
     world = World.current()
     model: Any = start.model
-    scheme = SCHEMES[start.scheme]
+    scheme = SCHEMES[start.init.scheme]
     with world.together():
         destination = Path(directory).expanduser().resolve()
         if destination.exists():
@@ -219,9 +219,12 @@ def _known_config(start: Start, name: str, base_dir: Path, destination: Path) ->
     model_class = type(peft_model.get_base_model())
     if model_class.__module__.startswith("transformers."):
         model["class"] = model_class.__name__
+    known: dict[str, Any] = {"scheme": start.init.scheme}  # what another version may have other defaults for
+    if "stable_gamma" in SCHEMES[start.init.scheme].init_keys:
+        known["stable_gamma"] = start.init.gamma
     return InitConfig(
         model=ModelConfig.model_validate(model),
         lora=start.lora,
-        init=SchemeConfig(scheme=start.scheme, step=None if start.step is None else start.step.length),
+        init=start.init.model_copy(update=known),
         output=OutputConfig(dir=str(destination), residual_base="none", residual_dtype=dtype),
     )

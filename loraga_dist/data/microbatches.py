@@ -49,6 +49,8 @@ class Microbatch:
     """Of preference data; else None."""
     images: Load | None = None
     """What the model is given beside tokens; None for texts alone."""
+    is_copy: bool = False
+    """Of a microbatch that counts elsewhere, for a rank without one."""
 
     @property
     def num_terms(self) -> int:
@@ -68,7 +70,7 @@ def count_supervised_tokens(labels: Tensor, task_type: TaskType) -> int:
 
 def counted_rows(microbatch: Microbatch, share: float) -> dict[int, Tensor]:
     """Which rows of a layer's input count where a share of all tokens is enough: their numbers, by how many rows there
-    are. No padding, and of a copy without supervision none; of layers whose rows are other than tokens it says nothing.
+    are. No padding, and of a copy none; of layers whose rows are other than tokens it says nothing.
 
     A sequence's own tokens decide, so that it does not matter who gets it.
     """
@@ -83,7 +85,7 @@ def counted_rows(microbatch: Microbatch, share: float) -> dict[int, Tensor]:
         if tokens_BT.dim() != 2:
             continue
         counts_BT = kept_BT.clone()
-        if not microbatch.num_supervised_tokens:
+        if microbatch.is_copy:
             counts_BT.zero_()
         elif share < 1:
             for tokens_T, counts_T in zip(tokens_BT, counts_BT, strict=True):
@@ -219,6 +221,7 @@ def without_supervision(microbatch: Microbatch, index: int) -> Microbatch:
         index=index,
         sample_ids=(),
         num_pairs=None if microbatch.num_pairs is None else 0,
+        is_copy=True,
     )
 
 
@@ -237,12 +240,17 @@ def microbatches_from_batches(
             continue
         if not isinstance(batch, Mapping):
             raise UserError("dataloader", type(batch).__name__, "yields batches that are no dict of tensors")
-        inputs = {name: value.detach().cpu() for name, value in batch.items() if isinstance(value, Tensor)}
+        # copied, since a dataloader may fill the same buffers again
+        inputs = {
+            name: value.detach().to("cpu", copy=True) for name, value in batch.items() if isinstance(value, Tensor)
+        }
         missing = [name for name in ("input_ids", "labels") if name not in inputs]
         if missing:
             raise UserError(
                 "dataloader", sorted(batch), f"batch {index} has no tensor named {' or '.join(missing)}; yield both"
             )
+        if not inputs["labels"].is_floating_point():  # no loss takes other integers
+            inputs["labels"] = inputs["labels"].long()
         beside = {name: tensor for name, tensor in inputs.items() if not _is_of_tokens(name, tensor, inputs)}
         microbatches.append(
             Microbatch(

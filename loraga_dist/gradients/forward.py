@@ -52,12 +52,22 @@ def outputs(model: nn.Module, microbatch: Microbatch, device: torch.device, *, w
 @contextmanager
 def full_float32_matmul() -> Iterator[None]:
     """No TF32 or bf16 shortcuts in float32 products while the context lasts."""
-    before = torch.get_float32_matmul_precision()
+    backends: Any = torch.backends  # without stubs
+    products = backends.cuda.matmul, backends.mkldnn.matmul
+    own = [product.fp32_precision for product in products]
+    try:
+        general = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it cannot be told where a script has set one of torch.backends
+        general = "highest"
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(general)
+        for product, precision in zip(products, own, strict=True):
+            product.fp32_precision = "none"  # what it is for all backends
+            if product.fp32_precision != precision:
+                product.fp32_precision = precision
 
 
 def first_nonfinite_module(model: nn.Module, microbatch: Microbatch, device: torch.device) -> str | None:

@@ -97,8 +97,8 @@ class Observer:
     def begin(self, microbatch: Microbatch) -> None:
         self._engine.begin_microbatch(microbatch.index)
         if self._engine.inputs.are_wanted:
-            is_copy = not microbatch.num_supervised_tokens
-            self._engine.inputs.begin_microbatch(counted_rows(microbatch, self._share), is_copy=is_copy)
+            rows = counted_rows(microbatch, self._share)
+            self._engine.inputs.begin_microbatch(rows, is_copy=microbatch.is_copy)
 
     def end(self, microbatch: Microbatch, loss: torch.Tensor) -> LossTotals:
         """After a backward; a collective. loss: of this rank's microbatch, a sum over its tokens.

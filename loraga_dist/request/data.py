@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraga_dist.config import WITHOUT_GRADIENT, InitConfig
+from loraga_dist.config import InitConfig
 from loraga_dist.data.formats import data_error
 from loraga_dist.data.microbatches import Sample, SampleSharder
 from loraga_dist.data.samples import has_embedding, load_samples, padding_token_id
@@ -16,7 +16,7 @@ from loraga_dist.errors import UserError, blame
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.classes import names_in_forward
 from loraga_dist.ranks.world import World
-from loraga_dist.schemes import SCHEMES
+from loraga_dist.request.refusals import require_classes
 
 
 def read_data(config: InitConfig, base: BaseModel, world: World, began: datetime | None = None) -> SampleSharder:
@@ -24,8 +24,7 @@ def read_data(config: InitConfig, base: BaseModel, world: World, began: datetime
 
     began: what chat templates take for now.
     """
-    if config.lora.task_type == "SEQ_CLS" and SCHEMES[config.init.scheme].source == "gradient":
-        _require_classes(config, base)
+    require_classes(config, base.config, base.model_class.__name__)
     tokenizer = _load_tokenizer(base.directory, config)
     samples = load_samples(
         config.calibration,
@@ -92,15 +91,6 @@ def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Samp
             config.model.name_or_path,
             f"its tokenizer makes token {largest}, the model has {rows} embeddings; write one whose tokenizer fits",
         )
-
-
-def _require_classes(config: InitConfig, base: BaseModel) -> None:
-    """Raise UserError for a head whose loss is not of one class among several."""
-    kind = getattr(base.config, "problem_type", None) or "single_label_classification"
-    if base.config.num_labels == 1 or kind != "single_label_classification":
-        problem = f"{base.model_class.__name__} has num_labels {base.config.num_labels} and problem_type {kind}"
-        instead = f"gradients are taken of one class among several; write {WITHOUT_GRADIENT}, and no data"
-        raise UserError("init.scheme", config.init.scheme, f"{problem}: {instead}")
 
 
 def _require_ends(config: InitConfig, base: BaseModel, samples: Sequence[Sample]) -> None:

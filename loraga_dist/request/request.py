@@ -47,8 +47,12 @@ from loraga_dist.request.data import read_data
 from loraga_dist.request.refusals import (
     require_alike,
     require_base_left_alone,
+    require_classes,
     require_gradients_of_text,
     require_inputs_of_a,
+    require_labels,
+    require_supervised,
+    require_task,
     require_unquantized,
 )
 from loraga_dist.schemes import SCHEMES, Scheme
@@ -279,6 +283,8 @@ def understand_model(
         if not hasattr(model, "config") or hasattr(model, "peft_config"):
             raise UserError("model", type(model).__name__, "must be a transformers model without an adapter")
         scheme = SCHEMES[config.init.scheme]
+        require_task(model, config.lora.task_type)
+        require_classes(config, model.config, type(model).__name__)
         selection, targets, order = _choose_targets(
             meta_copy(type(model), model.config), config, None, in_pieces=is_partitioned
         )
@@ -291,6 +297,8 @@ def understand_model(
         elif batches is None:
             raise UserError("dataloader", None, f"{scheme.title} takes gradients; give it batches of calibration data")
         microbatches = microbatches_from_batches(() if batches is None else batches, config.lora.task_type, max_batches)
+        if scheme.source == "gradient":
+            require_labels(microbatches, config.lora.task_type)
     dtype, data, amount = next(model.parameters()).dtype, None, USUAL_AMOUNT
     step_data = None
     if batches is not None:
@@ -301,6 +309,8 @@ def understand_model(
             require_alike(data, order, "dataloader", world.size)
         with world.together():
             data, step_data = _share_out(data, config, "dataloader")
+        if step_data is not None:
+            require_supervised(data, step_data, world)
         num_tokens = torch.tensor(sum(each.inputs["input_ids"].numel() for each in microbatches), device=world.device)
         amount = Amount(
             num_tokens=int(world.sum_(num_tokens)), num_microbatches=data.num_samples * world.size, dtype=dtype

@@ -53,7 +53,7 @@ from loraga_dist.run.writing import finish_directory, make_report, write_weights
 from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.sharding.open import open_sharding, sharding_of
-from loraga_dist.start.in_place import Start, start_in_place
+from loraga_dist.start.in_place import Start, beside_a_script, start_in_place
 
 
 def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, str]:
@@ -163,8 +163,12 @@ def initialize(
     config: the sections `lora`, `init`, `gradient` and `deepspeed` of the configuration.
     max_batches: read no more than these from the dataloader.
 
+    The model is taken in its own dtype: a surrounding `torch.autocast`, `torch.no_grad` or default dtype changes
+    nothing.
+
     Raises UserError for input it cannot work with, before the model is touched: an optimizer that already holds the
-    parameters, NVMe-offloaded or hpZ shards, several ranks with an unsharded model; RunError when calibration fails.
+    parameters, NVMe-offloaded or hpZ shards, several ranks with an unsharded model; RunError when calibration fails,
+    which leaves the model as it was.
     """
     if not isinstance(config, MethodConfig):
         config = parse_config(MethodConfig, dict(config))
@@ -180,7 +184,8 @@ def initialize(
     for left_out in request.left_out if sharding.world.is_main else ():
         say(f"warning: {left_out.text}")
     keeping = _keeping_beside(model, request, sharding.world)
-    start = start_in_place(model, request, sharding=sharding, keeping=keeping)
+    with beside_a_script(model, sharding.world.device):
+        start = start_in_place(model, request, sharding=sharding, keeping=keeping)
     for line in start.cautions if sharding.world.is_main else ():
         say(f"warning: {line}")
     return start

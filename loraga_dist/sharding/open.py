@@ -29,8 +29,8 @@ def open_sharding(world: World, deepspeed: str | dict[str, Any] | None, *, from_
 def sharding_of(model: nn.Module, world: World, deepspeed: str | dict[str, Any] | None, caller: str) -> Sharding:
     """Choose what holds a training script's own model, by how it was loaded.
 
-    caller: the function the user called, for messages. Raises UserError for shards that cannot be edited in place, and
-    for a model that several ranks hold whole.
+    caller: the function the user called, for messages. Raises UserError for shards that cannot be edited in place, for
+    a model that several ranks hold whole, and for one that lies on several devices.
     """
     if is_partitioned(model):
         refuse_unsupported_shards(model, caller)
@@ -41,4 +41,8 @@ def sharding_of(model: nn.Module, world: World, deepspeed: str | dict[str, Any] 
             type(model).__name__,
             f"is whole on each of {world.size} ranks; load it under ZeRO-3 (transformers' HfDeepSpeedConfig)",
         )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        problem = f"has parameters on {' and '.join(devices)}; load it whole on one device (no device_map, no offload)"
+        raise UserError("model", type(model).__name__, f"{problem}, or under ZeRO-3")
     return SingleProcess(replace(world, device=next(model.parameters()).device))

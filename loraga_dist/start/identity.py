@@ -15,6 +15,7 @@ from loraga_dist.data.losses import IGNORED
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch, seeded_microbatch
 from loraga_dist.errors import RunError
 from loraga_dist.gradients.forward import forward
+from loraga_dist.model.base import WIDE_FLOATS
 from loraga_dist.model.blocks import pieces_of
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
@@ -73,13 +74,20 @@ class Probe:
 
         The weights are the same bits afterwards.
         """
-        if next(model.parameters()).dtype not in _BITS:
+        if coarsest_dtype(model, targets) not in _BITS:
             return None
         flip_last_bits(model, targets, sharding)
         try:
             return self.logits(model, sharding)
         finally:
             flip_last_bits(model, targets, sharding)
+
+
+def coarsest_dtype(model: nn.Module, targets: Sequence[Target]) -> torch.dtype:
+    """Of the first parameter and the targets' weights; scripts keep embeddings, or other layers, in float32."""
+    first = next(parameter.dtype for parameter in model.parameters() if parameter.dtype in WIDE_FLOATS)
+    weights = (model.get_parameter(target.parameter_name).dtype for target in targets)
+    return max(first, *weights, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @torch.no_grad()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from loraga_dist.artifacts.report import FoundStep, IdentityCheck, TargetReport
-from loraga_dist.config import LoraSection, SchemeName
+from loraga_dist.config import LoraSection, SchemeConfig
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.errors import UserError
 from loraga_dist.gradients.block_order import NotInBlocks
@@ -27,7 +30,7 @@ from loraga_dist.ranks.words import say
 from loraga_dist.request.request import Request
 from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
-from loraga_dist.start.identity import Probe, compare_logits
+from loraga_dist.start.identity import Probe, coarsest_dtype, compare_logits
 from loraga_dist.start.place import Placed, add_adapter, place_factors
 from loraga_dist.start.rounds import make_owned_factors
 from loraga_dist.start.step import search_step
@@ -39,7 +42,8 @@ class Start:
 
     model: Any
     """The `peft.PeftModel`: adapter "default" A0, B0 on the base W - s*B0*A0, or on W where the scheme leaves it."""
-    scheme: SchemeName
+    init: SchemeConfig
+    """With the step that was searched."""
     lora: LoraSection
     """The adapter's section; where there is a rank budget, with the ranks it bought."""
     targets: list[Target]
@@ -55,6 +59,27 @@ class Start:
     """Where its length was searched."""
     cautions: list[str] = field(default_factory=list)
     """What of the model's own behaviour the gradient does not follow."""
+
+
+@contextmanager
+def beside_a_script(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Without what a training script may have switched on: autocast, which would round factors and products, modes
+    without gradients, another default dtype. After an error the model trains what it did before, as it did before."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    except BaseException:
+        for module, was_training in training:
+            module.training = was_training
+        for parameter, required_grad in trainable:
+            parameter.requires_grad_(required_grad)
+        raise
+    finally:
+        torch.set_default_dtype(default)
 
 
 def start_in_place(
@@ -99,7 +124,7 @@ def start_in_place(
         return_freed_memory()  # engine state
         return_pinned_memory(sharding.world.device)  # that and inputs of blocks, where they lay on the host
     before = probe.logits(model, sharding)
-    rerounded = None
+    rerounded, dtype = None, coarsest_dtype(model, request.targets)
     if request.scheme.changes_base:
         rerounded = probe.rerounded_logits(model, request.targets, sharding)
 
@@ -130,14 +155,14 @@ def start_in_place(
         before,
         rerounded,
         after,
-        dtype=next(model.parameters()).dtype,
+        dtype=dtype,
         scheme=plan.scheme,
         world=sharding.world,
     )
     return Start(
         coverage=request.coverage,
         model=peft_model,
-        scheme=request.config.init.scheme,
+        init=request.config.init,
         lora=lora,
         targets=plan.targets,
         factors=placed.factors,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from outputs import relative
+from ranks import run_on_ranks
 from torch import nn
 
 from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.data.microbatches import Microbatch, count_supervised_tokens
-from loraga_dist.gradients.forward import forward, outputs
+from loraga_dist.gradients.forward import forward, full_float32_matmul, outputs
 
 CPU = torch.device("cpu")
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
@@ -92,3 +94,51 @@ def test_a_classifier_that_hands_arguments_down_makes_no_cache() -> None:
     assert model(input_ids=ids).past_key_values is not None
     microbatch = Microbatch({"input_ids": ids, "labels": torch.tensor([1])}, 1, 0, ())
     assert outputs(model, microbatch, CPU).past_key_values is None
+
+
+def precisions() -> dict[str, str | None]:
+    backends: Any = torch.backends
+    holders = {"all": backends, "cuda": backends.cuda.matmul, "cpu": backends.mkldnn, "cpu's": backends.mkldnn.matmul}
+    found: dict[str, str | None] = {name: holder.fp32_precision for name, holder in holders.items()}
+    try:
+        found["general"] = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        found["general"] = None
+    return found
+
+
+def set_precision(holder: Any, precision: str) -> None:
+    holder.fp32_precision = precision
+
+
+BACKENDS: Any = torch.backends
+WAYS: dict[str, Callable[[], None]] = {
+    "none": lambda: None,
+    "general": lambda: torch.set_float32_matmul_precision("high"),
+    "lowest": lambda: torch.set_float32_matmul_precision("medium"),
+    "flag": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "all": lambda: set_precision(BACKENDS, "tf32"),
+    "cuda": lambda: set_precision(BACKENDS.cuda.matmul, "tf32"),
+    "cpu": lambda: set_precision(BACKENDS.mkldnn, "bf16"),
+    "cpu's": lambda: set_precision(BACKENDS.mkldnn.matmul, "bf16"),
+}
+
+
+def within(way: str) -> list[dict[str, str | None]]:
+    """Before, within and after, and when all backends have been given another."""
+    WAYS[way]()
+    seen = [precisions()]
+    with full_float32_matmul():
+        seen.append(precisions())
+    seen.append(precisions())
+    set_precision(BACKENDS, "tf32")
+    return [*seen, precisions()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_precision_is_full_and_then_as_it_was_however_it_was_set(way: str) -> None:
+    before, during, after, then = run_on_ranks(within, 1, way)[0]
+    assert (during["cuda"], during["cpu's"], during["general"]) == ("ieee", "ieee", "highest")
+    assert after == before
+    if way == "none":
+        assert (then["cuda"], then["cpu's"]) == ("tf32", "tf32")

@@ -87,7 +87,7 @@ INSIDE = {
         "plan",
     ],
     "sharding": ["slices", "settings", "gloo", "base", "single", "from_disk", "zero3", "open"],
-    "request": ["data", "refusals", "request"],
+    "request": ["refusals", "data", "request"],
     "artifacts": [
         "names",
         "tensors",

@@ -15,7 +15,9 @@ from quantizing import by_transformers, save_fp8
 from safetensors.torch import load_file
 
 import loraga_dist
+from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import main
+from loraga_dist.schemes import SCHEMES, times_full_rate
 
 AUTO = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -77,6 +79,27 @@ def test_saved_trained_and_converted(kind: str, dtype: torch.dtype, settings: di
     tolerance = (1e-5 if dtype == torch.float32 else 5e-2) * expected.abs().max()
     assert (logits(plain) - expected).abs().max() < tolerance
     assert (logits(AUTO[TASKS[kind]].from_pretrained(tmp_path / "merged")) - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize(
+    ("init", "also", "expected"),
+    [
+        ({"stable_gamma": 1024.0}, {"scheme": "lora_ga"}, times_full_rate(SCHEMES["lora_ga"], "stable", 1024.0, 2.0)),
+        ({}, {"scheme": "lora_ga", "stable_gamma": SCHEMES["lora_ga"].stable_gamma}, None),
+        ({"scale": "unit"}, {"scheme": "lora_ga"}, times_full_rate(SCHEMES["lora_ga"], "unit", 16.0, 2.0)),
+        ({"scheme": "rrr_step", "step": 0.01, "damping": 0.1}, {}, None),
+    ],
+)
+def test_the_report_knows_the_scheme_and_its_settings(
+    init: dict[str, Any], also: dict[str, Any], expected: float | None, tmp_path: Path
+) -> None:
+    loraga_dist.save_start(initialized(save_model(tmp_path / "base"), init=init), tmp_path / "start")
+    report = Report.read(tmp_path / "start")
+    known = report.config.init.model_dump(exclude_unset=True)
+    # what no user has set is what the scheme takes
+    assert {key: known[key] for key in init | also} == init | also
+    if expected is not None:
+        assert report.times_full_rate == expected
 
 
 def test_what_is_no_start_of_that_base_is_refused(tmp_path: Path) -> None:
