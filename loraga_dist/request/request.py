@@ -213,7 +213,7 @@ def understand(
     saved_parameters = {name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters}
     require_saved(base.weights, saved_parameters)
     factor_dtypes = {
-        target.name: factor_dtype(base.dtype, entries[target.weight_key][0], config.output.residual_dtype)
+        target.name: factor_dtype(base.dtype, base.weights.get(target.weight_key), config.output.residual_dtype)
         for target in targets
     }
     data = step_data = None
