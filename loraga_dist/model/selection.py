@@ -28,7 +28,7 @@ from loraga_dist.model.stacks import (
     find_stacks,
     untappable,
 )
-from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
+from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config, tied_parameters
 from loraga_dist.model.towers import text_model, tower_of
 
 
@@ -63,7 +63,7 @@ def select_targets(
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper
 
-    tied = _tied_parameters(meta_model)
+    tied = tied_parameters(meta_model)
     before = {name for name, _ in meta_model.named_modules()}
     weights = Weights.of(meta_model)
     stacks, lists = find_stacks(meta_model), tuple(f"{name}." for name in expert_lists(meta_model))
@@ -312,16 +312,3 @@ def _check_patterns(lora: LoraSection, names: Collection[str]) -> None:
                     raise UserError(key, pattern, problem)
                 instead = "write a target's name or the end of one, of experts their parameter's, or remove it"
                 raise UserError(key, pattern, f"matches no target; {instead}")
-
-
-def _tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Every parameter name that shares its tensor, with the name of another holder."""
-    holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    return {
-        name: next(other for other in names if other != name)
-        for names in holders.values()
-        if len(names) > 1
-        for name in names
-    }
