@@ -216,6 +216,9 @@ def _of_parameter(name: str, layer: Any, stacks: Mapping[str, Stack], lora: Lora
         if layer.parameter_name != "weight" or not multiplies(base):
             raise _no_matrix(parameter, base, lora)
         return [_target(layer, module_name, *base.weight.shape, by_parameter=True)]
+    if stack.E == 1 and stack.transposed:
+        problem = "holds one matrix, stored (in, out), to which PEFT adds its update as (out, in); leave it out"
+        raise UserError("lora.target_parameters", parameter, problem)
     return [
         replace(
             _target(layer, expert_name, stack.M, stack.N, transposed=stack.transposed),
