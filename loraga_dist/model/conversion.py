@@ -31,6 +31,8 @@ class StoredModel:
     """Parameters and buffers that are not the elements of tensors one after the other."""
     lacking: Sequence[str]
     """Parameters and persistent buffers of which the checkpoint holds nothing."""
+    tied: Mapping[str, str]
+    """Names of tied parameters under which nothing is stored, each with the one under which they are."""
 
     @property
     def as_it_is(self) -> Mapping[str, StoredTensor] | None:
@@ -38,10 +40,15 @@ class StoredModel:
         return None if self.changed or self.lacking else self.tensors
 
     def key_of(self, name: str) -> str:
-        """The key of the one tensor that is this parameter. Raises UserError where there is none."""
+        """The key of the one tensor that is this parameter, of targets and of modules that are trained whole. Raises
+        UserError where there is none."""
         stored = self.tensors.get(name)
         if stored is not None and len(stored.slots) == 1 and not isinstance(stored, TransposedTensor):
             return stored.slots[0].name
+        if name in self.tied:
+            problem = f"is tied to {self.tied[name]}, under whose name alone the checkpoint holds it"
+            instead = "leave its module out, or write a checkpoint that has both, with tie_word_embeddings: false"
+            raise UserError("lora.modules_to_save", name, f"{problem}; {instead}")
         raise self._without_place(name, "leave the module out (lora.exclude_modules, lora.modules_to_save)")
 
     def tensor_of(self, name: str) -> StoredTensor:
@@ -66,11 +73,17 @@ def stored_model(meta_model: nn.Module, index: Mapping[str, Slot]) -> StoredMode
     """
     names = [name for name, _ in [*meta_model.named_parameters(), *meta_model.named_buffers()]]
     sources = _sources(meta_model, index)
-    all_names = dict.fromkeys([*names, *(name for name, _ in meta_model.named_parameters(remove_duplicate=False))])
-    made = {name: sources[name].converted(name, meta_model) for name in all_names if name in sources}
+    parameters = dict(meta_model.named_parameters(remove_duplicate=False))
+    made = {
+        name: sources[name].converted(name, meta_model)
+        for name in dict.fromkeys([*names, *parameters])
+        if name in sources
+    }
     needed = meta_model.state_dict().keys()  # with all names of tied parameters, without buffers of no file
+    name_of = {parameter: name for name, parameter in parameters.items() if name in made}
     return StoredModel(
         tensors={name: stored for name, stored in made.items() if stored is not None},
+        tied={name: name_of[it] for name, it in parameters.items() if name not in made and it in name_of},
         changed=[name for name in names if name in made and made[name] is None],
         lacking=[name for name in names if name in needed and name not in made],
     )

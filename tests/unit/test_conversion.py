@@ -210,8 +210,11 @@ def test_tied_names_that_are_both_stored_must_be_one_tensor(tmp_path: Path) -> N
 
     save_model(tmp_path, "tied", shards=False)
     require()
+    with pytest.raises(UserError, match="modules_to_save: 'lm_head.weight': is tied to model.embed_tokens.weight"):
+        find(tmp_path, "tied")[1].key_of("lm_head.weight")
     change(tmp_path, add_head)
     require()
+    assert find(tmp_path, "tied")[1].key_of("lm_head.weight") == "lm_head.weight"
     change(tmp_path, change_last)
     with pytest.raises(UserError, match=r"'lm_head.weight': is another tensor .*: false there"):
         require()
