@@ -121,6 +121,8 @@ def select_targets(
 
 def _require_parameters(model: nn.Module, for_experts: str | None, lora: LoraSection) -> None:
     """Raise UserError for parameters that are not there, which PEFT would pass over, or cannot be adapted."""
+    from transformers.pytorch_utils import Conv1D
+
     instead = f"write {for_experts}" if for_experts else "leave it out"
     parameters, closed = dict(model.named_parameters(remove_duplicate=False)), untappable(model)
     for end in lora.target_parameters or ():
@@ -133,8 +135,13 @@ def _require_parameters(model: nn.Module, for_experts: str | None, lora: LoraSec
                 raise UserError("lora.target_parameters", module, f"{problem}; leave them out")
         for name in found:
             module_name = name.rpartition(".")[0]
+            module = model.get_submodule(module_name)
             if parameters[name].ndim not in (2, 3):
-                raise _no_matrix(name, model.get_submodule(module_name), lora)
+                raise _no_matrix(name, module, lora)
+            if isinstance(module, Conv1D):
+                problem = "is of a Conv1D, which PEFT adapts by its module's name alone"
+                instead = f"write {ends_of([module_name])[0]} in lora.target_modules"
+                raise UserError("lora.target_parameters", name, f"{problem}; {instead}")
             _require_not_excluded(module_name, lora)
         _require_nothing_of_inputs(lora, found[0])
 

@@ -138,6 +138,16 @@ def test_one_expert_that_is_stored_transposed_is_refused() -> None:
             select_targets(model, lora, lambda r: r)
 
 
+def test_parameters_that_are_saved_as_well_are_left_out_where_they_are_named() -> None:
+    settings: dict[str, Any] = {"modules_to_save": ["experts"], "target_parameters": [*ENDS, "mlp.gate.weight"]}
+    told = (
+        f"^lora.target_parameters: .* trained whole by PEFT, .*; leave {', '.join(ENDS)} out of lora.target_parameters$"
+    )
+    with pytest.raises(UserError, match=told):
+        chosen("mixtral", **settings)
+    assert chosen("mixtral", **settings | {"target_parameters": ["mlp.gate.weight"]}).targets
+
+
 def test_experts_that_cannot_be_tapped_are_named() -> None:
     (found,) = experts_left_out(other_kind("jetmoe"))
     assert found.names[:2] == ("mlp.input_linear", "mlp.output_linear")
