@@ -64,8 +64,10 @@ class Head:
         """The loss of a microbatch, a sum over its tokens, and its gradient at the last hidden states."""
         predicted, num_tokens = self._loss.predicted(microbatch.inputs["labels"]), self.tokens_at_once(microbatch)
         total, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
-        at_once = num_tokens is None or not _is_by_token(microbatch, hidden)
-        for index, part in enumerate([_EVERYTHING] if at_once else _parts(hidden.shape[1], num_tokens)):
+        parts: list[Part] = [_EVERYTHING]
+        if num_tokens is not None and _is_by_token(microbatch, hidden):
+            parts = _parts(hidden.shape[1], num_tokens)
+        for index, part in enumerate(parts):
             if index and not (predicted[part] != IGNORED).any():
                 continue
             leaf = hidden[part].detach().requires_grad_()

@@ -158,7 +158,7 @@ def test_hidden_states_of_another_form_take_the_head_at_once(
     model, microbatches = tiny(kind), padded_microbatches(longest=14, growth=growth)
     targets = targets_of(model, TARGETS[kind])
     found = gradients(model, targets, microbatches, config)
-    weights = {target.name: model.get_submodule(target.name).weight.requires_grad_(True) for target in targets}
+    weights = {it.name: model.get_parameter(it.parameter_name).requires_grad_(True) for it in targets}
     for microbatch in microbatches:
         logits = forward(model, microbatch, torch.device("cpu"))
         LOSSES["CAUSAL_LM"](logits, microbatch.inputs["labels"], None).backward()

@@ -62,7 +62,7 @@ def test_numbers_of_experts_are_none_of_layers() -> None:
 )
 def test_settings_that_do_nothing_or_do_not_fit_are_told_what_to_write(settings: dict[str, Any], told: str) -> None:
     model = make_model("llama")
-    lora = LoraSection(**({"target_modules": ["q_proj", "k_proj"]} | settings))
+    lora = LoraSection.model_validate({"target_modules": ["q_proj", "k_proj"], **settings})
     with pytest.raises(UserError, match=told):
         select_targets(meta_copy(type(model), model.config), lora, lambda r: 2 * r)
 
