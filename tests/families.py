@@ -87,6 +87,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "activation_sparsity_pattern": [0.0] * 4,
         },
     ),
+    "xlnet": ("XLNetLMHeadModel", {"d_head": 8, "d_inner": 48, "max_position_embeddings": None}),
     "bert": ("BertForSequenceClassification", {"num_labels": 3}),
     "electra": ("ElectraForSequenceClassification", {"num_labels": 3, "embedding_size": 16}),
     "albert": ("AlbertForSequenceClassification", {"num_labels": 3, "embedding_size": 16}),
@@ -114,6 +115,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TARGETS: dict[str, Any] = {
     "mamba": ["in_proj", "x_proj"],
+    "xlnet": ["layer_1", "layer_2"],
     **dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss", "gemma3n"), _ATTENTION),
 }
 """Where not all linear layers: PEFT refuses some, others are no plain matrices."""

@@ -266,7 +266,7 @@ def _check_made_of(target: Target, svd: TruncatedSVD, output: OpenedOutput) -> l
         return [f"{FACTORS}: {target.name} has {svd.width} triplets, too few for rank {target.r}"]
     compute, weight = DTYPES[report.identity_check.dtype], output.base.get(target.weight_key)
     # a quantized one may have another name
-    dtype = factor_dtype(compute, weight.dtype if weight else compute, report.config.output.residual_dtype)
+    dtype = factor_dtype(compute, weight, report.config.output.residual_dtype)
     # one that depends on the weight's own spectrum multiplies all of A and B by one number
     scaled = needs_weight(init)
     made = make_factors(

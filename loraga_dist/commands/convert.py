@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, adapter_entries, write_adapter
-from loraga_dist.artifacts.names import CONVERSION, MODEL_CONFIG
+from loraga_dist.artifacts.names import CONVERSION
 from loraga_dist.artifacts.reading import OriginalBase
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, write_model
@@ -22,8 +22,8 @@ from loraga_dist.files.disk import UNFINISHED_MARK, read_json, write_json
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import Destination, files_in, free_place, whole_directory
 from loraga_dist.linalg import product_svd
-from loraga_dist.model.base import model_files, quantization_of
-from loraga_dist.model.targets import Target, require_targets
+from loraga_dist.model.base import find_base_model, model_files, quantization_of
+from loraga_dist.model.targets import Target, meta_copy, require_targets, tied_parameters
 from loraga_dist.ranks.progress import phase
 from loraga_dist.schemes import LoraFactors
 
@@ -255,8 +255,8 @@ def _write_merged(directory: Path, update: Update, original: OriginalBase, show_
     # what is subtracted is s B A
     targets = [_with_rank(target, update.rank_of(name), scaling=-1.0) for name, target in update.targets.items()]
     require_targets(index, targets)
+    _require_no_tied_copy(base_dir, update)
     replaced = {_base_key(name, slot, index, update): slot for name, slot in update.saved.items()}
-    _require_no_tied_copy(base_dir, replaced)
     with phase("merge", original.num_bytes, "B", shown=show_progress) as progress:
         digests = write_model(
             base_dir,
@@ -272,16 +272,18 @@ def _write_merged(directory: Path, update: Update, original: OriginalBase, show_
     original.require_same(update.report, base_digests)
 
 
-def _require_no_tied_copy(base_dir: Path, replaced: dict[str, TensorSlot]) -> None:
-    """Raise UserError if an embedding was trained that the model uses twice: training moved one of the two copies."""
-    config = read_json(base_dir / MODEL_CONFIG)
-    config |= config.get("text_config", {})
-    if not config.get("tie_word_embeddings", True):
+def _require_no_tied_copy(base_dir: Path, update: Update) -> None:
+    """Raise UserError if a parameter was trained that the model uses twice: training moved one of the two copies."""
+    if not update.saved:
         return
-    for key, slot in replaced.items():
-        if slot.shape[0] == config.get("vocab_size"):
-            problem = "was trained alone, and the base ties input and output embeddings"
-            raise UserError("--merge", key, f"{problem}; merge with PEFT's merge_and_unload instead")
+    config = update.report.config
+    here = {"name_or_path": str(base_dir), "revision": None, "dtype": "auto", "attn_implementation": None}
+    base = find_base_model(config.model.model_copy(update=here), config.lora.task_type, torch.device("cpu"))
+    tied = tied_parameters(meta_copy(base.model_class, base.config))
+    for name in update.saved:
+        if name in tied:
+            problem = f"was trained alone, and the base ties it to {tied[name]}"
+            raise UserError("--merge", name, f"{problem}; merge with PEFT's merge_and_unload instead")
 
 
 def _base_key(name: str, slot: TensorSlot, index: dict[str, TensorSlot], update: Update) -> str:

@@ -76,11 +76,10 @@ class _NewStart:
 
     def factors(self, target: Target) -> LoraFactors:
         name, scheme = target.name, SCHEMES[self.config.init.scheme]
-        weight = self.index[target.weight_key]
         U_MK, S_K, Vh_KN = (_whole(self.slots[f"{name}.{part}"]) for part in ("U", "S", "Vh"))
         svd = TruncatedSVD(U_MK=U_MK, S_K=S_K, Vh_KN=Vh_KN)
         W = self._weight(target).to(self.compute_dtype) if needs_weight(self.config.init) else None
-        dtype = factor_dtype(self.compute_dtype, weight.dtype, self.config.output.residual_dtype)
+        dtype = factor_dtype(self.compute_dtype, self.index[target.weight_key], self.config.output.residual_dtype)
         made = make_factors(target, self.config.init, dtype, svd=svd, weight=W)
         before = self.old.targets[name]
         assert before.singular_values is not None and before.captured_energy is not None, "of a gradient"

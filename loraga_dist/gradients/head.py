@@ -44,6 +44,8 @@ class Head:
         predicted = predicted.masked_fill(predicted == IGNORED, 0)  # what is not trained on is compared, too
         if num_tokens is None:
             parts = [_EVERYTHING]
+        elif not _is_by_token(microbatch, hidden):
+            return f"the last gives {tuple(hidden.shape)}, not one hidden state per token of a sequence"
         else:  # in two, of which one does not begin where the sequence does
             predicted, logits = predicted[:, :num_tokens], logits[:, :num_tokens]
             parts = _parts(num_tokens, -(-num_tokens // 2))
@@ -62,7 +64,10 @@ class Head:
         """The loss of a microbatch, a sum over its tokens, and its gradient at the last hidden states."""
         predicted, num_tokens = self._loss.predicted(microbatch.inputs["labels"]), self.tokens_at_once(microbatch)
         total, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
-        for index, part in enumerate([_EVERYTHING] if num_tokens is None else _parts(hidden.shape[1], num_tokens)):
+        parts: list[Part] = [_EVERYTHING]
+        if num_tokens is not None and _is_by_token(microbatch, hidden):
+            parts = _parts(hidden.shape[1], num_tokens)
+        for index, part in enumerate(parts):
             if index and not (predicted[part] != IGNORED).any():
                 continue
             leaf = hidden[part].detach().requires_grad_()
@@ -87,6 +92,11 @@ class Head:
 Part = tuple[slice, slice] | EllipsisType
 """Of sequences and of their tokens."""
 _EVERYTHING = ...
+
+
+def _is_by_token(microbatch: Microbatch, hidden: Tensor) -> bool:
+    """Whether hidden states are of sequences and their tokens: Gemma3n's are several each, XLNet's tokens first."""
+    return hidden.shape[:2] == microbatch.inputs["input_ids"].shape[:2]
 
 
 def _parts(length: int, num_tokens: int) -> list[Part]:

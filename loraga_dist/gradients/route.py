@@ -14,6 +14,7 @@ from torch import nn
 from loraga_dist.config import Checkpointing
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.errors import LoragaError
 from loraga_dist.gradients.experts import Sink
 from loraga_dist.gradients.forward import forward
 from loraga_dist.gradients.head import Head
@@ -60,6 +61,15 @@ class LongSequences:
         blocks = found.of(model)
         stubs = Stubs(model, blocks, device)
         return cls(blocks[-1], stubs, Head(model, stubs, loss))
+
+    def gives(self, microbatch: Microbatch, hidden: torch.Tensor, logits: torch.Tensor) -> bool:
+        """Whether these last hidden states give the model's own loss in parts, as the head would take them."""
+        try:
+            return self.head.difference(microbatch, hidden, logits) is None
+        except (LoragaError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:  # whatever a model makes of stubs
+            return False
 
 
 class ModelOrder(Route):
@@ -127,7 +137,7 @@ class ModelOrder(Route):
         hidden = kept.pop()
         with long.stubs.installed():
             if not long.trusted:
-                long.trusted = long.head.difference(microbatch, hidden.detach(), logits) is None
+                long.trusted = long.gives(microbatch, hidden.detach(), logits)
                 if not long.trusted:  # all at once, then
                     self._long = None
             del logits

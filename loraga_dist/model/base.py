@@ -19,7 +19,7 @@ from torch import nn
 from loraga_dist.config import Dtype, ModelConfig, TaskType
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.disk import MAX_JSON_BYTES, BrokenFileError, read_json
-from loraga_dist.files.quantized import dequantized
+from loraga_dist.files.quantized import QuantizedSlot, dequantized
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
 from loraga_dist.files.stored_tensors import Slot
 from loraga_dist.model.classes import find_class
@@ -258,8 +258,10 @@ def residual_dtype_of(dtype: torch.dtype, residual_dtype: str) -> torch.dtype:
     return dtype if residual_dtype == "auto" or dtype not in WIDE_FLOATS else getattr(torch, residual_dtype)
 
 
-def factor_dtype(compute: torch.dtype, weight: torch.dtype, residual_dtype: str) -> torch.dtype:
+def factor_dtype(compute: torch.dtype, weight: Slot | None, residual_dtype: str) -> torch.dtype:
     """What a target's A0 and B0 are rounded to: the coarser of the compute dtype and its residual's. A quantized weight
-    has no residual."""
-    residual = residual_dtype_of(weight, residual_dtype) if weight in WIDE_FLOATS else compute
+    has no residual, nor one that the files hold under no name of its own."""
+    residual = compute
+    if weight is not None and not isinstance(weight, QuantizedSlot) and weight.dtype in WIDE_FLOATS:
+        residual = residual_dtype_of(weight.dtype, residual_dtype)
     return max(compute, residual, key=lambda dtype: torch.finfo(dtype).eps)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from loraga_dist.errors import UserError
@@ -24,11 +25,14 @@ class StoredModel:
     """Where the parameters and buffers of a model lie in its checkpoint."""
 
     tensors: Mapping[str, StoredTensor]
-    """By the model's own names; a shape may be another than the config says."""
+    """By the model's own names, of a tied parameter by all that are stored; a shape may be another than the config
+    says."""
     changed: Sequence[str]
     """Parameters and buffers that are not the elements of tensors one after the other."""
     lacking: Sequence[str]
     """Parameters and persistent buffers of which the checkpoint holds nothing."""
+    tied: Mapping[str, str]
+    """Names of tied parameters under which nothing is stored, each with the one under which they are."""
 
     @property
     def as_it_is(self) -> Mapping[str, StoredTensor] | None:
@@ -36,10 +40,15 @@ class StoredModel:
         return None if self.changed or self.lacking else self.tensors
 
     def key_of(self, name: str) -> str:
-        """The key of the one tensor that is this parameter. Raises UserError where there is none."""
+        """The key of the one tensor that is this parameter, of targets and of modules that are trained whole. Raises
+        UserError where there is none."""
         stored = self.tensors.get(name)
         if stored is not None and len(stored.slots) == 1 and not isinstance(stored, TransposedTensor):
             return stored.slots[0].name
+        if name in self.tied:
+            problem = f"is tied to {self.tied[name]}, under whose name alone the checkpoint holds it"
+            instead = "leave its module out, or write a checkpoint that has both, with tie_word_embeddings: false"
+            raise UserError("lora.modules_to_save", name, f"{problem}; {instead}")
         raise self._without_place(name, "leave the module out (lora.exclude_modules, lora.modules_to_save)")
 
     def tensor_of(self, name: str) -> StoredTensor:
@@ -64,13 +73,51 @@ def stored_model(meta_model: nn.Module, index: Mapping[str, Slot]) -> StoredMode
     """
     names = [name for name, _ in [*meta_model.named_parameters(), *meta_model.named_buffers()]]
     sources = _sources(meta_model, index)
-    made = {name: sources[name].converted(name, meta_model) for name in names if name in sources}
+    parameters = dict(meta_model.named_parameters(remove_duplicate=False))
+    made = {
+        name: sources[name].converted(name, meta_model)
+        for name in dict.fromkeys([*names, *parameters])
+        if name in sources
+    }
     needed = meta_model.state_dict().keys()  # with all names of tied parameters, without buffers of no file
+    name_of = {parameter: name for name, parameter in parameters.items() if name in made}
     return StoredModel(
         tensors={name: stored for name, stored in made.items() if stored is not None},
-        changed=[name for name, stored in made.items() if stored is None],
+        tied={name: name_of[it] for name, it in parameters.items() if name not in made and it in name_of},
+        changed=[name for name in names if name in made and made[name] is None],
         lacking=[name for name in names if name in needed and name not in made],
     )
+
+
+def require_ties(meta_model: nn.Module, stored: StoredModel, dtype: torch.dtype) -> None:
+    """Raise UserError for a tied parameter of which the checkpoint holds several, unequal in this dtype: transformers
+    would not tie them. Reads nothing of one that is stored once; raises RunError on a short read."""
+    held: defaultdict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in meta_model.named_parameters(remove_duplicate=False):
+        if name in stored.tensors:
+            held[parameter].append(name)
+    for first, *others in held.values():
+        for other in others:
+            if not _are_equal(stored.tensors[first], stored.tensors[other], dtype):
+                problem = f"is another tensor in the checkpoint than {first}, and its config.json ties them"
+                instead = "write tie_word_embeddings: false there, or take one of the two out of the checkpoint"
+                raise UserError("model.name_or_path", other, f"{problem}; {instead}")
+
+
+_COMPARED_AT_ONCE = 2**24
+"""Elements."""
+
+
+def _are_equal(a: StoredTensor, b: StoredTensor, dtype: torch.dtype) -> bool:
+    if a.shape != b.shape:
+        return False
+    for start in range(0, a.numel, _COMPARED_AT_ONCE):
+        parts = [torch.empty(min(_COMPARED_AT_ONCE, a.numel - start), dtype=dtype) for _ in range(2)]
+        for tensor, part in zip((a, b), parts, strict=True):
+            tensor.read_into(start, part)
+        if not torch.equal(*parts):
+            return False
+    return True
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -39,6 +40,11 @@ def require_matches(model: nn.Module, lora: LoraSection, *, for_experts: str | N
     for number in [chosen] if isinstance(chosen, int) else chosen or ():
         if number not in numbers:
             raise UserError("lora.layers_to_transform", number, f"matches no layer; {instead}")
+    if chosen is not None and isinstance(lora.target_modules, str):
+        problem = "chooses among names, and lora.target_modules has none"
+        raise UserError(
+            "lora.layers_to_transform", chosen, f"{problem}; write names there ({_kinds(matrices or modules)})"
+        )
 
 
 def with_end(names: Iterable[str], end: str) -> list[str]:
@@ -75,10 +81,22 @@ def pattern_of(names: Iterable[str], *, any_layer: bool = False) -> str:
     return _pattern(split)
 
 
+def to_leave_out(names: Sequence[str], lora: LoraSection, others: str | None = None) -> tuple[str, Any, str]:
+    """The key and value that chose these modules, or parameters that the user named, and what to write to leave all
+    of them out. others: a regular expression of the modules and more."""
+    modules = [name for name in names if not is_named(name, lora)]
+    ends = [end for end in lora.target_parameters or () if with_end(names, end)]
+    instead = [f"leave {', '.join(ends)} out of lora.target_parameters"] if ends else []
+    if not modules:
+        return "lora.target_parameters", lora.target_parameters, instead[0]
+    instead.append(excluding(lora, others or pattern_of(modules)))
+    return "lora.target_modules", lora.target_modules, "; ".join(instead)
+
+
 def must_be_excluded(names: Sequence[str], what: str, lora: LoraSection) -> UserError:
-    """What to raise over targets that are `what`."""
-    problem = f"{names[0]} is among the targets that are {what}; {excluding(lora, pattern_of(names))}"
-    return UserError("lora.target_modules", lora.target_modules, problem)
+    """What to raise over targets that are `what`: modules, or parameters that the user named."""
+    key, value, instead = to_leave_out(names, lora)
+    return UserError(key, value, f"{names[0]} is among the targets that are {what}; {instead}")
 
 
 def _pattern(names: Iterable[Sequence[str]]) -> str:
@@ -119,5 +137,10 @@ def _nearest(end: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(end.rpartition(".")[2], kinds)
     if near:
         return f"did you mean {' or '.join(near)}? Write that, or "
-    shown = ", ".join(kinds[:_MOST_LISTED]) + (", ..." if len(kinds) > _MOST_LISTED else "")
-    return f"write names the model has ({shown}), or "
+    return f"write names the model has ({_kinds(names)}), or "
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """The last parts of names, each once."""
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return ", ".join(kinds[:_MOST_LISTED]) + (", ..." if len(kinds) > _MOST_LISTED else "")

@@ -28,7 +28,7 @@ from loraga_dist.model.stacks import (
     find_stacks,
     untappable,
 )
-from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config
+from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config, tied_parameters
 from loraga_dist.model.towers import text_model, tower_of
 
 
@@ -63,7 +63,7 @@ def select_targets(
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper
 
-    tied = _tied_parameters(meta_model)
+    tied = tied_parameters(meta_model)
     before = {name for name, _ in meta_model.named_modules()}
     weights = Weights.of(meta_model)
     stacks, lists = find_stacks(meta_model), tuple(f"{name}." for name in expert_lists(meta_model))
@@ -121,6 +121,8 @@ def select_targets(
 
 def _require_parameters(model: nn.Module, for_experts: str | None, lora: LoraSection) -> None:
     """Raise UserError for parameters that are not there, which PEFT would pass over, or cannot be adapted."""
+    from transformers.pytorch_utils import Conv1D
+
     instead = f"write {for_experts}" if for_experts else "leave it out"
     parameters, closed = dict(model.named_parameters(remove_duplicate=False)), untappable(model)
     for end in lora.target_parameters or ():
@@ -133,8 +135,13 @@ def _require_parameters(model: nn.Module, for_experts: str | None, lora: LoraSec
                 raise UserError("lora.target_parameters", module, f"{problem}; leave them out")
         for name in found:
             module_name = name.rpartition(".")[0]
+            module = model.get_submodule(module_name)
             if parameters[name].ndim not in (2, 3):
-                raise _no_matrix(name, model.get_submodule(module_name), lora)
+                raise _no_matrix(name, module, lora)
+            if isinstance(module, Conv1D):
+                problem = "is of a Conv1D, which PEFT adapts by its module's name alone"
+                instead = f"write {ends_of([module_name])[0]} in lora.target_modules"
+                raise UserError("lora.target_parameters", name, f"{problem}; {instead}")
             _require_not_excluded(module_name, lora)
         _require_nothing_of_inputs(lora, found[0])
 
@@ -216,6 +223,9 @@ def _of_parameter(name: str, layer: Any, stacks: Mapping[str, Stack], lora: Lora
         if layer.parameter_name != "weight" or not multiplies(base):
             raise _no_matrix(parameter, base, lora)
         return [_target(layer, module_name, *base.weight.shape, by_parameter=True)]
+    if stack.E == 1 and stack.transposed:
+        problem = "holds one matrix, stored (in, out), to which PEFT adds its update as (out, in); leave it out"
+        raise UserError("lora.target_parameters", parameter, problem)
     return [
         replace(
             _target(layer, expert_name, stack.M, stack.N, transposed=stack.transposed),
@@ -312,16 +322,3 @@ def _check_patterns(lora: LoraSection, names: Collection[str]) -> None:
                     raise UserError(key, pattern, problem)
                 instead = "write a target's name or the end of one, of experts their parameter's, or remove it"
                 raise UserError(key, pattern, f"matches no target; {instead}")
-
-
-def _tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Every parameter name that shares its tensor, with the name of another holder."""
-    holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    return {
-        name: next(other for other in names if other != name)
-        for names in holders.values()
-        if len(names) > 1
-        for name in names
-    }

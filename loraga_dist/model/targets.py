@@ -182,6 +182,19 @@ def meta_copy(model_class: type[nn.Module], config: object) -> nn.Module:
     return model
 
 
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Every parameter name that shares its tensor, with the name of another holder."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in holders.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
 def require_targets(index: Mapping[str, Slot], targets: Iterable[Target]) -> None:
     """Raise UserError unless the checkpoint holds every target as a plain floating matrix of the expected shape."""
     for target in targets:

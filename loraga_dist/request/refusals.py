@@ -14,7 +14,7 @@ from loraga_dist.data.microbatches import BatchSharder, Microbatch, MicrobatchSh
 from loraga_dist.errors import UserError
 from loraga_dist.model.base import DTYPES
 from loraga_dist.model.blocks import Order
-from loraga_dist.model.names import excluding, pattern_of
+from loraga_dist.model.names import pattern_of, to_leave_out
 from loraga_dist.model.stacks import Stack
 from loraga_dist.model.targets import Target
 from loraga_dist.model.towers import tower_of
@@ -35,11 +35,12 @@ def require_base_left_alone(quantization: str, config: InitConfig) -> None:
 
 def require_gradients_of_text(lora: LoraSection, targets: Iterable[Target], text: str) -> None:
     """Raise UserError for targets beside the language model `text`."""
-    towers = dict.fromkeys(tower for target in targets if (tower := tower_of(target.name, text)) is not None)
-    if towers:
+    tower_by_name = {target.pattern_name: tower_of(target.name, text) for target in targets}
+    if names := [name for name, tower in tower_by_name.items() if tower is not None]:
+        towers = dict.fromkeys(tower for tower in tower_by_name.values() if tower is not None)
         problem = f"takes in matrices of {' and '.join(towers)}, which text gives no gradient"
-        instead = excluding(lora, rf"{pattern_of(towers)}(\..*)?")
-        raise UserError("lora.target_modules", lora.target_modules, f"{problem}; {instead}")
+        key, value, instead = to_leave_out(names, lora, rf"{pattern_of(towers)}(\..*)?")
+        raise UserError(key, value, f"{problem}; {instead}")
 
 
 def require_inputs_of_a(config: MethodConfig, targets: Sequence[Target], stacks: Mapping[str, Stack]) -> None:

@@ -32,7 +32,7 @@ from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.model.base import BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
-from loraga_dist.model.conversion import StoredModel
+from loraga_dist.model.conversion import StoredModel, require_ties
 from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.left_out import LeftOut
 from loraga_dist.model.plan import Plan, make_plan
@@ -207,6 +207,8 @@ def understand(
         stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks, text = find_blocks(meta_model), text_model(meta_model)
+    if world.is_main:  # who calls this brings the others to its error
+        require_ties(meta_model, stored, base.dtype)
     in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
@@ -216,7 +218,7 @@ def understand(
     saved_parameters = {name: in_files.key_of(name) if in_files else name for name in selection.saved_parameters}
     require_saved(base.weights, saved_parameters)
     factor_dtypes = {
-        target.name: factor_dtype(base.dtype, entries[target.weight_key][0], config.output.residual_dtype)
+        target.name: factor_dtype(base.dtype, base.weights.get(target.weight_key), config.output.residual_dtype)
         for target in targets
     }
     data = step_data = None

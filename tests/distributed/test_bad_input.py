@@ -147,6 +147,11 @@ def tied_target(attempt: Attempt) -> None:
     attempt.tree["lora"]["target_modules"] = ["lm_head"]
 
 
+def ties_unequal_tensors(attempt: Attempt) -> None:
+    config = attempt.copy_model() / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+
+
 def output_exists(attempt: Attempt) -> None:
     attempt.out.mkdir()
     (attempt.out / "loraga_report.json").write_text("{}")
@@ -234,6 +239,7 @@ CASES = {
     ),
     "norm": (setting("lora", target_modules=["input_layernorm"]), TARGETS, "['input_layernorm']", "nn.Linear"),
     "tied": (tied_target, TARGETS, "['lm_head']", "tied to other parameters (model.embed_tokens.weight)"),
+    "ties what differs": (ties_unequal_tensors, MODEL, "'lm_head.weight'", "write tie_word_embeddings: false there"),
     "r too large": (
         setting("lora", r=17, target_modules=["q_proj", "k_proj"]),
         "lora.r", "17", "model.layers.0.self_attn.k_proj is 32 x 64 and needs 34 singular directions; write 16 or less",

@@ -26,7 +26,7 @@ from quantizing import by_transformers, save_bnb, save_compressed, save_floats, 
 from training import batches, train
 
 from loraga_dist.artifacts.verify import verify
-from loraga_dist.cli import init_main
+from loraga_dist.cli import init_main, main
 from loraga_dist.ranks.world import World
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
@@ -74,6 +74,16 @@ def test_the_start_is_that_of_the_same_numbers_as_floats(root: Path, outs: dict[
     assert not (outs[kind] / "residual_base").exists()
     adapter = json.loads((outs[kind] / "loraga_init" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(root / kind)
+
+
+def test_a_dtype_of_residuals_changes_no_quantized_target(root: Path, outs: dict[str, Path]) -> None:
+    """It has none; init, rebuild and verify round its factors alike."""
+    rounded = make_output(tree(root, root / "nf4", "nf4-rounded", output={"residual_dtype": "bfloat16"}))
+    assert main(["rebuild", str(rounded), "--to", str(root / "nf4-rebuilt")]) == 0
+    for out in (rounded, root / "nf4-rebuilt"):
+        assert verify(out).ok
+        found = read_adapter(out)
+        assert all(torch.equal(found[key], tensor) for key, tensor in read_adapter(outs["nf4"]).items())
 
 
 def test_two_ranks_give_what_one_process_gives(root: Path, outs: dict[str, Path]) -> None:

@@ -22,6 +22,7 @@ from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.gradients import head
 from loraga_dist.gradients.block_order import NotInBlocks
+from loraga_dist.gradients.forward import forward
 from loraga_dist.model.blocks import choose_order, find_blocks
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.memory import PeakMemory, return_freed_memory_at_once
@@ -141,6 +142,30 @@ def test_long_sequences_take_the_head_in_parts(
     assert max(calls) == 4, "never more logits than there is room for"
     for name, G_MN in whole.items():
         assert relative(in_parts[name], G_MN) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "growth"),
+    [("gemma3n", BY_MODEL, 2), ("xlnet", BY_MODEL, 2), ("xlnet", BY_BLOCKS, 5)],
+    ids=lambda it: getattr(it, "order", it),
+)
+def test_hidden_states_of_another_form_take_the_head_at_once(
+    kind: str, config: GradientConfig, growth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma3n has several in one tensor, XLNet tokens before sequences. By blocks the first microbatch is a short one,
+    which shows nothing of that."""
+    few_logits_at_once(monkeypatch)
+    model, microbatches = tiny(kind), padded_microbatches(longest=14, growth=growth)
+    targets = targets_of(model, TARGETS[kind])
+    found = gradients(model, targets, microbatches, config)
+    weights = {it.name: model.get_parameter(it.parameter_name).requires_grad_(True) for it in targets}
+    for microbatch in microbatches:
+        logits = forward(model, microbatch, torch.device("cpu"))
+        LOSSES["CAUSAL_LM"](logits, microbatch.inputs["labels"], None).backward()
+    for name, weight in weights.items():
+        assert weight.grad is not None
+        G_MN = weight.grad / sum(microbatch.num_terms for microbatch in microbatches)
+        assert G_MN.any() and relative(found[name], G_MN) < 1e-6, name
 
 
 def test_parts_without_a_label_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel, find_base_model
-from loraga_dist.model.conversion import StoredModel, stored_model
+from loraga_dist.model.conversion import StoredModel, require_ties, stored_model
 from loraga_dist.model.targets import meta_copy
 from loraga_dist.sharding.base import pretrained
 
@@ -193,3 +193,33 @@ def test_what_has_no_tensor_of_its_own_has_no_key(mixtral: Path) -> None:
     ):
         with pytest.raises(UserError, match=why):
             stored.key_of(name)
+
+
+def test_tied_names_that_are_both_stored_must_be_one_tensor(tmp_path: Path) -> None:
+    """transformers unties them where they differ, whatever the config says."""
+
+    def require() -> None:
+        base, stored = find(tmp_path, "tied")
+        require_ties(meta_copy(base.model_class, base.config), stored, base.dtype)
+
+    def add_head(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def change_last(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    save_model(tmp_path, "tied", shards=False)
+    require()
+    with pytest.raises(UserError, match="modules_to_save: 'lm_head.weight': is tied to model.embed_tokens.weight"):
+        find(tmp_path, "tied")[1].key_of("lm_head.weight")
+    change(tmp_path, add_head)
+    require()
+    assert find(tmp_path, "tied")[1].key_of("lm_head.weight") == "lm_head.weight"
+    change(tmp_path, change_last)
+    with pytest.raises(UserError, match=r"'lm_head.weight': is another tensor .*: false there"):
+        require()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    require()
+    base, stored = find(tmp_path, "tied")
+    assert torch.equal(read(stored.tensors["lm_head.weight"]), pretrained(base).get_parameter("lm_head.weight"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,28 @@ def test_a_layer_that_is_more_than_a_product_is_refused() -> None:
         UserError, match=r"plain matrix; .* lora\.target_parameters: \[.*\.1\.self_attn\.q_proj\.weight\]"
     ):
         select(Pair)
+
+
+def test_one_expert_that_is_stored_transposed_is_refused() -> None:
+    """PEFT takes a parameter of one matrix for that of a plain layer."""
+    for kind in ("gpt_oss", "mixtral"):
+        model = other_kind(kind, num_local_experts=1, num_experts_per_tok=1)
+        lora, problem = (
+            LoraSection(r=2, target_parameters=ENDS),
+            r"\.0\..*_proj': holds one matrix, .* leave it out",
+        )
+        with pytest.raises(UserError, match=problem) if kind == "gpt_oss" else nullcontext():
+            select_targets(model, lora, lambda r: r)
+
+
+def test_parameters_that_are_saved_as_well_are_left_out_where_they_are_named() -> None:
+    settings: dict[str, Any] = {"modules_to_save": ["experts"], "target_parameters": [*ENDS, "mlp.gate.weight"]}
+    told = (
+        f"^lora.target_parameters: .* trained whole by PEFT, .*; leave {', '.join(ENDS)} out of lora.target_parameters$"
+    )
+    with pytest.raises(UserError, match=told):
+        chosen("mixtral", **settings)
+    assert chosen("mixtral", **settings | {"target_parameters": ["mlp.gate.weight"]}).targets
 
 
 def test_experts_that_cannot_be_tapped_are_named() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from loraga_dist.cli import main
 from loraga_dist.config import LoraSection, ModelConfig
+from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import scan_checkpoint
 from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import find_base_model
@@ -25,6 +26,7 @@ from loraga_dist.model.blocks import find_blocks
 from loraga_dist.model.conversion import StoredModel
 from loraga_dist.model.selection import Selection, select_targets
 from loraga_dist.model.targets import meta_copy
+from loraga_dist.request.refusals import require_gradients_of_text
 
 
 def lies(directory: Path) -> StoredModel:
@@ -108,6 +110,25 @@ def test_names_that_towers_have_too_are_refused_with_the_line_to_write(
     tree["lora"]["exclude_modules"], tree["init"] = None, {"scheme": "pissa"}
     tree["output"]["dir"] += "-pissa"
     assert len(read_report(make_output(tree))["targets"]) == 3
+
+
+def test_parameters_of_towers_are_left_out_where_they_are_named() -> None:
+    lora = {"target_modules": r".*language_model.*q_proj", "target_parameters": ["visual.merger.linear_fc1.weight"]}
+
+    def require(**changes: Any) -> None:
+        section = lora | changes
+        require_gradients_of_text(
+            LoraSection(**section), chosen("qwen3_vl_moe", **section).targets, "model.language_model"
+        )
+
+    told = "leave visual.merger.linear_fc1.weight out of lora.target_parameters"
+    with pytest.raises(UserError, match=rf"^lora.target_parameters: .* model\.visual, .*; {told}$"):
+        require()
+    with pytest.raises(
+        UserError, match=rf"^lora.target_modules: .*; {told}; write lora.exclude_modules: model\\\.visual"
+    ):
+        require(target_modules=r".*(q_proj|visual.*linear_fc2)")
+    require(target_parameters=None)
 
 
 def test_layers_that_only_images_reach_are_refused_with_the_line_to_write(

@@ -33,7 +33,7 @@ def test_a_pattern_matches_its_names_and_no_others(names: list[str]) -> None:
 def test_numbers_of_experts_are_none_of_layers() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList(nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(9)) for _ in range(2))
-    require_matches(model, LoraSection(layers_to_transform=[0, 1]))
+    require_matches(model, LoraSection(layers_to_transform=[0, 1], target_modules=["0"]))
     with pytest.raises(UserError, match="8: matches no layer; write numbers from 0 to 1"):
         require_matches(model, LoraSection(layers_to_transform=[0, 8]))
 
@@ -49,14 +49,31 @@ def test_numbers_of_experts_are_none_of_layers() -> None:
             "write layers.0.self_attn.q_proj first",
         ),
         ({"rank_pattern": {"q_proj": 4, "v_proj": 8}}, "'v_proj': matches no target"),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": [0]},
+            r"lora.layers_to_transform: \[0\]: chooses among names, .* write names there \(q_proj, k_proj, v_proj, ",
+        ),
+        (
+            {"target_parameters": ["q_proj.weight"]},
+            "lora.target_parameters: 'model.layers.0.self_attn.q_proj.weight': is of a module that lora.target_modules",
+        ),
         ({"r": 40}, "k_proj is 32 x 64 and needs 80 singular directions; write 16 or less"),
     ],
 )
 def test_settings_that_do_nothing_or_do_not_fit_are_told_what_to_write(settings: dict[str, Any], told: str) -> None:
     model = make_model("llama")
-    lora = LoraSection(target_modules=["q_proj", "k_proj"], **settings)
+    lora = LoraSection.model_validate({"target_modules": ["q_proj", "k_proj"], **settings})
     with pytest.raises(UserError, match=told):
         select_targets(meta_copy(type(model), model.config), lora, lambda r: 2 * r)
+
+
+def test_a_parameter_of_a_conv1d_leads_to_its_module() -> None:
+    model = make_model("gpt2")
+    told = "'transformer.h.0.attn.c_proj.weight': is of a Conv1D, .* write attn.c_proj in lora.target_modules"
+    for modules in ("all-linear", ["c_attn"]):
+        lora = LoraSection(target_modules=modules, target_parameters=["attn.c_proj.weight"])
+        with pytest.raises(UserError, match=told):
+            select_targets(meta_copy(type(model), model.config), lora, lambda r: 2 * r)
 
 
 def test_a_language_model_with_its_head_inside_leaves_towers_beside_it() -> None:
