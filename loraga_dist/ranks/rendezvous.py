@@ -39,12 +39,16 @@ def meet(launched: LaunchedRank, device_type: str) -> Store:
     """
     seconds = rendezvous_seconds()
     where = f"{launched.master_addr}:{launched.master_port}"
-    return within(
-        seconds + _MARGIN_SECONDS,
-        lambda: _meet(launched, device_type, where, seconds),
-        f"rendezvous at {where}: {_here(launched)} reached something that gave no answer within {seconds} s; see that "
-        "MASTER_ADDR and MASTER_PORT are rank 0's, and that nothing else listens there",
-    )
+
+    def late() -> str:
+        if not _is_heard(launched):  # torch's client tries once more when its time is over
+            return _nobody(launched, where, seconds)
+        return (
+            f"rendezvous at {where}: {_here(launched)} reached something that gave no answer within {seconds} s; see "
+            "that MASTER_ADDR and MASTER_PORT are rank 0's, and that nothing else listens there"
+        )
+
+    return within(seconds + _MARGIN_SECONDS, lambda: _meet(launched, device_type, where, seconds), late)
 
 
 def rendezvous_seconds() -> int:
@@ -52,8 +56,8 @@ def rendezvous_seconds() -> int:
     return environment_int(os.environ, name, RENDEZVOUS_SECONDS, least=1, most=_MAX_RENDEZVOUS_SECONDS)
 
 
-def within(seconds: float, work: Callable[[], T], late: str) -> T:
-    """What `work` returns or raises; RunError(late) when it takes longer.
+def within(seconds: float, work: Callable[[], T], late: Callable[[], str]) -> T:
+    """What `work` returns or raises; RunError, of what `late` says, when it takes longer.
 
     It runs in a thread of its own, which is left to itself then: what waits in C++ cannot be called off.
     """
@@ -67,7 +71,7 @@ def within(seconds: float, work: Callable[[], T], late: str) -> T:
 
     threading.Thread(target=answer_or_raise, name="within", daemon=True).start()
     if not futures.wait([answer], timeout=seconds).done:
-        raise RunError(late)
+        raise RunError(late())
     return answer.result()
 
 
@@ -160,10 +164,22 @@ def _reach(launched: LaunchedRank, where: str, seconds: int) -> Store:
             raise UserError(
                 "MASTER_PORT", launched.master_port, f"cannot be opened by {here}; set it to a free port"
             ) from error
-        raise RunError(
-            f"rendezvous at {where}: {here} found nobody there within {seconds} s; check that rank 0 runs and that "
-            "this node reaches that address and port"
-        ) from error
+        raise RunError(_nobody(launched, where, seconds)) from error
+
+
+def _nobody(launched: LaunchedRank, where: str, seconds: int) -> str:
+    return (
+        f"rendezvous at {where}: {_here(launched)} found nobody there within {seconds} s; check that rank 0 runs and "
+        "that this node reaches that address and port"
+    )
+
+
+def _is_heard(launched: LaunchedRank) -> bool:
+    try:
+        socket.create_connection((launched.master_addr, launched.master_port), timeout=1).close()
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 def _is_own_name(launched: LaunchedRank, addresses: Sequence[str]) -> bool:

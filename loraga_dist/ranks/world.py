@@ -208,7 +208,7 @@ def _connect(launched: LaunchedRank, backend: str) -> None:
             lambda: dist.init_process_group(
                 backend, store=store, rank=launched.rank, world_size=launched.size, timeout=COLLECTIVE_TIMEOUT
             ),
-            f"{met} has not connected them after {seconds} s; see whether one of them has ended, or {remedy}",
+            lambda: f"{met} has not connected them after {seconds} s; see whether one of them has ended, or {remedy}",
         )
     except RuntimeError as error:
         raise RunError(f"{met} does not connect them; {remedy} ({str(error).splitlines()[0]})") from error

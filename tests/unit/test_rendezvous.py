@@ -12,6 +12,7 @@ from launching import free_port
 from torch.distributed import TCPStore
 
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.ranks import rendezvous
 from loraga_dist.ranks.launcher import LaunchedRank
 from loraga_dist.ranks.rendezvous import _is_own_name, listen, meet
 
@@ -63,6 +64,11 @@ def test_rank_0_is_missing() -> None:
     port = free_port()
     with pytest.raises(RunError, match=rf"127.0.0.1:{port}: rank 1 on .* found nobody there within 3 s"):
         meet(place(1, 2, port), "cpu")
+
+
+def test_rank_0_is_missing_while_torch_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_MARGIN_SECONDS", -2)
+    test_rank_0_is_missing()
 
 
 def test_another_number_of_ranks_is_refused() -> None:
