@@ -223,15 +223,16 @@ def how_to_serve(adapter: Path, found: Conversion) -> list[str]:
     if not fitting:
         return [f"vLLM takes adapters of rank {VLLM_LORA_RANKS[-1]} at most; use --rank or --merge"]
     base, named = shlex.quote(found.base), shlex.quote(f"tuned={adapter}")
-    more = (f" --revision {shlex.quote(found.revision)}" if found.revision else "") + (
-        " --trust-remote-code" if found.trust_remote_code else ""
-    )
-    lines = [f"vllm serve {base}{more} --enable-lora --max-lora-rank {fitting[0]} --lora-modules {named}"]
+    if found.revision is not None:
+        base += f" --revision {shlex.quote(found.revision)}"
+    if found.trust_remote_code:
+        base += " --trust-remote-code"
+    lines = [f"vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules {named}"]
     if found.has_stacks:
         lines.append("where the checkpoint has its experts one by one, vLLM and SGLang want --per_expert")
     elif not saved_modules:
         server = "python -m sglang.launch_server"
-        lines.append(f"{server} --model-path {base}{more} --enable-lora --max-lora-rank {r} --lora-paths {named}")
+        lines.append(f"{server} --model-path {base} --enable-lora --max-lora-rank {r} --lora-paths {named}")
     return lines
 
 
