@@ -101,7 +101,7 @@ def convert(
     merging = None if merge is None or original is None else _Merging(free(merge, "--merge"), original)
     adapter = None if to is None else free(to, "--to")
     if merging is not None:
-        merging.require_possible(beside=adapter)
+        merging.require_possible(update, beside=adapter)
     elif original is not None:  # else it is held against the report as it is merged
         with phase("base", original.num_bytes, "B", shown=show_progress) as progress:
             original.require_same(update.report, digest_base(original.index, original.index, progress.advance))
@@ -141,8 +141,8 @@ class _Merging:
     destination: Destination
     original: OriginalBase
 
-    def require_possible(self, beside: Destination | None) -> None:
-        """Raise UserError for a base that no update can be added to, or a place that is also another output's."""
+    def require_possible(self, update: Update, *, beside: Destination | None) -> None:
+        """Raise UserError for a base that this update cannot be added to, or a place that is also another output's."""
         path, base_dir = self.destination.path, self.original.directory
         model_files(base_dir)  # refuses what cannot be copied
         if (quantization := quantization_of(base_dir)) is not None:
@@ -151,6 +151,8 @@ class _Merging:
         if beside is not None and (beside.path.is_relative_to(path) or path.is_relative_to(beside.path)):
             problem = f"and --to ({beside.path}) share a place; write two apart from each other"
             raise UserError("--merge", str(path), problem)
+        if update.saved:
+            _require_no_tied_copy(base_dir, update)
 
 
 def refactorize(A_KN: Tensor, B_MK: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +257,6 @@ def _write_merged(directory: Path, update: Update, original: OriginalBase, show_
     # what is subtracted is s B A
     targets = [_with_rank(target, update.rank_of(name), scaling=-1.0) for name, target in update.targets.items()]
     require_targets(index, targets)
-    _require_no_tied_copy(base_dir, update)
     replaced = {_base_key(name, slot, index, update): slot for name, slot in update.saved.items()}
     with phase("merge", original.num_bytes, "B", shown=show_progress) as progress:
         digests = write_model(
@@ -274,8 +275,6 @@ def _write_merged(directory: Path, update: Update, original: OriginalBase, show_
 
 def _require_no_tied_copy(base_dir: Path, update: Update) -> None:
     """Raise UserError if a parameter was trained that the model uses twice: training moved one of the two copies."""
-    if not update.saved:
-        return
     config = update.report.config
     here = {"name_or_path": str(base_dir), "revision": None, "dtype": "auto", "attn_implementation": None}
     base = find_base_model(config.model.model_copy(update=here), config.lora.task_type, torch.device("cpu"))

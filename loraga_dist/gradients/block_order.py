@@ -22,13 +22,12 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from loraga_dist.data.losses import Loss
 from loraga_dist.data.microbatches import Microbatch
-from loraga_dist.errors import LoragaError, unforeseen
 from loraga_dist.gradients.experts import Sink, experts_tapped
 from loraga_dist.gradients.head import Head
 from loraga_dist.gradients.kept import Keeping, KeptInputs
 from loraga_dist.gradients.observer import require_all_seen
 from loraga_dist.gradients.route import Route, Take
-from loraga_dist.gradients.stubs import Call, Form, OutOfTurn, Stubs
+from loraga_dist.gradients.stubs import Call, Form, Stubs, why_not
 from loraga_dist.gradients.taps import tapped
 from loraga_dist.model.blocks import Blocks
 from loraga_dist.model.stacks import modules_of
@@ -215,17 +214,8 @@ class BlockOrder(Route):
         )
 
     def _agree(self, step: Callable[[], str | None]) -> None:
-        """Take a step that only a model in blocks can take, and that says what speaks against it. Raises NotInBlocks on
-        all ranks."""
-        try:
-            reason = step()
-        except (LoragaError, torch.OutOfMemoryError, MemoryError):
-            raise
-        except OutOfTurn:
-            reason = "they are not called one after the other, each once"
-        except Exception as error:  # whatever a model makes of stubs
-            reason = f"it does not run without them: {unforeseen(error)}"
-        for of_rank in self._sharding.world.all_json(reason):
+        """Take such a step. Raises NotInBlocks on all ranks where on one of them something speaks against it."""
+        for of_rank in self._sharding.world.all_json(why_not(step)):
             if of_rank is not None:
                 raise NotInBlocks(f"{type(self._model).__name__} is no sequence of its blocks; {of_rank}")
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines.home import StateHome
+from loraga_dist.errors import LoragaError, unforeseen
 from loraga_dist.gradients.forward import forward, forward_set
 
 _HIDDEN = "hidden_states"
@@ -73,6 +74,18 @@ class Entry:
 
 class OutOfTurn(Exception):
     """Blocks are called in another order than they have, or not each once."""
+
+
+def why_not(step: Callable[[], str | None]) -> str | None:
+    """Take a step that only a model in blocks can take, and that says what speaks against it; also where it fails."""
+    try:
+        return step()
+    except (LoragaError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except OutOfTurn:
+        return "they are not called one after the other, each once"
+    except Exception as error:  # whatever a model makes of stubs
+        return f"it does not run without them: {unforeseen(error)}"
 
 
 @contextmanager

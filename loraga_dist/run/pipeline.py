@@ -73,8 +73,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
     _import_libraries()
     with clock.phase("load"):
         request, staged = _prepare(config, world, clock)
-    forecaster = _fitting(request, world)
-    request = replace(request, plan=forecaster.plan)
+    request, forecaster = _fitting(request, world)
     with world.together():
         planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
         refuse_what_cannot_fit(planned, forecaster, world)
@@ -131,8 +130,7 @@ def dry_run(config: InitConfig, world: World, stop: StopRequest) -> None:
     """Check all that `run` does before it loads the model, then print the plan on rank 0; nothing is written."""
     clock = Clock()
     request, staged = _prepare(config, world, clock)
-    forecaster = _fitting(request, world)
-    request = replace(request, plan=forecaster.plan)
+    request, forecaster = _fitting(request, world)
     with world.together():
         refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
         if world.is_main:
@@ -244,8 +242,8 @@ def _local_inputs(config: InitConfig) -> list[Path]:
     return [Path(name) for name in named]
 
 
-def _fitting(request: CheckpointRequest, world: World) -> Forecaster:
-    """The cheapest way through the model that has room on all ranks; a collective."""
+def _fitting(request: CheckpointRequest, world: World) -> tuple[CheckpointRequest, Forecaster]:
+    """The request as it goes the cheapest way through the model that has room on all ranks; a collective."""
     forecaster, on_host = Forecaster.of(request, world), world.device.type == "cpu"
     with world.together():
         free_on_disk = shutil.disk_usage(existing_parent(forecaster.files_directory)).free
@@ -258,7 +256,7 @@ def _fitting(request: CheckpointRequest, world: World) -> Forecaster:
     room = Room.least(world.all_json(vars(room)))
     with world.together():
         forecaster = forecaster.fitting(room, {name: tuple(shape) for name, shape in largest.items()})
-    return forecaster
+    return replace(request, plan=forecaster.plan), forecaster
 
 
 def _keeping_beside(model: nn.Module, request: Request, world: World) -> Keeping:
