@@ -70,16 +70,18 @@ def require_unquantized(model: nn.Module, targets: Sequence[Target]) -> None:
             raise UserError("model", target.name, f"holds {held}; load the model in {', '.join(DTYPES)}")
 
 
-def require_task(model: nn.Module, task_type: TaskType) -> None:
+def require_task(model: Any, task_type: TaskType) -> None:
     """Raise UserError for a model in memory that is not what the task is of: its labels would be shifted twice, or not
     at all."""
-    config: Any = model.config
+    config = model.config
     if config.is_encoder_decoder and task_type == "CAUSAL_LM":
         problem = "is of an encoder and a decoder; write SEQ_2_SEQ_LM"
     elif not config.is_encoder_decoder and task_type == "SEQ_2_SEQ_LM":
         problem = "is not of an encoder and a decoder; write CAUSAL_LM"
     elif task_type != "SEQ_CLS" and not hasattr(model, "prepare_inputs_for_generation"):
         problem = "generates nothing, as PEFT wants of models for it; write SEQ_CLS for a classifier"
+    elif task_type == "SEQ_CLS" and model.get_output_embeddings() is not None:
+        problem = "gives logits of tokens; load it by AutoModelForSequenceClassification, or write its own task"
     else:
         return
     raise UserError("lora.task_type", task_type, f"{type(model).__name__} {problem}")

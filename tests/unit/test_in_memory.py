@@ -66,7 +66,7 @@ CLASSES = {"input_ids": torch.arange(97, 121).view(2, 12), "labels": torch.tenso
     [
         ("t5", "CAUSAL_LM", "is of an encoder and a decoder; write SEQ_2_SEQ_LM"),
         ("llama", "SEQ_2_SEQ_LM", "is not of an encoder and a decoder; write CAUSAL_LM"),
-        ("llama", "SEQ_CLS", "takes one label of every sequence, and batch 0 has labels of shape [2, 20]"),
+        ("llama", "SEQ_CLS", "gives logits of tokens; load it by AutoModelForSequenceClassification"),
         ("bert", "CAUSAL_LM", "generates nothing, as PEFT wants of models for it; write SEQ_CLS for a classifier"),
     ],
 )
@@ -77,9 +77,12 @@ def test_another_task_is_refused(kind: str, task: str, says: str) -> None:
     assert says in str(error.value)
 
 
-def test_labels_of_sequences_are_none_of_tokens() -> None:
-    with pytest.raises(loraga_dist.UserError, match=r"^lora.task_type: .* batch 0 has labels of shape \[2\]"):
-        started([CLASSES])
+@pytest.mark.parametrize(("kind", "labels", "shape"), [("llama", [0, 1], "[2]"), ("bert", [[0] * 12] * 2, "[2, 12]")])
+def test_labels_of_sequences_are_none_of_tokens(kind: str, labels: list[Any], shape: str) -> None:
+    task = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}[kind]
+    with pytest.raises(loraga_dist.UserError, match="^lora.task_type: ") as error:
+        started([CLASSES | {"labels": torch.tensor(labels)}], kind, lora={**LORA, "task_type": task})
+    assert f"batch 0 has labels of shape {shape}" in str(error.value)
 
 
 @pytest.mark.parametrize(
