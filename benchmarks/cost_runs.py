@@ -102,13 +102,11 @@ class Bench:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         return Microbatch(inputs, self.shape.tokens - 1, index, ())
 
-    def plan(self, gradient: GradientConfig, init: SchemeConfig | None = None) -> Plan:
+    def plan(self, config: MethodConfig) -> Plan:
         names = [target.name for target in self.targets]
         in_pieces = self.sharding.is_sharded
-        order = choose_order(gradient.order, "Llama", find_blocks(self.model), names, in_pieces=in_pieces)
-        init = init or SchemeConfig()
-        scheme = SCHEMES[init.scheme]
-        return make_plan(self.targets, gradient, scheme, self.world.size, order, self.amount, init.moment_shape)
+        order = choose_order(config.gradient.order, "Llama", find_blocks(self.model), names, in_pieces=in_pieces)
+        return make_plan(self.targets, config, self.world.size, order, self.amount)
 
     def floor(self) -> Outcome:
         """Forward, and backward down to the outputs of the lowest targets: what no way can leave out."""
@@ -145,7 +143,7 @@ class Bench:
 
     def rrr(self) -> Outcome:
         """Ours, with the sketch engine, for reduced-rank regression: what the inputs' moments and it cost beside."""
-        outcome = self._calibrate("sketch", init=SchemeConfig(scheme="rrr"))
+        outcome = self._calibrate("sketch", scheme="rrr")
         outcome.directions = {}  # of another quantity than the gradient
         return outcome
 
@@ -206,15 +204,15 @@ class Bench:
         *,
         place: bool = False,
         state_device: StateDevice = "auto",
-        init: SchemeConfig | None = None,
+        scheme: str = "lora_ga",
     ) -> Outcome:
-        init = init or SchemeConfig()
         gradient = GradientConfig(
             engine=engine, checkpointing="none", state_budget_gib=1024.0, state_device=state_device
         )
-        plan, sharding = self.plan(gradient, init), self.sharding
+        config = MethodConfig(lora=self.lora, gradient=gradient, init=SchemeConfig(scheme=scheme))
+        plan, sharding = self.plan(config), self.sharding
         request = Request(
-            config=MethodConfig(lora=self.lora, gradient=gradient, init=init),
+            config=config,
             plan=plan,
             data=BatchSharder(self.microbatches),
             factor_dtypes={target.name: self.dtype for target in plan.targets},

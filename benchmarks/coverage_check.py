@@ -222,7 +222,7 @@ def _inputs(config: InitConfig, directory: Path) -> list[dict[str, Tensor]]:
     """Of every sample alone."""
     task_type = config.lora.task_type
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
-    samples = load_samples(config.calibration, tokenizer, task_type=task_type, max_positions=None, num_labels=3)
+    samples = load_samples(config.calibration, tokenizer, task_type=task_type, max_positions=None)
     found = []
     for sample in samples:
         values = {name: torch.tensor(value) for name, value in sample.inputs.items()}

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraga_dist.artifacts.report import versions
-from loraga_dist.config import GradientConfig, LoraSection
+from loraga_dist.config import LoraSection, MethodConfig
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
 from loraga_dist.gradients.experts import Sink
@@ -99,7 +99,7 @@ def ways(model: nn.Module, ids_BT: torch.Tensor) -> dict[str, Callable[[], None]
 
 def _engines(name: str, targets: list[Target]) -> list[EngineGroup]:
     """Of all targets, in their first microbatch."""
-    plan = make_plan(targets, GradientConfig.model_validate({"engine": name}), SCHEMES["lora_ga"], 1)
+    plan = make_plan(targets, MethodConfig.model_validate({"gradient": {"engine": name}}), 1)
     home = StateHome(torch.device("cpu"))
     groups = [EngineGroup.of(group, home=home, seed=0, dtype=torch.float32) for group in plan.groups]
     for group in groups:

@@ -32,7 +32,7 @@ from torchrun import json_of_ranks
 from transformers.utils import logging
 
 from loraga_dist.artifacts.report import versions
-from loraga_dist.config import GradientConfig, OrderName
+from loraga_dist.config import GradientConfig, MethodConfig, OrderName
 from loraga_dist.data.losses import causal_lm
 from loraga_dist.gradients.block_order import BlockOrder, OnWay
 from loraga_dist.gradients.kept import Keeping
@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace, world: World) -> None:
 def go_through(bench: Bench, order: OrderName) -> float:
     """Take all microbatches through the model once; seconds. A collective."""
     model, sharding = bench.model, bench.sharding
-    plan = bench.plan(GradientConfig(order=order))
+    plan = bench.plan(MethodConfig(gradient=GradientConfig(order=order)))
     route: Route = ModelOrder(model, causal_lm, sharding=sharding, checkpointing="none")
     if plan.order.blocks is not None:
         on_way = OnWay(pause=lambda: None, advance=lambda: None)

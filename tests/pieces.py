@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, ModelConfig
+from loraga_dist.config import CalibrationConfig, GradientConfig, LoraSection, MethodConfig, ModelConfig
 from loraga_dist.data.losses import Loss, causal_lm
 from loraga_dist.data.microbatches import Microbatch, SampleSharder
 from loraga_dist.data.samples import load_samples
@@ -25,7 +25,6 @@ from loraga_dist.model.plan import make_plan
 from loraga_dist.model.selection import select_targets
 from loraga_dist.model.targets import Target, meta_copy
 from loraga_dist.ranks.world import World
-from loraga_dist.schemes import SCHEMES
 from loraga_dist.sharding.base import Sharding
 from loraga_dist.sharding.open import open_sharding
 
@@ -77,7 +76,7 @@ def exact_gradients(
     """Mean gradients of the targets that this rank owns, by the exact engine. A collective."""
     world, names = sharding.world, [target.name for target in targets]
     order = choose_order(config.order, type(model).__name__, find_blocks(model), names, in_pieces=world.size > 1)
-    plan = make_plan(targets, config, SCHEMES["lora_ga"], world.size, order)
+    plan = make_plan(targets, MethodConfig(gradient=config), world.size, order)
     route: Route = ModelOrder(model, loss, sharding=sharding, checkpointing=config.checkpointing)
     if order.blocks is not None:
         route = block_order(model, order.blocks, names, sharding, loss)

@@ -18,17 +18,17 @@ from loraga_dist.artifacts.residual import digest_base
 from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.config import InitConfig, ModelConfig, OutputConfig
 from loraga_dist.errors import UserError
-from loraga_dist.files.checksums import TensorDigest, fingerprint
+from loraga_dist.files.checksums import shared_fingerprint
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.quantized import dequantized
 from loraga_dist.files.safetensors_io import TensorSlot
-from loraga_dist.files.staging import Destination, StagedDirectory
+from loraga_dist.files.staging import StagedDirectory, free_place
 from loraga_dist.files.stored_tensors import Slot, StoredTensor
 from loraga_dist.model.base import quantization_of, read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.conversion import stored_model
 from loraga_dist.model.factors import split
 from loraga_dist.model.selection import with_places
-from loraga_dist.model.targets import Target, layers_of, meta_copy, require_saved, require_targets
+from loraga_dist.model.targets import Target, layers_of, meta_copy, require_saved, require_targets, saved_parameters
 from loraga_dist.ranks.world import World
 from loraga_dist.schemes import SCHEMES, LoraFactors, Scheme
 from loraga_dist.sharding.base import Sharding
@@ -53,10 +53,8 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
     model: Any = start.model
     scheme = SCHEMES[start.init.scheme]
     with world.together():
-        destination = Path(directory).expanduser().resolve()
-        if destination.exists():
-            # an adapter that was trained from an earlier start could not be converted without it
-            raise UserError("directory", str(directory), "exists; write another directory")
+        # nothing is replaced: an adapter that was trained from an earlier start could not be converted without it
+        destination = free_place(Path(directory), "directory")
         if model.peft_config["default"].use_dora:
             raise UserError("lora.use_dora", True, "its magnitudes are not saved; make the start with loraga-dist init")
         sharding = sharding_of(model, world, None, "loraga_dist.save_start")
@@ -69,7 +67,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         stored = stored_model(meta_copy(type(original), original.config), weights)
         targets = [with_places(target, stored) for target in start.targets]
         require_targets(weights, targets)
-        saved = {name: stored.key_of(name) for name in _saved_parameters(model)}
+        saved = {name: stored.key_of(name) for name in saved_parameters(model.base_model.model)}
         require_saved(weights, saved)
 
     for layer, members in layers_of(targets).items():
@@ -83,20 +81,17 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
     share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
     with world.together():
         digests = digest_base(index, share)
-    base_digests = {
-        key: TensorDigest.of_json(parts) for found in world.all_json(digests) for key, parts in found.items()
-    }
 
     # the model's own, so that what a trainer saves of it names the base that it belongs on
     config = model.peft_config["default"]
     if scheme.changes_base:
-        config.base_model_name_or_path, config.revision = f"{destination}/{RESIDUAL_BASE}", None
+        config.base_model_name_or_path, config.revision = f"{destination.path}/{RESIDUAL_BASE}", None
     else:
         config.base_model_name_or_path, config.revision = name, revision
     report = Report(
         schema_version=SCHEMA_VERSION,
-        config=_known_config(start, name, base_dir, destination),
-        base_fingerprint=fingerprint(base_digests),
+        config=_known_config(start, name, base_dir, destination.path),
+        base_fingerprint=shared_fingerprint(digests, world),
         residual_fingerprint=None,
         base_quantization=(quantization_of(base_dir) or {}).get("quant_method"),
         versions=versions(),
@@ -111,7 +106,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
         step=start.step,
         identity_check=start.identity_check,
     )
-    staged = StagedDirectory(Destination(destination, "directory"), world)
+    staged = StagedDirectory(destination, world)
     staged.create(Layout.of_report(report, entries_of(index)).num_bytes[LORAGA_INIT])
     try:
         with world.together():
@@ -132,7 +127,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
             staged.discard()
         raise
     staged.drop_lock()
-    return destination
+    return destination.path
 
 
 def _weights(index: Mapping[str, TensorSlot], base_dir: Path, scheme: Scheme, dtype: torch.dtype) -> Mapping[str, Slot]:
@@ -144,18 +139,6 @@ def _weights(index: Mapping[str, TensorSlot], base_dir: Path, scheme: Scheme, dt
         instead = "make it with init.scheme: rrr, or of a base in floating point"
         raise UserError("start", scheme.title, f"changes the base's weights, and {held}; {instead}")
     return dequantized(index, quantization, dtype)
-
-
-def _saved_parameters(model: Any) -> list[str]:
-    """Parameters that `modules_to_save` copies into the adapter, by their names in the base model."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    return [
-        f"{name}.{inner}"
-        for name, layer in model.base_model.model.named_modules()
-        if isinstance(layer, ModulesToSaveWrapper)
-        for inner, _ in layer.original_module.named_parameters()
-    ]
 
 
 def _gather_factors(model: Any, layer_name: str, size: int, sharding: Sharding) -> list[LoraFactors]:
@@ -191,8 +174,7 @@ def _require_start(
         restored = shard.detach().to("cpu", torch.float32, copy=True)
         size = square_norm(original) + square_norm(restored)
         if offset is not None:
-            left, right = (offset.A_RN.t(), offset.B_MR.t()) if target.transposed else (offset.B_MR, offset.A_RN)
-            subtract_lowrank_(restored, first, left, right, -target.scaling)
+            subtract_lowrank_(restored, first, target, *offset, -target.scaling)
         squares = torch.stack([square_norm(restored - original), size])
     error_square, size_square = world.sum_(squares.to(world.device)).tolist()
     # W as loaded and W_res are each rounded once, and two float32 sums over r may differ

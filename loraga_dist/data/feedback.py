@@ -70,7 +70,6 @@ def encoder(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     task_type: TaskType,
-    num_labels: int | None,
 ) -> Callable[[Row], Encoded | None]:
     """How rows become samples, from the task and the columns; None for a row whose weight is 0.
 
@@ -79,7 +78,7 @@ def encoder(
     pair, sampled = _feedback(config, set(dataset.column_names), task_type)
     if pair:
         return _preference_encoder(config, tokenizer, dataset)
-    encode = supervised_encoder(config, tokenizer, dataset, task_type, num_labels)
+    encode = supervised_encoder(config, tokenizer, dataset, task_type)
     if sampled is None:
         return lambda row: Encoded(encode(row))
     advantage = _given_advantage if sampled == "advantage" else _group_advantage(config, dataset)

@@ -76,7 +76,6 @@ def supervised_encoder(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     task_type: TaskType,
-    num_labels: int | None,
 ) -> Callable[[Row], Inputs]:
     """How rows become inputs, from the task and the columns; refuses data that cannot serve before the work starts."""
     columns = dataset.column_names
@@ -84,7 +83,7 @@ def supervised_encoder(
         _require_column(columns, "calibration.dataset_text_field", config.dataset_text_field)
         _require_column(columns, "calibration.label_field", config.label_field)
         refuse_assistant_only_loss(config, "belongs to CAUSAL_LM")
-        return partial(_classification_inputs, config=config, tokenizer=tokenizer, num_labels=num_labels)
+        return partial(_classification_inputs, config=config, tokenizer=tokenizer)
 
     with blame(*data_source(config), "sample 0 cannot be read", "mend or remove it"):
         first = _trl_row(dataset[0], config.dataset_text_field)
@@ -275,17 +274,14 @@ def _truncated(
     return encode(text) if tokenizer.truncation_side != "right" else _fill(encode, text, num_tokens=config.max_length)
 
 
-def _classification_inputs(
-    row: Row, *, config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, num_labels: int | None
-) -> Inputs:
+def _classification_inputs(row: Row, *, config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     label = row[config.label_field]
     if not isinstance(label, int) or isinstance(label, bool):
         raise UserError(
             "calibration.label_field", config.label_field, f"holds {label!r}; labels must be integer classes"
         )
-    if label < 0 or (num_labels is not None and label >= num_labels):
-        known = "" if num_labels is None else f" to {num_labels - 1}, the model's last"
-        raise UserError("calibration.label_field", config.label_field, f"holds class {label}; classes go from 0{known}")
+    if label < 0:
+        raise UserError("calibration.label_field", config.label_field, f"holds class {label}; classes go from 0")
     text = string_in(row, config.dataset_text_field)
     encode = partial(tokenizer, truncation=True, max_length=config.max_length)
     return {**_truncated(encode, text, tokenizer, config), "labels": label}

@@ -16,11 +16,14 @@ from loraga_dist.config import TaskType
 from loraga_dist.data.feedback import Encoded
 from loraga_dist.data.formats import Inputs
 from loraga_dist.data.images import Load, together
-from loraga_dist.data.losses import IGNORED
+from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.errors import UserError
 from loraga_dist.ranks.world import World
 
 _PADDING = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+PROBE_TOKENS = 64
+"""Positions of each rank's first calibration sequence whose logits are compared before and after."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,7 @@ def count_supervised_tokens(labels: Tensor, task_type: TaskType) -> int:
 
     `labels`: (..., T) integers, for SEQ_CLS (...), -100 where there is no loss.
     """
-    if task_type == "CAUSAL_LM":
-        labels = labels[..., 1:]
-    return int((labels != IGNORED).sum())
+    return int((LOSSES[task_type].predicted(labels) != IGNORED).sum())
 
 
 def counted_rows(microbatch: Microbatch, share: float) -> dict[int, Tensor]:
@@ -270,20 +271,6 @@ def _is_of_tokens(name: str, tensor: Tensor, inputs: Mapping[str, Tensor]) -> bo
     return "mask" in name and "pixel" not in name or tensor.shape in shapes
 
 
-def seeded_microbatch(model_config: Any, task_type: TaskType, most_tokens: int) -> Microbatch:
-    """One sequence of random token ids, the same on every rank, where only two forward passes are to be compared."""
-    text = model_config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    length = min(most_tokens, positions) if isinstance(positions, int) and positions > 0 else most_tokens
-    ids = torch.randint(getattr(text, "vocab_size", 256), (1, length), generator=torch.Generator().manual_seed(0))
-    eos = getattr(model_config, "eos_token_id", None)
-    if isinstance(eos, int):  # where BART's classifier reads
-        ids[:, -1] = eos
-    labels = torch.zeros(1, dtype=torch.long) if task_type == "SEQ_CLS" else ids
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return Microbatch(inputs, count_supervised_tokens(labels, task_type), index=0, sample_ids=())
-
-
 def _collate(sequences: list[Inputs], pad_token_id: int) -> dict[str, Tensor]:
     inputs = {}
     for name in sequences[0]:
@@ -311,7 +298,3 @@ def in_step(microbatches: Sequence[Microbatch], world: World) -> list[Microbatch
     most = int(world.max_(torch.tensor(len(microbatches), device=world.device)))
     fillers = [without_supervision(microbatches[0], index) for index in range(len(microbatches), most)]
     return [*microbatches, *fillers]
-
-
-PROBE_TOKENS = 64
-"""Positions of each rank's first calibration sequence whose logits are compared before and after."""

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ import torch
 
 from loraga_dist.config import CalibrationConfig, TaskType
 from loraga_dist.data.feedback import encoder
-from loraga_dist.data.formats import BadRowError, clock_at, data_error, data_source
+from loraga_dist.data.formats import BadRowError, data_error, data_source
 from loraga_dist.data.image_rows import image_encoder, with_images
 from loraga_dist.data.microbatches import Sample, count_supervised_tokens
 from loraga_dist.errors import UserError, blame, reason
@@ -43,8 +42,6 @@ def load_samples(
     *,
     task_type: TaskType,
     max_positions: int | None,
-    num_labels: int | None = None,
-    began: datetime | None = None,
     load_processor: Callable[[], ProcessorMixin] | None = None,
 ) -> list[Sample]:
     """Load, shuffle and tokenize the first `most_samples` of the calibration data: the same list on every rank.
@@ -53,26 +50,24 @@ def load_samples(
     preference data; as there, samples that have nothing to learn from (after truncation, or with an advantage of 0) are
     left out, and the next ones take their place. Raises UserError, with the config key, for data that cannot be read,
     has the wrong columns or values, does not fit the model's positions, or has no token to learn from in many samples.
-    began: the time that chat templates print; by default now, for all rows. load_processor: of the model, for images.
-    More than 7 parameters: what a tokenizer, a model and a run know.
+    load_processor: of the model, for images.
     """
     dataset = _load_dataset(config)
     with _quiet_datasets():
         images = with_images(config, dataset)
     if images is None:
-        encode = encoder(config, tokenizer, dataset, task_type, num_labels)
+        encode = encoder(config, tokenizer, dataset, task_type)
     else:
         assert load_processor is not None, "of data that may have images"
         dataset, encode = images, image_encoder(config, load_processor(), images, task_type)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    samples, source, began, num_encoded = [], data_source(config), began or datetime.now(), 0
+    samples, source, num_encoded = [], data_source(config), 0
     for row in order.tolist():
         if len(samples) == config.most_samples:
             break
         if not samples and num_encoded == max(config.most_samples, LEAST_TRIED):
             break
-        limited = blame(*source, f"sample {row} makes no tokens", "mend or remove it", limit_seconds=ROW_SECONDS)
-        with limited, clock_at(began):
+        with blame(*source, f"sample {row} makes no tokens", "mend or remove it", limit_seconds=ROW_SECONDS):
             try:
                 encoded = encode(dataset[row])
             except BadRowError as problem:

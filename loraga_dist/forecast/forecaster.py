@@ -25,6 +25,7 @@ from loraga_dist.forecast.ledger import Shapes
 from loraga_dist.forecast.memory import RankMemory, rank_memory, weight_workspace_bytes
 from loraga_dist.forecast.ways import MARGIN, Room, Way, verdict, ways
 from loraga_dist.gradients.kept import FreeSpace, Keeping, choose_keeping
+from loraga_dist.model.base import max_positions
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.ranks.memory import free_bytes, free_host_bytes
 from loraga_dist.ranks.world import World
@@ -158,15 +159,7 @@ class Forecaster:
     @cached_property
     def plan(self) -> Plan:
         request = self.request
-        return make_plan(
-            request.targets,
-            self.config.gradient,
-            request.scheme,
-            self.world_size,
-            self.way.order,
-            request.amount,
-            self.config.init.moment_shape,
-        )
+        return make_plan(request.targets, self.config, self.world_size, self.way.order, request.amount)
 
     @cached_property
     def setting(self) -> Setting:
@@ -276,7 +269,7 @@ class Forecaster:
         length, size = calibration.max_length, min(calibration.per_device_batch_size, calibration.most_samples)
         if self.request.scheme.source != "gradient" and not calibration.names_data:
             length, size = PROBE_TOKENS, 1
-        length = min(length, base.max_positions or length)
+        length = min(length, max_positions(base.config) or length)
         labels = (size,) if self.config.lora.task_type == "SEQ_CLS" else (size, length)
         return {"input_ids": (size, length), "attention_mask": (size, length), "labels": labels}
 

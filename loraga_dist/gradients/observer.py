@@ -16,7 +16,7 @@ from loraga_dist.engines.group import EngineGroup
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.gradients.forward import first_nonfinite_module
 from loraga_dist.model.blocks import pieces_of
-from loraga_dist.model.names import excluding, is_named, pattern_of
+from loraga_dist.model.names import is_named, to_leave_out
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import Sharding
 
@@ -57,10 +57,8 @@ class NoGradient(Exception):
 
     def as_error(self, lora: LoraSection) -> UserError:
         """What to write instead."""
-        named = [name for name in self.names if is_named(f"{name}.weight", lora)]
-        instead = f"leave {', '.join(named)} out of lora.target_parameters" if named else ""
-        if others := [name for name in self.names if name not in named]:
-            instead = "; ".join(filter(None, (instead, excluding(lora, pattern_of(others)))))
+        parameters = {name: f"{name}.weight" for name in self.names}
+        _, _, instead = to_leave_out([it if is_named(it, lora) else name for name, it in parameters.items()], lora)
         problem = f"{self.problem}, so there is no gradient to start from; {instead}"
         found = UserError("lora.target_modules", self.names, problem)
         found.on_all_ranks = True
@@ -77,7 +75,7 @@ class Observer:
         self._share = moment_share
         self._world = world
         self.names = list(engine.engine_of)
-        self._in_every_microbatch = {name: None for name in self.names if not engine.engine_of[name].is_routed(name)}
+        self._routed = {name for name in self.names if engine.engine_of[name].is_routed(name)}
         self._row = {name: row for row, name in enumerate(self.names)}
         self._seen: set[str] = set()
         self._goes_on = goes_on
@@ -90,7 +88,7 @@ class Observer:
         # summing bfloat16 as it is is many times faster than as float32
         dtype = torch.float32 if dy_TM.dtype == torch.float16 else None
         # of Llama4's experts the tap shows dy as x
-        for shown in (dy_TM,) if name in self._in_every_microbatch else (dy_TM, x_TN):
+        for shown in (dy_TM, x_TN) if name in self._routed else (dy_TM,):
             self._failed[self._row[name]] |= ~shown.sum(dtype=dtype).isfinite()
         self._engine.observe(name, x_TN, dy_TM)
 
@@ -120,7 +118,8 @@ class Observer:
     def require_all_seen(self) -> None:
         """Raise NoGradient, on every rank, when a target took no part in the loss."""
         if not self._goes_on:  # else the earlier run may have seen them; without a gradient none is taken in the end
-            require_all_seen(list(self._in_every_microbatch), self._seen, self._world)
+            in_every_microbatch = [name for name in self.names if name not in self._routed]
+            require_all_seen(in_every_microbatch, self._seen, self._world)
 
 
 @contextmanager

@@ -58,12 +58,6 @@ class BaseModel:
         """Dtypes and shapes of the checkpoint's tensors, as if it held floats."""
         return {key: (slot.dtype, slot.shape) for key, slot in self.weights.items()}
 
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence the position embeddings allow; None where the model sets no limit."""
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return positions if isinstance(positions, int) and positions > 0 else None
-
     def stored(self, meta_model: nn.Module) -> StoredModel:
         """Where the model's parameters lie. Raises UserError as `stored_model`, and for what transformers would have to
         convert of a quantized checkpoint, or fill in."""
@@ -74,6 +68,12 @@ class BaseModel:
             quantized = f"which is quantized ({self.quantization['quant_method']})"
             raise UserError(_MODEL_KEY, name, f"{made}, {quantized}; write one in floating point")
         return found
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest sequence the position embeddings allow; None where the model sets no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def find_base_model(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loraga_dist.config import GradientConfig
+from loraga_dist.config import GradientConfig, MethodConfig
 from loraga_dist.engines import ENGINES, USUAL_AMOUNT, Amount, Matrix
 from loraga_dist.model.blocks import MODEL_ORDER, Order
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.balance import balance
-from loraga_dist.schemes import Scheme
+from loraga_dist.schemes import SCHEMES, Scheme
 
 BEYOND = 40
 """Triplets of a gradient that a regression is made from, beside those that the scheme takes of it: with 48 in all it
@@ -50,19 +50,18 @@ class Plan:
 
 def make_plan(
     targets: Sequence[Target],
-    config: GradientConfig,
-    scheme: Scheme,
+    config: MethodConfig,
     world_size: int,
     order: Order = MODEL_ORDER,
     amount: Amount = USUAL_AMOUNT,
-    moment_shape: Callable[[int], tuple[int, ...] | None] = lambda N: None,
 ) -> Plan:
     """Cut the targets of each stage into groups that fit the budget; balance each group's owners by SVD cost.
 
     In model order neighbours share a sweep over the data, so that its backward can stop at the group's lowest layer. A
     target larger than the budget gets a group of its own. A scheme that takes no gradient needs no group, only owners.
-    amount: of calibration data, by which engine `auto` decides. moment_shape: of N.
+    amount: of calibration data, by which engine `auto` decides.
     """
+    scheme, gradient = SCHEMES[config.init.scheme], config.gradient
     if scheme.source != "gradient":
         groups = []
         costs_of_groups = [{target.name: scheme.factorization_cost(target.M, target.N, target.r) for target in targets}]
@@ -72,9 +71,9 @@ def make_plan(
         for target in targets:
             key = (target.M, target.N, target.r, target.is_routed, target.row_share)
             if key not in alike:
-                alike[key] = _matrix(target, config, scheme, amount, moment_shape(target.N))
+                alike[key] = _matrix(target, config, amount)
             of_stage.setdefault(order.stage_of(target.name), []).append(replace(alike[key], name=target.name))
-        groups = [group for stage in sorted(of_stage, reverse=True) for group in _cut(of_stage[stage], config)]
+        groups = [group for stage in sorted(of_stage, reverse=True) for group in _cut(of_stage[stage], gradient)]
         costs_of_groups = [
             {
                 matrix.name: ENGINES[matrix.engine].factorization_cost(matrix) + matrix.regression_cost
@@ -92,10 +91,9 @@ def make_plan(
     return Plan(scheme=scheme, targets=list(targets), order=order, groups=groups, owners=owners, costs=costs)
 
 
-def _matrix(
-    target: Target, config: GradientConfig, scheme: Scheme, amount: Amount, moment_shape: tuple[int, ...] | None
-) -> Matrix:
-    num_triplets = scheme.num_triplets(target.r)
+def _matrix(target: Target, config: MethodConfig, amount: Amount) -> Matrix:
+    gradient, moment_shape = config.gradient, config.init.moment_shape(target.N)
+    num_triplets = SCHEMES[config.init.scheme].num_triplets(target.r)
     if moment_shape is not None:
         num_triplets = min(num_triplets + BEYOND, target.M, target.N)
 
@@ -105,7 +103,7 @@ def _matrix(
             M=target.M,
             N=target.N,
             num_triplets=num_triplets,
-            width=ENGINES[name].width(num_triplets, target.M, target.N, config.oversampling),
+            width=ENGINES[name].width(num_triplets, target.M, target.N, gradient.oversampling),
             engine=name,
             owner=0,
             moment_shape=moment_shape,
@@ -114,10 +112,10 @@ def _matrix(
         )
 
     amount = replace(amount, num_tokens=int(amount.num_tokens * target.row_share))
-    if config.engine != "auto":
-        return with_engine(config.engine)
+    if gradient.engine != "auto":
+        return with_engine(gradient.engine)
     suiting = [matrix for matrix in map(with_engine, ENGINES) if ENGINES[matrix.engine].suits(matrix)]
-    fitting = [matrix for matrix in suiting if Plan.state_bytes([matrix]) <= config.state_budget_gib * 2**30]
+    fitting = [matrix for matrix in suiting if Plan.state_bytes([matrix]) <= gradient.state_budget_gib * 2**30]
     if not fitting:
         return min(suiting, key=lambda matrix: Plan.state_bytes([matrix]))
     return min(fitting, key=lambda matrix: ENGINES[matrix.engine].cost(matrix, amount))

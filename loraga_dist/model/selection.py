@@ -28,7 +28,14 @@ from loraga_dist.model.stacks import (
     find_stacks,
     untappable,
 )
-from loraga_dist.model.targets import StackPlace, StoredRows, Target, peft_lora_config, tied_parameters
+from loraga_dist.model.targets import (
+    StackPlace,
+    StoredRows,
+    Target,
+    peft_lora_config,
+    saved_parameters,
+    tied_parameters,
+)
 from loraga_dist.model.towers import text_model, tower_of
 
 
@@ -61,7 +68,6 @@ def select_targets(
     or is too small for its rank (with any_rank, for rank 1).
     """
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-    from peft.utils.other import ModulesToSaveWrapper
 
     tied = tied_parameters(meta_model)
     before = {name for name, _ in meta_model.named_modules()}
@@ -79,29 +85,17 @@ def select_targets(
         target_modules, left_out = _all_linear(meta_model, lora)
     injected = injected_by_peft(meta_model, lora, target_modules)
     targets: list[Target] = []
-    tied_names: list[str] = []
     matched: set[str] = set()
-    saved_parameters: list[str] = []
     for name, layer in injected.named_modules():
-        if isinstance(layer, ModulesToSaveWrapper):
-            saved_parameters += [f"{name}.{inner}" for inner, _ in layer.original_module.named_parameters()]
         if not isinstance(layer, LoraLayer):
             continue
         found = _targets_of(name, layer, stacks, before, taken_for_experts, lora)
-        if (parameter_name := found[0].parameter_name) in tied:
-            if (key := _key_of(found[0], lora)) == "lora.target_modules":
-                tied_names.append(name)
-                continue
-            problem = f"{parameter_name} is tied to {tied[parameter_name]}; changing one would change both"
-            raise UserError(key, lora.target_parameters, f"{problem}; {_left_out(found[0], lora)}")
         matched.add(found[0].parameter_name if isinstance(layer, ParamWrapper) else name)
-        targets += found if in_files is None else [with_places(target, in_files) for target in found]
+        targets += found
+    _require_untied(targets, tied, lora)
+    if in_files is not None:
+        targets = [with_places(target, in_files) for target in targets]
     _require_sizes(targets, lora, num_triplets, any_rank=any_rank)
-    if tied_names:
-        other = tied[f"{tied_names[0]}.weight"]
-        raise must_be_excluded(
-            tied_names, f"tied to other parameters ({other}), so that changing one would change both", lora
-        )
     if not targets:
         raise UserError(
             "lora.target_modules", lora.target_modules, "matches no module; write names the model has, or all-linear"
@@ -111,10 +105,11 @@ def select_targets(
         if target.by_parameter:
             _require_nothing_of_inputs(lora, target.parameter_name)
     _check_patterns(lora, matched)
+    saved = saved_parameters(injected)
     return Selection(
         targets=targets,
-        saved_parameters=saved_parameters,
-        coverage=weights.covered_by(targets, saved_parameters),
+        saved_parameters=saved,
+        coverage=weights.covered_by(targets, saved),
         left_out=left_out,
     )
 
@@ -268,13 +263,21 @@ def with_places(target: Target, in_files: StoredModel) -> Target:
     return replace(target, weight_key=rows[0].key, stack=replace(stack, rows=rows))
 
 
-def _key_of(target: Target, lora: LoraSection) -> str:
-    return "lora.target_parameters" if is_named(target.parameter_name, lora) else "lora.target_modules"
-
-
 def _left_out(target: Target, lora: LoraSection) -> str:
-    key = _key_of(target, lora)
-    return f"leave it out of {key}" if key == "lora.target_parameters" else "add it to lora.exclude_modules"
+    asked = is_named(target.parameter_name, lora)
+    return "leave it out of lora.target_parameters" if asked else "add it to lora.exclude_modules"
+
+
+def _require_untied(targets: Iterable[Target], tied: Mapping[str, str], lora: LoraSection) -> None:
+    found = {
+        target.parameter_name if is_named(target.parameter_name, lora) else target.name: tied[target.parameter_name]
+        for target in targets
+        if target.parameter_name in tied
+    }
+    if found:
+        other = next(iter(found.values()))
+        what = f"tied to other parameters ({other}), so that changing one would change both"
+        raise must_be_excluded([*found], what, lora)
 
 
 def _require_sizes(

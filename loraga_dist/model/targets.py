@@ -195,6 +195,18 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
     }
 
 
+def saved_parameters(model: nn.Module) -> list[str]:
+    """Parameters that `modules_to_save` copies into the adapter, by their names in the model without PEFT's layers."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return [
+        f"{name}.{inner}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, ModulesToSaveWrapper)
+        for inner, _ in layer.original_module.named_parameters()
+    ]
+
+
 def require_targets(index: Mapping[str, Slot], targets: Iterable[Target]) -> None:
     """Raise UserError unless the checkpoint holds every target as a plain floating matrix of the expected shape."""
     for target in targets:

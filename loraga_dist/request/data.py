@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,31 +12,28 @@ from loraga_dist.data.formats import data_error
 from loraga_dist.data.microbatches import Sample, SampleSharder
 from loraga_dist.data.samples import has_embedding, load_samples, padding_token_id
 from loraga_dist.errors import UserError, blame
-from loraga_dist.model.base import BaseModel
+from loraga_dist.model.base import BaseModel, max_positions
 from loraga_dist.model.classes import names_in_forward
 from loraga_dist.ranks.world import World
 from loraga_dist.request.refusals import require_classes
 
 
-def read_data(config: InitConfig, base: BaseModel, world: World, began: datetime | None = None) -> SampleSharder:
-    """Read, shuffle and tokenize the calibration data, and share it out. Raises UserError; no collective.
-
-    began: what chat templates take for now.
-    """
+def read_data(config: InitConfig, base: BaseModel, world: World) -> SampleSharder:
+    """Read, shuffle and tokenize the calibration data, and share it out. Raises UserError; no collective."""
     require_classes(config, base.config, base.model_class.__name__)
     tokenizer = _load_tokenizer(base.directory, config)
     samples = load_samples(
         config.calibration,
         tokenizer,
         task_type=config.lora.task_type,
-        max_positions=base.max_positions,
-        num_labels=getattr(base.config, "num_labels", None),
-        began=began,
+        max_positions=max_positions(base.config),
         load_processor=partial(_load_processor, base.directory, config),
     )
     _check_token_ids(config, base, samples)
-    if config.lora.task_type == "SEQ_CLS" and "eos_token_id" in names_in_forward(base.model_class):
-        _require_ends(config, base, samples)
+    if config.lora.task_type == "SEQ_CLS":
+        _check_classes(config, base, samples)
+        if "eos_token_id" in names_in_forward(base.model_class):
+            _require_ends(config, base, samples)
     return SampleSharder(
         samples=samples,
         rank=world.rank,
@@ -91,6 +87,13 @@ def _check_token_ids(config: InitConfig, base: BaseModel, samples: Sequence[Samp
             config.model.name_or_path,
             f"its tokenizer makes token {largest}, the model has {rows} embeddings; write one whose tokenizer fits",
         )
+
+
+def _check_classes(config: InitConfig, base: BaseModel, samples: Sequence[Sample]) -> None:
+    largest, count = max(sample.inputs["labels"] for sample in samples), getattr(base.config, "num_labels", None)
+    if count is not None and largest >= count:
+        problem = f"holds class {largest}; classes go from 0 to {count - 1}, the model's last"
+        raise UserError("calibration.label_field", config.calibration.label_field, problem)
 
 
 def _require_ends(config: InitConfig, base: BaseModel, samples: Sequence[Sample]) -> None:

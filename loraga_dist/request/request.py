@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -61,6 +60,7 @@ from loraga_dist.sharding.settings import Holding, require_usable
 MOMENT_TOKENS = 16384
 """What `init.whitening: sampled` sums over, in expectation."""
 USUAL_SAMPLES = 256
+"""After which the halves of data mostly agree, where `calibration.max_samples` is auto."""
 
 META_SECONDS = 300
 """To build a model without memory; the largest take a tenth of that."""
@@ -96,11 +96,15 @@ class Request:
 
     @property
     def moment_share(self) -> float:
-        """Of the tokens, what second moments of inputs are summed over; enough of them where data is cut short."""
-        if self.config.init.whitening != "sampled" or self.data is None:
+        """Of the tokens, what second moments of inputs are summed over."""
+        if self.config.init.whitening != "sampled":
             return 1.0
-        usual = self.amount.num_tokens * min(1.0, USUAL_SAMPLES / max(1, self.data.num_samples))
-        return min(1.0, MOMENT_TOKENS / max(1.0, usual))
+        return min(1.0, MOMENT_TOKENS / max(1.0, self.num_likely_tokens))
+
+    @property
+    def num_likely_tokens(self) -> float:
+        """That a calibration takes, as far as can be said before it."""
+        return self.amount.num_tokens
 
     @property
     def target_cosine(self) -> float | None:
@@ -111,11 +115,7 @@ class Request:
         """The same request for a model that turned out to be no sequence of blocks. Raises UserError, on all ranks."""
         order = Order(blocks=None, why=why)
         require_alike(self.data, order, "data", world_size)
-        config = self.config
-        plan = make_plan(
-            self.targets, config.gradient, self.scheme, world_size, order, self.amount, config.init.moment_shape
-        )
-        return replace(self, plan=plan)
+        return replace(self, plan=make_plan(self.targets, self.config, world_size, order, self.amount))
 
     def with_step(self, length: float) -> Self:
         """The same request with this step."""
@@ -154,6 +154,13 @@ class CheckpointRequest(Request):
         return calibration.target_cosine if calibration.max_samples == "auto" else None
 
     @property
+    def num_likely_tokens(self) -> float:
+        if self.target_cosine is None:
+            return self.amount.num_tokens
+        num_samples = self.config.calibration.most_samples if self.data is None else self.data.num_samples
+        return self.amount.num_tokens * min(1.0, USUAL_SAMPLES / num_samples)
+
+    @property
     def lora_in_memory(self) -> LoraSection:
         """Without DoRA, which starts as the plain adapter does; what makes it DoRA are magnitudes in the file."""
         return self.config.lora.model_copy(update={"use_dora": False})
@@ -179,14 +186,12 @@ def understand(
     *,
     needs_weights: bool = True,
     reads_data: bool = True,
-    began: datetime | None = None,
     order: Any = None,
 ) -> CheckpointRequest:
     """Understand a configuration: find the model, choose targets, plan, read the data. No collectives.
 
     needs_weights: without, a directory may hold a config.json alone, as a forecast may be made of.
     reads_data: without, data and DeepSpeed's settings, which only a run needs, are not looked at.
-    began: what chat templates take for now: the same on every rank, and when a run goes on.
     order: what a run to go on from has saved of its order.
     Raises UserError for all that does not fit together.
     """
@@ -223,14 +228,14 @@ def understand(
     }
     data = step_data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
-        data, step_data = _share_out(read_data(config, base, world, began), config, "calibration.max_samples")
+        data, step_data = _share_out(read_data(config, base, world), config, "calibration.max_samples")
         if scheme.source == "gradient" and all(sample.images is None for sample in data.samples):
             require_gradients_of_text(config.lora, targets, text)
     saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
     require_alike(data, saved or chosen, "calibration.data_files", world.size)
     return CheckpointRequest(
         config=_resolved(config, base),
-        plan=make_plan(targets, config.gradient, scheme, world.size, saved or chosen, amount, config.init.moment_shape),
+        plan=make_plan(targets, config, world.size, saved or chosen, amount),
         data=data,
         step_data=step_data,
         factor_dtypes=factor_dtypes,
@@ -319,7 +324,7 @@ def understand_model(
         )
     return Request(
         config=config,
-        plan=make_plan(targets, config.gradient, scheme, world.size, order, amount, config.init.moment_shape),
+        plan=make_plan(targets, config, world.size, order, amount),
         data=data,
         step_data=step_data,
         factor_dtypes=dict.fromkeys((target.name for target in targets), dtype),

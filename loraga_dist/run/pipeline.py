@@ -24,6 +24,7 @@ from loraga_dist.artifacts.layout import Layout, strangers
 from loraga_dist.artifacts.names import RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
+from loraga_dist.data.formats import clock_at
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.errors import LoragaError, UserError, VerificationError
@@ -217,8 +218,8 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> tuple[Checkpoint
     store = CheckpointStore(staged.checkpoint_path, world)
     began, order = (store.peek(key) if config.resume == "auto" else None for key in (BEGAN, ORDER))
     clock.began = _began(began, world)
-    with world.together():
-        request = understand(config, world, began=clock.began, order=order)
+    with world.together(), clock_at(clock.began):
+        request = understand(config, world, order=order)
         if request.base.directory.resolve().is_relative_to(staged.destination):
             raise UserError("output.dir", config.output.dir, "holds the base model; write another directory")
     require_same_data(config, request.data_fingerprint, world)

@@ -97,22 +97,15 @@ def write_weights(
     factors_fingerprint = None
     if start.gradients is not None:
         factors_fingerprint = write_factors(directory / FACTORS, start.gradients.owned, world)
-    of_models = _write_models(directory, request, layout, finished_files, checkpointer, world)
+    if RESIDUAL_BASE in layout.directories:
+        of_models = _write_residual(directory, request, layout, finished_files, checkpointer, world)
+    else:
+        of_models = _digest_base(request.base.index, world)
     return of_models._replace(adapter=adapter, factors=factors_fingerprint, model_files=model_files)
 
 
-def _write_models(
-    directory: Path,
-    request: CheckpointRequest,
-    layout: Layout,
-    finished_files: Path,
-    checkpointer: Checkpointer,
-    world: World,
-) -> Fingerprints:
-    """Write the residual base where there is one, and take the fingerprints of the base and of it; a collective."""
-    if RESIDUAL_BASE in layout.directories:
-        return _write_residual(directory, request, layout, finished_files, checkpointer, world)
-    index = request.base.index
+def _digest_base(index: dict[str, TensorSlot], world: World) -> Fingerprints:
+    """The fingerprint of a base that no residual is made of; a collective, ranks share it."""
     share = shares(index, lambda key: index[key].num_bytes, world.size)[world.rank]
     digests: dict[str, list[TensorDigest]] = {}
     num_bytes = sum(index[key].num_bytes for key in share)

@@ -220,11 +220,9 @@ class Sharding(ABC):
 
     def subtract_lowrank(self, parameter: Parameter, target: Target, A_RN: torch.Tensor, B_MR: torch.Tensor) -> None:
         """W_MN -= scaling * B A on this rank's part of W; no communication."""
-        # Conv1D stores W transposed, hence (B A)^T = A^T B^T
-        left, right = (A_RN.t(), B_MR.t()) if target.transposed else (B_MR, A_RN)
 
         def subtract(shard: torch.Tensor, start: int) -> None:
-            subtract_lowrank_(*part_of(shard, start, target), left, right, target.scaling)
+            subtract_lowrank_(*part_of(shard, start, target), target, A_RN, B_MR, target.scaling)
 
         self.edit(parameter, subtract)
 

@@ -34,12 +34,14 @@ def elements_of(parameter: Parameter) -> torch.Tensor:
 
 @torch.no_grad()
 def subtract_lowrank_(
-    shard: torch.Tensor, start: int, left_PR: torch.Tensor, right_RQ: torch.Tensor, scaling: float
+    shard: torch.Tensor, start: int, target: Target, A_RN: torch.Tensor, B_MR: torch.Tensor, scaling: float
 ) -> None:
-    """W_PQ -= scaling * left @ right on the elements of flattened W that `shard` (1-D) holds, `start` being the first.
+    """W_MN -= scaling * B A on the elements of flattened W that `shard` (1-D) holds, `start` being the first.
 
     The product and the difference are float32, rounded once to the shard's dtype. Slices may start and end mid-row.
     """
+    # Conv1D stores W transposed, hence (B A)^T = A^T B^T
+    left_PR, right_RQ = (A_RN.t(), B_MR.t()) if target.transposed else (B_MR, A_RN)
     Q = right_RQ.shape[1]
     end = start + shard.numel()
     rows_per_block = max(1, BLOCK_ELEMENTS // Q)

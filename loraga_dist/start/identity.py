@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from loraga_dist.artifacts.report import IdentityCheck
-from loraga_dist.data.losses import IGNORED
-from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch, seeded_microbatch
+from loraga_dist.config import TaskType
+from loraga_dist.data.losses import IGNORED, LOSSES
+from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch, count_supervised_tokens
 from loraga_dist.errors import RunError
 from loraga_dist.gradients.forward import forward
-from loraga_dist.model.base import WIDE_FLOATS
+from loraga_dist.model.base import WIDE_FLOATS, max_positions
 from loraga_dist.model.blocks import pieces_of
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
@@ -49,14 +51,12 @@ class Probe:
     def of(cls, model: nn.Module, request: Request) -> Probe:
         task = request.config.lora.task_type
         if request.data is None:
-            microbatch = seeded_microbatch(model.config, task, PROBE_TOKENS)
-            predicted_T = torch.full_like(microbatch.inputs["labels"][0], IGNORED)
+            microbatch = _seeded_microbatch(model.config, task)
+            labels_T = torch.full_like(microbatch.inputs["labels"][0], IGNORED)
         else:
             microbatch = request.data.microbatches(0, request.data.samples_per_step, 0)[0]
-            predicted_T = microbatch.inputs["labels"][0]
-        predicted_T = predicted_T.reshape(-1)
-        if task == "CAUSAL_LM":
-            predicted_T = F.pad(predicted_T[1:], (0, 1), value=IGNORED)
+            labels_T = microbatch.inputs["labels"][0]
+        predicted_T = LOSSES[task].predicted(labels_T).reshape(-1)
         supervised = (predicted_T != IGNORED).nonzero().flatten()
         positions_P = (supervised if len(supervised) else torch.arange(len(predicted_T)))[:PROBE_TOKENS]
         return cls(microbatch=microbatch, predicted_P=predicted_T[positions_P], positions_P=positions_P)
@@ -81,6 +81,19 @@ class Probe:
             return self.logits(model, sharding)
         finally:
             flip_last_bits(model, targets, sharding)
+
+
+def _seeded_microbatch(model_config: Any, task_type: TaskType) -> Microbatch:
+    """One sequence of random token ids, the same on every rank."""
+    length = min(PROBE_TOKENS, max_positions(model_config) or PROBE_TOKENS)
+    num_embeddings = getattr(model_config.get_text_config(), "vocab_size", 256)
+    ids = torch.randint(num_embeddings, (1, length), generator=torch.Generator().manual_seed(0))
+    eos = getattr(model_config, "eos_token_id", None)
+    if isinstance(eos, int):  # where BART's classifier reads
+        ids[:, -1] = eos
+    labels = torch.zeros(1, dtype=torch.long) if task_type == "SEQ_CLS" else ids
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return Microbatch(inputs, count_supervised_tokens(labels, task_type), index=0, sample_ids=())
 
 
 def coarsest_dtype(model: nn.Module, targets: Sequence[Target]) -> torch.dtype:

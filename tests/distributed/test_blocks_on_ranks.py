@@ -27,7 +27,6 @@ from loraga_dist.model.plan import make_plan
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import Request
-from loraga_dist.schemes import SCHEMES
 
 KINDS = {
     "llama": "all-linear",
@@ -103,9 +102,10 @@ def sketch(loaded: Loaded, microbatches: list[Microbatch], part: Part) -> None:
     config = GradientConfig(order="block", engine="sketch", refine_passes=1)
     names = [target.name for target in targets]
     order = choose_order("block", "Llama", find_blocks(loaded.model), names, in_pieces=True)
+    method = MethodConfig(lora=LoraSection(r=R), gradient=config)
     request = Request(
-        config=MethodConfig(lora=LoraSection(r=R), gradient=config),
-        plan=make_plan(targets, config, SCHEMES["lora_ga"], world.size, order),
+        config=method,
+        plan=make_plan(targets, method, world.size, order),
         data=BatchSharder(microbatches),
         factor_dtypes={},
         coverage=Weights.of(loaded.model).covered_by(targets, ()),

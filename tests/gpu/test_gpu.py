@@ -208,9 +208,10 @@ def test_calibrate_against_autograd(kind: str, order: Any, checkpointing: str, s
     )
     names = [target.name for target in targets]
     chosen = choose_order(order, "Llama", find_blocks(model), names, in_pieces=False)
+    method = MethodConfig(lora=LoraSection(r=R), gradient=gradient)
     request = Request(
-        config=MethodConfig(lora=LoraSection(r=R), gradient=gradient),
-        plan=make_plan(targets, gradient, scheme, 1, chosen),
+        config=method,
+        plan=make_plan(targets, method, 1, chosen),
         data=BatchSharder(microbatches),
         factor_dtypes={},
     )

@@ -15,7 +15,7 @@ from builders import MOE, config_tree, make_model, save_data, save_model
 from outputs import make_output, read_report
 from torch.utils.flop_counter import FlopCounterMode
 
-from loraga_dist.config import GradientConfig, InitConfig, LoraSection, parse_config
+from loraga_dist.config import GradientConfig, InitConfig, LoraSection, MethodConfig, parse_config
 from loraga_dist.engines import ENGINES
 from loraga_dist.forecast.calibration import CHECKPOINTS, Course, Setting
 from loraga_dist.forecast.forecaster import Forecaster
@@ -42,7 +42,7 @@ def plan_of(kind: str, **gradient: Any) -> Plan:
     lora = LoraSection(r=4, target_parameters=EXPERTS)
     order = Order(blocks=find_blocks(meta_model), why="")
     targets = select_targets(meta_model, lora, SCHEME.num_triplets).targets
-    return make_plan(targets, GradientConfig.model_validate(gradient), SCHEME, 2, order)
+    return make_plan(targets, MethodConfig.model_validate({"gradient": gradient}), 2, order)
 
 
 @pytest.mark.parametrize("kind", MOE)
@@ -111,7 +111,7 @@ def test_tens_of_thousands_of_experts_are_planned_in_seconds() -> None:
     ]
     order = Order(blocks=Blocks(prefix="model.layers", count=1500), why="")
     before = time.process_time()
-    plan = make_plan(targets, GradientConfig(), SCHEME, 64, order)
+    plan = make_plan(targets, MethodConfig(), 64, order)
     assert time.process_time() - before < 10, "processor seconds: the machine may be busy with other things"
     assert len(plan.groups) == 1500 and len(plan.matrices) == len(targets) == 30_000
 

@@ -11,7 +11,7 @@ import torch
 from builders import llama_config
 from transformers import LlamaForCausalLM
 
-from loraga_dist.config import GradientConfig, LoraSection
+from loraga_dist.config import GradientConfig, LoraSection, MethodConfig
 from loraga_dist.engines import ENGINES
 from loraga_dist.forecast.activations import Activations
 from loraga_dist.forecast.calibration import BETWEEN, KEPT_INPUTS, STATE, Course, Setting
@@ -36,7 +36,7 @@ def tiny_plan(world_size: int, *, in_blocks: bool = False, **gradient: object) -
     order = Order(blocks=find_blocks(meta_model), why="") if in_blocks else MODEL_ORDER
     shape = ModelShape.of(meta_model, torch.bfloat16)
     targets = select_targets(meta_model, LoraSection(r=4), SCHEME.num_triplets).targets
-    return make_plan(targets, GradientConfig.model_validate(gradient), SCHEME, world_size, order), shape
+    return make_plan(targets, MethodConfig.model_validate({"gradient": gradient}), world_size, order), shape
 
 
 def on_device(world_size: int) -> Setting:

@@ -31,7 +31,6 @@ from loraga_dist.model.coverage import Weights
 from loraga_dist.model.plan import make_plan
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.request.request import Request
-from loraga_dist.schemes import SCHEMES
 
 CPU = torch.device("cpu")
 SQUARE = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -51,9 +50,10 @@ def calibrated(
     targets = targets_of(model, SQUARE, r)
     config = GradientConfig(**({"order": "block", "engine": "exact"} | gradient))
     order = choose_order(config.order, "Llama", find_blocks(model), [target.name for target in targets], in_pieces=True)
+    method = MethodConfig(lora=LoraSection(r=r, target_modules=SQUARE), gradient=config)
     request = Request(
-        config=MethodConfig(lora=LoraSection(r=r, target_modules=SQUARE), gradient=config),
-        plan=make_plan(targets, config, SCHEMES["lora_ga"], 1, order),
+        config=method,
+        plan=make_plan(targets, method, 1, order),
         data=BatchSharder(padded_microbatches(count=num_microbatches, longest=2 * num_microbatches + 7)),
         factor_dtypes={},
         coverage=Weights.of(model).covered_by(targets, ()),

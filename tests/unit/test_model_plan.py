@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from loraga_dist.config import GradientConfig
+from loraga_dist.config import MethodConfig
 from loraga_dist.engines import ENGINES
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.targets import Target
@@ -27,7 +27,10 @@ def targets(count: int, r: int = 4) -> list[Target]:
 
 
 def plan_of(count: int, world_size: int = 1, scheme: str = "lora_ga", **gradient: object) -> Plan:
-    return make_plan(targets(count), GradientConfig.model_validate(gradient), SCHEMES[scheme], world_size)
+    # with a moment it is more triplets than the scheme takes
+    init = {"scheme": scheme} | ({"whitening": "none"} if SCHEMES[scheme].whitens else {})
+    config = {"init": init, "gradient": gradient}
+    return make_plan(targets(count), MethodConfig.model_validate(config), world_size)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

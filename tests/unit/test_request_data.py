@@ -1,4 +1,4 @@
-"""What batches are padded with: an id that the model has an embedding of."""
+"""Data held against the model: what batches are padded with has an embedding, and labels have a class."""
 
 from __future__ import annotations
 
@@ -50,3 +50,12 @@ def test_batches_of_a_classifier_need_a_padding_id_of_its_own(own: int | None, s
     with pytest.raises(UserError, match=f"the model's config has {says}: a classifier needs one for batches; write 1"):
         request()
     assert request(per_device_batch_size=1).data.num_samples == 24
+
+
+def test_a_class_that_the_model_does_not_know(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "bert")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": "of some class", "label": label}) + "\n" for label in (0, 3)))
+    tree = config_tree(model, data, tmp_path / "out", kind="bert")
+    with pytest.raises(UserError, match="^calibration.label_field: 'label': holds class 3; classes go from 0 to 2"):
+        understand(parse_config(InitConfig, tree), World.alone())

@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from loraga_dist.config import CalibrationConfig
 from loraga_dist.data import samples
-from loraga_dist.data.formats import CHARACTERS_PER_TOKEN, MARGIN
+from loraga_dist.data.formats import CHARACTERS_PER_TOKEN, MARGIN, clock_at
 from loraga_dist.data.losses import IGNORED
 from loraga_dist.data.microbatches import Microbatch, Sample, SampleSharder, microbatches_from_batches
 from loraga_dist.data.samples import LEAST_TRIED, fingerprints, load_samples, padding_token_id
@@ -103,7 +103,7 @@ def samples_of(
     tmp_path: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast | None = None, **kwargs: Any
 ) -> list[Sample]:
     """The rows' samples, in the order of the rows."""
-    task = {name: kwargs.pop(name) for name in ("task_type", "max_positions", "num_labels") if name in kwargs}
+    task = {name: kwargs.pop(name) for name in ("task_type", "max_positions") if name in kwargs}
     config = CalibrationConfig(data_files=write_rows(tmp_path / "rows.jsonl", rows), **kwargs)
     task = {"task_type": "CAUSAL_LM", "max_positions": None} | task
     samples = load_samples(config, tokenizer or make_tokenizer(), **task)
@@ -222,7 +222,7 @@ def microbatches_of(samples: list[Sample], **settings: Any) -> list[Microbatch]:
 def test_classification_batches(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     rows = [{"text": "good", "grade": 1}, {"text": "bad", "grade": 0}]
-    samples = samples_of(tmp_path, rows, tokenizer, task_type="SEQ_CLS", num_labels=2, label_field="grade")
+    samples = samples_of(tmp_path, rows, tokenizer, task_type="SEQ_CLS", label_field="grade")
     mine, dummy = (
         microbatches_of(samples, rank=rank, world_size=2, per_device_batch_size=2, pad_token_id=7)[0]
         for rank in range(2)
@@ -410,7 +410,6 @@ def test_datasets_stays_quiet_and_keeps_its_settings(tmp_path: Path, capfd: pyte
         (TEXTS, {"task_type": "SEQ_CLS"}, "calibration.label_field", "columns are text"),
         (TEXTS, {"task_type": "SEQ_2_SEQ_LM"}, "calibration.data_files", "prompt and completion"),
         ([{"text": "a", "label": "x"}], {"task_type": "SEQ_CLS"}, "calibration.label_field", "'x'"),
-        ([{"text": "a", "label": 2}], {"task_type": "SEQ_CLS", "num_labels": 2}, "calibration.label_field", "0 to 1"),
         ([{"text": "a", "label": -1}], {"task_type": "SEQ_CLS"}, "calibration.label_field", "class -1"),
         ([], {}, "calibration.data_files", "no rows"),
     ],
@@ -546,12 +545,7 @@ def test_truncating_tokenizers_see_the_beginning_alone(
 def test_templates_print_the_time_they_are_told(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template="{{ strftime_now('%d.%m.%Y %H:%M:%S.%f') }}")
     path = write_rows(tmp_path / "rows.jsonl", CHATS)
-    found = load_samples(
-        CalibrationConfig(data_files=path),
-        tokenizer,
-        task_type="CAUSAL_LM",
-        max_positions=None,
-        began=datetime(2001, 2, 3, 4, 5, 6, 7),
-    )
+    with clock_at(datetime(2001, 2, 3, 4, 5, 6, 7)):
+        found = load_samples(CalibrationConfig(data_files=path), tokenizer, task_type="CAUSAL_LM", max_positions=None)
     assert {text_of(tokenizer, sample.inputs["input_ids"]) for sample in found} == {"03.02.2001 04:05:06.000007"}
     assert tokenizer.apply_chat_template(CHATS[0]["messages"], tokenize=False) != "03.02.2001 04:05:06.000007"
