@@ -45,7 +45,7 @@ class GradientFacts:
         """The facts of this many leading singular directions, where a start takes no more."""
         captured = self.captured_energy
         if num_triplets != self.num_converged:
-            squares = torch.tensor(self.singular_values).square()
+            squares = torch.tensor(self.singular_values, dtype=torch.float64).square()
             converged = squares[: self.num_converged].sum().item()
             captured *= squares[:num_triplets].sum().item() / (converged or 1.0)  # an expert may have got no gradient
         return replace(self, singular_values=self.singular_values[:num_triplets], captured_energy=captured)

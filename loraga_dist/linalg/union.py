@@ -118,7 +118,8 @@ def _splits(*sides: tuple[Tensor, Tensor]) -> list[_Split]:
     inside_BIK = [P_BMI.mT @ X_BMK for X_BMK, P_BMI in sides]
     rests = [torch.baddbmm(X, P, C, alpha=-1) for (X, P), C in zip(sides, inside_BIK, strict=True)]
     energy_BK, E_BKK = torch.linalg.eigh(torch.cat([_grams(rest_BMK) for rest_BMK in rests]))
-    norm_B = torch.cat([torch.linalg.vector_norm(X_BMK, dim=(1, 2)) for X_BMK, _ in sides]).double()
+    norms = [torch.linalg.vector_norm(X_BMK, dim=(1, 2), dtype=torch.float64) for X_BMK, _ in sides]  # squares overflow
+    norm_B = torch.cat(norms)
     held_BK = energy_BK > (_DROP * norm_B).square()[:, None]
     root_BK = torch.where(held_BK, energy_BK, 0).sqrt()
     shrunk_BKK = (E_BKK * torch.where(held_BK, root_BK.reciprocal(), 0)[:, None]).float()

@@ -12,6 +12,7 @@ from loraga_dist.engines.base import ERROR_COLUMNS, seeded_generator
 from loraga_dist.engines.exact import ExactEngine
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.product import multiplies_bfloat16
+from loraga_dist.gradients.gradients import GradientFacts
 from loraga_dist.ranks.world import World
 
 
@@ -136,6 +137,39 @@ def test_products_of_float16_may_be_out_of_its_range(name: str, tokens: int) -> 
     found = dict(engine.factorize(world, 1))["any"]
     assert found.svd.S_K[0].item() == pytest.approx(torch.linalg.matrix_norm(G_MN, 2).item(), rel=1e-4)
     assert found.captured_energy > 0.99
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e18])
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_is_found_does_not_depend_on_the_scale_of_gradients(name: str, scale: float) -> None:
+    M, N, T, world = 96, 128, 64, World.alone()
+    width = ENGINES[name].width(8, M, N, 8)
+    matrix = Matrix(name="any", M=M, N=N, num_triplets=8, width=width, owner=0, engine=name)
+    draw = torch.Generator().manual_seed(0)
+    spectrum, left_8M, right_8N = (
+        torch.logspace(0, -2, 8),
+        torch.randn(8, M, generator=draw),
+        torch.randn(8, N, generator=draw),
+    )
+    batches = []
+    for _ in range(4):
+        inside_T8, noise = torch.randn(T, 8, generator=draw) * spectrum, torch.randn(T, M + N, generator=draw)
+        batches.append((inside_T8 @ right_8N + 0.01 * noise[:, M:], inside_T8 @ left_8M + 0.01 * noise[:, :M]))
+
+    def found(scale: float) -> tuple[torch.Tensor, GradientFacts]:
+        engine = ENGINES[name]([matrix], home=StateHome(torch.device("cpu")), seed=0, dtype=torch.float32)
+        for index, (x_TN, dy_TM) in enumerate(batches):
+            engine.begin_microbatch(index)
+            engine.observe("any", x_TN, scale * dy_TM)
+            engine.end_microbatch(world)
+        of_target = dict(engine.factorize(world, 1))["any"]
+        return of_target.svd.S_K.double() / scale, GradientFacts.of(matrix, of_target)
+
+    (S_K, facts), (expected_K, usual) = found(scale), found(1.0)
+    torch.testing.assert_close(S_K[:8], expected_K[:8], rtol=1e-3, atol=0)
+    for num_triplets in (4, 8):
+        expected = usual.leading(num_triplets).captured_energy
+        assert facts.leading(num_triplets).captured_energy == pytest.approx(expected, abs=1e-5)
 
 
 def large(engine: str, d: int) -> Matrix:
