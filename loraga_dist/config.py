@@ -169,6 +169,11 @@ class SchemeConfig(Section):
         return (N,) if self.whitening == "diagonal" else (N, N)
 
     @property
+    def searches_step(self) -> bool:
+        """The length of a first step is searched on data, not given."""
+        return SCHEMES[self.scheme].takes_step and self.step is None
+
+    @property
     def gamma(self) -> float:
         """`stable_gamma`, or the scheme's own."""
         return SCHEMES[self.scheme].stable_gamma if self.stable_gamma is None else self.stable_gamma

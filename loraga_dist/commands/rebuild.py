@@ -261,7 +261,7 @@ def _new_config(source: Path, to: Path, overrides: Sequence[str], base: Path | N
     }
     if new.deepspeed != old.deepspeed:
         changed["deepspeed"] = new.deepspeed
-    if SCHEMES[new.init.scheme].takes_step and new.init.step is None:
+    if new.init.searches_step:
         raise UserError("init.step", None, "its length is searched with the model; write a number, 0.004 for one")
     if changed:
         key, value = next(iter(changed.items()))

@@ -137,6 +137,10 @@ class SampleSharder:
     def num_tokens(self) -> int:
         return sum(len(inputs["input_ids"]) for sample in self.samples for inputs in sample.sequences)
 
+    @property
+    def num_supervised_tokens(self) -> int:
+        return sum(sample.num_supervised_tokens for sample in self.samples)
+
     def microbatches(self, start: int, stop: int, first_index: int) -> list[Microbatch]:
         """This rank's of samples [start, stop); the first global microbatch gets this number."""
         samples, microbatches = self.samples[start:stop], []
@@ -197,14 +201,19 @@ STEP_SAMPLES = 16
 """Kept apart from the gradient's, to search the length of a step."""
 
 
+def num_kept_apart(num_samples: int) -> int:
+    """A quarter at most, one at least."""
+    return max(1, min(STEP_SAMPLES, num_samples // 4))
+
+
 def kept_apart(data: Sharder) -> tuple[Sharder, Sharder]:
-    """All but the last samples, and these: a quarter at most, one at least.
+    """All but the last `num_kept_apart` samples, and these.
 
     Raises ValueError where there is one alone, or the data is not of a loss that can be searched.
     """
     if data.loss != "cross_entropy":
         raise ValueError("has weights, which say where the loss falls at the start and not how far")
-    count = max(1, min(STEP_SAMPLES, data.num_samples // 4))
+    count = num_kept_apart(data.num_samples)
     if count == data.num_samples:
         raise ValueError("is one sample, and the length of a step is searched on another")
     if isinstance(data, BatchSharder):

@@ -50,6 +50,11 @@ class Matrix:
         return 0 if self.moment_shape is None else 4 * math.prod(self.moment_shape)
 
     @property
+    def moment_flops_per_token(self) -> int:
+        """A square is summed on and below its diagonal alone."""
+        return 0 if self.moment_shape is None else math.prod(self.moment_shape)
+
+    @property
     def regression_bytes(self) -> int:
         """Taken for a moment by the owner, for what its triplets are made into."""
         return 0 if self.moment_shape is None else regression_bytes(self.N, self.width, math.prod(self.moment_shape))

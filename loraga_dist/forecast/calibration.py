@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -14,6 +15,7 @@ from loraga_dist.engines import ENGINES, Matrix
 from loraga_dist.forecast.activations import Activations
 from loraga_dist.forecast.in_blocks import InBlocks
 from loraga_dist.gradients.kept import Keeping
+from loraga_dist.gradients.passes import chunk_end
 from loraga_dist.model.plan import Plan, sweep_end
 from loraga_dist.model.shape import ModelShape
 
@@ -66,10 +68,22 @@ class Course:
     """What is kept between blocks is."""
     sweeps: Sequence[Sequence[Sequence[Matrix]]]
     """Groups whose state is there at the same time; one after the other."""
+    looks: bool
+    """The first sweep's first pass stops now and then, to see whether it was data enough."""
 
     @property
     def num_chunks(self) -> int:
+        """In a pass over the data."""
         return -(-self.num_microbatches // self.chunk)
+
+    @cached_property
+    def num_first_chunks(self) -> int:
+        """In the first pass of all."""
+        count = end = 0
+        while end < self.num_microbatches:
+            end = chunk_end(end, self.num_microbatches, self.chunk, at_looks=self.looks)
+            count += 1
+        return count
 
     @property
     def state_bytes(self) -> int:
@@ -106,6 +120,7 @@ class Course:
             chunk=chunk,
             in_files=keeping.directory is not None,
             sweeps=sweeps,
+            looks=looks,
         )
 
 
@@ -230,9 +245,10 @@ def _in_block_order(
     for number, sweep in enumerate(course.sweeps):
         log.begin(sweep)
         all_states = _State.of(sweep, rank, shape.dtype, course.most_tokens)
-        if number == 0 or course.num_chunks > 1:
+        num_chunks = course.num_chunks if number else course.num_first_chunks
+        if number == 0 or num_chunks > 1:
             # before the first chunk an engine may have some of its state, before later ones it has all
-            before = (all_states.held if course.num_chunks > 1 else all_states.cold), 0
+            before = (all_states.held if num_chunks > 1 else all_states.cold), 0
             forward = {"gathered": outside + block, "microbatch": found.forward_bytes + visiting}
             leaving = {"gathered": outside, "microbatch": found.loss_bytes + visiting}
             log.add("forward", forward, before, kept(top))

@@ -123,17 +123,17 @@ class Forecaster:
         return self._keeping_beside(one.worst(shapes), activations.in_blocks, room, shapes)
 
     def _keeping_beside(self, memory: RankMemory, found: InBlocks, room: Room, shapes: Shapes) -> Keeping:
-        """memory: with one microbatch on its way. Where that has no room itself, there is nothing to be gained."""
+        """memory: with one microbatch on its way."""
 
         def left(limit_bytes: float | None, taken_bytes: int) -> float | None:
-            return None if limit_bytes is None or limit_bytes <= taken_bytes else limit_bytes - taken_bytes
+            return None if limit_bytes is None else max(0.0, (1 - MARGIN) * limit_bytes - taken_bytes)
 
         between, on_device = 2 * found.hidden_bytes, None
         if self.on_host:
             free = left(room.device_bytes, memory.peak_bytes)
         else:
             free = left(room.host_bytes, memory.host_peak_bytes)
-            on_device = left(room.device_bytes and (1 - MARGIN) * room.device_bytes, memory.peak_bytes)
+            on_device = left(room.device_bytes, memory.peak_bytes)
         return choose_keeping(
             kept_bytes=(len(self.request.shape.numels_of_blocks) + 1) * found.hidden_bytes,
             resident_bytes=found.argument_bytes + (between if self.on_host else 0),
@@ -144,6 +144,7 @@ class Forecaster:
                 files_bytes=room.files_bytes,
                 device_bytes=on_device,
                 directory=self.files_directory,
+                beside_one=True,
             ),
             gradient=self.config.gradient,
         )
@@ -275,13 +276,14 @@ class Forecaster:
 
     def changed(self, **sections: dict[str, Any]) -> Forecaster:
         """The same request with some keys changed, and no way chosen."""
-        update = {name: getattr(self.config, name).model_copy(update=keys) for name, keys in sections.items()}
-        request = replace(self.request, config=self.config.model_copy(update=update))
-        return replace(self, request=request, chosen=None)
+        return replace(self, request=self.request.with_keys(**sections), chosen=None)
 
-    def peak_within(self, limit_bytes: float, **changes: int) -> int:
-        """Of the way that fits there; changes: to this forecaster."""
-        return replace(self, chosen=None, **changes).fitting(Room(device_bytes=limit_bytes)).peak_bytes
+    def peak_within(self, limit_bytes: float, **changes: int) -> float:
+        """Of the way that fits there, without end where the user's settings allow none; changes: to this forecaster."""
+        try:
+            return replace(self, chosen=None, **changes).fitting(Room(device_bytes=limit_bytes)).peak_bytes
+        except UserError:
+            return math.inf
 
 
 def refuse_what_cannot_fit(planned: RankMemory, forecaster: Forecaster, world: World) -> None:
@@ -308,7 +310,7 @@ def advice(forecaster: Forecaster, limit_bytes: float, needed_bytes: float = mat
     needed_bytes: of the data as it is, which may be shorter than the settings allow.
     """
 
-    def judged(peak_bytes: int) -> str:
+    def judged(peak_bytes: float) -> str:
         return f"{_gib(peak_bytes)} GiB ({verdict(peak_bytes, limit_bytes)})"
 
     if forecaster.chosen is None:
@@ -376,7 +378,7 @@ def _changes(config: InitConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def _ranks_that_fit(forecaster: Forecaster, limit_bytes: float) -> str:
     """The fewest ranks that hold the plan, by bisection: more ranks never need more each."""
 
-    def peak_bytes(world_size: int) -> int:
+    def peak_bytes(world_size: int) -> float:
         return forecaster.peak_within(limit_bytes, world_size=world_size)
 
     low, high = forecaster.world_size, MOST_RANKS

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from loraga_dist.artifacts.layout import Layout
+from loraga_dist.data.microbatches import num_kept_apart
 from loraga_dist.files.checkpoint import GENERATIONS
 from loraga_dist.forecast.calibration import CHECKPOINTS, KEPT_INPUTS, Course
 from loraga_dist.forecast.forecaster import Forecaster, advice
@@ -15,7 +17,8 @@ from loraga_dist.forecast.ledger import Shapes
 from loraga_dist.forecast.memory import RankMemory
 from loraga_dist.forecast.speed import measured_tflops
 from loraga_dist.forecast.ways import Room, Way, verdict
-from loraga_dist.forecast.work import Work, work
+from loraga_dist.forecast.work import Search, Work, work
+from loraga_dist.gradients.passes import num_refine_passes
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target
@@ -133,9 +136,28 @@ class PlanReport:
     def unseen(self) -> list[str]:
         return few_tokens(self.kinds, self.all_tokens, self.plan.scheme) if self.plan.groups else []
 
+    @property
+    def refine_passes(self) -> int:
+        """With `auto` those of the data, if it has been read; else none, as of long texts."""
+        data = self.forecaster.request.data
+        tokens = math.inf if data is None else data.num_supervised_tokens / max(1, self.microbatches_per_rank)
+        return num_refine_passes(self.forecaster.config.gradient, self.plan, tokens)
+
+    @property
+    def search(self) -> Search | None:
+        """For the length of a step."""
+        request = self.forecaster.request
+        if not request.config.init.searches_step:
+            return None
+        if (data := request.step_data) is not None:
+            num_samples, num_tokens = data.num_samples, data.num_tokens
+        else:
+            num_samples = num_kept_apart(self.num_used)
+            num_tokens = num_samples * self.tokens_per_sequence
+        return Search(num_tokens, -(-num_samples // (self.forecaster.world_size * self.sequences_per_microbatch)))
+
     @cached_property
     def work(self) -> Work:
-        gradient = self.forecaster.config.gradient
         return work(
             self.plan,
             self.forecaster.request.shape,
@@ -143,7 +165,9 @@ class PlanReport:
             self.course,
             num_tokens=self.all_tokens,
             recomputes=self.way.checkpointing != "none",
-            refine_passes=0 if gradient.refine_passes == "auto" else gradient.refine_passes,
+            refine_passes=self.refine_passes,
+            moment_share=self.forecaster.request.moment_share,
+            search=self.search,
         )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from loraga_dist.engines import ENGINES, Matrix
 from loraga_dist.forecast.calibration import Course, Setting
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.shape import ModelShape
+from loraga_dist.request.request import USUAL_LENGTHS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,13 @@ class Work:
 
     flops: dict[str, int]
     traffic_bytes_per_rank: dict[str, int]
+
+
+class Search(NamedTuple):
+    """Forwards over some data, to find the length of a step."""
+
+    num_tokens: int
+    microbatches_per_rank: int
 
 
 class _Run(NamedTuple):
@@ -40,6 +48,8 @@ def work(
     num_tokens: int,
     recomputes: bool,
     refine_passes: int,
+    moment_share: float = 1.0,
+    search: Search | None = None,
 ) -> Work:
     """Matrix products of the model and of the engines; attention scores are left out.
 
@@ -47,6 +57,8 @@ def work(
     again once more. Weights are gathered for that, and for the forwards whose logits are compared.
 
     recomputes: in model order blocks are computed again in backward. refine_passes: of engines that refine.
+    moment_share: of the tokens, what moments of inputs are summed over; neighbours share an input, which no shape says,
+    so that this is the most it may be.
     """
 
     def passes_of(matrix: Matrix) -> int:
@@ -59,13 +71,14 @@ def work(
         flops_per_token += passes * through.flops_per_token
         gathered += passes * course.num_microbatches * through.gathered_numel
     else:
-        for groups in _runs(course, passes_of):
+        for num_chunks, groups in _runs(plan, course, passes_of):
             through = _through_blocks(plan, shape, groups)
             flops_per_token += through.flops_per_token
-            gathered += course.num_chunks * through.gathered_numel
+            gathered += num_chunks * through.gathered_numel
     pairs = [(ENGINES[matrix.engine], matrix) for matrix in plan.matrices.values()]
     of_engines = sum(
         matrix.expected_rows(num_tokens) * engine.flops_per_token(matrix) * passes_of(matrix)
+        + int(moment_share * matrix.expected_rows(num_tokens)) * matrix.moment_flops_per_token
         for engine, matrix in pairs
     )
     collectives = sum(engine.traffic_bytes(matrix, course.num_microbatches, refine_passes) for engine, matrix in pairs)
@@ -75,27 +88,42 @@ def work(
     # the model's logits, those of its other rounding, and the start's
     num_compared = 3 if plan.scheme.changes_base and shape.dtype != torch.float32 else 2
     away = 1 - 1 / setting.world_size
+    flops = {"model": num_tokens * flops_per_token, "engine": of_engines}
+    searched = {}
+    if search is not None:
+        flops["model"] += USUAL_LENGTHS * search.num_tokens * 2 * shape.linear_numel
+        forwards = USUAL_LENGTHS * search.microbatches_per_rank
+        searched = {"step searched": int(away * forwards * sum(shape.numels) * shape.num_bytes_each)}
     return Work(
-        flops={"model": num_tokens * flops_per_token, "engine": of_engines},
+        flops=flops,
         traffic_bytes_per_rank={
             "weights gathered": int(away * (gathered + to_owners) * shape.num_bytes_each),
             "logits compared": int(away * num_compared * sum(shape.numels) * shape.num_bytes_each),
+            **searched,
             "gradients and bases": int(away * collectives),
             "A and B": int(away * sum(target.adapter_bytes for target in plan.targets)),
         },
     )
 
 
-def _runs(course: Course, passes_of: Callable[[Matrix], int]) -> Iterator[list[Sequence[Matrix]]]:
-    """The groups that are shown the data in each run through the blocks; of a single chunk, which stays, there is one
-    for all sweeps and passes."""
-    passes = [[(group, max(map(passes_of, group))) for group in sweep] for sweep in course.sweeps]
-    if course.num_chunks == 1:
-        yield [group for sweep in passes for group, count in sweep for _ in range(count)]
-        return
-    for sweep in passes:
-        for done in range(max(count for _, count in sweep)):
-            yield [group for group, count in sweep if count > done]
+def _runs(plan: Plan, course: Course, passes_of: Callable[[Matrix], int]) -> list[tuple[int, list[Sequence[Matrix]]]]:
+    """Each run of the data through the blocks: in how many chunks, and the groups it is shown. A single chunk stays, as
+    long as it is to go down."""
+
+    def stage(group: Sequence[Matrix]) -> int:
+        return plan.order.stage_of(group[0].name)
+
+    runs: list[tuple[int, list[Sequence[Matrix]]]] = []
+    for number, sweep in enumerate(course.sweeps):
+        passes = [(group, max(map(passes_of, group))) for group in sweep]
+        for done in range(max(count for _, count in passes)):
+            groups = [group for group, count in passes if count > done]
+            num_chunks = course.num_chunks if number or done else course.num_first_chunks
+            if num_chunks == 1 and runs and runs[-1][0] == 1 and stage(groups[0]) <= stage(runs[-1][1][-1]):
+                runs[-1][1].extend(groups)
+            else:
+                runs.append((num_chunks, groups))
+    return runs
 
 
 def _through_model(shape: ModelShape, *, recomputes: bool) -> _Run:

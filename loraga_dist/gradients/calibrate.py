@@ -9,10 +9,8 @@ from dataclasses import asdict, fields, replace
 import torch
 from torch import nn
 
-from loraga_dist.config import GradientConfig
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import Microbatch
-from loraga_dist.engines import ENGINES
 from loraga_dist.engines.base import EngineState
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.engines.home import StateHome
@@ -23,11 +21,18 @@ from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
 from loraga_dist.gradients.kept import Keeping
 from loraga_dist.gradients.observer import NoGradient, NotFinite, Observer, failing_by_name, name_the_culprit
-from loraga_dist.gradients.passes import Position, chunks_of, is_time_to_look, median_cosine, steps_to_reach
+from loraga_dist.gradients.passes import (
+    Position,
+    chunk_end,
+    is_time_to_look,
+    median_cosine,
+    num_refine_passes,
+    steps_to_reach,
+)
 from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.blocks import Order
-from loraga_dist.model.plan import Plan, sweep_end
+from loraga_dist.model.plan import sweep_end
 from loraga_dist.ranks.memory import return_freed_memory
 from loraga_dist.ranks.progress import Clock, Progress, phase
 from loraga_dist.request.request import Request
@@ -220,7 +225,7 @@ class _Calibrator:
             num_supervised_tokens=totals.num_tokens,
             num_terms=totals.num_terms,
             mean_loss=totals.loss_sum / totals.num_terms,
-            refine_passes=_refine_passes(config, self._plan, totals.num_tokens / self._num_steps),
+            refine_passes=num_refine_passes(config, self._plan, totals.num_tokens / self._num_steps),
         )
         self._save_if_due()
 
@@ -244,7 +249,8 @@ class _Calibrator:
                 stop = min(stop, at.num_samples + most * self._batches.samples_per_step)
             left = self._batches.microbatches(at.num_samples, stop, at.num_microbatches)
             # one that some groups have seen is the same for the others
-            chunk = next(chunks_of(left, most, at_looks=target_cosine is not None and not at.chunk_end))
+            at_looks, done = target_cosine is not None and not at.chunk_end, at.num_microbatches
+            chunk = left[: chunk_end(done, done + len(left), most, at_looks=at_looks) - done]
             end = min(at.num_samples + len(chunk) * self._batches.samples_per_step, stop)
             for index, observer in list(enumerate(observers))[at.num_groups_ahead :]:
                 if observer is not None:
@@ -376,16 +382,3 @@ def _finished_state(
     }
     tensors = {f"{name}.{part}": tensor for name, svd in owned.items() for part, tensor in vars(svd).items()}
     return EngineState(content, tensors)
-
-
-def _refine_passes(config: GradientConfig, plan: Plan, tokens_per_microbatch: float) -> int:
-    """How often the engines that refine see the data again.
-
-    `auto`: once where a global microbatch has fewer supervised tokens than a sketch has columns, of experts by their
-    share. The gradients of such microbatches share few directions, and bases from the ones seen so far miss too much of
-    the next.
-    """
-    if config.refine_passes != "auto":
-        return config.refine_passes
-    refining = (matrix for matrix in plan.matrices.values() if ENGINES[matrix.engine].refines)
-    return int(any(tokens_per_microbatch * matrix.row_share < matrix.width for matrix in refining))

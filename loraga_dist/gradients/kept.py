@@ -45,6 +45,8 @@ class FreeSpace:
     """Of a device beside the host."""
     directory: Path
     """The user's, or where files go by default."""
+    beside_one: bool = False
+    """Memory is counted beside a first microbatch that is kept there; 0 where that has no room itself."""
 
 
 def choose_keeping(
@@ -75,8 +77,11 @@ def choose_keeping(
         most = min(most, 1 + int(free.device_bytes // between_bytes))
     chunk = gradient.chunk_microbatches
     wanted = most if chunk == "auto" else min(chunk, most)
-    in_files = min(fitting(free.files_bytes, kept_bytes), fitting(free.memory_bytes, resident_bytes))
-    in_memory = 0 if gradient.activations_dir else fitting(free.memory_bytes, kept_bytes + resident_bytes)
+    first, has_room = int(free.beside_one), free.memory_bytes is None or free.memory_bytes > 0
+    in_files = min(fitting(free.files_bytes, kept_bytes), first + fitting(free.memory_bytes, resident_bytes))
+    in_memory = 0
+    if not gradient.activations_dir and (has_room or not in_files):  # without any, the plan says what is lacking
+        in_memory = first + fitting(free.memory_bytes, kept_bytes + resident_bytes)
     best = max(in_memory, in_files)
     if best < wanted and (chunk != "auto" or not best):
         gib = (kept_bytes + resident_bytes) / 2**30

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.config import GradientConfig
+from loraga_dist.engines import ENGINES
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.gradients.observer import LossTotals
+from loraga_dist.model.plan import Plan
 from loraga_dist.ranks.world import World
 
 
@@ -48,18 +50,13 @@ def is_time_to_look(num_microbatches: int) -> bool:
     return num_microbatches >= 4 and not num_microbatches % step
 
 
-def chunks_of(
-    microbatches: Sequence[Microbatch], most: int | None, *, at_looks: bool
-) -> Iterator[Sequence[Microbatch]]:
-    """The microbatches in turn, so many at a time at most, None for all. at_looks: none goes on past a look."""
-    start = 0
-    while start < len(microbatches):
-        end = min(len(microbatches), start + (most or len(microbatches)))
-        if at_looks:
-            numbers = range(start + 1, end)
-            end = next((number for number in numbers if is_time_to_look(microbatches[number - 1].index + 1)), end)
-        yield microbatches[start:end]
-        start = end
+def chunk_end(start: int, stop: int, most: int | None, *, at_looks: bool) -> int:
+    """Where a chunk ends that begins after `start` of `stop` microbatches, with so many at most, None for all.
+
+    at_looks: none goes on past a look.
+    """
+    end = stop if most is None else min(stop, start + most)
+    return next(filter(is_time_to_look, range(start + 1, end)), end) if at_looks else end
 
 
 def median_cosine(engines: Sequence[EngineGroup], world: World) -> float:
@@ -79,3 +76,16 @@ def steps_to_reach(target_cosine: float, cosine: float, num_steps: int, most: in
     while not is_time_to_look(steps):
         steps += 1
     return min(steps, most)
+
+
+def num_refine_passes(config: GradientConfig, plan: Plan, tokens_per_microbatch: float) -> int:
+    """How often the engines that refine see the data again.
+
+    `auto`: once where a global microbatch has fewer supervised tokens than a sketch has columns, of experts by their
+    share. The gradients of such microbatches share few directions, and bases from the ones seen so far miss too much of
+    the next.
+    """
+    if config.refine_passes != "auto":
+        return config.refine_passes
+    refining = (matrix for matrix in plan.matrices.values() if ENGINES[matrix.engine].refines)
+    return int(any(tokens_per_microbatch * matrix.row_share < matrix.width for matrix in refining))

@@ -29,7 +29,7 @@ from loraga_dist.data.samples import fingerprints, path_keys
 from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries
-from loraga_dist.model.base import BaseModel, factor_dtype, find_base_model, model_files
+from loraga_dist.model.base import BaseModel, factor_dtype, find_base_model, max_positions, model_files
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
 from loraga_dist.model.conversion import StoredModel, require_ties
 from loraga_dist.model.coverage import Coverage
@@ -61,6 +61,9 @@ MOMENT_TOKENS = 16384
 """What `init.whitening: sampled` sums over, in expectation."""
 USUAL_SAMPLES = 256
 """After which the halves of data mostly agree, where `calibration.max_samples` is auto."""
+
+USUAL_LENGTHS = 5
+"""That a search for a step tries, each with a forward; 4 at least."""
 
 META_SECONDS = 300
 """To build a model without memory; the largest take a tenth of that."""
@@ -147,6 +150,13 @@ class CheckpointRequest(Request):
     entries: Entries
     """Dtypes and shapes of the model's tensors by checkpoint key; by parameter name where there is no checkpoint."""
     data: SampleSharder | None
+    step_data: SampleSharder | None = None
+
+    def with_keys(self, **sections: dict[str, Any]) -> Self:
+        """The same request with some keys changed, for a plan; its data is as much shorter as it is allowed to be."""
+        update = {name: getattr(self.config, name).model_copy(update=keys) for name, keys in sections.items()}
+        config = self.config.model_copy(update=update)
+        return replace(self, config=config, amount=_amount(config, self.data, self.base))
 
     @property
     def target_cosine(self) -> float | None:
@@ -231,7 +241,7 @@ def understand(
         data, step_data = _share_out(read_data(config, base, world), config, "calibration.max_samples")
         if scheme.source == "gradient" and all(sample.images is None for sample in data.samples):
             require_gradients_of_text(config.lora, targets, text)
-    saved, amount = saved_order(order, blocks), _amount(config, data, base.dtype)
+    saved, amount = saved_order(order, blocks), _amount(config, data, base)
     require_alike(data, saved or chosen, "calibration.data_files", world.size)
     return CheckpointRequest(
         config=_resolved(config, base),
@@ -252,19 +262,21 @@ def understand(
     )
 
 
-def _amount(config: InitConfig, data: SampleSharder | None, dtype: torch.dtype) -> Amount:
+def _amount(config: InitConfig, data: SampleSharder | None, base: BaseModel) -> Amount:
     """Of data that was read, or else may be; by a rank's microbatches, so that the number of ranks changes nothing."""
     calibration = config.calibration
-    num_samples, num_tokens = calibration.most_samples, calibration.most_samples * calibration.max_length
+    length = min(calibration.max_length, max_positions(base.config) or calibration.max_length)
+    num_samples, num_tokens = calibration.most_samples, calibration.most_samples * length
     if data is not None:
-        num_samples, num_tokens = data.num_samples, data.num_tokens
+        lengths = [len(inputs["input_ids"]) for sample in data.samples for inputs in sample.sequences]
+        num_samples, num_tokens = data.num_samples, sum(min(length, each) for each in lengths)
     num_microbatches = -(-num_samples // calibration.per_device_batch_size)
-    return Amount(num_tokens=num_tokens, num_microbatches=num_microbatches, dtype=dtype)
+    return Amount(num_tokens=num_tokens, num_microbatches=num_microbatches, dtype=base.dtype)
 
 
 def _share_out(data: Sharder, config: MethodConfig, key: str) -> tuple[Sharder, Sharder | None]:
     """What gradients are taken of, and what the length of a step is searched on. Raises UserError."""
-    if not SCHEMES[config.init.scheme].takes_step or config.init.step is not None:
+    if not config.init.searches_step:
         return data, None
     try:
         return kept_apart(data)
@@ -296,7 +308,7 @@ def understand_model(
             meta_copy(type(model), model.config), config, None, in_pieces=is_partitioned
         )
         require_unquantized(model, targets)
-        if config.lora.use_dora and scheme.takes_step and config.init.step is None:
+        if config.lora.use_dora and config.init.searches_step:
             problem = "has magnitudes that follow the step whose length is searched; write false, or init.step"
             raise UserError("lora.use_dora", True, problem)
         if scheme.source != "gradient":

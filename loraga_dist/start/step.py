@@ -16,6 +16,7 @@ from loraga_dist.model.blocks import pieces_of
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import layers_of
 from loraga_dist.ranks.progress import phase
+from loraga_dist.request.request import USUAL_LENGTHS
 from loraga_dist.sharding.base import Sharding
 
 FIRST_LENGTH = 2.0**-8
@@ -55,7 +56,7 @@ def search_step(peft_model: Any, plan: Plan, data: MicrobatchSharder, loss: Loss
             found[length] = loss_sum / num_terms if num_terms and loss_sum < torch.inf else torch.inf
         return found[length]
 
-    with phase("search step", 5 * len(microbatches), "microbatches", shown=world.is_main) as progress:
+    with phase("search step", USUAL_LENGTHS * len(microbatches), "microbatches", shown=world.is_main) as progress:
         try:
             before, best = mean_loss(0.0), FIRST_LENGTH
             while True:

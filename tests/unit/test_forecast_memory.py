@@ -51,9 +51,9 @@ def on_device(world_size: int) -> Setting:
     )
 
 
-def course_of(plan: Plan, *, num_microbatches: int = 5, keeping: Keeping = Keeping(), **gradient: object) -> Course:  # noqa: B008
+def course_of(plan: Plan, *, keeping: Keeping | None = None, looks: bool = False, **gradient: object) -> Course:
     config = GradientConfig.model_validate(gradient)
-    return Course.of(plan, config, keeping, num_microbatches=num_microbatches, most_tokens=16, looks=False)
+    return Course.of(plan, config, keeping or Keeping(), num_microbatches=5, most_tokens=16, looks=looks)
 
 
 def memory_of(
@@ -203,10 +203,13 @@ def test_work_by_hand() -> None:
     assert done.traffic_bytes_per_rank["logits compared"] == 3 * sum(shape.numels) * 2 // 2
 
 
-@pytest.mark.parametrize(("chunk", "num_chunks"), [(None, 1), (2, 3)])
-def test_work_in_block_order_by_hand(chunk: int | None, num_chunks: int) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "looks", "num_chunks"),
+    [(None, False, 1), (2, False, 3), (None, True, 2), (3, True, 3)],  # after 4 microbatches of 5 it looks
+)
+def test_work_in_block_order_by_hand(chunk: int | None, looks: bool, num_chunks: int) -> None:
     plan, shape = tiny_plan(2, in_blocks=True, engine="exact")
-    course = course_of(plan, keeping=Keeping(chunk_microbatches=chunk))
+    course = course_of(plan, keeping=Keeping(chunk_microbatches=chunk), looks=looks)
     done = work(plan, shape, on_device(2), course, num_tokens=10, recomputes=False, refine_passes=0)
     blocks, rest = shape.block_numel, sum(shape.numels) - shape.block_numel
     # all is gathered once for a chunk, and blocks once more, whatever the number of microbatches in it
