@@ -69,8 +69,7 @@ class SketchEngine(SketchCosts):
             self._rows_here[name] = self._rows_here[name] + count if name in self._rows_here else count
         x_TN, dy_TM = (rows.to(dtype_of_products(rows.dtype)) for rows in (x_TN, dy_TM))
         if state.window is None:
-            x_TN, dy_TM = self._few_rows(state, x_TN, dy_TM)
-            state.cold.append((self._home.keep(x_TN), self._home.keep(dy_TM)))
+            self._keep_cold(state, x_TN, dy_TM)
         else:
             self._sketch(state, state.window, x_TN, dy_TM)
 
@@ -338,6 +337,18 @@ class SketchEngine(SketchCosts):
             subspace_cosine=split_half_cosine(wanted.U_MK.T @ E_2MS),
             window_capture=_worst_against_best_before(state.captures),
         )
+
+    def _keep_cold(self, state: State, x_TN: Tensor, dy_TM: Tensor) -> None:
+        """Beside other parts of the microbatch, and no more than all at once would be: an output head gets a long
+        sequence by some tokens at a time."""
+        x_TN, dy_TM = self._few_rows(state, x_TN, dy_TM)
+        if state.cold:
+            parts = [*map(self._fetched, state.cold), (x_TN, dy_TM)]
+            num_rows, itemsize = sum(len(x) for x, _ in parts), max(x_TN.itemsize, dy_TM.itemsize)
+            if kept_rows(state.matrix, num_rows, itemsize) < num_rows:
+                x_TN, dy_TM = self._few_rows(state, *map(torch.cat, zip(*parts, strict=True)))
+                state.cold.clear()
+        state.cold.append((self._home.keep(x_TN), self._home.keep(dy_TM)))
 
     def _few_rows(self, state: State, x_TN: Tensor, dy_TM: Tensor) -> tuple[Tensor, Tensor]:
         """x and dy as they are while the window that takes their place is no smaller, else a product close to theirs.
