@@ -162,9 +162,9 @@ def check_magnitudes(output: OpenedOutput, world: World) -> list[str]:
     require_targets(output.base, output.targets)
     problems = []
     for target in output.targets[world.rank :: world.size]:
-        stored_M, factors = output.adapter.magnitude(target.name).double(), output.adapter.factors(target)
-        changes_base = output.report.scheme.changes_base
-        expected_M = start_magnitudes(output.base, target, *factors, changes_base=changes_base)
+        stored_M = output.adapter.magnitude(target.name).double()
+        added = None if output.report.scheme.changes_base else output.adapter.factors(target)
+        expected_M = start_magnitudes(output.base, target, added)
         error = ((stored_M - expected_M).abs() / expected_M).max().item()
         if not error <= _MAX_MAGNITUDE_ERROR:  # NaN must fail too
             key = magnitude_key(target.name)

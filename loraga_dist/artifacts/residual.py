@@ -182,18 +182,14 @@ def output_norms(index: Mapping[str, Slot], target: Target, factors: tuple[Tenso
     return squares_M.sqrt_()
 
 
-def start_magnitudes(
-    index: Mapping[str, Slot], target: Target, A_RN: Tensor, B_MR: Tensor, *, changes_base: bool
-) -> Tensor:
+def start_magnitudes(index: Mapping[str, Slot], target: Target, added: tuple[Tensor, Tensor] | None) -> Tensor:
     """DoRA's magnitudes (M,), float64, with which it starts as the plain adapter would: the norms of W_res + s B A.
 
-    That is the original W where the base became W - s B A, and W + s B A on an unchanged base. index: of the
-    checkpoint. Raises UserError for an output whose weights are all zero, or not finite: DoRA divides by these norms.
+    added: A_RN, B_MR on an unchanged base, which make it W + s B A; None where the base became W - s B A, so that it is
+    the original W. index: of the checkpoint. Raises UserError for an output whose weights are all zero, or not finite:
+    DoRA divides by these norms.
     """
-    if changes_base:
-        norms_M = output_norms(index, target)
-    else:
-        norms_M = output_norms(index, replace(target, scaling=-target.scaling), (A_RN, B_MR))
+    norms_M = output_norms(index, replace(target, scaling=-target.scaling), added)
     if not (norms_M.isfinite().all() and (norms_M > 0).all()):
         problem = f"{target.weight_key} has an output whose weights are zero or not finite: DoRA divides by their norm"
         raise UserError("lora.use_dora", True, f"{problem}; write false, or add {target.name} to lora.exclude_modules")

@@ -107,7 +107,7 @@ class _NewStart:
 
     def magnitudes(self, target: Target, A_RN: Tensor, B_MR: Tensor) -> Tensor:
         changes_base = SCHEMES[self.config.init.scheme].changes_base
-        return start_magnitudes(self.index, target, A_RN, B_MR, changes_base=changes_base)
+        return start_magnitudes(self.index, target, None if changes_base else (A_RN, B_MR))
 
     def report(self, source: Path, fingerprints: Fingerprints, seconds: float) -> Report:
         """The old report with what is new, once all factors have been made. seconds: that it all took."""

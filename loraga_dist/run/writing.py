@@ -285,21 +285,20 @@ def shared_magnitudes(
     dealt = shares(layout.targets, lambda target: base[target.weight_key].num_bytes, world.size)
     owners = {target.name: rank for rank, share in enumerate(dealt) for target in share}
     mine: dict[str, tuple[Tensor, Tensor]] = {}
-    for target in layout.targets:
-        A_RN = torch.zeros(target.r, target.N, device=world.device)
-        B_MR = torch.zeros(target.M, target.r, device=world.device)
-        if not changes_base:  # on another base the norms are W's alone
-            if world.is_main:
-                A_RN.copy_(factors[target.name].A_RN)
-                B_MR.copy_(factors[target.name].B_MR)
-            world.broadcast_(A_RN, 0)
-            world.broadcast_(B_MR, 0)
+    for target in () if changes_base else layout.targets:  # on another base the norms are W's alone
+        A_RN = torch.empty(target.r, target.N, device=world.device)
+        B_MR = torch.empty(target.M, target.r, device=world.device)
+        if world.is_main:
+            A_RN.copy_(factors[target.name].A_RN)
+            B_MR.copy_(factors[target.name].B_MR)
+        world.broadcast_(A_RN, 0)
+        world.broadcast_(B_MR, 0)
         if owners[target.name] == world.rank:
             mine[target.name] = A_RN.cpu(), B_MR.cpu()
     computed: dict[str, Tensor] = {}
     with world.together():
         for target in dealt[world.rank]:
-            norms_M = start_magnitudes(base, target, *mine[target.name], changes_base=changes_base)
+            norms_M = start_magnitudes(base, target, None if changes_base else mine[target.name])
             computed[target.name] = norms_M.float()
     found: dict[str, Tensor] = {}
     for target in layout.targets:
