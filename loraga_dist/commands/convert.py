@@ -263,7 +263,7 @@ def _write_merged(directory: Path, update: Update, original: OriginalBase, show_
             base_dir,
             index,
             targets,
-            update,
+            update.factors,
             directory,
             replaced=replaced,
             on_progress=progress.advance,

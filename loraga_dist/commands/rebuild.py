@@ -213,7 +213,7 @@ def rebuild(
                     base_dir,
                     index,
                     targets,
-                    AdapterFile(directory / LORAGA_INIT),
+                    AdapterFile(directory / LORAGA_INIT).factors,
                     directory / RESIDUAL_BASE,
                     config.output.residual_dtype,
                     on_progress=progress.advance,

@@ -143,7 +143,7 @@ def _write_residual(
                 written = finished.take(file, into)
                 if written is None:
                     index = request.base.index
-                    written = write_residual_file(file, index, layout.targets, adapter, into, progress.advance)
+                    written = write_residual_file(file, index, layout.targets, adapter.factors, into, progress.advance)
                     finished.keep(file, into, written)
                 else:
                     progress.advance(file.num_bytes)
