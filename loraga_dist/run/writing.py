@@ -46,7 +46,7 @@ from loraga_dist.request.request import CheckpointRequest
 from loraga_dist.run.finished import FinishedFiles
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start.in_place import Start
-from loraga_dist.yaml_tree import written
+from loraga_dist.yaml_tree import dump
 
 
 class Fingerprints(NamedTuple):
@@ -260,7 +260,7 @@ def finish_directory(directory: Path, report: Report, world: World) -> str:
     with world.together():
         if world.is_main:
             report.write(directory / REPORT)
-            write_text(directory / RESOLVED_CONFIG, written(report.config.model_dump()), "write: ")
+            write_text(directory / RESOLVED_CONFIG, dump(report.config.model_dump()), "write: ")
             write_text(directory / README, readme(report), "write: ")
             write_report_page(directory, report)
     write_checksums(directory, world)
