@@ -39,7 +39,6 @@ from loraga_dist.value_types import (
 from loraga_dist.yaml_tree import read_tree, require_plain
 
 SchemeName = Annotated[str, NameIn(SCHEMES)]
-WITHOUT_GRADIENT = ", ".join(name for name, scheme in SCHEMES.items() if scheme.source != "gradient")
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpointing = Literal["auto", "none", "non_reentrant"]

@@ -53,9 +53,6 @@ class SavedTensors:
     def __getitem__(self, name: str) -> Tensor:
         return self.slots[name].read()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.slots
-
 
 @dataclass(frozen=True)
 class Checkpoint:
