@@ -38,8 +38,8 @@ _AFTER = "num_finished"
 _CONTENT = "state.json"
 _STEM = "state"
 _UNFINISHED = rf"unfinished(-({_GENERATION}|{_FINISHED}))?"
-"""Of what it is to be, and of nothing before: another node may take a name for the directory that once had it. Without
-in earlier versions."""
+"""A directory being made is named after what it will be: another node may still hold a directory by a name that was
+used before. Earlier versions wrote `unfinished` alone."""
 _OF_STATE = rf"({_GENERATION}|{_FINISHED}|{_UNFINISHED})(/({CHECKSUMS}|{_STEM}[-.][\w.-]*))?"
 _OF_WEIGHTS = r"residual_base(/[^/]+\.(safetensors|json|part))?"  # of run.finished
 
