@@ -136,11 +136,9 @@ class CheckpointStore:
         problems: list[str] = []
         finished: list[Checkpoint] = []
         for name in self._names_seen_by_main(_FINISHED):
-            part = (
-                self._open(name, problems, lambda saved: check(saved, None))
-                if name == f"finished-{len(finished):06d}"
-                else None
-            )
+            if name != f"finished-{len(finished):06d}":
+                break
+            part = self._open(name, problems, lambda saved: check(saved, None))
             if part is None:
                 break
             finished.append(part)
