@@ -154,7 +154,8 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise error
     for note in result.notes:
         say(f"note: {note}")
-    checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
+    units = result.max_rounding_units
+    checked = "" if units is None else f", off by {units:.2f} of one rounding"
     say(f"{directory}: verified, {result.num_targets} targets{checked}", sys.stdout)
     require_said()
 

@@ -269,7 +269,7 @@ def finish_directory(directory: Path, report: Report, world: World) -> str:
     with world.together():
         if not result.ok:
             raise VerificationError(f"verify: {'; '.join(result.problems[:5])}")
-    if not result.residual_checked:
+    if result.max_rounding_units is None:
         return f"{result.num_targets} targets"
     return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
 
