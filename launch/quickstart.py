@@ -37,6 +37,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.errors import LoragaError, RunError, UserError
@@ -134,8 +135,8 @@ def ensure_quickstart(directory: Path, recipe: Recipe | None = None) -> Path:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose ids are the UTF-8 bytes, then end-of-text (also bos, as in GPT-2) and padding."""
-    symbols = _byte_symbols()
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(symbols)}, merges=[]))
+    vocabulary = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.add_special_tokens(["<|endoftext|>", "<|pad|>"])
@@ -147,13 +148,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's bytes_to_unicode)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    stand_ins = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
 
 
 def calibration_passages() -> list[str]:

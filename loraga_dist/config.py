@@ -39,7 +39,6 @@ from loraga_dist.value_types import (
 from loraga_dist.yaml_tree import read_tree, require_plain
 
 SchemeName = Annotated[str, NameIn(SCHEMES)]
-WITHOUT_GRADIENT = ", ".join(name for name, scheme in SCHEMES.items() if scheme.source != "gradient")
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpointing = Literal["auto", "none", "non_reentrant"]
@@ -130,7 +129,7 @@ class SchemeConfig(Section):
     """What is known of the inputs that a regression is on: their second moment, N x N, from all tokens (`exact`) or
     from some 16,384 of them (`sampled`), its diagonal, or nothing."""
     damping: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.3
-    """Added to that second moment, of the mean of its diagonal."""
+    """Added to the diagonal of that second moment, as a share of the diagonal's mean."""
     step: Annotated[float, Field(ge=0, le=1e3)] | None = None
     """Norm of B over sqrt(M); null searches the one that lowers the loss most on 16 samples, or a quarter of the data,
     kept apart from the gradient's."""

@@ -50,7 +50,7 @@ for _kind in (_Loader, _Dumper):  # YAML 1.1, which PyYAML knows, has numbers su
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _exponential, list("-+.0123456789"))
 
 
-def written(tree: dict[str, Any]) -> str:
+def dump(tree: dict[str, Any]) -> str:
     """Write a tree as the YAML that `read_tree` reads it from."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 

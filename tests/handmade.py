@@ -155,7 +155,7 @@ def write_output(
         digests = {}
         for share in shares(files, lambda file: file.num_bytes, world_size):
             for file in share:
-                digests |= write_residual_file(file, index, targets, adapter, destination)
+                digests |= write_residual_file(file, index, targets, adapter.factors, destination)
         finish_residual_base(base, destination, files, residual_dtype)
         base_digests = {key: pair[0] for key, pair in digests.items()}
         residual_fingerprint = fingerprint({key: pair[1] for key, pair in digests.items()})

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -125,12 +125,6 @@ def stored_config(peft_config: LoraConfig, targets: Sequence[Target], *, use_dor
         if isinstance(value, set):  # PEFT would write them in the order of their hashes, new in each process
             setattr(config, key, sorted(value))
     return config
-
-
-class FactorSource(Protocol):
-    """What gives A_RN and B_MR of a target, one target at a time."""
-
-    def factors(self, target: Target) -> tuple[Tensor, Tensor]: ...
 
 
 class AdapterFile:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile, adapter_keys, magnitude_key, saved_key, stored_config
 from loraga_dist.artifacts.compare import OpenedOutput, same_bytes
+from loraga_dist.artifacts.factors import read_triplets, triplet_entries, triplet_tensors
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import (
     ADAPTER_CONFIG,
@@ -161,9 +162,9 @@ def check_magnitudes(output: OpenedOutput, world: World) -> list[str]:
     require_targets(output.base, output.targets)
     problems = []
     for target in output.targets[world.rank :: world.size]:
-        stored_M, factors = output.adapter.magnitude(target.name).double(), output.adapter.factors(target)
-        changes_base = output.report.scheme.changes_base
-        expected_M = start_magnitudes(output.base, target, *factors, changes_base=changes_base)
+        stored_M = output.adapter.magnitude(target.name).double()
+        added = None if output.report.scheme.changes_base else output.adapter.factors(target)
+        expected_M = start_magnitudes(output.base, target, added)
         error = ((stored_M - expected_M).abs() / expected_M).max().item()
         if not error <= _MAX_MAGNITUDE_ERROR:  # NaN must fail too
             key = magnitude_key(target.name)
@@ -217,8 +218,7 @@ def check_factors(
         if isinstance(found, str):
             problems.append(found)
             continue
-        parts = {"U": found.U_MK, "S": found.S_K, "Vh": found.Vh_KN}
-        digests |= {f"{target.name}.{part}": TensorDigest.of(tensor) for part, tensor in parts.items()}
+        digests |= {key: TensorDigest.of(tensor) for key, tensor in triplet_tensors(target.name, found).items()}
         wrong = _check_triplets(target, found, report)
         if not wrong and output is not None:
             wrong = _check_made_of(target, found, output)
@@ -229,11 +229,10 @@ def check_factors(
 def _read_triplets(target: Target, slots: Mapping[str, TensorSlot]) -> TruncatedSVD | str:
     """The triplets of one target, or why they are none."""
     name, M, N = target.name, target.M, target.N
-    U, S, Vh = (slots[f"{name}.{part}"] for part in ("U", "S", "Vh"))
-    K = S.numel
-    if (U.shape, S.shape, Vh.shape) != ((M, K), (K,), (K, N)) or {U.dtype, S.dtype, Vh.dtype} != {torch.float32}:
+    expected = triplet_entries(name, M, slots[f"{name}.S"].numel, N)
+    if any((slots[key].dtype, slots[key].shape) != entry for key, entry in expected.items()):
         return f"{FACTORS}: {name} is not U {M} x K, S K, Vh K x {N} in F32"
-    return TruncatedSVD(U_MK=U.read(), S_K=S.read(), Vh_KN=Vh.read())
+    return read_triplets(name, slots)
 
 
 def _check_triplets(target: Target, svd: TruncatedSVD, report: Report) -> list[str]:

@@ -38,9 +38,13 @@ class Comparison:
     max_units: float = 0.0
     """Largest |W - (W_res + s B A)| in roundings of W_res."""
 
+    def is_of_base(self, report: Report) -> bool:
+        """Tell, once it is of all tensors, whether the base is the report's."""
+        return fingerprint(self.base_digests) == report.base_fingerprint
+
     def conclude(self, report: Report, base_dir: Path) -> list[str]:
         """The problems that a comparison of all tensors shows."""
-        if fingerprint(self.base_digests) != report.base_fingerprint:
+        if not self.is_of_base(report):
             # the differences found to another model than the base mean nothing
             problem = "its fingerprint is not the report's base_fingerprint"
             return [f"base: {base_dir} is not the base of this output: {problem}"]

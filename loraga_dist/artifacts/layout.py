@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraga_dist.artifacts.adapter import adapter_entries
+from loraga_dist.artifacts.factors import triplet_entries
 from loraga_dist.artifacts.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -137,9 +138,7 @@ class Layout:
         """The tensors of `factors/`: U, S and Vh of every target, of which `num_triplets` tells the triplets."""
         entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for target in self.targets if FACTORS in self.directories else ():
-            K = self.num_triplets.get(target.name, 0)
-            shapes = {"U": (target.M, K), "S": (K,), "Vh": (K, target.N)}
-            entries |= {f"{target.name}.{part}": (torch.float32, shape) for part, shape in shapes.items()}
+            entries |= triplet_entries(target.name, target.M, self.num_triplets.get(target.name, 0), target.N)
         return entries
 
     @property

@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from loraga_dist.artifacts.adapter import FactorSource
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
 from loraga_dist.artifacts.tensors import Region, entries_of, num_bytes_of, read_chunks, regions_by_key, weight_chunks
 from loraga_dist.errors import UserError
@@ -65,23 +64,23 @@ def write_residual_file(
     file: PlannedFile,
     index: Mapping[str, TensorSlot],
     targets: Iterable[Target],
-    adapter: FactorSource,
+    factors: Callable[[Target], tuple[Tensor, Tensor]],
     destination: Path,
     on_progress: OnBytes = no_progress,
     magnitudes: Callable[[str], Tensor] | None = None,
 ) -> dict[str, tuple[TensorDigest, TensorDigest]]:
     """Write one weight file; returns key -> (digest of the base tensor, digest of the residual tensor).
 
-    Targets become W - s B0 A0 with the factors as stored, in float64, then cast to the planned dtype; others are copied
-    byte for byte or cast. on_progress: told of bytes written. magnitudes: target name -> (M,), the norms that the
-    weights of its outputs are given before the cast. Raises UserError when a value does not fit the dtype.
+    Targets become W - s B A in float64, then cast to the planned dtype; others are copied byte for byte or cast.
+    factors: target -> A_RN, B_MR. on_progress: told of bytes written. magnitudes: target name -> (M,), the norms that
+    the weights of its outputs are given before the cast. Raises UserError when a value does not fit the dtype.
     """
     regions = regions_by_key(targets)
     digests = {}
     with SafetensorsWriter(destination / file.name, file.entries) as writer:
         for key, (dtype, shape) in file.entries.items():
             base_digest, residual_digest = hashlib.sha256(), hashlib.sha256()
-            for base, residual in _residual_chunks(index, key, dtype, regions.get(key), adapter, magnitudes):
+            for base, residual in _residual_chunks(index, key, dtype, regions.get(key), factors, magnitudes):
                 writer.append(key, residual)
                 base_digest.update(as_bytes(base))
                 residual_digest.update(as_bytes(residual))
@@ -97,7 +96,7 @@ def write_model(
     model_dir: Path,
     index: Mapping[str, TensorSlot],
     targets: Sequence[Target],
-    adapter: FactorSource,
+    factors: Callable[[Target], tuple[Tensor, Tensor]],
     destination: Path,
     residual_dtype: str = "auto",
     replaced: Mapping[str, TensorSlot] = MappingProxyType({}),
@@ -113,7 +112,7 @@ def write_model(
     sources = {**index, **replaced}
     digests = {}
     for part in over_cores(
-        lambda file: write_residual_file(file, sources, targets, adapter, destination, on_progress, magnitudes), files
+        lambda file: write_residual_file(file, sources, targets, factors, destination, on_progress, magnitudes), files
     ):
         digests |= part
     finish_residual_base(model_dir, destination, files, residual_dtype)
@@ -182,18 +181,14 @@ def output_norms(index: Mapping[str, Slot], target: Target, factors: tuple[Tenso
     return squares_M.sqrt_()
 
 
-def start_magnitudes(
-    index: Mapping[str, Slot], target: Target, A_RN: Tensor, B_MR: Tensor, *, changes_base: bool
-) -> Tensor:
+def start_magnitudes(index: Mapping[str, Slot], target: Target, added: tuple[Tensor, Tensor] | None) -> Tensor:
     """DoRA's magnitudes (M,), float64, with which it starts as the plain adapter would: the norms of W_res + s B A.
 
-    That is the original W where the base became W - s B A, and W + s B A on an unchanged base. index: of the
-    checkpoint. Raises UserError for an output whose weights are all zero, or not finite: DoRA divides by these norms.
+    added: A_RN, B_MR on an unchanged base, which make it W + s B A; None where the base became W - s B A, so that it is
+    the original W. index: of the checkpoint. Raises UserError for an output whose weights are all zero, or not finite:
+    DoRA divides by these norms.
     """
-    if changes_base:
-        norms_M = output_norms(index, target)
-    else:
-        norms_M = output_norms(index, replace(target, scaling=-target.scaling), (A_RN, B_MR))
+    norms_M = output_norms(index, replace(target, scaling=-target.scaling), added)
     if not (norms_M.isfinite().all() and (norms_M > 0).all()):
         problem = f"{target.weight_key} has an output whose weights are zero or not finite: DoRA divides by their norm"
         raise UserError("lora.use_dora", True, f"{problem}; write false, or add {target.name} to lora.exclude_modules")
@@ -205,7 +200,7 @@ def _residual_chunks(
     key: str,
     dtype: torch.dtype,
     regions: Sequence[Region] | None,
-    adapter: FactorSource,
+    factors: Callable[[Target], tuple[Tensor, Tensor]],
     magnitudes: Callable[[str], Tensor] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     slot = index[key]
@@ -216,7 +211,7 @@ def _residual_chunks(
     assert sum(region.rows.count for region in regions) == math.prod(slot.shape[:-1]), (slot, regions)
     for region in regions:
         target = region.target
-        A_RN, B_MR = (factor.double() for factor in adapter.factors(target))
+        A_RN, B_MR = (factor.double() for factor in factors(target))
         times_M = None
         if magnitudes is not None:
             times_M = magnitudes(target.name).double() / output_norms(index, target, (A_RN, B_MR))

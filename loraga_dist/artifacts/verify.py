@@ -29,14 +29,7 @@ from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, REP
 from loraga_dist.artifacts.reading import OriginalBase, load_adapter
 from loraga_dist.artifacts.report import Report, read_report_text
 from loraga_dist.errors import LoragaError, RunError
-from loraga_dist.files.checksums import (
-    OnBytes,
-    TensorDigest,
-    check_checksums,
-    fingerprint,
-    no_progress,
-    shared_fingerprint,
-)
+from loraga_dist.files.checksums import OnBytes, TensorDigest, check_checksums, no_progress, shared_fingerprint
 from loraga_dist.ranks.world import World
 
 
@@ -47,12 +40,15 @@ class VerifyResult:
     problems: list[str]
     """One line each, starting with the file or directory."""
     num_targets: int
-    max_rounding_units: float
-    """Largest |W - (W_res + s B A)|, where one rounding of W_res to its dtype may cost 1; 0 if not checked."""
-    residual_checked: bool
-    """Whether every target of the residual base was held against the base."""
+    max_rounding_units: float | None = None
+    """Largest |W - (W_res + s B A)|, where one rounding of W_res to its dtype may cost 1; None if not checked."""
     notes: list[str] = field(default_factory=list)
     """What is no problem, but was not looked at: one line each."""
+
+    @property
+    def residual_checked(self) -> bool:
+        """Whether every target of the residual base was held against the base."""
+        return self.max_rounding_units is not None
 
     @property
     def ok(self) -> bool:
@@ -71,7 +67,7 @@ def verify(
     world = world or World.alone()
     report, problems = _open_report(directory, world)
     if report is None:
-        return VerifyResult(problems, 0, 0.0, residual_checked=False)
+        return VerifyResult(problems, 0)
     layout = Layout.of_report(report)
     notes: list[str] = []
     if world.is_main:
@@ -80,7 +76,7 @@ def verify(
             notes = unknown_files(directory, layout) + _not_said(report)
     problems, notes = world.of_main((problems, notes))
     if problems:
-        return VerifyResult(problems, len(report.targets), 0.0, residual_checked=False, notes=notes)
+        return VerifyResult(problems, len(report.targets), notes=notes)
     # where the report says none, materialize-base may have made it since
     has_residual = RESIDUAL_BASE in layout.directories or (
         report.scheme.changes_base and world.of_main((directory / RESIDUAL_BASE).exists())
@@ -137,16 +133,9 @@ def verify(
         problems.append(f"{FACTORS}: its fingerprint is not the report's factors_fingerprint")
     max_units = None
     if whole is not None and output is not None:
-        is_base = fingerprint(whole.base_digests) == report.base_fingerprint
         problems += whole.conclude(report, output.base_dir)
-        max_units = whole.max_units if is_base and has_residual else None
-    return VerifyResult(
-        list(dict.fromkeys(problems)),
-        len(report.targets),
-        max_units or 0.0,
-        residual_checked=max_units is not None,
-        notes=notes,
-    )
+        max_units = whole.max_units if has_residual and whole.is_of_base(report) else None
+    return VerifyResult(list(dict.fromkeys(problems)), len(report.targets), max_units, notes)
 
 
 def _check_small_files(directory: Path, layout: Layout, report: Report, *, has_residual: bool) -> list[str]:

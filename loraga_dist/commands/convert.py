@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,12 @@ from loraga_dist.schemes import LoraFactors
 
 _MAX_RELATIVE_ERROR = 1e-6
 """Of a stored update, beside what truncation drops; two roundings to float32 cost about a tenth of it."""
+
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank may be."""
+
+VLLM_SAVED_MODULES = {"classifier", "score"}
+"""The only modules_to_save that vLLM reads: heads of classifiers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +139,32 @@ def convert(
             found = _write_adapter(directory, update, found, parts, r, show_progress)
             _write_record(directory, found)
     return found
+
+
+def how_to_serve(adapter: Path, found: Conversion) -> list[str]:
+    """What to type for vLLM and SGLang, or why they do not take the adapter that was made; one line each."""
+    r = found.r
+    assert r is not None, "a merged model needs no words"
+    saved_modules = {name.split(".")[-2] for name in found.saved_parameters}
+    fitting = [rank for rank in VLLM_LORA_RANKS if rank >= r]
+    if found.task_type == "SEQ_2_SEQ_LM":  # which neither has
+        return []
+    if saved_modules - VLLM_SAVED_MODULES:
+        return ["vLLM and SGLang take no modules_to_save; use --merge"]
+    if not fitting:
+        return [f"vLLM takes adapters of rank {VLLM_LORA_RANKS[-1]} at most; use --rank or --merge"]
+    base, named = shlex.quote(found.base), shlex.quote(f"tuned={adapter}")
+    if found.revision is not None:
+        base += f" --revision {shlex.quote(found.revision)}"
+    if found.trust_remote_code:
+        base += " --trust-remote-code"
+    lines = [f"vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules {named}"]
+    if found.has_stacks:
+        lines.append("where the checkpoint has its experts one by one, vLLM and SGLang want --per_expert")
+    elif not saved_modules:
+        server = "python -m sglang.launch_server"
+        lines.append(f"{server} --model-path {base} --enable-lora --max-lora-rank {r} --lora-paths {named}")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -263,7 +296,7 @@ def _write_merged(directory: Path, update: Update, original: OriginalBase, show_
             base_dir,
             index,
             targets,
-            update,
+            update.factors,
             directory,
             replaced=replaced,
             on_progress=progress.advance,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.adapter import AdapterFile
+from loraga_dist.artifacts.factors import read_triplets
 from loraga_dist.artifacts.layout import Layout, strangers
 from loraga_dist.artifacts.names import (
     FACTORS,
@@ -32,10 +33,10 @@ from loraga_dist.config import InitConfig, OutputConfig, load_config
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.disk import naming_write_errors
-from loraga_dist.files.safetensors_io import TensorSlot, read_rows, scan_checkpoint
+from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.files.stored_tensors import Slot
-from loraga_dist.linalg import TruncatedSVD, numerical_rank
+from loraga_dist.linalg import numerical_rank
 from loraga_dist.model.base import DTYPES, factor_dtype
 from loraga_dist.model.factors import make_factors, needs_weight, product_norm
 from loraga_dist.model.plan import BEYOND
@@ -76,8 +77,7 @@ class _NewStart:
 
     def factors(self, target: Target) -> LoraFactors:
         name, scheme = target.name, SCHEMES[self.config.init.scheme]
-        U_MK, S_K, Vh_KN = (_whole(self.slots[f"{name}.{part}"]) for part in ("U", "S", "Vh"))
-        svd = TruncatedSVD(U_MK=U_MK, S_K=S_K, Vh_KN=Vh_KN)
+        svd = read_triplets(name, self.slots)
         W = self._weight(target).to(self.compute_dtype) if needs_weight(self.config.init) else None
         dtype = factor_dtype(self.compute_dtype, self.index[target.weight_key], self.config.output.residual_dtype)
         made = make_factors(target, self.config.init, dtype, svd=svd, weight=W)
@@ -107,7 +107,7 @@ class _NewStart:
 
     def magnitudes(self, target: Target, A_RN: Tensor, B_MR: Tensor) -> Tensor:
         changes_base = SCHEMES[self.config.init.scheme].changes_base
-        return start_magnitudes(self.index, target, A_RN, B_MR, changes_base=changes_base)
+        return start_magnitudes(self.index, target, None if changes_base else (A_RN, B_MR))
 
     def report(self, source: Path, fingerprints: Fingerprints, seconds: float) -> Report:
         """The old report with what is new, once all factors have been made. seconds: that it all took."""
@@ -187,7 +187,7 @@ def rebuild(
     config, targets = request.config.model_copy(update={"model": model}), request.targets
     lora = config.lora
     if config.init.rank_budget is not None:
-        singular_values = {target.name: _whole(slots[f"{target.name}.S"]).tolist() for target in targets}
+        singular_values = {target.name: slots[f"{target.name}.S"].read().tolist() for target in targets}
         targets, lora = spend(targets, singular_values, lora, config.init)
     held = {target.name: slots[f"{target.name}.S"].shape[0] for target in targets}
     _require_triplets(config, targets, held)
@@ -213,7 +213,7 @@ def rebuild(
                     base_dir,
                     index,
                     targets,
-                    AdapterFile(directory / LORAGA_INIT),
+                    AdapterFile(directory / LORAGA_INIT).factors,
                     directory / RESIDUAL_BASE,
                     config.output.residual_dtype,
                     on_progress=progress.advance,
@@ -276,7 +276,7 @@ def _are_of(slots: Mapping[str, TensorSlot], report: Report) -> bool:
     """Tell whether the report names these singular values: of every version's reports."""
     said = {name: target.singular_values or [] for name, target in report.targets.items()}
     return all(
-        f"{name}.S" in slots and _whole(slots[f"{name}.S"])[: len(values)].tolist() == values
+        f"{name}.S" in slots and slots[f"{name}.S"].read()[: len(values)].tolist() == values
         for name, values in said.items()
     )
 
@@ -286,10 +286,6 @@ def _copy_factors(source: Path, destination: Path, slots: Mapping[str, TensorSlo
         destination.mkdir()
         for path in (source / FACTORS_INDEX, *{slot.path for slot in slots.values()}):
             shutil.copyfile(path, destination / path.name)
-
-
-def _whole(slot: TensorSlot) -> Tensor:
-    return read_rows(slot, 0, slot.shape[0])
 
 
 def _require_triplets(config: InitConfig, targets: Sequence[Target], held: Mapping[str, int]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,16 +16,8 @@ from loraga_dist.ranks.session import run_alone, run_as_rank
 from loraga_dist.ranks.words import require_said, say
 
 if TYPE_CHECKING:
-    from loraga_dist.commands.convert import Conversion
     from loraga_dist.ranks.stop import StopRequest
     from loraga_dist.ranks.world import World
-
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank may be."""
-
-VLLM_SAVED_MODULES = {"classifier", "score"}
-"""The only modules_to_save that vLLM reads: heads of classifiers."""
-
 
 _OVERRIDES = "Any key of the file can be given as --section.key value."
 
@@ -163,7 +154,8 @@ def _verify(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise error
     for note in result.notes:
         say(f"note: {note}")
-    checked = f", off by {result.max_rounding_units:.2f} of one rounding" if result.residual_checked else ""
+    units = result.max_rounding_units
+    checked = "" if units is None else f", off by {units:.2f} of one rounding"
     say(f"{directory}: verified, {result.num_targets} targets{checked}", sys.stdout)
     require_said()
 
@@ -182,7 +174,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from loraga_dist.commands.convert import convert
+    from loraga_dist.commands.convert import convert, how_to_serve
 
     found = convert(
         options.init,
@@ -208,32 +200,6 @@ def _convert(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             say(f"serve: {line}", sys.stdout)
     if options.merge is not None:
         say(f"{options.merge}: {found.base} with the update of {found.num_targets} targets merged in", sys.stdout)
-
-
-def how_to_serve(adapter: Path, found: Conversion) -> list[str]:
-    """What to type for vLLM and SGLang, or why they do not take the adapter that was made; one line each."""
-    r = found.r
-    assert r is not None, "a merged model needs no words"
-    saved_modules = {name.split(".")[-2] for name in found.saved_parameters}
-    fitting = [rank for rank in VLLM_LORA_RANKS if rank >= r]
-    if found.task_type == "SEQ_2_SEQ_LM":  # which neither has
-        return []
-    if saved_modules - VLLM_SAVED_MODULES:
-        return ["vLLM and SGLang take no modules_to_save; use --merge"]
-    if not fitting:
-        return [f"vLLM takes adapters of rank {VLLM_LORA_RANKS[-1]} at most; use --rank or --merge"]
-    base, named = shlex.quote(found.base), shlex.quote(f"tuned={adapter}")
-    if found.revision is not None:
-        base += f" --revision {shlex.quote(found.revision)}"
-    if found.trust_remote_code:
-        base += " --trust-remote-code"
-    lines = [f"vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules {named}"]
-    if found.has_stacks:
-        lines.append("where the checkpoint has its experts one by one, vLLM and SGLang want --per_expert")
-    elif not saved_modules:
-        server = "python -m sglang.launch_server"
-        lines.append(f"{server} --model-path {base} --enable-lora --max-lora-rank {r} --lora-paths {named}")
-    return lines
 
 
 def _add_materialize_base(parser: argparse.ArgumentParser) -> None:

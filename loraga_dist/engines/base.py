@@ -142,8 +142,6 @@ class Tensors(Protocol):
 
     def __getitem__(self, name: str, /) -> Tensor: ...
 
-    def __contains__(self, name: str, /) -> bool: ...
-
 
 @dataclass(frozen=True)
 class EngineState:

@@ -38,8 +38,8 @@ _AFTER = "num_finished"
 _CONTENT = "state.json"
 _STEM = "state"
 _UNFINISHED = rf"unfinished(-({_GENERATION}|{_FINISHED}))?"
-"""Of what it is to be, and of nothing before: another node may take a name for the directory that once had it. Without
-in earlier versions."""
+"""A directory being made is named after what it will be: another node may still hold a directory by a name that was
+used before. Earlier versions wrote `unfinished` alone."""
 _OF_STATE = rf"({_GENERATION}|{_FINISHED}|{_UNFINISHED})(/({CHECKSUMS}|{_STEM}[-.][\w.-]*))?"
 _OF_WEIGHTS = r"residual_base(/[^/]+\.(safetensors|json|part))?"  # of run.finished
 
@@ -52,9 +52,6 @@ class SavedTensors:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.slots[name].read()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.slots
 
 
 @dataclass(frozen=True)
@@ -139,11 +136,9 @@ class CheckpointStore:
         problems: list[str] = []
         finished: list[Checkpoint] = []
         for name in self._names_seen_by_main(_FINISHED):
-            part = (
-                self._open(name, problems, lambda saved: check(saved, None))
-                if name == f"finished-{len(finished):06d}"
-                else None
-            )
+            if name != f"finished-{len(finished):06d}":
+                break
+            part = self._open(name, problems, lambda saved: check(saved, None))
             if part is None:
                 break
             finished.append(part)

@@ -30,7 +30,7 @@ from loraga_dist.model.stacks import is_llama4_experts
 from loraga_dist.sharding.base import without_values
 
 _BLOCKS_RUN = 3
-"""Of a stack of equal blocks; the others are counted, not run."""
+"""Of a list of equal blocks; the others are counted, not run."""
 _WORTH_CUTTING = 8
 
 
@@ -71,11 +71,11 @@ def forecast_activations(
             in_blocks = None
             if order.blocks is not None and groups:
                 in_blocks = run_in_blocks(model, order, microbatch, groups, loss)
-            stack = _Stack.cut(model, groups[0].names if groups and in_blocks is None else [])
+            cut = _CutBlocks.cut(model, groups[0].names if groups and in_blocks is None else [])
             forward_bytes, probe_bytes = _forward(model, microbatch, gathers=gathers)
             backward_bytes = 0
             if groups and in_blocks is None:
-                backward_bytes = _backward(model, microbatch, stack, groups[0], loss, checkpointing, gathers)
+                backward_bytes = _backward(model, microbatch, cut, groups[0], loss, checkpointing, gathers)
             return Activations(
                 forward_bytes=forward_bytes,
                 probe_bytes=probe_bytes,
@@ -110,23 +110,23 @@ def _experts_with_shapes(model: nn.Module) -> AbstractContextManager[None]:
 def _backward(
     model: nn.Module,
     microbatch: Microbatch,
-    stack: _Stack,
+    cut: _CutBlocks,
     group: Shown,
     loss: Loss,
     checkpointing: Checkpointing,
     gathers: bool,
 ) -> int:
     def sink(name: str, x_TN: torch.Tensor, dy_TM: torch.Tensor) -> None:
-        group.take(stack.originals[name], x_TN, dy_TM)
+        group.take(cut.originals[name], x_TN, dy_TM)
 
-    taps = tapped(model, list(stack.originals), sink, checkpointing=checkpointing)
-    with Ledger(model, gathers=gathers) as ledger, stack.watched(ledger), taps:
+    taps = tapped(model, list(cut.originals), sink, checkpointing=checkpointing)
+    with Ledger(model, gathers=gathers) as ledger, cut.watched(ledger), taps:
         loss(forward(model, microbatch, DEVICE), microbatch.inputs["labels"]).backward()
-    return ledger.peak_with(stack.num_left_out)
+    return ledger.peak_with(cut.num_left_out)
 
 
 @dataclass(frozen=True)
-class _Stack:
+class _CutBlocks:
     """The model's one list of equal blocks, cut to a few that stand for those from the lowest target on: below it
     nothing is kept for backward. A model without such a list is run whole."""
 
@@ -137,7 +137,7 @@ class _Stack:
     num_left_out: int = 0
 
     @classmethod
-    def cut(cls, model: nn.Module, names: Sequence[str]) -> _Stack:
+    def cut(cls, model: nn.Module, names: Sequence[str]) -> _CutBlocks:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         lists = {
@@ -152,8 +152,8 @@ class _Stack:
         ((prefix, blocks),) = lists.items()
         if len(blocks) <= _WORTH_CUTTING or len({signature(block) for block in blocks}) > 1:
             return whole
-        of_stack = Blocks(prefix=prefix, count=len(blocks))
-        indices = {name: of_stack.index_of(name) for name in names}
+        uncut = Blocks(prefix=prefix, count=len(blocks))
+        indices = {name: uncut.index_of(name) for name in names}
         first = min((index for index in indices.values() if index is not None), default=0)
         num_in_graph = len(blocks) - first
         del blocks[min(_BLOCKS_RUN, num_in_graph) :]

@@ -35,10 +35,11 @@ class Way:
 
     @property
     def title(self) -> str:
-        if self.order.blocks is None:
-            recomputed = ", blocks recomputed" if self.checkpointing == "non_reentrant" else ""
-            return f"{'weights' if self.from_disk else 'model order'}{recomputed}{' from disk' * self.from_disk}"
-        return f"block order{' from disk' * self.from_disk}"
+        where = " from disk" if self.from_disk else ""
+        if self.order.blocks is not None:
+            return f"block order{where}"
+        recomputed = ", blocks recomputed" if self.checkpointing == "non_reentrant" else ""
+        return f"{'weights' if self.from_disk else 'model order'}{recomputed}{where}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,9 +129,7 @@ class Checkpointer:
 
     def leave_if_asked(self) -> None:
         """Between phases, where nothing new is to be saved; raises Preempted on all ranks."""
-        asked = torch.tensor([self._stop.signal_name is not None], device=self._world.device, dtype=torch.int32)
-        if self._world.max_(asked).item():
-            self.leave()
+        self.save_if_due(None)
 
     def leave(self) -> None:
         saved = self._store.directory.is_dir()

@@ -21,7 +21,7 @@ _MOST_REFINEMENTS = 10
 
 @dataclass(frozen=True)
 class DampedMoment:
-    """C of a regression: a second moment of inputs, with some of the mean of its diagonal added to all of that.
+    """C of a regression: a second moment of inputs, with `damping` times its diagonal's mean added to the diagonal.
 
     For a moment of zero C is the identity.
     """

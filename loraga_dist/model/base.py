@@ -91,7 +91,7 @@ def find_base_model(
     index = read_checkpoint_index(directory) if needs_weights or has_weights else {}
     if (directory / "adapter_config.json").is_file():
         problem = "has an adapter_config.json beside its weights, so that transformers would load that adapter, too"
-        raise UserError("model.name_or_path", config.name_or_path, f"{problem}; write a copy without it")
+        raise UserError(_MODEL_KEY, config.name_or_path, f"{problem}; write a copy without it")
     instead = "write a model that transformers loads"
     with blame(_MODEL_KEY, config.name_or_path, "its config.json does not load", instead):
         hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
@@ -152,7 +152,7 @@ def _checkpoint_dtype(hf_config: Any, index: dict[str, TensorSlot]) -> torch.dty
         raise UserError("model.dtype", "auto", "config.json states no dtype and there are no weights; write one")
     if held is None:
         raise UserError(
-            "model.name_or_path", str(next(iter(index.values())).path.parent), "holds no float32, bfloat16 or float16"
+            _MODEL_KEY, str(next(iter(index.values())).path.parent), "holds no float32, bfloat16 or float16"
         )
     return held
 

@@ -39,11 +39,12 @@ def planned_targets(targets: Sequence[Target], lora: LoraSection, init: SchemeCo
             "leave targets out with lora.exclude_modules",
         )
     num_triplets = SCHEMES[init.scheme].num_triplets
-    return [
-        _with_rank(target, lora, max(r for r in range(1, most + 1) if num_triplets(r) <= min(target.M, target.N)))
-        for target in targets
-        for most in [min(LARGEST * lora.r, target.M, target.N)]
-    ]
+    planned = []
+    for target in targets:
+        smaller = min(target.M, target.N)
+        ranks = range(1, min(LARGEST * lora.r, smaller) + 1)
+        planned.append(_with_rank(target, lora, max(r for r in ranks if num_triplets(r) <= smaller)))
+    return planned
 
 
 def spend(

@@ -29,10 +29,6 @@ class Stack:
     matrix as stored."""
 
     @property
-    def module_name(self) -> str:
-        return self.parameter_name.rpartition(".")[0]
-
-    @property
     def names(self) -> list[str]:
         """Of its experts' matrices."""
         return [f"{self.parameter_name}.{expert}" for expert in range(self.E)]

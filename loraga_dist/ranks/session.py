@@ -108,7 +108,8 @@ def _end_all(watch: Watch, error: Exception) -> NoReturn:
     if isinstance(error, LoragaError):
         watch.fail(f"failed: {error}", error.exit_code, perhaps_of_another=False)
     # what a collective says when another rank has gone is a RuntimeError
-    watch.fail(f"failed: {unforeseen(error)}", 3, perhaps_of_another=isinstance(error, RuntimeError))
+    is_collective = isinstance(error, RuntimeError)
+    watch.fail(f"failed: {unforeseen(error)}", RunError.exit_code, perhaps_of_another=is_collective)
 
 
 def _leave_together(world: World, watch: Watch) -> None:
@@ -118,7 +119,7 @@ def _leave_together(world: World, watch: Watch) -> None:
     try:
         world.barrier()
     except RuntimeError as error:
-        watch.fail(f"failed: {error}", 3, perhaps_of_another=True)
+        watch.fail(f"failed: {error}", RunError.exit_code, perhaps_of_another=True)
     watch.stop()
     # rank 0 serves the others' watches; whoever is gone by now had done its work
     with suppress(RuntimeError):

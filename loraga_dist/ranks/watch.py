@@ -131,7 +131,7 @@ class Watch:
                 self._ending.acquire()
                 self._end_without_rank_0(str(error))
         except Exception as error:  # a thread that dies unseen would leave the run unwatched
-            self.fail(f"failed to watch: {unforeseen(error)}", 3, perhaps_of_another=False)
+            self.fail(f"failed to watch: {unforeseen(error)}", RunError.exit_code, perhaps_of_another=False)
         else:
             if failure is not None and not self._stopped.is_set():
                 self._ending.acquire()
@@ -152,7 +152,8 @@ class Watch:
             last = now
             silent = [rank for rank, beats in enumerate(missed) if beats >= self._silent_beats]
             if silent:
-                return self._announce(Failure(silent[0], f"gave no sign of life for {missed[silent[0]]} s", 3))
+                said = f"gave no sign of life for {missed[silent[0]]} s"
+                return self._announce(Failure(silent[0], said, RunError.exit_code))
             if self._store.strangers and not has_warned:
                 has_warned = True
                 at = f"{self._place['host']}:{self._place['port']}"
@@ -180,7 +181,7 @@ class Watch:
                 return known
         me = self._world.rank
         gone = [rank for rank, (a, b) in enumerate(zip(before, self._beats(), strict=True)) if a == b and rank != me]
-        return self._announce(Failure(gone[0], f"is gone ({seen})", 3)) if gone else None
+        return self._announce(Failure(gone[0], f"is gone ({seen})", RunError.exit_code)) if gone else None
 
     def _announce(self, failure: Failure) -> Failure:
         """The first failure anyone announced, perhaps this one."""
@@ -215,4 +216,4 @@ class Watch:
 
     def _end_without_rank_0(self, seen: str) -> NoReturn:
         say_why(f"rank 0 is gone ({' '.join(seen.split())[:200]})")
-        leave_process(3)
+        leave_process(RunError.exit_code)

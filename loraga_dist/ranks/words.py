@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO
 from loraga_dist.errors import RunError, printable
 
 
-class Words:
+class ForgivingStream:
     """A stream whose failure ends nothing: what it does not take is lost, and said by `forgiving_streams`."""
 
     def __init__(self, stream: Any) -> None:
@@ -51,10 +51,10 @@ class Words:
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """While the context lasts, standard output and standard error are `Words`."""
+    """While the context lasts, standard output and standard error are `ForgivingStream`."""
     _open_closed_streams()
     out, error = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = said, _ = Words(out), Words(error)
+    sys.stdout, sys.stderr = said, _ = ForgivingStream(out), ForgivingStream(error)
     try:
         yield
     finally:

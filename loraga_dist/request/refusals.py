@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraga_dist.config import WITHOUT_GRADIENT, InitConfig, LoraSection, MethodConfig, TaskType
+from loraga_dist.config import InitConfig, LoraSection, MethodConfig, TaskType
 from loraga_dist.data.losses import LOSSES
 from loraga_dist.data.microbatches import BatchSharder, Microbatch, MicrobatchSharder
 from loraga_dist.errors import UserError
@@ -95,7 +95,8 @@ def require_classes(config: MethodConfig, model_config: Any, model_name: str) ->
     num_labels = getattr(model_config, "num_labels", None)
     if num_labels == 1 or kind != "single_label_classification":
         problem = f"{model_name} has num_labels {num_labels} and problem_type {kind}"
-        instead = f"gradients are taken of one class among several; write {WITHOUT_GRADIENT}, and no data"
+        others = ", ".join(name for name, scheme in SCHEMES.items() if scheme.source != "gradient")
+        instead = f"gradients are taken of one class among several; write {others}, and no data"
         raise UserError("init.scheme", config.init.scheme, f"{problem}: {instead}")
 
 

@@ -27,7 +27,7 @@ from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_f
 from loraga_dist.data.formats import clock_at
 from loraga_dist.data.microbatches import Microbatch
 from loraga_dist.engines.product import multiplies_bfloat16
-from loraga_dist.errors import LoragaError, UserError, VerificationError
+from loraga_dist.errors import LoragaError, RunError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
 from loraga_dist.files.staging import (
     StagedDirectory,
@@ -113,7 +113,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
                 staged.discard()
                 if isinstance(error, VerificationError):
                     shutil.rmtree(finished_files, ignore_errors=True)  # one of them may be what does not verify
-                if isinstance(error, LoragaError) and error.exit_code == 3 and staged.checkpoint_path.is_dir():
+                has_failed = isinstance(error, LoragaError) and error.exit_code == RunError.exit_code
+                if has_failed and staged.checkpoint_path.is_dir():
                     error.add_note(f"the same command goes on from the checkpoint in {staged.checkpoint_path}")
             raise
     stop.listen_no_more()  # nothing is left to save

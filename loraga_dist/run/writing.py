@@ -46,7 +46,7 @@ from loraga_dist.request.request import CheckpointRequest
 from loraga_dist.run.finished import FinishedFiles
 from loraga_dist.schemes import SCHEMES, LoraFactors
 from loraga_dist.start.in_place import Start
-from loraga_dist.yaml_tree import written
+from loraga_dist.yaml_tree import dump
 
 
 class Fingerprints(NamedTuple):
@@ -143,7 +143,7 @@ def _write_residual(
                 written = finished.take(file, into)
                 if written is None:
                     index = request.base.index
-                    written = write_residual_file(file, index, layout.targets, adapter, into, progress.advance)
+                    written = write_residual_file(file, index, layout.targets, adapter.factors, into, progress.advance)
                     finished.keep(file, into, written)
                 else:
                     progress.advance(file.num_bytes)
@@ -260,7 +260,7 @@ def finish_directory(directory: Path, report: Report, world: World) -> str:
     with world.together():
         if world.is_main:
             report.write(directory / REPORT)
-            write_text(directory / RESOLVED_CONFIG, written(report.config.model_dump()), "write: ")
+            write_text(directory / RESOLVED_CONFIG, dump(report.config.model_dump()), "write: ")
             write_text(directory / README, readme(report), "write: ")
             write_report_page(directory, report)
     write_checksums(directory, world)
@@ -269,7 +269,7 @@ def finish_directory(directory: Path, report: Report, world: World) -> str:
     with world.together():
         if not result.ok:
             raise VerificationError(f"verify: {'; '.join(result.problems[:5])}")
-    if not result.residual_checked:
+    if result.max_rounding_units is None:
         return f"{result.num_targets} targets"
     return f"{result.num_targets} targets, W - (W_res + s*B0*A0) within {result.max_rounding_units:.2f} of one rounding"
 
@@ -285,21 +285,20 @@ def shared_magnitudes(
     dealt = shares(layout.targets, lambda target: base[target.weight_key].num_bytes, world.size)
     owners = {target.name: rank for rank, share in enumerate(dealt) for target in share}
     mine: dict[str, tuple[Tensor, Tensor]] = {}
-    for target in layout.targets:
-        A_RN = torch.zeros(target.r, target.N, device=world.device)
-        B_MR = torch.zeros(target.M, target.r, device=world.device)
-        if not changes_base:  # on another base the norms are W's alone
-            if world.is_main:
-                A_RN.copy_(factors[target.name].A_RN)
-                B_MR.copy_(factors[target.name].B_MR)
-            world.broadcast_(A_RN, 0)
-            world.broadcast_(B_MR, 0)
+    for target in () if changes_base else layout.targets:  # on another base the norms are W's alone
+        A_RN = torch.empty(target.r, target.N, device=world.device)
+        B_MR = torch.empty(target.M, target.r, device=world.device)
+        if world.is_main:
+            A_RN.copy_(factors[target.name].A_RN)
+            B_MR.copy_(factors[target.name].B_MR)
+        world.broadcast_(A_RN, 0)
+        world.broadcast_(B_MR, 0)
         if owners[target.name] == world.rank:
             mine[target.name] = A_RN.cpu(), B_MR.cpu()
     computed: dict[str, Tensor] = {}
     with world.together():
         for target in dealt[world.rank]:
-            norms_M = start_magnitudes(base, target, *mine[target.name], changes_base=changes_base)
+            norms_M = start_magnitudes(base, target, None if changes_base else mine[target.name])
             computed[target.name] = norms_M.float()
     found: dict[str, Tensor] = {}
     for target in layout.targets:

@@ -50,7 +50,8 @@ class Watching(Loss):
                 self.held.append((name, StorageWeakRef(parameter.untyped_storage())))
 
             # before those of DeepSpeed, which free it
-            model.get_submodule(stack.module_name).register_forward_hook(hold)
+            module_name = stack.parameter_name.rpartition(".")[0]
+            model.get_submodule(module_name).register_forward_hook(hold)
         return self
 
     def __call__(self, *args: Any) -> Tensor:

@@ -27,7 +27,7 @@ from loraga_dist.config import (
 from loraga_dist.engines import ENGINES
 from loraga_dist.errors import UserError
 from loraga_dist.schemes import DIRECTIONS, SCALES, SCHEMES
-from loraga_dist.yaml_tree import written
+from loraga_dist.yaml_tree import dump
 
 LEAST: dict[str, Any] = {"model": {"name_or_path": "model"}, "output": {"dir": "out"}}
 
@@ -252,7 +252,7 @@ def test_what_is_no_number_stays_a_string(text: str, tmp_path: Path) -> None:
 
 def test_a_tree_that_is_written_is_read_as_it_was(tmp_path: Path) -> None:
     tree = LEAST | {"lora": {"target_modules": ["1e2", "1e-2", "x"], "lora_alpha": 1e-7}}
-    assert loaded(tmp_path, text=written(tree)) == parse_config(InitConfig, tree)
+    assert loaded(tmp_path, text=dump(tree)) == parse_config(InitConfig, tree)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.cli import init_main, main
-from loraga_dist.commands.table import VLLM_LORA_RANKS, how_to_serve
+from loraga_dist.commands.convert import VLLM_LORA_RANKS, how_to_serve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 R = 4

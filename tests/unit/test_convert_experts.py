@@ -12,7 +12,7 @@ from outputs import make_output, read_adapter
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.cli import main
-from loraga_dist.commands.table import how_to_serve
+from loraga_dist.commands.convert import how_to_serve
 
 NAMES = {
     "mixtral": "model.layers.1.block_sparse_moe.experts.3.w1",

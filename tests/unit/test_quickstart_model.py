@@ -39,6 +39,8 @@ TWO_STEPS = {
 }
 TINY = quickstart.Recipe(hidden_size=256, intermediate_size=512, **TWO_STEPS)
 TINY_MOE = quickstart.MoeRecipe(hidden_size=32, intermediate_size=16, **TWO_STEPS)
+EVERY_BYTE = "".join(map(chr, (*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000))))
+"""That UTF-8 has."""
 TEXT = " naïve \t日本語 🎉\n\n  def f(x): 'don't' , . !\r\n\x00"
 
 
@@ -64,7 +66,8 @@ def test_tokenizer_ids_are_the_bytes_and_decode_exactly(built: Path) -> None:
     assert ids == list(TEXT.encode())
     assert tokenizer.decode(ids) == TEXT
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) == (256, 256, 257)
-    assert quickstart._byte_symbols() == [tokenizer.convert_ids_to_tokens(byte) for byte in range(256)]
+    assert tokenizer(EVERY_BYTE)["input_ids"] == list(EVERY_BYTE.encode())
+    assert sorted(tokenizer.get_vocab().values()) == list(range(258))
 
 
 def test_saved_model_is_sharded_and_has_the_recorded_loss(built: Path) -> None:

@@ -54,7 +54,7 @@ def test_checksums_see_changed_missing_and_added_files(output: Path) -> None:
 def test_verify_accepts_a_finished_directory(llama: Path, output: Path) -> None:
     num_bytes: list[int] = []
     result = verify(output, on_progress=num_bytes.append)
-    assert result == VerifyResult([], 6, result.max_rounding_units, residual_checked=True) and result.ok
+    assert result == VerifyResult([], 6, result.max_rounding_units) and result.ok
     assert 0.5 < result.max_rounding_units <= 1
     listed = sum(path.stat().st_size for path in output.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
     assert sum(num_bytes) == listed + sum(slot.num_bytes for slot in read_checkpoint_index(llama).values())
@@ -71,7 +71,7 @@ def test_verify_with_the_base_elsewhere(tmp_path: Path) -> None:
 
 def test_verify_without_residual_base(llama: Path, tmp_path: Path) -> None:
     write_output(llama, tmp_path / "out", residual_base="none")
-    assert verify(tmp_path / "out") == VerifyResult([], 6, 0.0, residual_checked=False)
+    assert verify(tmp_path / "out") == VerifyResult([], 6)
     other = save_llama(tmp_path / "other", seed=1)
     assert "is not the base" in only(verify(tmp_path / "out", base=other))
 
