@@ -30,7 +30,7 @@ class Way:
 
     @property
     def all_keeping(self) -> Keeping:
-        """Of either order."""
+        """`keeping`, and whether model order computes blocks again."""
         return replace(self.keeping, recomputes=self.checkpointing == "non_reentrant")
 
     @property

@@ -214,7 +214,7 @@ class BlockOrder(Route):
         )
 
     def _agree(self, step: Callable[[], str | None]) -> None:
-        """Take such a step. Raises NotInBlocks on all ranks where on one of them something speaks against it."""
+        """Take a step of a model in blocks. Raises NotInBlocks on all ranks if on one something speaks against it."""
         for of_rank in self._sharding.world.all_json(why_not(step)):
             if of_rank is not None:
                 raise NotInBlocks(f"{type(self._model).__name__} is no sequence of its blocks; {of_rank}")

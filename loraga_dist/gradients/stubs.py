@@ -77,7 +77,7 @@ class OutOfTurn(Exception):
 
 
 def why_not(step: Callable[[], str | None]) -> str | None:
-    """Take a step that only a model in blocks can take, and that says what speaks against it; also where it fails."""
+    """Take a step that only a model in blocks can take. Returns what speaks against that, or keeps it from it."""
     try:
         return step()
     except (LoragaError, torch.OutOfMemoryError, MemoryError):
