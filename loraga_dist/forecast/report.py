@@ -10,14 +10,15 @@ from typing import Any
 from loraga_dist.artifacts.layout import Layout
 from loraga_dist.data.microbatches import num_kept_apart
 from loraga_dist.files.checkpoint import GENERATIONS
+from loraga_dist.forecast.advice import advice
 from loraga_dist.forecast.calibration import CHECKPOINTS, KEPT_INPUTS, Course
-from loraga_dist.forecast.forecaster import Forecaster, advice
+from loraga_dist.forecast.forecaster import Forecaster
 from loraga_dist.forecast.kinds import Kind, experts_line, few_tokens, kinds_of
 from loraga_dist.forecast.ledger import Shapes
 from loraga_dist.forecast.memory import RankMemory
 from loraga_dist.forecast.speed import measured_tflops
 from loraga_dist.forecast.ways import Room, Way, verdict
-from loraga_dist.forecast.work import Search, Work, work
+from loraga_dist.forecast.work import DataTaken, Search, Work, work
 from loraga_dist.gradients.passes import num_refine_passes
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.rank_budget import num_parameters
@@ -163,11 +164,13 @@ class PlanReport:
             self.forecaster.request.shape,
             self.fitted.setting,
             self.course,
-            num_tokens=self.all_tokens,
+            DataTaken(
+                num_tokens=self.all_tokens,
+                refine_passes=self.refine_passes,
+                moment_share=self.forecaster.request.moment_share,
+                search=self.search,
+            ),
             recomputes=self.way.checkpointing != "none",
-            refine_passes=self.refine_passes,
-            moment_share=self.forecaster.request.moment_share,
-            search=self.search,
         )
 
     @property

@@ -65,11 +65,11 @@ def _way_taken(report: PlanReport) -> str:
     if report.plan.order.blocks is None or not report.plan.groups:
         return report.way.title
     course, directory = report.course, report.way.keeping.directory
-    together = f"{course.chunk} microbatches"
+    together = f"{course.chunk} microbatches together" if course.chunk > 1 else "one microbatch at a time"
     if course.num_chunks == 1:
-        together = "all" if course.num_first_chunks == 1 else "those between two looks"
+        together = "all together" if course.num_first_chunks == 1 else "those between two looks together"
     where = "memory" if directory is None else str(directory)
-    return f"{report.way.title}, {together} together: {_gib(report.kept_bytes)} GiB of inputs of blocks in {where}"
+    return f"{report.way.title}, {together}: {_gib(report.kept_bytes)} GiB of inputs of blocks in {where}"
 
 
 def _targets_table(report: PlanReport) -> Table:

@@ -31,6 +31,19 @@ class Search(NamedTuple):
     microbatches_per_rank: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataTaken:
+    """What calibration takes of the data."""
+
+    num_tokens: int
+    refine_passes: int = 0
+    """Of engines that refine."""
+    moment_share: float = 1.0
+    """Of the tokens, what moments of inputs are summed over; neighbours share an input, which no shape says, so that
+    their work is the most it may be."""
+    search: Search | None = None
+
+
 class _Run(NamedTuple):
     """Some microbatches on their way through the model and back."""
 
@@ -40,29 +53,19 @@ class _Run(NamedTuple):
 
 
 def work(
-    plan: Plan,
-    shape: ModelShape,
-    setting: Setting,
-    course: Course,
-    *,
-    num_tokens: int,
-    recomputes: bool,
-    refine_passes: int,
-    moment_share: float = 1.0,
-    search: Search | None = None,
+    plan: Plan, shape: ModelShape, setting: Setting, course: Course, taken: DataTaken, *, recomputes: bool
 ) -> Work:
     """Matrix products of the model and of the engines; attention scores are left out.
 
     Per token: forward 2 flops an entry, backward (towards inputs; weights are frozen) the same, and what is computed
     again once more. Weights are gathered for that, and for the forwards whose logits are compared.
 
-    recomputes: in model order blocks are computed again in backward. refine_passes: of engines that refine.
-    moment_share: of the tokens, what moments of inputs are summed over; neighbours share an input, which no shape says,
-    so that this is the most it may be.
+    recomputes: in model order blocks are computed again in backward.
     """
+    num_tokens = taken.num_tokens
 
     def passes_of(matrix: Matrix) -> int:
-        return 1 + refine_passes if ENGINES[matrix.engine].refines else 1
+        return 1 + taken.refine_passes if ENGINES[matrix.engine].refines else 1
 
     flops_per_token = gathered = 0
     if plan.order.blocks is None:
@@ -78,10 +81,12 @@ def work(
     pairs = [(ENGINES[matrix.engine], matrix) for matrix in plan.matrices.values()]
     of_engines = sum(
         matrix.expected_rows(num_tokens) * engine.flops_per_token(matrix) * passes_of(matrix)
-        + int(moment_share * matrix.expected_rows(num_tokens)) * matrix.moment_flops_per_token
+        + int(taken.moment_share * matrix.expected_rows(num_tokens)) * matrix.moment_flops_per_token
         for engine, matrix in pairs
     )
-    collectives = sum(engine.traffic_bytes(matrix, course.num_microbatches, refine_passes) for engine, matrix in pairs)
+    collectives = sum(
+        engine.traffic_bytes(matrix, course.num_microbatches, taken.refine_passes) for engine, matrix in pairs
+    )
     collectives += sum(2 * matrix.moment_bytes for _, matrix in pairs)
     # each of these weights goes to its owner once
     to_owners = sum(t.M * t.N for t in plan.targets) / setting.world_size if plan.scheme.source == "weight" else 0
@@ -90,7 +95,7 @@ def work(
     away = 1 - 1 / setting.world_size
     flops = {"model": num_tokens * flops_per_token, "engine": of_engines}
     searched = {}
-    if search is not None:
+    if (search := taken.search) is not None:
         flops["model"] += USUAL_LENGTHS * search.num_tokens * 2 * shape.linear_numel
         forwards = USUAL_LENGTHS * search.microbatches_per_rank
         searched = {"step searched": int(away * forwards * sum(shape.numels) * shape.num_bytes_each)}

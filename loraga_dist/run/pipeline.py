@@ -35,7 +35,8 @@ from loraga_dist.files.staging import (
     free_place,
     require_writable,
 )
-from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
+from loraga_dist.forecast.advice import refuse_what_cannot_fit
+from loraga_dist.forecast.forecaster import Forecaster
 from loraga_dist.forecast.report import PlanReport
 from loraga_dist.forecast.text import plan_line, print_plan
 from loraga_dist.forecast.ways import Room

@@ -115,7 +115,7 @@ def test_the_plan_is_for_the_way_that_fits(tmp_path: Path) -> None:
         r"; model order [\d.]+, block order [\d.]+, block order from disk [\d.]+; host", " ".join(whole.stdout.split())
     )
     succeed(tight := plan(*command, "--gib_per_rank", "0.001"))
-    kept = r"calibration: block order from disk, all together: [\d.]+ GiB of inputs of blocks in memory"
+    kept = r"calibration: block order from disk, one microbatch at a time: [\d.]+ GiB of inputs of blocks in memory"
     assert re.search(kept, " ".join(tight.stdout.split()))
 
 

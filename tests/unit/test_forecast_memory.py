@@ -18,7 +18,7 @@ from loraga_dist.forecast.calibration import BETWEEN, KEPT_INPUTS, STATE, Course
 from loraga_dist.forecast.in_blocks import InBlocks
 from loraga_dist.forecast.memory import RankMemory, rank_memory, weight_workspace_bytes
 from loraga_dist.forecast.ways import verdict
-from loraga_dist.forecast.work import work
+from loraga_dist.forecast.work import DataTaken, work
 from loraga_dist.gradients.kept import Keeping
 from loraga_dist.model.blocks import MODEL_ORDER, Order, find_blocks
 from loraga_dist.model.plan import Plan, make_plan
@@ -194,7 +194,7 @@ def test_state_goes_to_the_host_by_what_a_sweep_takes() -> None:
 
 def test_work_by_hand() -> None:
     plan, shape = tiny_plan(2, engine="exact")
-    done = work(plan, shape, on_device(2), course_of(plan), num_tokens=10, recomputes=True, refine_passes=0)
+    done = work(plan, shape, on_device(2), course_of(plan), DataTaken(num_tokens=10), recomputes=True)
     assert done.flops["model"] == 10 * (4 * shape.linear_numel + 2 * shape.block_linear_numel)
     assert done.flops["engine"] == 10 * 2 * 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 112)
     blocks, rest = shape.block_numel, sum(shape.numels) - shape.block_numel - shape.embedding_numel
@@ -210,7 +210,7 @@ def test_work_by_hand() -> None:
 def test_work_in_block_order_by_hand(chunk: int | None, looks: bool, num_chunks: int) -> None:
     plan, shape = tiny_plan(2, in_blocks=True, engine="exact")
     course = course_of(plan, keeping=Keeping(chunk_microbatches=chunk), looks=looks)
-    done = work(plan, shape, on_device(2), course, num_tokens=10, recomputes=False, refine_passes=0)
+    done = work(plan, shape, on_device(2), course, DataTaken(num_tokens=10), recomputes=False)
     blocks, rest = shape.block_numel, sum(shape.numels) - shape.block_numel
     # all is gathered once for a chunk, and blocks once more, whatever the number of microbatches in it
     assert done.traffic_bytes_per_rank["weights gathered"] == num_chunks * (2 * blocks + rest) * 2 // 2
@@ -221,7 +221,7 @@ def test_work_in_block_order_by_hand(chunk: int | None, looks: bool, num_chunks:
 def test_a_block_whose_targets_take_turns_is_run_again() -> None:
     plan, shape = tiny_plan(2, in_blocks=True, engine="exact", max_targets_in_flight=4)
     assert [len(group) for group in plan.groups] == [4, 3] * 3
-    done = work(plan, shape, on_device(2), course_of(plan), num_tokens=10, recomputes=False, refine_passes=0)
+    done = work(plan, shape, on_device(2), course_of(plan), DataTaken(num_tokens=10), recomputes=False)
     assert done.flops["model"] == 10 * 2 * (5 * (shape.linear_numel - 258 * 64) + 2 * 258 * 64)
 
 

@@ -129,6 +129,7 @@ INSIDE = {
         "work",
         "ways",
         "forecaster",
+        "advice",
         "kinds",
         "speed",
         "report",
