@@ -105,6 +105,8 @@ class StagedDirectory:
         """Where an interrupted run leaves what it has."""
         self.lock_path = self._beside("lock")
         self._old = self._beside("replaced")
+        self._removed = self._beside("removed")
+        """What the old output is called once the new one is there: nothing of it is put back."""
         self._lock: int | None = None
         self._world = world
         self._committing = False
@@ -146,10 +148,10 @@ class StagedDirectory:
         try:
             self.require_ours()
             self.put_back()
-            for leftover in (self._old, self.path):
+            for leftover in (self._removed, self._old, self.path):
                 if leftover.exists():
                     num_bytes = tree_bytes(leftover)
-                    remove_marked(leftover)
+                    self.remove(leftover)
                     say(f"loraga-dist: removed {leftover} ({num_bytes} bytes), which a run that died had left")
             self._was_there = self.destination.exists()
             if self._was_there and self._replaces is None:  # another run has finished since this one began
@@ -172,7 +174,7 @@ class StagedDirectory:
 
     def require_ours(self) -> None:
         """Raise UserError where a name beside the destination is taken by something that no run has left there."""
-        for path in (self._old, self.path):
+        for path in (self._removed, self._old, self.path):
             if path.is_symlink() or path.exists():
                 is_real = path.is_dir() and not path.is_symlink()
                 if not (is_real and ((path / UNFINISHED_MARK).is_file() or not any(path.iterdir()))):
@@ -214,7 +216,11 @@ class StagedDirectory:
             raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
         if self._old.exists():
             with suppress(OSError):  # the next run removes what stays
-                remove_marked(self._old)
+                self.remove(self._old)
+
+    def remove(self, path: Path) -> None:
+        """Remove one of the directories beside the destination; a kill half-way leaves nothing to put back."""
+        remove_marked(path.rename(self._removed) if path == self._old else path)
 
     def _kept(self, why: str) -> RunError:
         return RunError(f"{self.destination} {why} and is kept; the output is in {self.path}")
@@ -274,7 +280,7 @@ class StagedDirectory:
 
     def leftovers(self) -> list[Path]:
         """What stands beside the destination under the names of a run at work; of a run that died, while locked."""
-        names = (self._old, self.path, self.checkpoint_path, self.lock_path)
+        names = (self._removed, self._old, self.path, self.checkpoint_path, self.lock_path)
         return [path for path in names if path.is_symlink() or path.exists()]
 
 

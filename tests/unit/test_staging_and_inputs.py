@@ -226,7 +226,42 @@ def test_what_a_kill_leaves_of_a_removal_is_known_as_ours(tmp_path: Path, num_re
     StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current()).create(0)
 
 
-@pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
+def replace_and_die_removing(destination: Path) -> None:
+    """What a run does that is killed when it has removed a file of the old output."""
+
+    def replace() -> None:
+        staged = StagedDirectory(Destination(destination, "output.dir", lambda _: []), World.alone())
+        staged.create(0)
+        (staged.path / "file").write_text("new")
+        unlink = Path.unlink
+
+        def unlink_and_die(path: Path, **named: Any) -> None:
+            unlink(path, **named)
+            if path.name != UNFINISHED_MARK:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.unlink = unlink_and_die  # type: ignore[method-assign]
+        staged.commit()
+
+    die(replace)
+
+
+def test_what_a_kill_leaves_of_an_old_output_is_not_put_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even where the new output was moved away since."""
+    (tmp_path / "out").mkdir()
+    for name in ("file", "other"):
+        (tmp_path / "out" / name).write_text("old")
+    replace_and_die_removing(tmp_path / "out")
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["new"]
+    (tmp_path / "out").rename(tmp_path / "kept")
+    StagedDirectory(Destination(tmp_path / "out", "output.dir", strangers), World.current()).create(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.partial", "kept"]
+    assert f"removed {tmp_path}/.out.removed (3 bytes)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced", ".out.removed"])
 @pytest.mark.parametrize("kind", ["directory", "link", "dangling", "file"])
 def test_what_is_not_ours_is_neither_removed_nor_renamed(tmp_path: Path, name: str, kind: str) -> None:
     theirs, elsewhere = tmp_path / "here" / name, tmp_path / "elsewhere"
