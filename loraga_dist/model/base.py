@@ -177,6 +177,14 @@ _UNLISTED = re.compile("[\n\r\\\\\ud800-\udfff]")
 _CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
 
 
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name, relative to a model's directory, is one beside the weights that a copy needs."""
+    directory, _, file_name = name.rpartition("/")
+    return directory in ("", _CHAT_TEMPLATES) and (
+        any(fnmatch(file_name, pattern) for pattern in MODEL_FILE_PATTERNS) and not name.endswith(".index.json")
+    )
+
+
 def model_files(model_dir: Path) -> list[str]:
     """The files beside the weights that a copy of the model needs, relative to its directory.
 
@@ -188,12 +196,10 @@ def model_files(model_dir: Path) -> list[str]:
     # of a hub cache, snapshots/<commit> links to the blobs beside it
     inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     names = [
-        path.relative_to(model_dir).as_posix()
+        name
         for directory in (model_dir, model_dir / _CHAT_TEMPLATES)
         for path in (sorted(directory.iterdir()) if directory.is_dir() else ())
-        if any(fnmatch(path.name, pattern) for pattern in MODEL_FILE_PATTERNS)
-        and path.is_file()
-        and not path.name.endswith(".index.json")
+        if is_model_file(name := path.relative_to(model_dir).as_posix()) and path.is_file()
     ]
     for name in names:
         problem, target = None, Path(os.path.realpath(model_dir / name))

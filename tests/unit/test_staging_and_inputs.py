@@ -341,6 +341,7 @@ def test_a_checkpoint_with_a_hole_is_refused(tmp_path: Path, capsys: pytest.Capt
 def test_an_output_that_holds_the_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "out" / "residual_base")
     (tmp_path / "out" / "loraga_report.json").write_text("{}")
+    write_checksums(tmp_path / "out", World.alone())
     code, said = run(tmp_path, model, capsys, output={"dir": str(tmp_path / "out"), "overwrite": True})
     assert code == 2 and "holds the base model" in said
     assert (model / "config.json").exists()
