@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from loraga_dist.artifacts.layout import Layout, strangers
-from loraga_dist.artifacts.names import RESIDUAL_BASE
+from loraga_dist.artifacts.names import MODEL_CONFIG, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
 from loraga_dist.data.formats import clock_at
@@ -39,8 +39,9 @@ from loraga_dist.forecast.forecaster import Forecaster, refuse_what_cannot_fit
 from loraga_dist.forecast.report import PlanReport
 from loraga_dist.forecast.text import plan_line, print_plan
 from loraga_dist.forecast.ways import Room
-from loraga_dist.gradients.checkpointer import BEGAN, ORDER, Checkpointer, base_identity
+from loraga_dist.gradients.checkpointer import BEGAN, ORDER, Checkpointer
 from loraga_dist.gradients.kept import SHARE, FreeSpace, Keeping, choose_keeping
+from loraga_dist.model.base import base_identity
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, free_bytes, free_host_bytes, return_freed_memory_at_once
@@ -105,7 +106,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
             verified = finish_directory(staged.path, report, world)
             with world.together():
                 if world.is_main:
-                    checkpointer.require_same_base(base_identity(request.base.directory, request.base.index))
+                    now = base_identity(request.base.directory, request.base.index)
+                    checkpointer.require_same_base(request.base.identity, now)
                     staged.commit()
             checkpointer.done()
         except BaseException as error:
@@ -325,10 +327,9 @@ def _load(request: CheckpointRequest, clock: Clock, world: World, *, from_disk: 
 def _checkpointer(
     request: CheckpointRequest, clock: Clock, directory: Path, stop: StopRequest, world: World
 ) -> Checkpointer:
-    config, base = request.config, {}
-    with world.together():
-        if world.is_main:
-            base = base_identity(request.base.directory, request.base.index)
+    config, identity = request.config, request.base.identity
+    # of the other files, the tokenizer's change the data, which is compared itself
+    base = {name: identity[name] for name in identity if name in ("weights", MODEL_CONFIG) or name.endswith(".py")}
     work = {  # rank 0's: nodes may hold copies of their own, in other places and with other times
         **config.model_dump(
             mode="json",
