@@ -129,7 +129,7 @@ class Checkpointer:
             self.leave()
 
     def leave(self) -> None:
-        saved = self._store.directory.is_dir()
+        saved = self._store.holds_work
         error = Preempted(
             f"stopped by {self._stop.signal_name or 'a request to another rank'}; the same command "
             + (f"goes on from {self._store.directory}" if saved else "starts over: there was nothing to save")

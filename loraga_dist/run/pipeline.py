@@ -115,7 +115,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
                 staged.discard()
                 if isinstance(error, VerificationError):
                     shutil.rmtree(finished_files, ignore_errors=True)  # one of them may be what does not verify
-                if isinstance(error, LoragaError) and error.exit_code == 3 and staged.checkpoint_path.is_dir():
+                saved = CheckpointStore(staged.checkpoint_path, world).holds_work
+                if isinstance(error, LoragaError) and error.exit_code == 3 and saved:
                     error.add_note(f"the same command goes on from the checkpoint in {staged.checkpoint_path}")
             raise
     stop.listen_no_more()  # nothing is left to save
