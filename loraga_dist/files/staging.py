@@ -57,6 +57,8 @@ def free_place(
             raise OSError("it has no name")
         str(destination).encode()  # reports and configurations name it
         require_writable(destination.parent, key)
+        if os.path.ismount(destination):
+            raise UserError(key, str(path), "is a mount point, which cannot be renamed; write a directory below it")
         if destination.exists():
             if strangers is None:
                 raise UserError(key, str(path), "exists; write another directory")
@@ -178,7 +180,7 @@ class StagedDirectory:
             if path.is_symlink() or path.exists():
                 is_real = path.is_dir() and not path.is_symlink()
                 if not (is_real and ((path / UNFINISHED_MARK).is_file() or not any(path.iterdir()))):
-                    raise self._not_ours(path)
+                    raise self._not_ours(path)  # or an output that could not be put in place
 
     def put_back(self) -> bool:
         """Rename the old output back if a run was killed between its two renames; tells whether one was."""
@@ -191,18 +193,31 @@ class StagedDirectory:
     def commit(self) -> None:
         """Rename into place, on rank 0 when everything is written. An old directory goes after the new is there.
 
-        The lock is held on, for who goes on with what is in place now: `drop_lock` lets go of it.
+        The lock is held on, for who goes on with what is in place now: `drop_lock` lets go of it. Raises RunError where
+        that fails; the staged directory is then no longer marked as one that the next run removes.
         """
         self._committing = True
+        try:
+            self._put_in_place()
+        except RunError:
+            with suppress(OSError):
+                (self.path / UNFINISHED_MARK).unlink(missing_ok=True)
+            raise
+        if self._old.exists():
+            with suppress(OSError):  # the next run removes what stays
+                self.remove(self._old)
+
+    def _put_in_place(self) -> None:
         try:
             # names and small files, which their writers leave to the system
             for path in (*self.path.rglob("*"), self.path):
                 sync(path)
             if self.destination.exists():
                 if not self._was_there or self._replaces is None:
-                    raise self._kept("has appeared meanwhile")
+                    raise self._kept("has appeared meanwhile and is kept")
                 if (found := self._replaces(self.destination)) != []:  # put there since the work began
-                    raise self._kept(f"holds {_some(found)}" if found else "is the earlier output no longer")
+                    held = f"holds {_some(found)}" if found else "is the earlier output no longer"
+                    raise self._kept(f"{held} and is kept")
                 (self.destination / UNFINISHED_MARK).touch()
                 self.destination.rename(self._old)
             try:
@@ -213,17 +228,14 @@ class StagedDirectory:
             (self.destination / UNFINISHED_MARK).unlink(missing_ok=True)
             sync(self.destination.parent)
         except OSError as error:
-            raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
-        if self._old.exists():
-            with suppress(OSError):  # the next run removes what stays
-                self.remove(self._old)
+            raise self._kept(f"cannot be put in place ({error.strerror})") from error
 
     def remove(self, path: Path) -> None:
         """Remove one of the directories beside the destination; a kill half-way leaves nothing to put back."""
         remove_marked(path.rename(self._removed) if path == self._old else path)
 
     def _kept(self, why: str) -> RunError:
-        return RunError(f"{self.destination} {why} and is kept; the output is in {self.path}")
+        return RunError(f"{self.destination} {why}; the output is in {self.path}: move it before the next run")
 
     def discard(self) -> None:
         """Remove what was staged, after a failure; a finished output that could not be renamed stays."""
@@ -275,7 +287,7 @@ class StagedDirectory:
             self._lock = None
 
     def _not_ours(self, path: Path) -> UserError:
-        problem = f"needs the name {path}, and what stands there is not of loraga_dist; move it away"
+        problem = f"needs the name {path}, and what stands there is no unfinished work of loraga_dist; move it away"
         return UserError(self._key, str(self.destination), problem)
 
     def leftovers(self) -> list[Path]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from builders import config_tree, save_data, save_model
+from disks import small_disk as small_disk
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.cli import init_main
@@ -57,6 +61,10 @@ def test_what_appeared_meanwhile_is_kept(staged: StagedDirectory) -> None:
     staged.discard()
     assert (staged.destination / "file").read_text() == "another's"
     assert (staged.path / "file").read_text() == "new", "a finished output is not thrown away"
+    shutil.rmtree(staged.destination)
+    with pytest.raises(UserError, match="needs the name .*/.out.partial, .* no unfinished work .*; move it away"):
+        StagedDirectory(Destination(staged.destination, "output.dir"), World.current()).create(0)
+    assert [path.name for path in staged.path.iterdir()] == ["file"], "nor by the next run"
 
 
 def test_what_was_put_into_the_old_output_meanwhile_is_kept(replacing: StagedDirectory) -> None:
@@ -152,7 +160,26 @@ def test_a_failed_rename_puts_the_old_directory_back(
         staged.commit()
     staged.discard()
     assert (staged.destination / "file").read_text() == "old"
-    assert (staged.path / "file").read_text() == "new", "a finished output is not thrown away"
+    assert [path.name for path in staged.path.iterdir()] == ["file"], "a finished output is not thrown away"
+
+
+def test_a_file_system_without_syncs_of_directories(staged: StagedDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    staged.commit()
+    assert (staged.destination / "file").read_text() == "new"
+
+
+def test_a_mount_point_is_refused_before_the_work(small_disk: Path) -> None:
+    with pytest.raises(UserError, match="is a mount point, which cannot be renamed; write a directory below it"):
+        free_place(small_disk, "output.dir", strangers=lambda _: [], overwrite=True)
+    assert free_place(small_disk / "out", "output.dir")
 
 
 def replace_and_die(destination: Path) -> None:
@@ -273,7 +300,7 @@ def test_what_is_not_ours_is_neither_removed_nor_renamed(tmp_path: Path, name: s
         theirs.write_text("thesis")
     else:
         theirs.symlink_to(elsewhere if kind == "link" else tmp_path / "gone")
-    problem = f"needs the name {theirs}, and what stands there is not of loraga_dist; move it away"
+    problem = f"needs the name {theirs}, and what stands there is no unfinished work of loraga_dist; move it away"
     with pytest.raises(UserError, match=problem):
         StagedDirectory(Destination(tmp_path / "here" / "out", "output.dir"), World.current()).create(0)
     assert [path.name for path in tmp_path.glob("here/*")] == [name] and (elsewhere / "thesis").is_dir()
@@ -292,7 +319,7 @@ def test_a_lock_that_is_not_ours_is_left_alone(tmp_path: Path, kind: str) -> Non
         lock.write_text("thesis")
     else:
         lock.symlink_to(elsewhere if kind == "link" else tmp_path / "gone")
-    with pytest.raises(UserError, match="is not of loraga_dist; move it away"):
+    with pytest.raises(UserError, match="is no unfinished work of loraga_dist; move it away"):
         StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current()).create(0)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "elsewhere"]
     assert elsewhere.read_text() == "thesis" and (kind != "text" or lock.read_text() == "thesis")
