@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from loraga_dist.ranks.world import World
 
 LONGEST_NAME = 255 - len("..checkpoint")
 """In bytes, of a directory beside which there is a `.NAME.checkpoint`."""
+
+SEEN_SECONDS = 60.0
+"""For what rank 0 has made to be seen by other nodes, which may remember for so long that it was not there."""
 
 Strangers = Callable[[Path], list[str] | None]
 """What a directory holds beside an earlier output of ours, by relative path; None where it is no output at all."""
@@ -97,6 +101,18 @@ def existing_parent(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
+def _is_seen(path: Path) -> bool:
+    """Whether a directory that rank 0 has made is there for this rank, too, now or soon."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not path.is_dir():
+        if time.monotonic() > deadline:
+            return False
+        with suppress(OSError):
+            os.listdir(existing_parent(path.parent))  # has a client of a network file system ask its server again
+        time.sleep(0.2)
+    return True
+
+
 class StagedDirectory:
     """A hidden sibling of the destination, until `commit` puts it there."""
 
@@ -132,7 +148,7 @@ class StagedDirectory:
                     ) from error
         try:
             with self._world.together():
-                if not self.path.is_dir():
+                if not _is_seen(self.path):
                     raise UserError(
                         self._key,
                         str(self.destination),

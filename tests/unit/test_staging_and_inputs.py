@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from loraga_dist.cli import init_main
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.files import staging
 from loraga_dist.files.checksums import check_checksums, write_checksums
 from loraga_dist.files.disk import UNFINISHED_MARK
 from loraga_dist.files.staging import Destination, StagedDirectory, files_in, free_place
@@ -174,6 +175,30 @@ def test_a_file_system_without_syncs_of_directories(staged: StagedDirectory, mon
     monkeypatch.setattr(os, "fsync", of_files)
     staged.commit()
     assert (staged.destination / "file").read_text() == "new"
+
+
+class SeenLate(type(Path())):
+    """A path that another node does not see at the first looks."""
+
+    looks = 0
+
+    def is_dir(self) -> bool:
+        if self.name != ".out.partial":
+            return super().is_dir()
+        SeenLate.looks += 1
+        return SeenLate.looks > 3 and super().is_dir()
+
+
+def test_a_place_that_another_node_sees_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged = StagedDirectory(Destination(tmp_path / "new" / "out", "output.dir"), World.current())
+    staged.path = SeenLate(staged.path)
+    staged.create(0)
+    assert SeenLate.looks >= 4 and Path(staged.path).is_dir()
+    staged.discard()
+    monkeypatch.setattr(staging, "SEEN_SECONDS", 0.1)
+    SeenLate.looks = -1000
+    with pytest.raises(UserError, match="is not seen by rank 0; write a place on a file system that all ranks share"):
+        staged.create(0)
 
 
 def test_a_mount_point_is_refused_before_the_work(small_disk: Path) -> None:
