@@ -140,6 +140,8 @@ def write_output(
         scale = target.M**0.25 / 4
         return LoraFactors(A_RN=scale * Vh_NN[: target.r], B_MR=scale * U_MN[:, target.r : 2 * target.r])
 
+    for name in ("loraga_offset", "loraga_init", "factors", *(["residual_base"] if residual_base == "full" else [])):
+        (directory / name).mkdir(parents=True, exist_ok=True)
     write_adapter(directory / "loraga_offset", config, targets, factors, negate_b=True)
     of_residual = copy.copy(config)
     of_residual.base_model_name_or_path = f"{directory}/residual_base"

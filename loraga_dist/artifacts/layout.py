@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,13 +27,21 @@ from loraga_dist.artifacts.names import (
     TENSORBOARD,
 )
 from loraga_dist.artifacts.report import Report
-from loraga_dist.artifacts.residual import PlannedFile, digest_model_files, plan_model_files, residual_entries
+from loraga_dist.artifacts.residual import (
+    PlannedFile,
+    digest_model_files,
+    is_weight_file,
+    plan_model_files,
+    residual_entries,
+)
 from loraga_dist.artifacts.tensors import num_bytes_of
 from loraga_dist.config import InitConfig, LoraSection
-from loraga_dist.files.checksums import CHECKSUMS, read_checksums
+from loraga_dist.errors import RunError
+from loraga_dist.files.checksums import CHECKSUMS, read_checksums, sha256_of
 from loraga_dist.files.disk import UNFINISHED_MARK
 from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.files.staging import files_in
+from loraga_dist.model.base import is_model_file
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.request.request import CheckpointRequest
@@ -168,13 +177,27 @@ class Layout:
 
 
 def strangers(directory: Path) -> list[str] | None:
-    """Files in an output directory that are of no output, by relative path; None where it has no report."""
+    """Files in an output directory that are of no output, by relative path; None where it has no report.
+
+    Adapters are held against SHA256SUMS: a trainer may have saved its own over them.
+    """
     if not (directory / REPORT).is_file():
         return None
     listed = read_checksums(directory) or {}
-    added = {TENSORBOARD}  # afterwards, by trackers
-    if not any(name.startswith(f"{RESIDUAL_BASE}/") for name in listed):
-        added.add(RESIDUAL_BASE)  # and by materialize-base
     start = {f"{LORAGA_INIT}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}  # all that save_start writes
     known = {REPORT, CHECKSUMS, UNFINISHED_MARK, *start, *listed}
-    return [name for name in files_in(directory) if name not in known and name.split("/")[0] not in added]
+    report = None
+    with suppress(RunError):  # another version's; then nothing counts as added
+        report = Report.read(directory)
+
+    def is_known(name: str) -> bool:
+        top, _, rest = name.partition("/")
+        if top in (LORAGA_INIT, LORAGA_OFFSET) and name in listed:
+            return (directory / name).is_file() and sha256_of(directory / name) == listed[name]
+        if top == TENSORBOARD:
+            return name.rpartition("/")[2].startswith("events.") or name.endswith("/hparams.yml")
+        if top == RESIDUAL_BASE and report is not None and report.scheme.changes_base and name not in listed:
+            return is_weight_file(rest) or (rest in report.model_files if report.model_files else is_model_file(rest))
+        return name in known
+
+    return [name for name in files_in(directory) if not is_known(name)]

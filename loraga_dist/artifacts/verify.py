@@ -25,7 +25,17 @@ from loraga_dist.artifacts.checks import (
 )
 from loraga_dist.artifacts.compare import Comparison, OpenedOutput, compare, merge
 from loraga_dist.artifacts.layout import Layout
-from loraga_dist.artifacts.names import FACTORS, LORAGA_INIT, LORAGA_OFFSET, REPORT, RESIDUAL_BASE, RESOLVED_CONFIG
+from loraga_dist.artifacts.names import (
+    FACTORS,
+    LORAGA_INIT,
+    LORAGA_OFFSET,
+    PLOTS,
+    README,
+    REPORT,
+    REPORT_PAGE,
+    RESIDUAL_BASE,
+    RESOLVED_CONFIG,
+)
 from loraga_dist.artifacts.reading import OriginalBase, load_adapter
 from loraga_dist.artifacts.report import Report, read_report_text
 from loraga_dist.errors import LoragaError, RunError
@@ -81,7 +91,9 @@ def verify(
     has_residual = RESIDUAL_BASE in layout.directories or (
         report.scheme.changes_base and world.of_main((directory / RESIDUAL_BASE).exists())
     )
-    problems += check_checksums(directory, world, on_progress)
+    # a cut SHA256SUMS would say nothing of what nothing else guards
+    listed_whole = {REPORT, REPORT_PAGE, RESOLVED_CONFIG, README, PLOTS, *layout.directories}
+    problems += check_checksums(directory, world, on_progress, listed_whole=listed_whole)
     output: OpenedOutput | None = None
     compared: Comparison | None = None
     of_factors: dict[str, TensorDigest] = {}

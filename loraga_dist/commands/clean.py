@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checkpoint import require_checkpoint
-from loraga_dist.files.staging import Destination, StagedDirectory, remove_marked, tree_bytes
+from loraga_dist.files.staging import Destination, StagedDirectory, tree_bytes
 from loraga_dist.ranks.world import World
 
 _KEY = "directory"
@@ -36,7 +36,7 @@ def clean(directory: Path, *, remove: bool) -> list[tuple[Path, int]]:
                 staged.put_back()
                 for path in staged.leftovers():
                     if path.is_dir():
-                        remove_marked(path)
+                        staged.remove(path)
         finally:
             staged.drop_lock(keep_file=had_lock and not remove)
     except OSError as error:

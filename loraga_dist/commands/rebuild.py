@@ -202,6 +202,9 @@ def rebuild(
     layout = replace(Layout.of(request, targets), config=config, num_triplets=held)
     num_bytes = layout.num_bytes
     with whole_directory(destination, sum(num_bytes.values())) as directory:
+        with naming_write_errors(directory):
+            for name in layout.directories:
+                (directory / name).mkdir()
         adapter_fingerprint = write_adapters(
             directory, layout, lora, new_start.factors, index, new_start.magnitudes if lora.use_dora else None
         )
@@ -283,7 +286,6 @@ def _are_of(slots: Mapping[str, TensorSlot], report: Report) -> bool:
 
 def _copy_factors(source: Path, destination: Path, slots: Mapping[str, TensorSlot]) -> None:
     with naming_write_errors(destination):
-        destination.mkdir()
         for path in (source / FACTORS_INDEX, *{slot.path for slot in slots.values()}):
             shutil.copyfile(path, destination / path.name)
 

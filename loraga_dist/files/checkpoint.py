@@ -42,6 +42,7 @@ _UNFINISHED = rf"unfinished(-({_GENERATION}|{_FINISHED}))?"
 used before. Earlier versions wrote `unfinished` alone."""
 _OF_STATE = rf"({_GENERATION}|{_FINISHED}|{_UNFINISHED})(/({CHECKSUMS}|{_STEM}[-.][\w.-]*))?"
 _OF_WEIGHTS = r"residual_base(/[^/]+\.(safetensors|json|part))?"  # of run.finished
+_GOES_ON_FROM = rf"{_GENERATION}|{_FINISHED}|residual_base/[^/]+\.safetensors\.json"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ class CheckpointStore:
             if self._world.is_main:
                 require_checkpoint(self.directory, "output.dir")
 
+    @property
+    def holds_work(self) -> bool:
+        """Whether there is anything to go on from: a state, or the note of a finished weight file. No collective."""
+        paths = self.directory.rglob("*") if self.directory.is_dir() else ()
+        return any(re.fullmatch(_GOES_ON_FROM, path.relative_to(self.directory).as_posix()) for path in paths)
+
     def read(self, check: Check = lambda saved, num_finished: None) -> Found:
         """All finished parts up to the first damaged one, and the newest whole generation of the state after them.
 
@@ -197,8 +204,20 @@ class CheckpointStore:
         return opened
 
     def _write(self, name: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """A directory of this name, which appears when all of it is on the disk."""
-        unfinished, path = self.directory / f"unfinished-{name}", self.directory / name
+        """A directory of this name, which appears when all of it is on the disk, or is gone where that fails."""
+        unfinished = self.directory / f"unfinished-{name}"
+        try:
+            self._write_as(unfinished, self.directory / name, content, tensors)
+        except BaseException:
+            if self._world.is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                with suppress(OSError):  # others are in it
+                    self.directory.rmdir()
+            raise
+
+    def _write_as(
+        self, unfinished: Path, path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
         with self._world.together():
             if self._world.is_main:
                 with naming_write_errors(unfinished, "checkpoint: "):

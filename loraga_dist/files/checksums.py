@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,10 +80,13 @@ def write_checksums(directory: Path, world: World) -> None:
             write_text(directory / CHECKSUMS, "".join(f"{everyone[name]}  {name}\n" for name in sorted(everyone)))
 
 
-def check_checksums(directory: Path, world: World, on_progress: OnBytes = no_progress) -> list[str]:
+def check_checksums(
+    directory: Path, world: World, on_progress: OnBytes = no_progress, *, listed_whole: Collection[str] = ()
+) -> list[str]:
     """What differs from SHA256SUMS, one line each, on every rank; a collective, shared by the ranks.
 
     Directories with listed files are closed: a loader would read a file that was added to one. The top is not.
+    listed_whole: files and directories at the top that must be listed, with all below, where they are.
     """
     sizes = _sizes_seen_by_main(directory, world)
     problems: list[str] = []
@@ -92,12 +95,17 @@ def check_checksums(directory: Path, world: World, on_progress: OnBytes = no_pro
         if listed is None:
             problems = [f"{CHECKSUMS}: cannot be read, or is not in sha256sum's format"]
         else:
-            problems = _check_share(directory, listed, sizes, world, on_progress)
+            problems = _check_share(directory, listed, sizes, world, on_progress, listed_whole)
     return list(dict.fromkeys(problem for part in world.all_json(problems) for problem in part))
 
 
 def _check_share(
-    directory: Path, listed: Mapping[str, str], sizes: Mapping[str, int], world: World, on_progress: OnBytes
+    directory: Path,
+    listed: Mapping[str, str],
+    sizes: Mapping[str, int],
+    world: World,
+    on_progress: OnBytes,
+    listed_whole: Collection[str],
 ) -> list[str]:
     def check(name: str) -> str | None:
         try:
@@ -109,12 +117,12 @@ def _check_share(
     mine = _share({name: size for name, size in sizes.items() if name in listed}, world)
     problems = [problem for problem in over_cores(check, mine) if problem]
     if world.is_main:
-        closed = {name.split("/")[0] for name in listed if "/" in name}
+        closed = {*listed_whole, *(name.split("/")[0] for name in listed if "/" in name)}
         problems += [f"{name}: is missing" for name in sorted(listed.keys() - sizes.keys())]
         problems += [
             f"{name}: is not listed in {CHECKSUMS}"
             for name in sorted(sizes.keys() - listed.keys())
-            if "/" in name and name.split("/")[0] in closed
+            if name.split("/")[0] in closed
         ]
     return problems
 

@@ -218,7 +218,8 @@ class SafetensorsWriter:
 
     entries: name -> (dtype, shape), in the order in which the tensors will be appended. The file appears under its
     name only when it is complete and on disk; a `with` block left by an exception leaves nothing.
-    Raises RunError when the file system refuses.
+    Raises RunError when the file system refuses, or the directory is gone: made again, what another rank has removed
+    after a failure would be no staged directory that a run knows.
     """
 
     def __init__(self, path: Path, entries: Entries) -> None:
@@ -242,7 +243,6 @@ class SafetensorsWriter:
 
     def __enter__(self) -> SafetensorsWriter:
         with self._named_errors():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._partial.open("wb", buffering=0)
             try:
                 self._write(memoryview(self._header))

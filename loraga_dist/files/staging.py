@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from loraga_dist.ranks.world import World
 
 LONGEST_NAME = 255 - len("..checkpoint")
 """In bytes, of a directory beside which there is a `.NAME.checkpoint`."""
+
+SEEN_SECONDS = 60.0
+"""For what rank 0 has made to be seen by other nodes, which may remember for so long that it was not there."""
 
 Strangers = Callable[[Path], list[str] | None]
 """What a directory holds beside an earlier output of ours, by relative path; None where it is no output at all."""
@@ -57,6 +61,8 @@ def free_place(
             raise OSError("it has no name")
         str(destination).encode()  # reports and configurations name it
         require_writable(destination.parent, key)
+        if os.path.ismount(destination):
+            raise UserError(key, str(path), "is a mount point, which cannot be renamed; write a directory below it")
         if destination.exists():
             if strangers is None:
                 raise UserError(key, str(path), "exists; write another directory")
@@ -95,6 +101,18 @@ def existing_parent(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
+def _is_seen(path: Path) -> bool:
+    """Whether a directory that rank 0 has made is there for this rank, too, now or soon."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not path.is_dir():
+        if time.monotonic() > deadline:
+            return False
+        with suppress(OSError):
+            os.listdir(existing_parent(path.parent))  # has a client of a network file system ask its server again
+        time.sleep(0.2)
+    return True
+
+
 class StagedDirectory:
     """A hidden sibling of the destination, until `commit` puts it there."""
 
@@ -105,6 +123,8 @@ class StagedDirectory:
         """Where an interrupted run leaves what it has."""
         self.lock_path = self._beside("lock")
         self._old = self._beside("replaced")
+        self._removed = self._beside("removed")
+        """What the old output is called once the new one is there: nothing of it is put back."""
         self._lock: int | None = None
         self._world = world
         self._committing = False
@@ -128,7 +148,7 @@ class StagedDirectory:
                     ) from error
         try:
             with self._world.together():
-                if not self.path.is_dir():
+                if not _is_seen(self.path):
                     raise UserError(
                         self._key,
                         str(self.destination),
@@ -146,10 +166,10 @@ class StagedDirectory:
         try:
             self.require_ours()
             self.put_back()
-            for leftover in (self._old, self.path):
+            for leftover in (self._removed, self._old, self.path):
                 if leftover.exists():
                     num_bytes = tree_bytes(leftover)
-                    remove_marked(leftover)
+                    self.remove(leftover)
                     say(f"loraga-dist: removed {leftover} ({num_bytes} bytes), which a run that died had left")
             self._was_there = self.destination.exists()
             if self._was_there and self._replaces is None:  # another run has finished since this one began
@@ -172,11 +192,11 @@ class StagedDirectory:
 
     def require_ours(self) -> None:
         """Raise UserError where a name beside the destination is taken by something that no run has left there."""
-        for path in (self._old, self.path):
+        for path in (self._removed, self._old, self.path):
             if path.is_symlink() or path.exists():
                 is_real = path.is_dir() and not path.is_symlink()
                 if not (is_real and ((path / UNFINISHED_MARK).is_file() or not any(path.iterdir()))):
-                    raise self._not_ours(path)
+                    raise self._not_ours(path)  # or an output that could not be put in place
 
     def put_back(self) -> bool:
         """Rename the old output back if a run was killed between its two renames; tells whether one was."""
@@ -189,18 +209,31 @@ class StagedDirectory:
     def commit(self) -> None:
         """Rename into place, on rank 0 when everything is written. An old directory goes after the new is there.
 
-        The lock is held on, for who goes on with what is in place now: `drop_lock` lets go of it.
+        The lock is held on, for who goes on with what is in place now: `drop_lock` lets go of it. Raises RunError where
+        that fails; the staged directory is then no longer marked as one that the next run removes.
         """
         self._committing = True
+        try:
+            self._put_in_place()
+        except RunError:
+            with suppress(OSError):
+                (self.path / UNFINISHED_MARK).unlink(missing_ok=True)
+            raise
+        if self._old.exists():
+            with suppress(OSError):  # the next run removes what stays
+                self.remove(self._old)
+
+    def _put_in_place(self) -> None:
         try:
             # names and small files, which their writers leave to the system
             for path in (*self.path.rglob("*"), self.path):
                 sync(path)
             if self.destination.exists():
                 if not self._was_there or self._replaces is None:
-                    raise self._kept("has appeared meanwhile")
+                    raise self._kept("has appeared meanwhile and is kept")
                 if (found := self._replaces(self.destination)) != []:  # put there since the work began
-                    raise self._kept(f"holds {_some(found)}" if found else "is the earlier output no longer")
+                    held = f"holds {_some(found)}" if found else "is the earlier output no longer"
+                    raise self._kept(f"{held} and is kept")
                 (self.destination / UNFINISHED_MARK).touch()
                 self.destination.rename(self._old)
             try:
@@ -211,13 +244,14 @@ class StagedDirectory:
             (self.destination / UNFINISHED_MARK).unlink(missing_ok=True)
             sync(self.destination.parent)
         except OSError as error:
-            raise RunError(f"{self.destination}: cannot be put in place ({error.strerror}); see {self.path}") from error
-        if self._old.exists():
-            with suppress(OSError):  # the next run removes what stays
-                remove_marked(self._old)
+            raise self._kept(f"cannot be put in place ({error.strerror})") from error
+
+    def remove(self, path: Path) -> None:
+        """Remove one of the directories beside the destination; a kill half-way leaves nothing to put back."""
+        remove_marked(path.rename(self._removed) if path == self._old else path)
 
     def _kept(self, why: str) -> RunError:
-        return RunError(f"{self.destination} {why} and is kept; the output is in {self.path}")
+        return RunError(f"{self.destination} {why}; the output is in {self.path}: move it before the next run")
 
     def discard(self) -> None:
         """Remove what was staged, after a failure; a finished output that could not be renamed stays."""
@@ -269,12 +303,12 @@ class StagedDirectory:
             self._lock = None
 
     def _not_ours(self, path: Path) -> UserError:
-        problem = f"needs the name {path}, and what stands there is not of loraga_dist; move it away"
+        problem = f"needs the name {path}, and what stands there is no unfinished work of loraga_dist; move it away"
         return UserError(self._key, str(self.destination), problem)
 
     def leftovers(self) -> list[Path]:
         """What stands beside the destination under the names of a run at work; of a run that died, while locked."""
-        names = (self._old, self.path, self.checkpoint_path, self.lock_path)
+        names = (self._removed, self._old, self.path, self.checkpoint_path, self.lock_path)
         return [path for path in names if path.is_symlink() or path.exists()]
 
 

@@ -108,7 +108,7 @@ class Forecaster:
         return min(found, key=lambda sized: sized[0])[1]
 
     def _keepings(self, room: Room, shapes: Shapes) -> Iterator[Keeping]:
-        """All on its way together, by what a single microbatch leaves free; or else some, with the state of whole sweeps.
+        """All on its way together, by what a single microbatch leaves free, or some, with the state of whole sweeps.
 
         All may have room all the same: on a device that saves traffic, and in files it may take least.
         """

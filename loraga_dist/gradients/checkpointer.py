@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +11,6 @@ import torch
 from loraga_dist.engines.base import EngineState, Matrix
 from loraga_dist.errors import Preempted, RunError, UserError
 from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
-from loraga_dist.files.checksums import sha256_of
-from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.gradients.saved import require_finished, require_state
 from loraga_dist.ranks.progress import Clock
 from loraga_dist.ranks.stop import StopRequest
@@ -132,7 +127,7 @@ class Checkpointer:
         self.save_if_due(None)
 
     def leave(self) -> None:
-        saved = self._store.directory.is_dir()
+        saved = self._store.holds_work
         error = Preempted(
             f"stopped by {self._stop.signal_name or 'a request to another rank'}; the same command "
             + (f"goes on from {self._store.directory}" if saved else "starts over: there was nothing to save")
@@ -140,12 +135,12 @@ class Checkpointer:
         error.on_all_ranks = True
         raise error
 
-    def require_same_base(self, now: Mapping[str, str]) -> None:
+    def require_same_base(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
         """On rank 0: raise RunError, with nothing left to go on from, if the base is no longer the one of this work.
 
-        now: its `base_identity`.
+        before, now: its `base_identity` when it was read, and at the end.
         """
-        if changed := _differing(self.work["base"], now):
+        if changed := _differing(before, now):
             self._store.clear()  # what was saved may be of both, too
             problem = f"the base changed during the run ({', '.join(changed[:5])}), which may be of both models now"
             raise RunError(f"{problem}; run again, on a copy that nobody writes to")
@@ -157,22 +152,3 @@ class Checkpointer:
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-
-
-def base_identity(directory: Path, index: Mapping[str, TensorSlot]) -> dict[str, str]:
-    """Digests that change whenever what a run reads of a model directory may have: of `weights`, by their layout and
-    their files' sizes and times, of config.json and of the model's own code; the tokenizer makes the data.
-
-    Raises RunError for a file that cannot be read.
-    """
-    files: dict[Path, tuple[str, int, int]] = {}
-    try:
-        for slot in index.values():
-            if slot.path not in files:
-                stat = slot.path.stat()
-                files[slot.path] = (slot.path.name, stat.st_size, stat.st_mtime_ns)
-        beside = {path.name: sha256_of(path) for path in (directory / "config.json", *sorted(directory.glob("*.py")))}
-    except OSError as error:
-        raise RunError(f"{error.filename} cannot be read ({error.strerror})") from error
-    layout = [[name, str(slot.dtype), list(slot.shape), files[slot.path]] for name, slot in sorted(index.items())]
-    return {"weights": hashlib.sha256(json.dumps(layout).encode()).hexdigest(), **beside}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,8 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from loraga_dist.config import Dtype, ModelConfig, TaskType
-from loraga_dist.errors import UserError, blame
+from loraga_dist.errors import RunError, UserError, blame
+from loraga_dist.files.checksums import sha256_of
 from loraga_dist.files.disk import MAX_JSON_BYTES, BrokenFileError, read_json
 from loraga_dist.files.quantized import QuantizedSlot, dequantized
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
@@ -47,6 +50,8 @@ class BaseModel:
     """As `model.class`; None where nobody has to say it."""
     quantization: Mapping[str, Any] | None = None
     """What config.json says of quantized weights."""
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """Its `base_identity`, taken when it was read."""
 
     @cached_property
     def weights(self) -> dict[str, Slot]:
@@ -93,6 +98,7 @@ def find_base_model(
         problem = "has an adapter_config.json beside its weights, so that transformers would load that adapter, too"
         raise UserError(_MODEL_KEY, config.name_or_path, f"{problem}; write a copy without it")
     instead = "write a model that transformers loads"
+    identity = base_identity(directory, index)
     with blame(_MODEL_KEY, config.name_or_path, "its config.json does not load", instead):
         hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
         if config.attn_implementation is not None:
@@ -109,6 +115,7 @@ def find_base_model(
             class_name=found.class_name,
             dtype=_compute_dtype(config.dtype, hf_config, index, device),
             quantization=quantization_of(directory),
+            identity=identity,
         )
         assert base.weights is not None, "formats that cannot be read are refused here"
         return base
@@ -162,6 +169,9 @@ MODEL_FILE_PATTERNS = (
     "*.txt",
     "*.model",
     "*.tiktoken",
+    "*.spm",
+    "*.codes",
+    "*.tokenizer",
     "*.jinja",
     "*.py",
     "tokenizer*",
@@ -177,6 +187,14 @@ _UNLISTED = re.compile("[\n\r\\\\\ud800-\udfff]")
 _CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
 
 
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name, relative to a model's directory, is one beside the weights that a copy needs."""
+    directory, _, file_name = name.rpartition("/")
+    return directory in ("", _CHAT_TEMPLATES) and (
+        any(fnmatch(file_name, pattern) for pattern in MODEL_FILE_PATTERNS) and not name.endswith(".index.json")
+    )
+
+
 def model_files(model_dir: Path) -> list[str]:
     """The files beside the weights that a copy of the model needs, relative to its directory.
 
@@ -187,14 +205,7 @@ def model_files(model_dir: Path) -> list[str]:
     root = Path(os.path.realpath(model_dir))
     # of a hub cache, snapshots/<commit> links to the blobs beside it
     inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    names = [
-        path.relative_to(model_dir).as_posix()
-        for directory in (model_dir, model_dir / _CHAT_TEMPLATES)
-        for path in (sorted(directory.iterdir()) if directory.is_dir() else ())
-        if any(fnmatch(path.name, pattern) for pattern in MODEL_FILE_PATTERNS)
-        and path.is_file()
-        and not path.name.endswith(".index.json")
-    ]
+    names = _names_of_model_files(model_dir)
     for name in names:
         problem, target = None, Path(os.path.realpath(model_dir / name))
         if not any(target.is_relative_to(place) for place in inside):
@@ -206,6 +217,37 @@ def model_files(model_dir: Path) -> list[str]:
         if problem is not None:
             raise UserError(_MODEL_KEY, str(model_dir), problem)
     return names
+
+
+def _names_of_model_files(model_dir: Path) -> list[str]:
+    return [
+        name
+        for directory in (model_dir, model_dir / _CHAT_TEMPLATES)
+        for path in (sorted(directory.iterdir()) if directory.is_dir() else ())
+        if is_model_file(name := path.relative_to(model_dir).as_posix()) and path.is_file()
+    ]
+
+
+def base_identity(directory: Path, index: Mapping[str, TensorSlot]) -> dict[str, str]:
+    """Digests that change whenever what a run reads of a model directory may have: of `weights`, by their layout and
+    their files' sizes and times, and by name of the files beside them, of which the data is made as well.
+
+    Raises RunError for a file that cannot be read.
+    """
+    files: dict[Path, tuple[str, int, int]] = {}
+    try:
+        for slot in index.values():
+            if slot.path not in files:
+                stat = slot.path.stat()
+                files[slot.path] = (slot.path.name, stat.st_size, stat.st_mtime_ns)
+        names = _names_of_model_files(directory)
+        # what is larger is never read
+        beside = {name: directory / name for name in names if (directory / name).stat().st_size <= MAX_JSON_BYTES}
+        digests = {name: sha256_of(path) for name, path in beside.items()}
+    except OSError as error:
+        raise RunError(f"{error.filename} cannot be read ({error.strerror})") from error
+    layout = [[name, str(slot.dtype), list(slot.shape), files[slot.path]] for name, slot in sorted(index.items())]
+    return {"weights": hashlib.sha256(json.dumps(layout).encode()).hexdigest(), **digests}
 
 
 def resolve_model_dir(name_or_path: str, revision: str | None = None, *, needs_weights: bool = True) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.config import OutputConfig
 from loraga_dist.errors import RunError, UserError, printable
 from loraga_dist.publish.card import model_card
+from loraga_dist.ranks.rendezvous import begun
 from loraga_dist.ranks.world import World
 
 _KEY = "output.push_to_hub"
@@ -47,14 +48,19 @@ def push_output(directory: Path, report: Report, world: World) -> None:
     """Upload card, adapter, offset and report, and the residual base if asked for; rank 0 says where they are.
 
     A collective: rank 0 uploads while the others wait, without a time limit. Raises RunError when that fails, with
-    `directory` as complete as before. Does nothing where the configuration asks for nothing.
+    `directory` as complete as before, KeyboardInterrupt without waiting for the upload. Does nothing where the
+    configuration asks for nothing.
     """
-    if report.config.output.push_to_hub is None:
+    repo = report.config.output.push_to_hub
+    if repo is None:
         return
-    with ThreadPoolExecutor(1) as pool:
-        upload = pool.submit(_upload, directory, report) if world.is_main else None
+    try:
+        upload = begun(lambda: _upload(directory, report)) if world.is_main else None
         while not _is_done(upload, world):
             time.sleep(0.2)
+    except KeyboardInterrupt as error:
+        done = f"the output in {directory} is complete and verified, and `hf upload` takes it as it is"
+        raise KeyboardInterrupt(f"interrupted while {repo} was uploaded; {done}") from error
     with world.together():
         if upload is not None:
             print(printable(f"pushed to {upload.result()}"), flush=True)

@@ -61,6 +61,14 @@ def within(seconds: float, work: Callable[[], T], late: Callable[[], str]) -> T:
 
     It runs in a thread of its own, which is left to itself then: what waits in C++ cannot be called off.
     """
+    answer = begun(work)
+    if not futures.wait([answer], timeout=seconds).done:
+        raise RunError(late())
+    return answer.result()
+
+
+def begun(work: Callable[[], T]) -> futures.Future[T]:
+    """What `work` will return or raise, from a thread that the end of the process does not wait for."""
     answer: futures.Future[T] = futures.Future()
 
     def answer_or_raise() -> None:
@@ -69,10 +77,8 @@ def within(seconds: float, work: Callable[[], T], late: Callable[[], str]) -> T:
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=answer_or_raise, name="within", daemon=True).start()
-    if not futures.wait([answer], timeout=seconds).done:
-        raise RunError(late())
-    return answer.result()
+    threading.Thread(target=answer_or_raise, name="begun", daemon=True).start()
+    return answer
 
 
 def addresses_of(host: str) -> list[str]:

@@ -98,8 +98,8 @@ def prepare_libraries() -> None:
 def _interruptible() -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        say_interrupted()
+    except KeyboardInterrupt as error:
+        say_interrupted(str(error))
         leave_process(INTERRUPTED)
 
 

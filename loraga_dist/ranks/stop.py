@@ -134,9 +134,10 @@ class StopRequest:
             os._exit(INTERRUPTED)
 
 
-def say_interrupted() -> None:
+def say_interrupted(why: str = "") -> None:
+    """Say that Ctrl-C ended the process. why: in whose words, where something else is to be done next."""
     if is_first_of_its_node():
-        say_why("interrupted; the same command goes on from the last checkpoint, if there was one")
+        say_why(why or "interrupted; the same command goes on from the last checkpoint, if there was one")
 
 
 def is_first_of_its_node() -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from loraga_dist.artifacts.layout import Layout, strangers
-from loraga_dist.artifacts.names import RESIDUAL_BASE
+from loraga_dist.artifacts.names import MODEL_CONFIG, RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
 from loraga_dist.data.formats import clock_at
@@ -40,8 +40,9 @@ from loraga_dist.forecast.forecaster import Forecaster
 from loraga_dist.forecast.report import PlanReport
 from loraga_dist.forecast.text import plan_line, print_plan
 from loraga_dist.forecast.ways import Room
-from loraga_dist.gradients.checkpointer import BEGAN, ORDER, Checkpointer, base_identity
+from loraga_dist.gradients.checkpointer import BEGAN, ORDER, Checkpointer
 from loraga_dist.gradients.kept import SHARE, FreeSpace, Keeping, choose_keeping
+from loraga_dist.model.base import base_identity
 from loraga_dist.publish.hub import check_hub_access, push_output
 from loraga_dist.publish.tracking import check_trackers, track
 from loraga_dist.ranks.memory import PeakMemory, free_bytes, free_host_bytes, return_freed_memory_at_once
@@ -106,7 +107,8 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
             verified = finish_directory(staged.path, report, world)
             with world.together():
                 if world.is_main:
-                    checkpointer.require_same_base(base_identity(request.base.directory, request.base.index))
+                    now = base_identity(request.base.directory, request.base.index)
+                    checkpointer.require_same_base(request.base.identity, now)
                     staged.commit()
             checkpointer.done()
         except BaseException as error:
@@ -115,7 +117,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
                 if isinstance(error, VerificationError):
                     shutil.rmtree(finished_files, ignore_errors=True)  # one of them may be what does not verify
                 has_failed = isinstance(error, LoragaError) and error.exit_code == RunError.exit_code
-                if has_failed and staged.checkpoint_path.is_dir():
+                if has_failed and CheckpointStore(staged.checkpoint_path, world).holds_work:
                     error.add_note(f"the same command goes on from the checkpoint in {staged.checkpoint_path}")
             raise
     stop.listen_no_more()  # nothing is left to save
@@ -327,10 +329,9 @@ def _load(request: CheckpointRequest, clock: Clock, world: World, *, from_disk: 
 def _checkpointer(
     request: CheckpointRequest, clock: Clock, directory: Path, stop: StopRequest, world: World
 ) -> Checkpointer:
-    config, base = request.config, {}
-    with world.together():
-        if world.is_main:
-            base = base_identity(request.base.directory, request.base.index)
+    config, identity = request.config, request.base.identity
+    # of the other files, the tokenizer's change the data, which is compared itself
+    base = {name: identity[name] for name in identity if name in ("weights", MODEL_CONFIG) or name.endswith(".py")}
     work = {  # rank 0's: nodes may hold copies of their own, in other places and with other times
         **config.model_dump(
             mode="json",

@@ -257,6 +257,8 @@ def finish_directory(directory: Path, report: Report, world: World) -> str:
     A collective: ranks share the reading. Raises RunError when a file cannot be written, VerificationError when the
     directory does not verify.
     """
+    output = report.config.output.model_copy(update={"overwrite": False})  # wanted once, not of who copies the file
+    report = report.model_copy(update={"config": report.config.model_copy(update={"output": output})})
     with world.together():
         if world.is_main:
             report.write(directory / REPORT)

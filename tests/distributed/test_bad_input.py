@@ -25,8 +25,10 @@ from builders import VOCABULARY, config_tree, save_data, save_model
 from launching import INIT, Finished, free_port, run, succeed
 from outputs import read_report
 from ranks import finish_on_ranks, run_script
+from safetensors.torch import load_file, save_file
 
 from loraga_dist.cli import init_main, main
+from loraga_dist.config import load_config
 
 pytestmark = pytest.mark.distributed
 
@@ -485,7 +487,16 @@ def test_overwrite_replaces_an_earlier_output(prepare: Prepare) -> None:
     assert result.code == 2 and "holds trained/adapter.txt, not of the output that --overwrite" in result.stderr
     assert kept.read_text() == "of a trainer"
     kept.unlink()
+    start = attempt.out / "loraga_init" / "adapter_model.safetensors"
+    trained = {name: tensor + 1 for name, tensor in load_file(start).items()}
+    made = start.read_bytes()
+    save_file(trained, start, {"format": "pt"})
+    (result,) = run_script([*init, "--overwrite", "--lora.r", "2"], 1)
+    assert result.code == 2 and "holds loraga_init/adapter_model.safetensors, not of the output" in result.stderr
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in load_file(start).items())
+    start.write_bytes(made)
     succeed(run_script([*init, "--overwrite", "--lora.r", "2"], 1))
+    assert not load_config(attempt.out / "resolved_config.yaml").output.overwrite, "a copy of it replaces nothing"
     assert {target["r"] for target in read_report(attempt.out)["targets"].values()} == {2}
     assert sorted(path.name for path in attempt.directory.iterdir()) == ["config.yaml", "out"]
     assert main(["verify", str(attempt.out)]) == 0

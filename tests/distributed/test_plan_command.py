@@ -202,7 +202,7 @@ def test_dry_run_looks_at_the_place_and_at_what_lies_beside_it(tmp_path: Path) -
     (beside / "thesis").touch()
     in_the_way = f"cannot be made: {tmp_path}/file is a file; write another directory"
     for options, said in (
-        ((), f"needs the name {beside}, and what stands there is not of loraga_dist; move it away"),
+        ((), f"needs the name {beside}, and what stands there is no unfinished work of loraga_dist; move it away"),
         (("--output.dir", str(tmp_path / "file" / "out")), f"output.dir: '{tmp_path}/file': {in_the_way}"),
         (("--gradient.activations_dir", str(tmp_path / "file")), f"gradient.activations_dir: '{tmp_path}/file': "),
     ):

@@ -252,8 +252,21 @@ class ChangeAfter(StopAfter):
         return None
 
 
-@pytest.mark.parametrize("name", ["weights", "config.json"])
-def test_a_base_that_changes_during_a_run_gives_no_output(tmp_path: Path, name: str) -> None:
+class ChangeBefore(StopRequest):
+    """Changes something when all is understood and nothing of it loaded."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        super().__init__()
+        self._change = change
+
+    def hold(self) -> None:
+        self._change()
+        super().hold()
+
+
+@pytest.mark.parametrize("is_early", [False, True], ids=["writing", "loading"])
+@pytest.mark.parametrize("name", ["weights", "config.json", "tokenizer_config.json"])
+def test_a_base_that_changes_during_a_run_gives_no_output(tmp_path: Path, name: str, is_early: bool) -> None:
     base, other = save_model(tmp_path / "base"), save_model(tmp_path / "other", seed=1)
     config = write_config(config_tree(base, save_data(tmp_path / "data.jsonl", rows=21), tmp_path / "out"))
 
@@ -264,7 +277,8 @@ def test_a_base_that_changes_during_a_run_gives_no_output(tmp_path: Path, name: 
             (base / name).write_text((base / name).read_text() + "\n")
 
     def work(world: World, _: StopRequest) -> None:
-        run(load_config(config, []), world, ChangeAfter(UP_TO_THE_WRITING, change))
+        stop = ChangeBefore(change) if is_early else ChangeAfter(UP_TO_THE_WRITING, change)
+        run(load_config(config, []), world, stop)
 
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         assert run_as_rank(work) == 3, stderr.getvalue()

@@ -225,7 +225,38 @@ def test_names_that_lead_to_the_part_before_on_another_node(tmp_path: Path, stal
     else:
         problem = "is not what the ranks have written (shard state-00002-of-00002.safetensors is missing)"
         assert told[0] == told[1] and problem in told[0]
-        assert names(store) == ["finished-000000", "unfinished-finished-000001"]
+        assert names(store) == ["finished-000000"]
+
+
+def test_a_state_that_cannot_be_written_leaves_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="No space left"):
+        patch.setattr(Path, "rename", full)
+        save(store, 1)
+    assert not store.directory.exists() and not store.holds_work
+    save(store, 1)
+    assert store.holds_work
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="No space left"):
+        patch.setattr(Path, "rename", full)
+        save(store, 2)
+    assert names(store) == ["000001"] and store.holds_work
+
+
+@pytest.mark.parametrize(
+    ("name", "goes_on"),
+    [
+        ("unfinished-000001/state.json", False),
+        ("residual_base/model.safetensors", False),
+        ("residual_base/model.safetensors.json", True),
+        ("finished-000000/state.json", True),
+    ],
+)
+def test_what_a_run_could_go_on_from(store: CheckpointStore, name: str, goes_on: bool) -> None:
+    (store.directory / name).parent.mkdir(parents=True)
+    (store.directory / name).touch()
+    assert store.holds_work == goes_on
 
 
 def test_a_refusing_file_system_leaves_what_was_there(store: CheckpointStore) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_staging_and_inputs import replace_and_die, start_and_die
+from test_staging_and_inputs import replace_and_die, replace_and_die_removing, start_and_die
 
 from loraga_dist.cli import main
 from loraga_dist.files.checkpoint import CheckpointStore
@@ -51,6 +51,16 @@ def test_an_output_that_was_about_to_be_replaced_is_put_back(
     assert main(["clean", str(tmp_path / "out"), "--yes"]) == 0
     assert "is put back" in capsys.readouterr().out
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["file"]
+
+
+def test_what_is_left_of_an_old_output_is_not_put_back(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("file", "other"):
+        (tmp_path / "out" / name).write_text("old")
+    replace_and_die_removing(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "kept")
+    assert main(["clean", str(tmp_path / "out"), "--yes"]) == 0
+    assert names(tmp_path) == ["kept"]
 
 
 def test_not_while_a_run_writes(left: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +16,16 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from builders import config_tree, save_data, save_model
+from builders import config_tree, report_tree, save_data, save_model
 from hub_server import REPO, TOKEN, Hub, served
 from outputs import read_report
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import init_main, main
+from loraga_dist.publish.hub import push_output
+from loraga_dist.ranks.world import World
 
 WANDB_KEY = "wandb" * 8
 
@@ -98,6 +107,20 @@ def test_a_failed_push_leaves_the_output_complete(hub: Hub, tmp_path: Path, caps
     assert f"{REPO} was not uploaded" in line and f"{tmp_path / 'out'} is complete and verified" in line
     assert TOKEN not in line
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_an_interrupt_does_not_wait_for_the_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = {"dir": str(tmp_path), "push_to_hub": REPO}
+    report = Report.parse(json.dumps(report_tree(config={"model": {"name_or_path": "base"}, "output": output})))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt, match=f"while {REPO} was uploaded; the output in {tmp_path} is complete"):
+            push_output(tmp_path, report, World.alone())
+        assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(

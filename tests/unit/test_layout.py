@@ -125,3 +125,26 @@ def test_all_that_stands_in_an_output_is_its_own(run: Run, tmp_path: Path) -> No
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).touch()
     assert strangers(out) == ["loraga_init/checkpoint-5/adapter_model.safetensors", "notes.txt"]
+
+
+def test_what_was_saved_where_parts_of_an_output_are_is_not_its_own(run: Run) -> None:
+    _, out = run(output={"residual_base": "none", "report_to": "tensorboard"})
+    trained = ["loraga_init/adapter_model.safetensors", "loraga_offset/adapter_config.json"]
+    for name in trained:
+        (out / name).write_bytes((out / name).read_bytes() + b" ")
+    added = [
+        "residual_base/checkpoint-5/model.safetensors",
+        "residual_base/notes.txt",
+        "tensorboard/events.of/notes.txt",
+    ]
+    for name in added:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    assert strangers(out) == [*trained, *added]
+
+
+def test_what_stands_where_no_residual_base_can_come_is_not_the_outputs_own(run: Run) -> None:
+    _, out = run(init={"scheme": "lora_one"})
+    (out / "residual_base").mkdir()
+    (out / "residual_base" / "model.safetensors").touch()
+    assert strangers(out) == ["residual_base/model.safetensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from handmade import edit, gpt2_targets, llama_targets, lora_config, save_gpt2, save_llama, write_output
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -26,7 +28,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.disk import MAX_JSON_BYTES
 from loraga_dist.files.parallel import shares
-from loraga_dist.model.base import read_checkpoint_index
+from loraga_dist.model.base import is_model_file, read_checkpoint_index
 from loraga_dist.model.targets import require_targets
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import understand
@@ -144,6 +146,20 @@ def test_only_what_a_model_needs_is_copied(llama: Path, finished: Path) -> None:
     }
     for name in ("config.json", "tokenizer.json"):
         assert (finished / "residual_base" / name).read_bytes() == (llama / name).read_bytes()
+
+
+def test_the_files_of_every_tokenizer_are_copied() -> None:
+    """Those that the tokenizers of transformers name, read from its source: importing all would take every library."""
+    names: set[str] = set()
+    for path in Path(transformers.__file__).parent.rglob("*token*.py"):
+        assigned = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assign)]
+        constants = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in assigned}
+        for node in assigned:
+            if ast.unparse(node.targets[0]).lower() == "vocab_files_names" and isinstance(node.value, ast.Dict):
+                values = [ast.unparse(value) for value in node.value.values]
+                names |= {ast.literal_eval(constants.get(value, value)) for value in values}
+    assert {"tokenizer.json", "source.spm", "bpe.codes", "prophetnet.tokenizer"} <= names
+    assert [name for name in sorted(names) if not is_model_file(name)] == []
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "additional_chat_templates"])

@@ -72,7 +72,7 @@ def test_reads_ranges_and_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 def test_safetensors_reads_what_we_write_in_chunks(tmp_path: Path, chunk: int) -> None:
     tensors = all_dtypes()
-    path = tmp_path / "new" / "model.safetensors"
+    path = tmp_path / "model.safetensors"
     with SafetensorsWriter(path, widest_first(tensors)) as writer:
         for name in widest_first(tensors):
             for piece in tensors[name].reshape(-1).split(chunk):
@@ -106,6 +106,15 @@ def test_unwritable_path_is_a_run_error_with_path_and_size(tmp_path: Path) -> No
         SafetensorsWriter(tmp_path / "file" / "model.safetensors", {"a": (torch.float32, (2,))}),
     ):
         pass
+
+
+def test_a_directory_that_another_rank_has_removed_is_not_made_again(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match=r"gone/model\.safetensors .* cannot be written \(No such file or directory\)"),
+        SafetensorsWriter(tmp_path / "gone" / "model.safetensors", {"a": (torch.float32, (2,))}),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ from typing import Any
 import pytest
 import yaml
 from builders import config_tree, save_data, save_model
+from disks import small_disk as small_disk
 from safetensors.torch import load_file, save_file
 
 from loraga_dist.cli import init_main
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.files import staging
 from loraga_dist.files.checksums import check_checksums, write_checksums
 from loraga_dist.files.disk import UNFINISHED_MARK
 from loraga_dist.files.staging import Destination, StagedDirectory, files_in, free_place
@@ -57,6 +62,10 @@ def test_what_appeared_meanwhile_is_kept(staged: StagedDirectory) -> None:
     staged.discard()
     assert (staged.destination / "file").read_text() == "another's"
     assert (staged.path / "file").read_text() == "new", "a finished output is not thrown away"
+    shutil.rmtree(staged.destination)
+    with pytest.raises(UserError, match="needs the name .*/.out.partial, .* no unfinished work .*; move it away"):
+        StagedDirectory(Destination(staged.destination, "output.dir"), World.current()).create(0)
+    assert [path.name for path in staged.path.iterdir()] == ["file"], "nor by the next run"
 
 
 def test_what_was_put_into_the_old_output_meanwhile_is_kept(replacing: StagedDirectory) -> None:
@@ -152,7 +161,50 @@ def test_a_failed_rename_puts_the_old_directory_back(
         staged.commit()
     staged.discard()
     assert (staged.destination / "file").read_text() == "old"
-    assert (staged.path / "file").read_text() == "new", "a finished output is not thrown away"
+    assert [path.name for path in staged.path.iterdir()] == ["file"], "a finished output is not thrown away"
+
+
+def test_a_file_system_without_syncs_of_directories(staged: StagedDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    staged.commit()
+    assert (staged.destination / "file").read_text() == "new"
+
+
+class SeenLate(type(Path())):
+    """A path that another node does not see at the first looks."""
+
+    looks = 0
+
+    def is_dir(self) -> bool:
+        if self.name != ".out.partial":
+            return super().is_dir()
+        SeenLate.looks += 1
+        return SeenLate.looks > 3 and super().is_dir()
+
+
+def test_a_place_that_another_node_sees_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged = StagedDirectory(Destination(tmp_path / "new" / "out", "output.dir"), World.current())
+    staged.path = SeenLate(staged.path)
+    staged.create(0)
+    assert SeenLate.looks >= 4 and Path(staged.path).is_dir()
+    staged.discard()
+    monkeypatch.setattr(staging, "SEEN_SECONDS", 0.1)
+    SeenLate.looks = -1000
+    with pytest.raises(UserError, match="is not seen by rank 0; write a place on a file system that all ranks share"):
+        staged.create(0)
+
+
+def test_a_mount_point_is_refused_before_the_work(small_disk: Path) -> None:
+    with pytest.raises(UserError, match="is a mount point, which cannot be renamed; write a directory below it"):
+        free_place(small_disk, "output.dir", strangers=lambda _: [], overwrite=True)
+    assert free_place(small_disk / "out", "output.dir")
 
 
 def replace_and_die(destination: Path) -> None:
@@ -226,7 +278,42 @@ def test_what_a_kill_leaves_of_a_removal_is_known_as_ours(tmp_path: Path, num_re
     StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current()).create(0)
 
 
-@pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
+def replace_and_die_removing(destination: Path) -> None:
+    """What a run does that is killed when it has removed a file of the old output."""
+
+    def replace() -> None:
+        staged = StagedDirectory(Destination(destination, "output.dir", lambda _: []), World.alone())
+        staged.create(0)
+        (staged.path / "file").write_text("new")
+        unlink = Path.unlink
+
+        def unlink_and_die(path: Path, **named: Any) -> None:
+            unlink(path, **named)
+            if path.name != UNFINISHED_MARK:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.unlink = unlink_and_die  # type: ignore[method-assign]
+        staged.commit()
+
+    die(replace)
+
+
+def test_what_a_kill_leaves_of_an_old_output_is_not_put_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even where the new output was moved away since."""
+    (tmp_path / "out").mkdir()
+    for name in ("file", "other"):
+        (tmp_path / "out" / name).write_text("old")
+    replace_and_die_removing(tmp_path / "out")
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["new"]
+    (tmp_path / "out").rename(tmp_path / "kept")
+    StagedDirectory(Destination(tmp_path / "out", "output.dir", strangers), World.current()).create(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.partial", "kept"]
+    assert f"removed {tmp_path}/.out.removed (3 bytes)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced", ".out.removed"])
 @pytest.mark.parametrize("kind", ["directory", "link", "dangling", "file"])
 def test_what_is_not_ours_is_neither_removed_nor_renamed(tmp_path: Path, name: str, kind: str) -> None:
     theirs, elsewhere = tmp_path / "here" / name, tmp_path / "elsewhere"
@@ -238,7 +325,7 @@ def test_what_is_not_ours_is_neither_removed_nor_renamed(tmp_path: Path, name: s
         theirs.write_text("thesis")
     else:
         theirs.symlink_to(elsewhere if kind == "link" else tmp_path / "gone")
-    problem = f"needs the name {theirs}, and what stands there is not of loraga_dist; move it away"
+    problem = f"needs the name {theirs}, and what stands there is no unfinished work of loraga_dist; move it away"
     with pytest.raises(UserError, match=problem):
         StagedDirectory(Destination(tmp_path / "here" / "out", "output.dir"), World.current()).create(0)
     assert [path.name for path in tmp_path.glob("here/*")] == [name] and (elsewhere / "thesis").is_dir()
@@ -257,7 +344,7 @@ def test_a_lock_that_is_not_ours_is_left_alone(tmp_path: Path, kind: str) -> Non
         lock.write_text("thesis")
     else:
         lock.symlink_to(elsewhere if kind == "link" else tmp_path / "gone")
-    with pytest.raises(UserError, match="is not of loraga_dist; move it away"):
+    with pytest.raises(UserError, match="is no unfinished work of loraga_dist; move it away"):
         StagedDirectory(Destination(tmp_path / "out", "output.dir"), World.current()).create(0)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "elsewhere"]
     assert elsewhere.read_text() == "thesis" and (kind != "text" or lock.read_text() == "thesis")
@@ -306,6 +393,7 @@ def test_a_checkpoint_with_a_hole_is_refused(tmp_path: Path, capsys: pytest.Capt
 def test_an_output_that_holds_the_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "out" / "residual_base")
     (tmp_path / "out" / "loraga_report.json").write_text("{}")
+    write_checksums(tmp_path / "out", World.alone())
     code, said = run(tmp_path, model, capsys, output={"dir": str(tmp_path / "out"), "overwrite": True})
     assert code == 2 and "holds the base model" in said
     assert (model / "config.json").exists()

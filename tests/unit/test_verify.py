@@ -51,6 +51,14 @@ def test_checksums_see_changed_missing_and_added_files(output: Path) -> None:
     ]
 
 
+def test_verify_wants_every_file_listed(output: Path) -> None:
+    first, *rest = (output / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (output / "SHA256SUMS").write_text(first)
+    names = [line.rstrip("\n").split("  ")[1] for line in rest]
+    assert len(names) > 12
+    assert sorted(verify(output).problems) == [f"{name}: is not listed in SHA256SUMS" for name in sorted(names)]
+
+
 def test_verify_accepts_a_finished_directory(llama: Path, output: Path) -> None:
     num_bytes: list[int] = []
     result = verify(output, on_progress=num_bytes.append)
