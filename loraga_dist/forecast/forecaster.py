@@ -264,6 +264,7 @@ class Forecaster:
         """Of the rank that needs most, for the largest microbatch that the settings allow."""
         return self.worst(self.largest_allowed()).peak_bytes
 
+    @cached_property
     def largest_microbatch(self) -> Shapes:
         """Shapes of this rank's microbatch with most tokens; where no data was read, of the largest there may be."""
         data = self.request.data

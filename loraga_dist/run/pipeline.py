@@ -78,7 +78,7 @@ def run(config: InitConfig, world: World, stop: StopRequest) -> tuple[Report, st
         request, staged = _prepare(config, world, clock)
     request, forecaster = _fitting(request, world)
     with world.together():
-        planned = forecaster.memory(world.rank, forecaster.largest_microbatch())
+        planned = forecaster.memory(world.rank, forecaster.largest_microbatch)
         refuse_what_cannot_fit(planned, forecaster, world)
         if world.is_main:
             _say_what_comes(request, forecaster, clock, world)
@@ -137,7 +137,7 @@ def dry_run(config: InitConfig, world: World, stop: StopRequest) -> None:
     request, staged = _prepare(config, world, clock)
     request, forecaster = _fitting(request, world)
     with world.together():
-        refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch()), forecaster, world)
+        refuse_what_cannot_fit(forecaster.memory(world.rank, forecaster.largest_microbatch), forecaster, world)
         if world.is_main:
             staged.require_ours()
             staged.require_space(_bytes_to_write(request, forecaster))
@@ -257,7 +257,7 @@ def _fitting(request: CheckpointRequest, world: World) -> tuple[CheckpointReques
         host_bytes=None if on_host else free_host_bytes() // world.ranks_on_node,
         files_bytes=free_on_disk // world.ranks_on_node,
     )
-    largest = max(world.all_json(forecaster.largest_microbatch()), key=lambda shapes: math.prod(shapes["input_ids"]))
+    largest = max(world.all_json(forecaster.largest_microbatch), key=lambda shapes: math.prod(shapes["input_ids"]))
     room = Room.least(world.all_json(vars(room)))
     with world.together():
         forecaster = forecaster.fitting(room, {name: tuple(shape) for name, shape in largest.items()})
@@ -295,7 +295,7 @@ def _keeping_beside(model: nn.Module, request: Request, world: World) -> Keeping
 
 
 def _plan_report(request: CheckpointRequest, forecaster: Forecaster) -> PlanReport:
-    report, data = PlanReport(forecaster=forecaster, shapes=forecaster.largest_microbatch()), request.data
+    report, data = PlanReport(forecaster=forecaster, shapes=forecaster.largest_microbatch), request.data
     return report if data is None else replace(report, num_sequences=data.num_samples, num_tokens=data.num_tokens)
 
 
