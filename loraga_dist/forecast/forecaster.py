@@ -31,6 +31,9 @@ from loraga_dist.ranks.world import World
 from loraga_dist.request.request import CheckpointRequest, understand
 from loraga_dist.sharding.settings import Holding
 
+_ALIKE = 0.02
+"""Of a peak: less by no more than this makes up for no traffic."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Forecaster:
@@ -80,7 +83,7 @@ class Forecaster:
         return Path(named) if named else Path(self.config.output.dir).parent
 
     def fitting(self, room: Room, shapes: Shapes | None = None) -> Forecaster:
-        """The first way that fits there, with what it keeps where; else the one that needs least.
+        """The first way that fits there, with what it keeps where; else the first that needs least, or hardly more.
 
         shapes: of the largest microbatch of all ranks; by default the largest that the settings allow. The same
         arguments lead to the same way.
@@ -105,7 +108,8 @@ class Forecaster:
         if not found:
             assert refused is not None, "there is a way, or none was allowed"
             raise refused
-        return min(found, key=lambda sized: sized[0])[1]
+        least_bytes = min(peak_bytes for peak_bytes, _ in found)
+        return next(candidate for peak_bytes, candidate in found if peak_bytes <= (1 + _ALIKE) * least_bytes)
 
     def _keepings(self, room: Room, shapes: Shapes) -> Iterator[Keeping]:
         """All on its way together, by what a single microbatch leaves free, or some, with the state of whole sweeps.
