@@ -24,7 +24,7 @@ from loraga_dist.forecast.ledger import Shapes
 from loraga_dist.forecast.memory import RankMemory, rank_memory, weight_workspace_bytes
 from loraga_dist.forecast.ways import MARGIN, Room, Way, verdict, ways
 from loraga_dist.gradients.kept import FreeSpace, Keeping, choose_keeping
-from loraga_dist.model.base import max_positions
+from loraga_dist.model.base import within_positions
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.ranks.memory import free_bytes
 from loraga_dist.ranks.world import World
@@ -285,7 +285,7 @@ class Forecaster:
         length, size = calibration.max_length, min(calibration.per_device_batch_size, calibration.most_samples)
         if self.request.scheme.source != "gradient" and not calibration.names_data:
             length, size = PROBE_TOKENS, 1
-        length = min(length, max_positions(base.config) or length)
+        length = within_positions(base.config, length)
         labels = (size,) if self.config.lora.task_type == "SEQ_CLS" else (size, length)
         return {"input_ids": (size, length), "attention_mask": (size, length), "labels": labels}
 

@@ -81,6 +81,11 @@ def max_positions(config: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
+def within_positions(config: Any, num_tokens: int) -> int:
+    """So many tokens, or as many as there are positions."""
+    return min(num_tokens, max_positions(config) or num_tokens)
+
+
 def find_base_model(
     config: ModelConfig, task_type: TaskType, device: torch.device, *, needs_weights: bool = True
 ) -> BaseModel:

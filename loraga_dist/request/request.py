@@ -29,7 +29,7 @@ from loraga_dist.data.samples import fingerprints, path_keys
 from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries
-from loraga_dist.model.base import BaseModel, factor_dtype, find_base_model, max_positions, model_files
+from loraga_dist.model.base import BaseModel, factor_dtype, find_base_model, model_files, within_positions
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
 from loraga_dist.model.conversion import StoredModel, require_ties
 from loraga_dist.model.coverage import Coverage
@@ -265,7 +265,7 @@ def understand(
 def _amount(config: InitConfig, data: SampleSharder | None, base: BaseModel) -> Amount:
     """Of data that was read, or else may be; by a rank's microbatches, so that the number of ranks changes nothing."""
     calibration = config.calibration
-    length = min(calibration.max_length, max_positions(base.config) or calibration.max_length)
+    length = within_positions(base.config, calibration.max_length)
     num_samples, num_tokens = calibration.most_samples, calibration.most_samples * length
     if data is not None:
         lengths = [len(inputs["input_ids"]) for sample in data.samples for inputs in sample.sequences]

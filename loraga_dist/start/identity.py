@@ -17,7 +17,7 @@ from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch, count_supervised_tokens
 from loraga_dist.errors import RunError
 from loraga_dist.gradients.forward import forward
-from loraga_dist.model.base import WIDE_FLOATS, max_positions
+from loraga_dist.model.base import WIDE_FLOATS, within_positions
 from loraga_dist.model.blocks import pieces_of
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
@@ -85,7 +85,7 @@ class Probe:
 
 def _seeded_microbatch(model_config: Any, task_type: TaskType) -> Microbatch:
     """One sequence of random token ids, the same on every rank."""
-    length = min(PROBE_TOKENS, max_positions(model_config) or PROBE_TOKENS)
+    length = within_positions(model_config, PROBE_TOKENS)
     num_embeddings = getattr(model_config.get_text_config(), "vocab_size", 256)
     ids = torch.randint(num_embeddings, (1, length), generator=torch.Generator().manual_seed(0))
     eos = getattr(model_config, "eos_token_id", None)
