@@ -27,10 +27,10 @@ from loraga_dist.artifacts.residual import (
     residual_entries,
     write_residual_file,
 )
-from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.files.checksums import fingerprint, write_checksums
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.safetensors_io import SafetensorsWriter
+from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.model.base import read_checkpoint_index
 from loraga_dist.model.targets import Target, require_targets
 from loraga_dist.ranks.world import World

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from loraga_dist.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from loraga_dist.artifacts.tensors import entries_of, read_chunks
+from loraga_dist.artifacts.tensors import read_chunks
 from loraga_dist.files.disk import naming_write_errors
 from loraga_dist.files.parallel import MAX_THREADS
 from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, read_header
+from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.model.factors import join, split
 from loraga_dist.model.targets import Target, layers_of
 from loraga_dist.schemes import LoraFactors, lora_scaling

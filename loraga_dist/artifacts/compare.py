@@ -16,10 +16,11 @@ from loraga_dist.artifacts.layout import Layout
 from loraga_dist.artifacts.names import RESIDUAL_BASE
 from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import digest_base, subtract_offset
-from loraga_dist.artifacts.tensors import Region, entries_of, read_chunks, regions_by_key
+from loraga_dist.artifacts.tensors import Region, read_chunks, regions_by_key
 from loraga_dist.files.checksums import OnBytes, TensorDigest, fingerprint, no_progress
 from loraga_dist.files.parallel import over_cores, shares
 from loraga_dist.files.safetensors_io import TensorSlot, as_bytes, dtype_name, scan_checkpoint
+from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.model.targets import Target, holds_rows
 from loraga_dist.ranks.world import World
 

@@ -16,13 +16,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from loraga_dist.artifacts.names import MODEL_CONFIG, MODEL_STEM
-from loraga_dist.artifacts.tensors import Region, entries_of, num_bytes_of, read_chunks, regions_by_key, weight_chunks
+from loraga_dist.artifacts.tensors import Region, num_bytes_of, read_chunks, regions_by_key, weight_chunks
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import OnBytes, TensorDigest, no_progress
 from loraga_dist.files.disk import MAX_JSON_BYTES, json_text, naming_write_errors, parse_json, read_bounded
 from loraga_dist.files.parallel import over_cores
 from loraga_dist.files.safetensors_io import Entries, SafetensorsWriter, TensorSlot, as_bytes, dtype_name, write_index
-from loraga_dist.files.stored_tensors import Slot
+from loraga_dist.files.stored_tensors import Slot, entries_of
 from loraga_dist.model.base import model_files, residual_dtype_of
 from loraga_dist.model.targets import Target
 

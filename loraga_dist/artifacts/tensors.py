@@ -9,17 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraga_dist.files.safetensors_io import Entries, TensorSlot, read_range
+from loraga_dist.files.safetensors_io import TensorSlot, read_range
 from loraga_dist.files.stored_tensors import Slot, read_part
 from loraga_dist.model.targets import StoredRows, Target
 
 CHUNK_ELEMENTS = 2**20
 """Elements handled at once. 8 MiB of float64 stay in the cache; larger chunks were up to twice as slow."""
-
-
-def entries_of(slots: Mapping[str, TensorSlot]) -> Entries:
-    """Dtypes and shapes of stored tensors, by the same names."""
-    return {name: (slot.dtype, slot.shape) for name, slot in slots.items()}
 
 
 def num_bytes_of(entries: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> int:

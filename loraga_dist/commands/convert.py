@@ -16,12 +16,13 @@ from loraga_dist.artifacts.names import CONVERSION
 from loraga_dist.artifacts.reading import OriginalBase
 from loraga_dist.artifacts.report import versions
 from loraga_dist.artifacts.residual import digest_base, write_model
-from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
+from loraga_dist.artifacts.tensors import num_bytes_of
 from loraga_dist.commands.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.disk import UNFINISHED_MARK, read_json, write_json
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import Destination, files_in, free_place, whole_directory
+from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.linalg import product_svd
 from loraga_dist.model.base import find_base_model, model_files, quantization_of
 from loraga_dist.model.targets import Target, meta_copy, require_targets, tied_parameters

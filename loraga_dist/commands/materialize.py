@@ -10,9 +10,10 @@ from loraga_dist.artifacts.names import LORAGA_INIT, RESIDUAL_BASE
 from loraga_dist.artifacts.reading import OriginalBase, load_start
 from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import write_model
-from loraga_dist.artifacts.tensors import entries_of, num_bytes_of
+from loraga_dist.artifacts.tensors import num_bytes_of
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.staging import free_place, whole_directory
+from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.model.base import model_files
 from loraga_dist.model.targets import require_targets
 from loraga_dist.ranks.progress import phase

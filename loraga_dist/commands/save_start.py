@@ -15,7 +15,6 @@ from loraga_dist.artifacts.names import LORAGA_INIT, REPORT, RESIDUAL_BASE
 from loraga_dist.artifacts.reading import adapter_fingerprint
 from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, versions
 from loraga_dist.artifacts.residual import digest_base
-from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.config import InitConfig, ModelConfig, OutputConfig
 from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import shared_fingerprint
@@ -23,7 +22,7 @@ from loraga_dist.files.parallel import shares
 from loraga_dist.files.quantized import dequantized
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import StagedDirectory, free_place
-from loraga_dist.files.stored_tensors import Slot, StoredTensor
+from loraga_dist.files.stored_tensors import Slot, StoredTensor, entries_of
 from loraga_dist.model.base import quantization_of, read_checkpoint_index, resolve_model_dir
 from loraga_dist.model.conversion import stored_model
 from loraga_dist.model.factors import split

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from loraga_dist.files.quantized import QuantizedSlot
-from loraga_dist.files.safetensors_io import TensorSlot
+from loraga_dist.files.safetensors_io import Entries, TensorSlot
 
 Slot = TensorSlot | QuantizedSlot
+
+
+def entries_of(slots: Mapping[str, Slot]) -> Entries:
+    """Dtypes and shapes of stored tensors, by the same names."""
+    return {name: (slot.dtype, slot.shape) for name, slot in slots.items()}
 
 
 def read_part(slot: Slot, start: int, end: int) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from pydantic import FiniteFloat, TypeAdapter
 
-from loraga_dist.engines.base import Entries, Matrix, require_entries
+from loraga_dist.engines.base import Matrix, require_entries
 from loraga_dist.engines.group import EngineGroup
 from loraga_dist.files.checkpoint import Checkpoint
+from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts
 from loraga_dist.gradients.observer import LossTotals
 from loraga_dist.gradients.passes import Position
@@ -27,7 +28,7 @@ def require_finished(part: Checkpoint, group: Sequence[Matrix]) -> None:
         raise ValueError("its targets are not those of the group")
     _used(part.content["data"])
     _require_seconds(part)
-    saved = _entries(part)
+    saved = entries_of(part.tensors.slots)
     for matrix in group:
         M, N, K = matrix.M, matrix.N, matrix.num_kept
         shapes = {"U_MK": (M, K), "S_K": (K,), "Vh_KN": (K, N)}
@@ -51,7 +52,7 @@ def require_state(state: Checkpoint, groups: Sequence[Sequence[Matrix]], num_fin
         raise ValueError(f"its position is {content}")
     of_groups = zip(groups[position.group : end], state.content["engines"], strict=True)
     for group, engines in of_groups:
-        EngineGroup.check_state(group, engines, _entries(state))
+        EngineGroup.check_state(group, engines, entries_of(state.tensors.slots))
 
 
 def _require_seconds(saved: Checkpoint) -> None:
@@ -70,7 +71,3 @@ def _typed(kind: type[Kind], content: dict[str, Any]) -> Kind:
     if content.keys() != {field.name for field in fields(kind)}:  # type: ignore[arg-type]
         raise ValueError(f"it has other keys than {kind.__name__}")
     return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
-
-
-def _entries(saved: Checkpoint) -> Entries:
-    return {name: (slot.dtype, slot.shape) for name, slot in saved.tensors.slots.items()}

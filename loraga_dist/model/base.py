@@ -24,7 +24,7 @@ from loraga_dist.files.checksums import sha256_of
 from loraga_dist.files.disk import MAX_JSON_BYTES, BrokenFileError, read_json
 from loraga_dist.files.quantized import QuantizedSlot, dequantized
 from loraga_dist.files.safetensors_io import Entries, TensorSlot, scan_checkpoint
-from loraga_dist.files.stored_tensors import Slot
+from loraga_dist.files.stored_tensors import Slot, entries_of
 from loraga_dist.model.classes import find_class
 from loraga_dist.model.conversion import StoredModel, stored_model
 
@@ -61,7 +61,7 @@ class BaseModel:
     @property
     def entries(self) -> Entries:
         """Dtypes and shapes of the checkpoint's tensors, as if it held floats."""
-        return {key: (slot.dtype, slot.shape) for key, slot in self.weights.items()}
+        return entries_of(self.weights)
 
     def stored(self, meta_model: nn.Module) -> StoredModel:
         """Where the model's parameters lie. Raises UserError as `stored_model`, and for what transformers would have to

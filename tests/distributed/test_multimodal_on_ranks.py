@@ -26,11 +26,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.cli import main
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.files.safetensors_io import scan_checkpoint
+from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.ranks.world import World
 
 KINDS = ["qwen3_vl", "qwen3_vl_moe", "gemma3", "llava", "llama4", "qwen3_5", "mistral3"]

@@ -13,10 +13,10 @@ from builders import config_tree, save_data, save_model
 
 from loraga_dist.artifacts.layout import Layout, strangers
 from loraga_dist.artifacts.report import Report
-from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.cli import init_main, main
 from loraga_dist.config import load_config
 from loraga_dist.files.safetensors_io import TensorSlot, read_header
+from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.model.base import read_checkpoint_index
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import understand

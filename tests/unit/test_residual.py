@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from loraga_dist.artifacts import tensors as stored_tensors
 from loraga_dist.artifacts.residual import digest_base, plan_model_files
-from loraga_dist.artifacts.tensors import entries_of
 from loraga_dist.artifacts.verify import verify
 from loraga_dist.commands.materialize import materialize_base
 from loraga_dist.config import InitConfig, ModelConfig, OutputConfig, SchemeConfig
@@ -28,6 +27,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.checksums import fingerprint
 from loraga_dist.files.disk import MAX_JSON_BYTES
 from loraga_dist.files.parallel import shares
+from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.model.base import is_model_file, read_checkpoint_index
 from loraga_dist.model.targets import require_targets
 from loraga_dist.ranks.world import World
