@@ -50,9 +50,10 @@ def require_state(state: Checkpoint, groups: Sequence[Sequence[Matrix]], num_fin
         raise ValueError(f"its position is {content}")
     if position.num_groups_ahead and not position.num_samples < position.chunk_end <= used.num_samples:
         raise ValueError(f"its position is {content}")
+    saved = entries_of(state.tensors.slots)
     of_groups = zip(groups[position.group : end], state.content["engines"], strict=True)
     for group, engines in of_groups:
-        EngineGroup.check_state(group, engines, entries_of(state.tensors.slots))
+        EngineGroup.check_state(group, engines, saved)
 
 
 def _require_seconds(saved: Checkpoint) -> None:
