@@ -60,7 +60,8 @@ class _Started:
 def find_launched_rank(environment: Mapping[str, str]) -> LaunchedRank:
     """Read the launcher's variables; without any the process is alone.
 
-    torchrun's variables come first (deepspeed sets the same), then SLURM's, then MPI's, which takes mpi4py.
+    torchrun's variables come first (deepspeed sets the same), then those of the innermost of mpirun, which takes mpi4py,
+    and srun.
     Raises UserError when variables are missing, or when they would split one launch into several runs.
     """
     started = _started_by(environment)
