@@ -60,8 +60,8 @@ class _Started:
 def find_launched_rank(environment: Mapping[str, str]) -> LaunchedRank:
     """Read the launcher's variables; without any the process is alone.
 
-    torchrun's variables come first (deepspeed sets the same), then those of the innermost of mpirun, which takes mpi4py,
-    and srun.
+    torchrun's variables come first (deepspeed sets the same), then those of the innermost of mpirun and srun; mpirun's
+    take mpi4py.
     Raises UserError when variables are missing, or when they would split one launch into several runs.
     """
     started = _started_by(environment)
