@@ -101,12 +101,8 @@ class EngineGroup:
             part.collect(world)
 
     def results(self, num_tokens: int, damping: float = 0.0) -> Iterator[tuple[str, GradientSVD]]:
+        """damping: of regressions, as `linalg.regression` takes it."""
         for engine in self.engines:
             for name, found in engine.results(num_tokens):
                 yield name, self.inputs.regress(name, found, damping)
         self.inputs.forget()
-
-    def factorize(self, world: Collectives, num_tokens: int, damping: float = 0.0) -> Iterator[tuple[str, GradientSVD]]:
-        """damping: of regressions, as `linalg.regression` takes it."""
-        self.collect(world)
-        yield from self.results(num_tokens, damping)

@@ -20,11 +20,15 @@ class StateHome:
     on_host: bool = False
 
     @classmethod
-    def choose(cls, choice: Literal["auto", "device", "host"], device: torch.device, state_bytes: int) -> StateHome:
-        """`auto` is the device unless `state_bytes` do not fit there. Without an accelerator the two are one."""
+    def choose(
+        cls, choice: Literal["auto", "device", "host"], device: torch.device, *, state_bytes: int, free_bytes: int
+    ) -> StateHome:
+        """`auto` is the device unless `state_bytes` do not fit there. Without an accelerator the two are one.
+
+        free_bytes: of the device.
+        """
         if device.type != "cuda" or choice == "device":
             return cls(device)
-        free_bytes, _ = torch.cuda.mem_get_info(device)
         return cls(device, on_host=choice == "host" or state_bytes > DEVICE_SHARE * free_bytes)
 
     def keep(self, tensor: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from loraga_dist.engines.home import StateHome
 from loraga_dist.files.checkpoint import Checkpoint
 from loraga_dist.gradients.block_order import BlockOrder, OnWay
 from loraga_dist.gradients.checkpointer import ORDER, Checkpointer
-from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.gradients import DataUsed, GradientFacts, Gradients
 from loraga_dist.gradients.kept import Keeping
 from loraga_dist.gradients.observer import NoGradient, NotFinite, Observer, failing_by_name, name_the_culprit
@@ -33,7 +32,7 @@ from loraga_dist.gradients.route import ModelOrder, Route
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.blocks import Order
 from loraga_dist.model.plan import sweep_end
-from loraga_dist.ranks.memory import return_freed_memory
+from loraga_dist.ranks.memory import free_bytes, return_freed_memory
 from loraga_dist.ranks.progress import Clock, Progress, phase
 from loraga_dist.request.request import Request
 from loraga_dist.sharding.base import Sharding
@@ -92,7 +91,6 @@ class _Calibrator:
         """Of the largest sweep so far."""
         self._announced = self._expected_steps = 0
 
-    @full_float32_matmul()
     def run(self) -> Gradients:
         self._restore()
         read_before = self._sharding.num_bytes_read
@@ -196,7 +194,9 @@ class _Calibrator:
         groups = plan.groups[at.group : at.group + at.num_groups]
         state_bytes = sum(map(plan.state_bytes, groups))
         self._state_bytes = max(self._state_bytes, state_bytes)
-        home = StateHome.choose(config.gradient.state_device, self._world.device, state_bytes)
+        device = self._world.device
+        free = free_bytes(device, self._world.ranks_on_node)
+        home = StateHome.choose(config.gradient.state_device, device, state_bytes=state_bytes, free_bytes=free)
         dtype = next(self._model.parameters()).dtype
         self._engines = [EngineGroup.of(group, home=home, seed=config.init.seed, dtype=dtype) for group in groups]
         if self._within_sweep is not None:
@@ -307,13 +307,13 @@ class _Calibrator:
         matrices, world = self._plan.matrices, self._world
         mine, owned = {}, {}
         num_owned = sum(matrices[name].owner == world.rank for name in engines.engine_of)
-        # by the first failure of an owner all collectives are done
+        engines.collect(world)
         with (
             world.together(),
             phase("factorize", num_owned, "targets", shown=world.is_main, nested=True) as progress,
             failing_by_name("factorize"),
         ):
-            for name, found in engines.factorize(world, self._used.num_terms, self._request.config.init.damping):
+            for name, found in engines.results(self._used.num_terms, self._request.config.init.damping):
                 svd = found.svd
                 owned[name] = TruncatedSVD(U_MK=svd.U_MK.cpu(), S_K=svd.S_K.cpu(), Vh_KN=svd.Vh_KN.cpu())
                 mine[name] = asdict(GradientFacts.of(matrices[name], found))

@@ -57,7 +57,9 @@ def resident_bytes() -> int:
 def free_bytes(device: torch.device, ranks_on_node: int) -> int:
     """Memory this rank can still take: of its GPU, or its share of the host's, swap included."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # what torch keeps for later is taken only in the driver's eyes
+        kept_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_bytes
     return free_host_bytes() // ranks_on_node
 
 

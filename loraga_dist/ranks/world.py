@@ -92,8 +92,8 @@ class World:
             dist.destroy_process_group()
 
     def barrier(self) -> None:
-        # an all-reduce works alike under gloo and nccl, without naming devices
-        self.sum_(torch.zeros(1, device=self.device))
+        # an all-reduce works alike under gloo and nccl, of which the latter leaves the host to go on without its result
+        self.sum_(torch.zeros(1, device=self.device)).item()
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""

@@ -166,8 +166,8 @@ def initialize(
     config: the sections `lora`, `init`, `gradient` and `deepspeed` of the configuration.
     max_batches: read no more than these from the dataloader.
 
-    The model is taken in its own dtype: a surrounding `torch.autocast`, `torch.no_grad` or default dtype changes
-    nothing.
+    The model is taken in its own dtype: a surrounding `torch.autocast`, `torch.no_grad`, default dtype or device, and
+    products of float32 in fewer bits change nothing.
 
     Raises UserError for input it cannot work with, before the model is touched: an optimizer that already holds the
     parameters, NVMe-offloaded or hpZ shards, several ranks with an unsharded model; RunError when calibration fails,
@@ -181,13 +181,13 @@ def initialize(
         if config.lora.use_dora and sharding.is_sharded:
             problem = "takes norms of whole weights, which no rank of ZeRO-3 holds"
             raise UserError("lora.use_dora", True, f"{problem}; write false, or make the start with loraga-dist init")
-    request = understand_model(
-        model, dataloader, config, sharding.world, is_partitioned=sharding.is_sharded, max_batches=max_batches
-    )
-    for left_out in request.left_out if sharding.world.is_main else ():
-        say(f"warning: {left_out.text}")
-    keeping = _keeping_beside(model, request, sharding.world)
     with beside_a_script(model, sharding.world.device):
+        request = understand_model(
+            model, dataloader, config, sharding.world, is_partitioned=sharding.is_sharded, max_batches=max_batches
+        )
+        for left_out in request.left_out if sharding.world.is_main else ():
+            say(f"warning: {left_out.text}")
+        keeping = _keeping_beside(model, request, sharding.world)
         start = start_in_place(model, request, sharding=sharding, keeping=keeping)
     for line in start.cautions if sharding.world.is_main else ():
         say(f"warning: {line}")

@@ -72,7 +72,7 @@ class Zero3(Sharding):
         self._engine: Any = None
         self._leaves: list[nn.Module] = []
         """Which DeepSpeed gathers whole."""
-        _start_deepspeed()
+        _start_deepspeed(world.device)
 
     def load(self, base: BaseModel, stored: Mapping[str, StoredTensor] | None) -> nn.Module:
         """Every rank reads its own byte ranges where tensors can be taken as they are; else through transformers."""
@@ -204,8 +204,19 @@ def _gather_under_gloo_by(all_gather: Callable[..., Any]) -> None:
         comm.cdb.all_gather_function = all_gather  # type: ignore[attr-defined]
 
 
-def _start_deepspeed() -> None:
+def name_local_rank(device: torch.device) -> None:
+    """Have LOCAL_RANK name the device: DeepSpeed takes it for a GPU's number, where each rank may see its own alone."""
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # it wants the two to agree
+            os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device.index)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")
+
+
+def _start_deepspeed(device: torch.device) -> None:
     """Give DeepSpeed the process group that exists, or one of its own for a single process."""
+    name_local_rank(device)
     import_deepspeed()
     import deepspeed
     from deepspeed.ops import __compatible_ops__
@@ -215,8 +226,7 @@ def _start_deepspeed() -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
-        # a group of one, without an address or port that could be taken; DeepSpeed reads the variable all the same
-        os.environ.setdefault("LOCAL_RANK", "0")
+        # a group of one, without an address or port that could be taken
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():

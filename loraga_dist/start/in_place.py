@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.gradients.block_order import NotInBlocks
 from loraga_dist.gradients.calibrate import calibrate
 from loraga_dist.gradients.checkpointer import Checkpointer
+from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.gradients.gradients import Gradients
 from loraga_dist.gradients.kept import Keeping
 from loraga_dist.gradients.premises import try_premises
@@ -34,6 +35,8 @@ from loraga_dist.start.identity import Probe, coarsest_dtype, compare_logits
 from loraga_dist.start.place import Placed, add_adapter, place_factors
 from loraga_dist.start.rounds import make_owned_factors
 from loraga_dist.start.step import search_step
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +67,19 @@ class Start:
 @contextmanager
 def beside_a_script(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Without what a training script may have switched on: autocast, which would round factors and products, modes
-    without gradients, another default dtype. After an error the model trains what it did before, as it did before."""
+    without gradients, another default dtype or device. After an error the model trains what it did before, as it did
+    before."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            nullcontext() if torch.get_default_device() == CPU else CPU,
+        ):
             yield
     except BaseException:
         for module, was_training in training:
@@ -82,6 +91,7 @@ def beside_a_script(model: nn.Module, device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+@full_float32_matmul()
 def start_in_place(
     model: nn.Module,
     request: Request,

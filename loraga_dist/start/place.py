@@ -13,7 +13,6 @@ from torch import nn
 
 from loraga_dist.artifacts.adapter import stored_config
 from loraga_dist.config import LoraSection
-from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.model.factors import join, product_norm
 from loraga_dist.model.plan import Plan
 from loraga_dist.model.targets import Target, layers_of, peft_lora_config
@@ -59,7 +58,6 @@ class Placed:
     """||s B0 A0||_F / ||W||_F of every target, on every rank."""
 
 
-@full_float32_matmul()
 def place_factors(peft_model: Any, plan: Plan, owned: Mapping[str, LoraFactors], *, sharding: Sharding) -> Placed:
     """Put A0 and B0 of every target into the adapter, and what they take out of the base out of W. A collective.
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from loraga_dist.gradients.checkpointer import Checkpointer
-from loraga_dist.gradients.forward import full_float32_matmul
 from loraga_dist.linalg import TruncatedSVD
 from loraga_dist.model.factors import make_factors, needs_weight
 from loraga_dist.model.plan import Plan
@@ -20,7 +19,6 @@ from loraga_dist.schemes import LoraFactors
 from loraga_dist.sharding.base import Sharding
 
 
-@full_float32_matmul()
 def make_owned_factors(
     model: nn.Module,
     request: Request,

@@ -49,4 +49,4 @@ def test_what_is_kept_is_a_copy_and_takes_changes_back() -> None:
 
 @pytest.mark.parametrize("choice", ["auto", "device", "host"])
 def test_without_an_accelerator_the_host_is_the_device(choice: str) -> None:
-    assert StateHome.choose(choice, CPU, 2**60) == StateHome(CPU)  # type: ignore[arg-type]
+    assert StateHome.choose(choice, CPU, state_bytes=2**60, free_bytes=0) == StateHome(CPU)  # type: ignore[arg-type]

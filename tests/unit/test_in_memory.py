@@ -53,6 +53,16 @@ def test_a_dataloader_may_fill_its_buffers_again() -> None:
     assert_same(started(refilled()), started(data))
 
 
+def test_a_script_may_have_float32_multiplied_in_fewer_bits() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        start = started(batches())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert start.identity_check.max_abs_logit_diff < 1e-5 * start.identity_check.max_abs_logit
+    assert_same(start, started(batches()))
+
+
 def test_integers_of_any_width_are_labels() -> None:
     data = batches()
     assert_same(started([{name: tensor.int() for name, tensor in batch.items()} for batch in data]), started(data))
@@ -132,6 +142,7 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
+    "another device": lambda: torch.device("meta"),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
 }
@@ -152,8 +163,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def test_what_a_script_has_switched_on_changes_nothing(scheme: str, surroundings: str) -> None:
     model, init = make_model("llama"), {"scheme": scheme}
     plain = started(batches(), init=init)
+    data = batches()
     with SURROUNDINGS[surroundings]():
-        start = started(batches(), model=model, init=init)
+        start = started(data, model=model, init=init)
     expected = dict(plain.model.named_parameters())
     for name, parameter in start.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name

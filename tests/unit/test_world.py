@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from ranks import finish_on_ranks, run_on_ranks
 
 from loraga_dist.errors import LoragaError, RunError, UserError
 from loraga_dist.ranks.world import World
+from loraga_dist.sharding.zero3 import name_local_rank
 
 TEXTS = ["", "zweite Zeile\nüber ∂W, \0 and 日本"]
 VALUES = [{"a": [1, 2.5, None], "b": {"c": True}}, [0.1 + 0.2, "x"]]
@@ -115,3 +117,13 @@ def test_an_error_that_is_not_ours_is_a_failed_run_and_shown_where_it_was(debug:
     line = f"rank 1: ValueError: what?{hint}"
     assert [result.value for result in results] == [(kind, line, 3, True) for kind in ("PeerError", "RunError")]
     assert ["Traceback" in result.stderr for result in results] == [False, debug == "1"]
+
+
+def test_deepspeed_takes_the_only_gpu_that_a_rank_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"]
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    name_local_rank(torch.device("cpu"))
+    assert [os.environ[name] for name in names] == ["1", "1"]
+    name_local_rank(torch.device("cuda", 0))
+    assert [os.environ[name] for name in names] == ["0", "0"]
