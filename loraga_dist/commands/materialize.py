@@ -48,7 +48,8 @@ def materialize_base(
     output = OpenedOutput(report=report, adapter=adapter, targets=targets, base_dir=base_dir, base=index)
     with whole_directory(destination, num_bytes) as path:
         with phase("write", num_bytes, "B", shown=show_progress) as progress:
-            write_model(base_dir, index, targets, adapter.factors, path, dtype, on_progress=progress.advance)
+            digests = write_model(base_dir, index, targets, adapter.factors, path, dtype, on_progress=progress.advance)
+        original.require_same(report, {key: read for key, (read, _) in digests.items()})
         with phase("verify", original.num_bytes, "B", shown=show_progress) as progress:
             problems = check_residual(output, path, progress.advance)
         if problems:

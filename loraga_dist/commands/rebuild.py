@@ -24,7 +24,7 @@ from loraga_dist.artifacts.names import (
     RESIDUAL_BASE,
     RESOLVED_CONFIG,
 )
-from loraga_dist.artifacts.reading import named_base
+from loraga_dist.artifacts.reading import OriginalBase, named_base
 from loraga_dist.artifacts.report import IdentityCheck, Rebuilt, Report, SpentBudget, TargetReport, versions
 from loraga_dist.artifacts.residual import digest_base, start_magnitudes, write_model
 from loraga_dist.artifacts.tensors import weight_chunks
@@ -177,14 +177,17 @@ def rebuild(
     if SCHEMES[config.init.scheme].source != "gradient":
         problem = f"does not start from the gradients that {source} holds; run loraga-dist init with it"
         raise UserError("init.scheme", config.init.scheme, problem)
-    model = config.model.model_copy(update={"attn_implementation": None})  # no model runs, its kernels need not be here
-    request = understand(config.model_copy(update={"model": model}), World.alone(), reads_data=False)
+    # no model runs: what the source's run had of kernels, devices and files of settings need not be here
+    of_its_run = {"attn_implementation": None, "dtype": "auto"}
+    model = config.model.model_copy(update=of_its_run)
+    anywhere = config.model_copy(update={"model": model, "deepspeed": None})
+    request = understand(anywhere, World.alone(), reads_data=False)
     base_dir, index = request.base.directory, request.base.index
     destination = free_place(to, "--to", strangers=strangers, overwrite=overwrite, inputs=[source, base_dir])
     if request.plan.owners.keys() != old.targets.keys():
         raise UserError("directory", str(source), "holds gradients of other targets than this transformers finds")
-    model = request.config.model.model_copy(update={"attn_implementation": config.model.attn_implementation})
-    config, targets = request.config.model_copy(update={"model": model}), request.targets
+    model = request.config.model.model_copy(update={key: getattr(config.model, key) for key in of_its_run})
+    config, targets = request.config.model_copy(update={"model": model, "deepspeed": config.deepspeed}), request.targets
     lora = config.lora
     if config.init.rank_budget is not None:
         singular_values = {target.name: slots[f"{target.name}.S"].read().tolist() for target in targets}
@@ -221,6 +224,8 @@ def rebuild(
                     config.output.residual_dtype,
                     on_progress=progress.advance,
                 )
+            original = OriginalBase(directory=base_dir, index=index)
+            original.require_same(old, {key: read for key, (read, _) in digests.items()})
             residual_fingerprint = fingerprint({key: found for key, (_, found) in digests.items()})
         fingerprints = Fingerprints(
             base=old.base_fingerprint,

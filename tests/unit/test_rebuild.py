@@ -139,7 +139,7 @@ def test_materializing_is_refused_where_it_would_do_harm(
     for arguments, code, said in (
         ((full,), 2, "exists"),
         ((tmp_path,), 2, "is this the directory of a finished run"),
-        ((none, "--to", tmp_path / "x", "--base", other), 3, "is not the base of this output"),
+        ((none, "--to", tmp_path / "x", "--base", other), 2, "is not the base of loraga_init"),
         ((none, "--to", tmp_path / "x", "--base", tmp_path), 2, "holds neither"),
     ):
         assert main(["materialize-base", *(str(word) for word in arguments)]) == code
@@ -174,6 +174,22 @@ def test_the_same_settings_give_the_same_files(
         assert new["targets"][name] == target
     assert new["warnings"] == old["warnings"]
     assert new["rebuilt"]["source"] == str(source.resolve()) and "rebuilt" not in old
+
+
+def test_rebuilding_asks_for_nothing_that_the_run_alone_needed(outputs: Callable[..., Path], tmp_path: Path) -> None:
+    source = shutil.copytree(outputs(), tmp_path / "out")
+    for name, key, no_key in (
+        ("resolved_config.yaml", "  dtype: auto", "deepspeed: null"),
+        ("loraga_report.json", '"dtype": "auto"', '"deepspeed": null'),
+    ):
+        text = (source / name).read_text()
+        assert text.count(key) == text.count(no_key) == 1
+        text = text.replace(key, key.replace("auto", "float16"))  # which runs on GPUs alone
+        (source / name).write_text(text.replace(no_key, no_key.replace("null", '"/moved/zero3.json"')))
+    assert main(["rebuild", str(source), "--to", str(tmp_path / "new")]) == 0
+    assert adapter(tmp_path / "new").keys() == adapter(source).keys()
+    new = load_config(tmp_path / "new" / "resolved_config.yaml")
+    assert (new.model.dtype, new.deepspeed) == ("float16", "/moved/zero3.json")
 
 
 def test_other_settings_are_those_of_a_fresh_run(outputs: Callable[..., Path], tmp_path: Path) -> None:
