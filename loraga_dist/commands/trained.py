@@ -125,7 +125,10 @@ class _TrainedFile(AdapterFile):
             if name in plain:
                 raise BrokenFileError(f"{ADAPTER_WEIGHTS} holds several adapters ({plain[name].name}, {key})")
             plain[name] = slot
-        self.slots = plain
+        # PEFT saves the base's own weight and bias of an output head that is a target
+        layers = [name.removesuffix(".lora_A.weight") for name in plain if name.endswith(".lora_A.weight")]
+        frozen = {f"{layer}.base_layer.{parameter}" for layer in layers for parameter in ("weight", "bias")}
+        self.slots = {name: slot for name, slot in plain.items() if name not in frozen}
 
 
 def _open_init(init: Path) -> tuple[Report, AdapterFile, list[Target]]:

@@ -49,6 +49,7 @@ CASES = {
     "conv1d": Case("gpt2"),
     "bf16": Case(dtype=torch.bfloat16),
     "saved-head": Case(lora=(("target_modules", ["q_proj", "down_proj"]), ("modules_to_save", ["lm_head"]))),
+    "head": Case(lora=(("target_modules", ["q_proj", "lm_head"]),)),
     "classifier": Case("bert", lora=(("target_modules", ["query", "value"]),)),
 }
 
@@ -406,8 +407,10 @@ def into_pickle(directory: Path) -> None:
         ),
         (lambda d: edit_tensors(d, lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), "is stored as F8_E4M3"),
         (
-            lambda d: edit_tensors(d, lambda t: t.update({Q.replace("lora_A", "base_layer"): t[Q].clone()})),
-            "base_layer.weight is of no target",
+            lambda d: edit_tensors(
+                d, lambda t: t.update({Q.replace("q_proj.lora_A", "other.base_layer"): t[Q].clone()})
+            ),
+            "other.base_layer.weight is of no target",
         ),
         (lambda d: edit_config(d, r=8), "has rank 8 and"),
         (lambda d: edit_config(d, use_dora=True), "has use_dora"),
