@@ -243,6 +243,7 @@ def report_tree(**changes: Any) -> dict[str, Any]:
         "factors_fingerprint": "sha256:5",
         "model_files": {"config.json": "6"},
         "base_quantization": None,
+        "weights_written_ns": {"loraga_init/adapter_model.safetensors": 1_700_000_000_123_456_789},
         "versions": {"python": "3.11"},
         "world_size": 1,
         "device": "CPU",

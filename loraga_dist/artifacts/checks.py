@@ -35,7 +35,7 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import start_magnitudes
 from loraga_dist.artifacts.tensors import read_chunks
 from loraga_dist.config import load_config
-from loraga_dist.files.checksums import TensorDigest, sha256_of
+from loraga_dist.files.checksums import CHECKSUMS, TensorDigest, sha256_of
 from loraga_dist.files.disk import UNFINISHED_MARK
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
 from loraga_dist.linalg import TruncatedSVD
@@ -82,7 +82,7 @@ def check_names(directory: Path, name: str, report: Report) -> list[str]:
     if name == RESIDUAL_BASE:
         if not report.model_files:  # an earlier version, which did not say
             return []
-        expected |= report.model_files.keys()
+        expected |= {*report.model_files, CHECKSUMS}  # of materialize-base
     found = [path.relative_to(directory).as_posix() for path in (directory / name).rglob("*") if not path.is_dir()]
     return [f"{path}: is not of this output" for path in sorted(found) if path.removeprefix(f"{name}/") not in expected]
 

@@ -30,18 +30,17 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import (
     PlannedFile,
     digest_model_files,
-    is_weight_file,
     plan_model_files,
     residual_entries,
 )
 from loraga_dist.artifacts.tensors import num_bytes_of
 from loraga_dist.config import InitConfig, LoraSection
 from loraga_dist.errors import RunError
-from loraga_dist.files.checksums import CHECKSUMS, read_checksums, sha256_of
+from loraga_dist.files.checksums import CHECKSUMS, is_as_written, read_checksums
 from loraga_dist.files.disk import UNFINISHED_MARK
+from loraga_dist.files.parallel import over_cores
 from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.files.staging import files_in
-from loraga_dist.model.base import is_model_file
 from loraga_dist.model.rank_budget import num_parameters
 from loraga_dist.model.targets import Target, peft_lora_config
 from loraga_dist.request.request import CheckpointRequest
@@ -177,27 +176,32 @@ class Layout:
 
 
 def strangers(directory: Path) -> list[str] | None:
-    """Files in an output directory that are of no output, by relative path; None where it has no report.
+    """Files in an output directory that are of no output, or no longer as they were written, by relative path; None
+    where it has no report.
 
-    Adapters are held against SHA256SUMS: a trainer may have saved its own over them.
+    A trainer may have saved its own over any of them. Weights are read only where their mtime is not the report's.
     """
     if not (directory / REPORT).is_file():
         return None
     listed = read_checksums(directory) or {}
-    start = {f"{LORAGA_INIT}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}  # all that save_start writes
-    known = {REPORT, CHECKSUMS, UNFINISHED_MARK, *start, *listed}
-    report = None
+    known = {REPORT, CHECKSUMS, UNFINISHED_MARK}
+    if not listed:  # all that an earlier version's save_start wrote
+        known |= {f"{LORAGA_INIT}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    written_ns: Mapping[str, int] = {}
     with suppress(RunError):  # another version's; then nothing counts as added
         report = Report.read(directory)
+        written_ns = report.weights_written_ns
+        may_come = report.scheme.changes_base and report.residual_fingerprint is None
+        if may_come and (added := read_checksums(directory / RESIDUAL_BASE)):
+            listed |= {f"{RESIDUAL_BASE}/{name}": sha256 for name, sha256 in added.items()}
+            known.add(f"{RESIDUAL_BASE}/{CHECKSUMS}")
 
     def is_known(name: str) -> bool:
-        top, _, rest = name.partition("/")
-        if top in (LORAGA_INIT, LORAGA_OFFSET) and name in listed:
-            return (directory / name).is_file() and sha256_of(directory / name) == listed[name]
-        if top == TENSORBOARD:
+        if name in listed:
+            return is_as_written(directory / name, listed[name], written_ns.get(name))
+        if name.startswith(f"{TENSORBOARD}/"):
             return name.rpartition("/")[2].startswith("events.") or name.endswith("/hparams.yml")
-        if top == RESIDUAL_BASE and report is not None and report.scheme.changes_base and name not in listed:
-            return is_weight_file(rest) or (rest in report.model_files if report.model_files else is_model_file(rest))
         return name in known
 
-    return [name for name in files_in(directory) if not is_known(name)]
+    names = files_in(directory)
+    return [name for name, ours in zip(names, over_cores(is_known, names), strict=True) if not ours]

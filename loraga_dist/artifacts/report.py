@@ -172,6 +172,8 @@ class Report(ReportPart):
     """SHA-256 of what stands beside the weights in `residual_base`, written or to come: config.json, tokenizer, ..."""
     base_quantization: str | None = None
     """`quant_method` of the original model's files; None in floating point, and in reports of earlier versions."""
+    weights_written_ns: dict[str, int] = {}
+    """The mtime of each file of weights when all were written. Not in reports of earlier versions."""
     versions: dict[str, str] = {}
     world_size: int | None = None
     device: str | None = None

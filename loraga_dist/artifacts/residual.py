@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,11 +58,6 @@ def plan_model_files(entries: Entries, max_shard_bytes: int = MAX_SHARD_BYTES) -
         PlannedFile(name, {key: entries[key] for key in sorted(keys, key=lambda key: -entries[key][0].itemsize)})
         for name, keys in split.filename_to_tensors.items()
     ]
-
-
-def is_weight_file(name: str) -> bool:
-    """Whether a model's weights, or their index, may have this name: those of `plan_model_files`."""
-    return bool(re.fullmatch(rf"{MODEL_STEM}(-\d+-of-\d+)?\.safetensors|{MODEL_STEM}\.safetensors\.index\.json", name))
 
 
 def write_residual_file(

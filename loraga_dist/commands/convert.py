@@ -19,7 +19,9 @@ from loraga_dist.artifacts.residual import digest_base, write_model
 from loraga_dist.artifacts.tensors import num_bytes_of
 from loraga_dist.commands.trained import Update, open_update
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.checksums import is_as_written, sha256_of
 from loraga_dist.files.disk import UNFINISHED_MARK, read_json, write_json
+from loraga_dist.files.parallel import over_cores
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.staging import Destination, files_in, free_place, whole_directory
 from loraga_dist.files.stored_tensors import entries_of
@@ -331,17 +333,26 @@ def _base_key(name: str, slot: TensorSlot, index: dict[str, TensorSlot], update:
 
 def _write_record(directory: Path, found: Conversion) -> None:
     """What the directory was made from; also by what a later `overwrite` knows it."""
-    record = {**dataclasses.asdict(found), "versions": versions(), "files": files_in(directory)}
-    write_json(directory / CONVERSION, record)
+    names = files_in(directory)
+    files = {
+        name: {"sha256": sha256, "mtime_ns": (directory / name).stat().st_mtime_ns}
+        for name, sha256 in zip(names, over_cores(lambda name: sha256_of(directory / name), names), strict=True)
+    }
+    write_json(directory / CONVERSION, {**dataclasses.asdict(found), "versions": versions(), "files": files})
 
 
 def _strangers(directory: Path) -> list[str] | None:
-    """What is not of the conversion there, None where there is none; an earlier version's record tells no files."""
+    """What is not of the conversion there, or no longer as it was written, None where there is none.
+
+    An earlier version's record tells names alone, or nothing.
+    """
     if not (directory / CONVERSION).is_file():
         return None
     found = files_in(directory)
     try:
         written = read_json(directory / CONVERSION).get("files", found)
-    except (RunError, AttributeError):  # another's file of that name
+        digests = written if isinstance(written, dict) else {}
+        changed = {name for name in found if name in digests and not is_as_written(directory / name, **digests[name])}
+        return [name for name in found if name in changed or name not in {CONVERSION, UNFINISHED_MARK, *written}]
+    except (RunError, AttributeError, TypeError):  # another's file of that name
         return None
-    return [name for name in found if name not in {CONVERSION, UNFINISHED_MARK, *written}]

@@ -12,11 +12,13 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.artifacts.residual import write_model
 from loraga_dist.artifacts.tensors import num_bytes_of
 from loraga_dist.errors import RunError, UserError
+from loraga_dist.files.checksums import write_checksums
 from loraga_dist.files.staging import free_place, whole_directory
 from loraga_dist.files.stored_tensors import entries_of
 from loraga_dist.model.base import model_files
 from loraga_dist.model.targets import require_targets
 from loraga_dist.ranks.progress import phase
+from loraga_dist.ranks.world import World
 
 
 def materialize_base(
@@ -54,4 +56,5 @@ def materialize_base(
             problems = check_residual(output, path, progress.advance)
         if problems:
             raise RunError(f"verify: {'; '.join(problems[:5])}")
+        write_checksums(path, World.alone())  # the output's own were written before
     return destination.path

@@ -17,7 +17,7 @@ from loraga_dist.artifacts.report import SCHEMA_VERSION, Report, versions
 from loraga_dist.artifacts.residual import digest_base
 from loraga_dist.config import InitConfig, ModelConfig, OutputConfig
 from loraga_dist.errors import UserError
-from loraga_dist.files.checksums import shared_fingerprint
+from loraga_dist.files.checksums import shared_fingerprint, write_checksums
 from loraga_dist.files.parallel import shares
 from loraga_dist.files.quantized import dequantized
 from loraga_dist.files.safetensors_io import TensorSlot
@@ -120,6 +120,7 @@ def save_start(start: Start, directory: str | Path, *, base: str | Path | None =
                 )
                 made = adapter_fingerprint(AdapterFile(staged.path / LORAGA_INIT))
                 report.model_copy(update={"adapter_fingerprint": made}).write(staged.path / REPORT)
+                write_checksums(staged.path, World.alone())
                 staged.commit()
     except BaseException:
         if world.is_main:

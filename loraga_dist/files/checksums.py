@@ -163,3 +163,8 @@ def sha256_of(path: Path, on_progress: OnBytes = no_progress) -> str:
             digest.update(chunk)
             on_progress(len(chunk))
     return digest.hexdigest()
+
+
+def is_as_written(path: Path, sha256: str, mtime_ns: int | None = None) -> bool:
+    """Whether a file still has this digest; it is not read if it was last written at the very time that was noted."""
+    return path.is_file() and (path.stat().st_mtime_ns == mtime_ns or sha256_of(path) == sha256)

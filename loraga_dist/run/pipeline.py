@@ -206,7 +206,7 @@ def _prepare(config: InitConfig, world: World, clock: Clock) -> tuple[Checkpoint
         destination = free_place(
             Path(config.output.dir),
             "output.dir",
-            strangers=strangers,
+            strangers=strangers if world.is_main else lambda _: [],  # one rank reads for all
             overwrite=config.output.overwrite,
             inputs=_local_inputs(config),
         )

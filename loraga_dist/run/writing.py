@@ -261,6 +261,9 @@ def finish_directory(directory: Path, report: Report, world: World) -> str:
     report = report.model_copy(update={"config": report.config.model_copy(update={"output": output})})
     with world.together():
         if world.is_main:
+            weights = sorted(directory.rglob("*.safetensors"))
+            written_ns = {path.relative_to(directory).as_posix(): path.stat().st_mtime_ns for path in weights}
+            report = report.model_copy(update={"weights_written_ns": written_ns})
             report.write(directory / REPORT)
             write_text(directory / RESOLVED_CONFIG, dump(report.config.model_dump()), "write: ")
             write_text(directory / README, readme(report), "write: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -485,6 +486,32 @@ def test_overwrite_keeps_what_is_not_of_the_earlier_result(
         assert run.convert(option, place, "--overwrite") == 2
         assert f"{option}: '{place}': holds notes.txt, not of the output" in capsys.readouterr().err
         assert (place / "notes.txt").read_text() == "thesis"
+
+
+def test_overwrite_keeps_a_model_that_was_trained_on_in_its_place(
+    trained: Callable[[str], Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, merged = trained("plain"), tmp_path / "merged"
+    assert run.convert("--merge", merged) == 0
+    again = shutil.copytree(merged, tmp_path / "again", copy_function=shutil.copy)  # written at other times
+    model = run.load(merged)
+    torch.nn.init.zeros_(model.model.norm.weight)
+    model.save_pretrained(merged)
+    os.utime(merged / "model.safetensors", (0, 0))  # before the record of it
+    assert run.convert("--merge", merged, "--overwrite") == 2
+    assert "model.safetensors, not of the output that --overwrite replaces" in capsys.readouterr().err
+    assert not load_file(merged / "model.safetensors")["model.norm.weight"].any()
+    assert run.convert("--merge", again, "--overwrite") == 0
+
+
+def test_overwrite_replaces_what_an_earlier_version_made(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    run = trained("plain")
+    assert run.convert("--to", tmp_path / "plain") == 0
+    path = tmp_path / "plain" / "loraga_conversion.json"
+    record = json.loads(path.read_text())
+    assert record["files"].keys() >= {"adapter_config.json", "adapter_model.safetensors"}
+    path.write_text(json.dumps(record | {"files": list(record["files"])}))  # which told no digests
+    assert run.convert("--to", tmp_path / "plain", "--overwrite") == 0
 
 
 def test_a_start_that_was_trained_over_is_no_start(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,31 @@ def test_what_stands_where_no_residual_base_can_come_is_not_the_outputs_own(run:
     (out / "residual_base").mkdir()
     (out / "residual_base" / "model.safetensors").touch()
     assert strangers(out) == ["residual_base/model.safetensors"]
+
+
+@pytest.mark.parametrize("residual_base", ["full", "none"])
+def test_a_model_that_was_saved_over_the_residual_base_is_not_the_outputs_own(
+    run: Run, tmp_path: Path, residual_base: str
+) -> None:
+    _, out = run(output={"residual_base": residual_base})
+    if residual_base == "none":
+        assert main(["materialize-base", str(out)]) == 0
+    copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy)  # written at other times
+    assert strangers(copy) == []
+    for directory in (out, copy):
+        weights = directory / "residual_base" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+        os.utime(weights, (0, 0))  # before all that tells of it
+        assert strangers(directory) == ["residual_base/model.safetensors"]
+
+
+def test_a_model_that_was_saved_where_a_residual_base_may_come_is_not_the_outputs_own(run: Run) -> None:
+    _, out = run(output={"residual_base": "none"})
+    save_model(out / "residual_base")
+    assert "residual_base/model.safetensors.index.json" in strangers(out)
+
+
+def test_weights_are_known_by_when_they_were_written(run: Run) -> None:
+    _, out = run()
+    noted = {path.relative_to(out).as_posix(): path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert Report.read(out).weights_written_ns == noted

@@ -15,6 +15,7 @@ from quantizing import by_transformers, save_fp8
 from safetensors.torch import load_file
 
 import loraga_dist
+from loraga_dist.artifacts.layout import strangers
 from loraga_dist.artifacts.report import Report
 from loraga_dist.cli import main
 from loraga_dist.schemes import SCHEMES, times_full_rate
@@ -121,6 +122,14 @@ def test_an_earlier_start_stays(tmp_path: Path) -> None:
     with pytest.raises(loraga_dist.UserError, match="exists; write another directory"):
         loraga_dist.save_start(start, tmp_path / "start")
     assert not list((tmp_path / "start").iterdir())
+
+
+def test_a_start_that_was_trained_over_is_not_of_its_output(tmp_path: Path) -> None:
+    loraga_dist.save_start(initialized(save_model(tmp_path / "base")), tmp_path / "start")
+    assert strangers(tmp_path / "start") == []
+    weights = tmp_path / "start" / "loraga_init" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert strangers(tmp_path / "start") == ["loraga_init/adapter_model.safetensors"]
 
 
 def test_quantized_weights_are_refused_before_anything_is_taken(tmp_path: Path) -> None:
