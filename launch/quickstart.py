@@ -41,6 +41,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.errors import LoragaError, RunError, UserError
+from loraga_dist.files.checksums import is_as_written, sha256_of
+from loraga_dist.files.disk import read_json
+from loraga_dist.files.staging import files_in
 
 END_OF_TEXT_ID, PAD_ID = 256, 257
 VOCABULARY_SIZE = 258
@@ -97,7 +100,8 @@ def ensure_quickstart(directory: Path, recipe: Recipe | None = None) -> Path:
     """Build `model/`, `calibration.jsonl` and `recipe.json` in `directory` unless the same recipe made them already.
 
     Returns `directory`. The build happens beside it and is renamed into place, so an interrupted run leaves nothing.
-    Raises UserError where `directory` holds something else, RunError where the model does not learn enough.
+    Raises UserError where `directory` holds something else, or a build that was changed, RunError where the model does
+    not learn enough.
     """
     recipe = recipe or Recipe()
     made_by = {
@@ -109,7 +113,8 @@ def ensure_quickstart(directory: Path, recipe: Recipe | None = None) -> Path:
     if _is_made_by(directory, made_by):
         return directory
     if directory.exists() and not _is_ours(directory):
-        raise UserError("--directory", str(directory), "holds other files; name a new directory, or empty this one")
+        problem = "holds other files, or changed ones; name a new directory, or empty this one"
+        raise UserError("--directory", str(directory), problem)
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
@@ -125,6 +130,7 @@ def ensure_quickstart(directory: Path, recipe: Recipe | None = None) -> Path:
             "heldout_loss": heldout_loss,
             "seconds": time.perf_counter() - start,
             "parameters": model.num_parameters(),
+            "files": {name: sha256_of(new / name) for name in files_in(new)},
         }
         (new / "recipe.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         if directory.exists():
@@ -174,19 +180,33 @@ def _write_calibration(path: Path) -> None:
             file.write(json.dumps({"text": passage}, ensure_ascii=False) + "\n")
 
 
-def _is_made_by(directory: Path, made_by: dict[str, object]) -> bool:
-    if not ((directory / "model").is_dir() and (directory / "calibration.jsonl").is_file()):
-        return False
+def _read_recipe(directory: Path) -> dict[str, Any]:
+    """What recipe.json says; nothing where it is missing, or none of ours."""
     try:
-        made = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return made.get("recipe") == made_by
+        made = read_json(directory / "recipe.json")
+    except RunError:
+        return {}
+    of_ours = {"recipe", "heldout_loss", "seconds", "parameters"}
+    return made if isinstance(made, dict) and of_ours <= made.keys() else {}
+
+
+def _is_made_by(directory: Path, made_by: dict[str, object]) -> bool:
+    there = (directory / "model").is_dir() and (directory / "calibration.jsonl").is_file()
+    return there and _read_recipe(directory).get("recipe") == made_by
 
 
 def _is_ours(directory: Path) -> bool:
-    """Only what carries our recipe, or is an empty directory, may be replaced."""
-    return directory.is_dir() and ((directory / "recipe.json").is_file() or not any(directory.iterdir()))
+    """Only a build that nobody has changed since, or an empty directory, may be replaced."""
+    if not directory.is_dir():
+        return False
+    at_top = {path.name for path in directory.iterdir()}
+    made = _read_recipe(directory)
+    if not made or at_top - {"model", "calibration.jsonl", "recipe.json"}:
+        return not at_top
+    if "files" not in made:  # of an earlier version, which told no digests
+        return True
+    names = [name for name in files_in(directory) if name != "recipe.json"]
+    return all(name in made["files"] and is_as_written(directory / name, made["files"][name]) for name in names)
 
 
 def _describe(made: dict[str, float]) -> str:

@@ -4,8 +4,9 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,41 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--directory"):
         quickstart.ensure_quickstart(tmp_path, TINY)
     assert (tmp_path / "model").is_dir()
+
+
+def _edit(name: str, content: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _edit("calibration.jsonl", '{"text": "mine"}\n'),
+        _edit("model/config.json", "{}"),
+        _edit("model/notes.txt", "mine"),
+        _edit("notes.txt", "mine"),
+        _edit("recipe.json", '{"flour": 500}'),
+        _edit("recipe.json", "500 g of flour"),
+    ],
+)
+def test_a_build_that_was_changed_is_left_alone(built: Path, change: Callable[[Path], object], tmp_path: Path) -> None:
+    directory = shutil.copytree(built, tmp_path / "quickstart")
+    change(directory)
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="--directory"):
+        quickstart.ensure_quickstart(directory, replace(TINY, version=TINY.version + 1))
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("own", [[], ["notes.txt"]])
+def test_a_build_of_an_earlier_version_is_known_by_its_names(built: Path, own: list[str], tmp_path: Path) -> None:
+    directory = shutil.copytree(built, tmp_path / "quickstart")
+    record = json.loads((directory / "recipe.json").read_text())
+    assert record.pop("files")
+    (directory / "recipe.json").write_text(json.dumps(record))
+    for name in own:
+        (directory / name).touch()
+    assert quickstart._is_ours(directory) == (not own)
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
