@@ -12,6 +12,11 @@ DEVICE_SHARE = 0.5
 """`auto`: more of the device's free memory than this is not for state; activations need the rest."""
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """What torch takes of the host to pin a tensor of so many bytes: a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
 @dataclass(frozen=True)
 class StateHome:
     """Copies go by the current stream, so that nothing waits: read a tensor that lives here through `fetch` alone."""

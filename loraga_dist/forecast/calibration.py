@@ -239,7 +239,7 @@ def _in_block_order(
     lowest = min((plan.order.stage_of(group[0].name) for group in plan.groups), default=top)
 
     def kept(stage: int) -> Parts:
-        in_memory = 0 if course.in_files else chunk * (stage + 1) * found.hidden_bytes
+        in_memory = 0 if course.in_files else chunk * (stage + 1) * found.kept_bytes(on_host=setting.on_host)
         return {KEPT_INPUTS: in_memory, ARGUMENTS: chunk * found.argument_bytes}
 
     for number, sweep in enumerate(course.sweeps):

@@ -149,7 +149,7 @@ class Forecaster:
             free = left(room.host_bytes, memory.host_peak_bytes)
             on_device = left(room.device_bytes, memory.peak_bytes)
         return choose_keeping(
-            kept_bytes=(len(self.request.shape.numels_of_blocks) + 1) * found.hidden_bytes,
+            kept_bytes=(len(self.request.shape.numels_of_blocks) + 1) * found.kept_bytes(on_host=self.on_host),
             resident_bytes=found.argument_bytes + (between if self.on_host else 0),
             between_bytes=between,
             num_microbatches=self.num_microbatches(shapes),

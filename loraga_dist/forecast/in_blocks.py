@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from loraga_dist.data.losses import Loss, cross_entropy_sum
 from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.engines.home import pinned_bytes
 from loraga_dist.forecast.ledger import DEVICE, Ledger, key_of
 from loraga_dist.gradients.experts import experts_tapped
 from loraga_dist.gradients.head import Head
@@ -55,6 +56,10 @@ class InBlocks:
     """From the last block's output to its gradient, for the tokens whose logits are there at a time."""
     backward_bytes: tuple[int, ...]
     """By group: forward with a graph and backward, of its block or of what comes after all blocks."""
+
+    def kept_bytes(self, *, on_host: bool) -> int:
+        """Of the states between two blocks while they wait in memory. on_host: for ranks that compute there."""
+        return self.hidden_bytes if on_host else pinned_bytes(self.hidden_bytes)
 
 
 def run_in_blocks(

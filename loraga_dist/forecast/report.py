@@ -97,8 +97,10 @@ class PlanReport:
         activations = self.fitted.activations(self.largest)
         if activations is None or activations.in_blocks is None:
             return 0
-        num_kept = len(self.fitted.request.shape.numels_of_blocks) + 1
-        return self.course.chunk * num_kept * activations.in_blocks.hidden_bytes
+        in_blocks, num_kept = activations.in_blocks, len(self.fitted.request.shape.numels_of_blocks) + 1
+        in_files = self.way.keeping.directory is not None
+        each = in_blocks.hidden_bytes if in_files else in_blocks.kept_bytes(on_host=self.fitted.on_host)
+        return self.course.chunk * num_kept * each
 
     @property
     def num_sweeps(self) -> int:

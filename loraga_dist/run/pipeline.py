@@ -26,6 +26,7 @@ from loraga_dist.artifacts.report import Report
 from loraga_dist.config import InitConfig, MethodConfig, parse_config, require_filled_in
 from loraga_dist.data.formats import clock_at
 from loraga_dist.data.microbatches import Microbatch
+from loraga_dist.engines.home import pinned_bytes
 from loraga_dist.engines.product import multiplies_bfloat16
 from loraga_dist.errors import LoragaError, RunError, UserError, VerificationError
 from loraga_dist.files.checkpoint import CheckpointStore
@@ -283,7 +284,7 @@ def _keeping_beside(model: nn.Module, request: Request, world: World) -> Keeping
             directory=directory,
         )
         keeping = choose_keeping(
-            kept_bytes=(blocks.count + 1) * hidden,
+            kept_bytes=(blocks.count + 1) * (hidden if on_device is None else pinned_bytes(hidden)),
             resident_bytes=2 * hidden,
             between_bytes=2 * hidden,
             num_microbatches=len(microbatches),

@@ -140,6 +140,8 @@ def test_a_small_budget_makes_sweeps_and_less_state() -> None:
 
 H = 1_000_000
 """Bytes between two blocks, more than all triplets."""
+PINNED = 2**20
+"""That they take of the host, beside a device."""
 IN_BLOCKS = InBlocks(
     hidden_bytes=H, argument_bytes=100, forward_bytes=3000, loss_bytes=7000, backward_bytes=(9000, 9000, 9000)
 )
@@ -154,7 +156,7 @@ def test_block_order_by_hand() -> None:
     block = shape.block_numel // 3 * 2
     assert [len(group) for group in plan.groups] == [7, 7, 7], "a group is a block's"
     # what goes in of 5 microbatches at 3 blocks and the head; one is on the device with how blocks are called
-    assert found.host["forward"] == {KEPT_INPUTS: 5 * 4 * H, "their arguments": 5 * 100}
+    assert found.host["forward"] == {KEPT_INPUTS: 5 * 4 * PINNED, "their arguments": 5 * 100}
     assert found.device["forward"] == {
         "weights": shape.partition_bytes(2), "gathered": outside + block, "microbatch": 3000 + H + 100, STATE: state
     }  # fmt: skip
@@ -164,7 +166,7 @@ def test_block_order_by_hand() -> None:
     )
     backward = found.device["backward"]
     assert backward | {"gathered": block, "microbatch": 9000 + H + 100, STATE: state, BETWEEN: 9 * H} == backward
-    assert found.host["backward"][KEPT_INPUTS] == 5 * 3 * H, "what went into the head is not needed any more"
+    assert found.host["backward"][KEPT_INPUTS] == 5 * 3 * PINNED, "what went into the head is not needed any more"
 
 
 def test_several_chunks_keep_less_between_blocks_and_the_state_of_more_groups() -> None:
@@ -174,7 +176,7 @@ def test_several_chunks_keep_less_between_blocks_and_the_state_of_more_groups() 
         memory_of(0, plan, shape, 2, activations=activations, course=course_of(plan, keeping=keeping))
         for keeping in (Keeping(), Keeping(chunk_microbatches=2), Keeping(directory=Path("there")))
     )
-    assert (together.host["forward"][KEPT_INPUTS], apart.host["forward"][KEPT_INPUTS]) == (20 * H, 8 * H)
+    assert (together.host["forward"][KEPT_INPUTS], apart.host["forward"][KEPT_INPUTS]) == (20 * PINNED, 8 * PINNED)
     assert apart.device["backward"][STATE] == 3 * together.device["backward"][STATE]
     assert KEPT_INPUTS not in in_files.host["forward"]
 
