@@ -89,6 +89,37 @@ def stored_model(meta_model: nn.Module, index: Mapping[str, Slot]) -> StoredMode
     )
 
 
+def require_whole(meta_model: nn.Module, stored: StoredModel) -> None:
+    """Raise UserError for what the checkpoint lacks, or holds in another shape than the model's config says.
+
+    transformers would read all the others first. meta_model: not yet changed by PEFT.
+    """
+    ignored = getattr(meta_model, "_keys_to_ignore_on_load_missing", None) or ()
+    lacking = (name for name in stored.lacking if name not in stored.tied)
+    require_found([name for name in lacking if not any(re.search(pattern, name) for pattern in ignored)])
+    for name, tensor in meta_model.state_dict().items():
+        if name in stored.tensors:
+            stored_as(name, tensor.shape, stored.tensors)
+
+
+def require_found(missing: Sequence[str]) -> None:
+    """Raise UserError for parameters and buffers that the checkpoint lacks, which would start at random."""
+    if missing:
+        lacked = "it" if len(missing) == 1 else f"it and {len(missing) - 1} more"
+        problem = f"the checkpoint lacks {lacked}; write one that holds the whole model"
+        raise UserError("model.name_or_path", missing[0], problem)
+
+
+def stored_as(name: str, shape: Sequence[int], stored: Mapping[str, StoredTensor]) -> StoredTensor:
+    """Where the elements of this name lie. Raises UserError unless they have this shape."""
+    tensor = stored[name]
+    if tensor.shape != tuple(shape):
+        problem = f"{name} has shape {tensor.shape}, the model's config says {tuple(shape)}"
+        instead = "mend its config.json, or write another model"
+        raise UserError("model.name_or_path", str(tensor.slots[0].path), f"{problem}; {instead}")
+    return tensor
+
+
 def require_ties(meta_model: nn.Module, stored: StoredModel, dtype: torch.dtype) -> None:
     """Raise UserError for a tied parameter of which the checkpoint holds several, unequal in this dtype: transformers
     would not tie them. Reads nothing of one that is stored once; raises RunError on a short read."""
@@ -210,6 +241,11 @@ def _sources(meta_model: nn.Module, index: Mapping[str, Slot]) -> dict[str, _Sou
             source = sources[name]
             source.found[pattern].append((matched, index[key]))
             source.converter = source.converter or (None if pattern is None else converter_of[pattern])
+    for name, source in list(sources.items()):
+        # transformers names the first of the parameters that a tensor is cut into
+        first, *others = [""] if source.converter is None else source.converter.target_patterns
+        for other in others:
+            sources.setdefault(name.replace(first, other, 1), source)
     return dict(sources)
 
 

@@ -31,7 +31,7 @@ from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries
 from loraga_dist.model.base import BaseModel, factor_dtype, find_base_model, model_files, within_positions
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
-from loraga_dist.model.conversion import StoredModel, require_ties
+from loraga_dist.model.conversion import StoredModel, require_ties, require_whole
 from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.left_out import LeftOut
 from loraga_dist.model.plan import Plan, make_plan
@@ -222,9 +222,11 @@ def understand(
         stored = base.stored(meta_model)
         shape = ModelShape.of(meta_model, base.dtype)
         blocks, text = find_blocks(meta_model), text_model(meta_model)
+    in_files = stored if base.index else None
+    if in_files:
+        require_whole(meta_model, in_files)
     if world.is_main:  # who calls this brings the others to its error
         require_ties(meta_model, stored, base.dtype)
-    in_files = stored if base.index else None
     entries = base.entries or {name: (base.dtype, tuple(it.shape)) for name, it in meta_model.named_parameters()}
     holding = Holding.of(config.deepspeed, world.size)
     selection, targets, chosen = _choose_targets(meta_model, config, in_files, in_pieces=holding.is_sharded)

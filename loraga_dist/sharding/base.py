@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import Parameter
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from loraga_dist.errors import UserError
 from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import Piece
+from loraga_dist.model.conversion import require_found, stored_as
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.slices import part_of, square_norm, subtract_lowrank_
@@ -29,13 +29,7 @@ def pretrained(base: BaseModel) -> nn.Module:
     model, loading = model_class.from_pretrained(
         base.directory, config=base.config, dtype=base.dtype, output_loading_info=True
     )
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(
-            "model.name_or_path",
-            str(base.directory),
-            f"the checkpoint lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}; "
-            "write one that holds the whole model",
-        )
+    require_found(sorted(loading["missing_keys"]))
     return model
 
 
@@ -63,18 +57,6 @@ def model_on_meta(base: BaseModel) -> Any:
         return without_values(base)
     finally:
         hook.remove()
-
-
-def stored_as(name: str, shape: Sequence[int], stored: Mapping[str, StoredTensor]) -> StoredTensor:
-    """Where the elements of this name lie. Raises UserError unless they have this shape."""
-    tensor = stored[name]
-    if tensor.shape != tuple(shape):
-        raise UserError(
-            "model.name_or_path",
-            str(tensor.slots[0].path),
-            f"{name} has shape {tensor.shape}, the model's config says {tuple(shape)}",
-        )
-    return tensor
 
 
 def wanted_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -20,6 +20,7 @@ from loraga_dist.errors import UserError
 from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel
 from loraga_dist.model.blocks import expert_lists
+from loraga_dist.model.conversion import stored_as
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.sharding.base import (
@@ -27,7 +28,6 @@ from loraga_dist.sharding.base import (
     model_on_meta,
     pretrained,
     read_buffers,
-    stored_as,
     wanted_dtypes,
     without_values,
 )

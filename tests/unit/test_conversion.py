@@ -13,14 +13,14 @@ import torch
 from builders import MOE, TASKS, make_model, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV4ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BartForConditionalGeneration, DeepseekV4ForCausalLM
 
 from loraga_dist.config import ModelConfig
 from loraga_dist.errors import UserError
 from loraga_dist.files.safetensors_io import TensorSlot
 from loraga_dist.files.stored_tensors import StoredTensor
 from loraga_dist.model.base import BaseModel, find_base_model
-from loraga_dist.model.conversion import StoredModel, require_ties, stored_model
+from loraga_dist.model.conversion import StoredModel, require_ties, require_whole, stored_model
 from loraga_dist.model.targets import meta_copy
 from loraga_dist.sharding.base import pretrained
 
@@ -117,9 +117,11 @@ def test_the_base_of_a_model_is_found_without_its_prefix(tmp_path: Path) -> None
     model: Any = make_model("mixtral")
     model.model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    _, stored = find(tmp_path)
+    base, stored = find(tmp_path)
     assert config["architectures"] == ["MixtralModel"]
     assert (stored.lacking, stored.changed, stored.as_it_is) == (["lm_head.weight"], [], None)
+    with pytest.raises(UserError, match=r"'lm_head.weight': the checkpoint lacks it; write one that holds the whole"):
+        require_whole(meta_copy(base.model_class, base.config), stored)
     assert torch.equal(read(stored.tensors[f"{EXPERTS}.down_proj"]), model.get_parameter(f"{EXPERTS}.down_proj"))
     assert stored.key_of("model.layers.1.mlp.gate.weight") == "layers.1.block_sparse_moe.gate.weight"
 
@@ -179,9 +181,30 @@ def test_tensors_that_transformers_cuts_are_left_to_it(tmp_path: Path) -> None:
         head_dim=8, pad_token_id=256, bos_token_id=257, eos_token_id=257,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    _, stored = find(tmp_path)
-    assert stored.as_it_is is None and stored.changed
+    base, stored = find(tmp_path)
+    assert stored.as_it_is is None
     assert not stored.tensors.keys() & set(stored.changed)
+    for part in ("mlp.gate_proj", "mlp.up_proj", "self_attn.v_proj"):
+        assert f"model.L_module.layers.0.{part}.weight" in stored.changed
+    require_whole(meta_copy(base.model_class, base.config), stored)
+
+
+@pytest.mark.parametrize("kind", ["bart", "tied"])
+def test_what_transformers_does_without_is_not_missing(kind: str, tmp_path: Path) -> None:
+    """A buffer that the class says it need not find, and a tied parameter under its other name."""
+    model: Any = make_model(kind)
+    model = BartForConditionalGeneration(model.config) if kind == "bart" else model
+    name, others = ("final_logits_bias", []) if kind == "bart" else ("model.embed_tokens.weight", ["lm_head.weight"])
+    model.save_pretrained(tmp_path)
+
+    def move(tensors: dict[str, Tensor]) -> None:
+        tensors.update(dict.fromkeys(others, tensors.pop(name)))
+
+    base, stored = find(change(tmp_path, move), "t5" if kind == "bart" else kind)
+    assert stored.lacking == [name]
+    require_whole(meta_copy(base.model_class, base.config), stored)
+    expected, found = model.state_dict(), pretrained(base).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_what_has_no_tensor_of_its_own_has_no_key(mixtral: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from builders import config_tree, save_data, save_model
+from builders import TASKS, config_tree, save_data, save_model
 from disks import small_disk as small_disk
 from safetensors.torch import load_file, save_file
 
@@ -385,9 +386,32 @@ def test_a_checkpoint_with_a_hole_is_refused(tmp_path: Path, capsys: pytest.Capt
     weights = load_file(model / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    code, said = run(tmp_path, model, capsys)
-    assert code == 2 and "lacks model.norm.weight" in said
+    for options in ((), ("--dry_run",)):
+        code, said = run(tmp_path, model, capsys, *options)
+        assert code == 2 and "'model.norm.weight': the checkpoint lacks it; write one that holds" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "name", "held", "stated"),
+    [
+        ("llama", {"vocab_size": 260}, "embed_tokens", (258, 64), (260, 64)),
+        ("bert", {"max_position_embeddings": 64}, "position_embeddings", (128, 48), (64, 48)),
+        ("bert", {"id2label": {0: "no", 1: "yes"}}, "classifier", (3, 48), (2, 48)),
+    ],
+)
+def test_a_config_of_other_sizes_than_the_weights_is_refused(
+    kind: str, changes: dict, name: str, held: tuple, stated: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `resize_token_embeddings`, where only one of the two was saved again."""
+    model = save_model(tmp_path / "model", kind, shards=False)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    data = save_data(tmp_path / "of_the_task.jsonl", TASKS[kind])
+    sections = {"lora": {"task_type": TASKS[kind]}, "calibration": {"data_files": str(data)}}
+    for options in ((), ("--dry_run",)):
+        code, said = run(tmp_path, model, capsys, *options, **sections)
+        assert code == 2 and f"{name}.weight has shape {held}, the model's config says {stated}; mend its" in said
 
 
 def test_an_output_that_holds_the_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
