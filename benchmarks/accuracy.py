@@ -39,6 +39,7 @@ from loraga_dist.engines import ExactEngine, GradientEngine, Matrix, SketchEngin
 from loraga_dist.gradients.route import ModelOrder
 from loraga_dist.model.base import BaseModel, find_base_model
 from loraga_dist.model.selection import select_targets
+from loraga_dist.model.shape import max_positions
 from loraga_dist.model.targets import Target, meta_copy
 from loraga_dist.ranks.session import run_as_rank
 from loraga_dist.ranks.words import leave_process
@@ -141,7 +142,7 @@ def real(directory: Path, world: World) -> list[dict[str, Any]]:
         CalibrationConfig(data_files=str(directory / "calibration.jsonl"), max_length=256, max_samples=128),
         AutoTokenizer.from_pretrained(loaded.base.directory),
         task_type="CAUSAL_LM",
-        max_positions=loaded.base.max_positions,
+        max_positions=max_positions(loaded.model),
     )
     everything = SampleSharder(
         samples=samples,

@@ -37,6 +37,7 @@ from loraga_dist.data.samples import load_samples, padding_token_id
 from loraga_dist.gradients.route import ModelOrder
 from loraga_dist.linalg import DampedMoment, TruncatedSVD, regression
 from loraga_dist.model.plan import BEYOND
+from loraga_dist.model.shape import max_positions
 from loraga_dist.ranks.world import World
 
 RANKS = (8, 32)
@@ -56,7 +57,7 @@ def main() -> None:
     loaded = Loaded.read(str(options.model), World.current())
     config = CalibrationConfig(data_files=str(options.data), max_length=256, max_samples=options.max_samples)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    samples = load_samples(config, tokenizer, task_type="CAUSAL_LM", max_positions=loaded.base.max_positions)
+    samples = load_samples(config, tokenizer, task_type="CAUSAL_LM", max_positions=max_positions(loaded.model))
     pad_token_id = padding_token_id(tokenizer)
     sharder = SampleSharder(samples=samples, rank=0, world_size=1, per_device_batch_size=4, pad_token_id=pad_token_id)
     seen = accumulate(loaded, sharder.microbatches(0, len(samples), 0))

@@ -24,8 +24,8 @@ from loraga_dist.forecast.ledger import Shapes
 from loraga_dist.forecast.memory import RankMemory, rank_memory, weight_workspace_bytes
 from loraga_dist.forecast.ways import MARGIN, Room, Way, verdict, ways
 from loraga_dist.gradients.kept import FreeSpace, Keeping, choose_keeping
-from loraga_dist.model.base import within_positions
 from loraga_dist.model.plan import Plan, make_plan
+from loraga_dist.model.shape import within_positions
 from loraga_dist.ranks.memory import free_bytes
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import CheckpointRequest, understand
@@ -281,11 +281,11 @@ class Forecaster:
 
     def largest_allowed(self) -> Shapes:
         """Of the largest microbatch the settings allow; where none is needed, of the probe that compares logits."""
-        calibration, base = self.config.calibration, self.request.base
+        calibration = self.config.calibration
         length, size = calibration.max_length, min(calibration.per_device_batch_size, calibration.most_samples)
         if self.request.scheme.source != "gradient" and not calibration.names_data:
             length, size = PROBE_TOKENS, 1
-        length = within_positions(base.config, length)
+        length = within_positions(self.request.shape.max_positions, length)
         labels = (size,) if self.config.lora.task_type == "SEQ_CLS" else (size, length)
         return {"input_ids": (size, length), "attention_mask": (size, length), "labels": labels}
 

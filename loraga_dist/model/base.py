@@ -75,17 +75,6 @@ class BaseModel:
         return found
 
 
-def max_positions(config: Any) -> int | None:
-    """Longest sequence the position embeddings allow; None where the model sets no limit."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
-
-
-def within_positions(config: Any, num_tokens: int) -> int:
-    """So many tokens, or as many as there are positions."""
-    return min(num_tokens, max_positions(config) or num_tokens)
-
-
 def find_base_model(
     config: ModelConfig, task_type: TaskType, device: torch.device, *, needs_weights: bool = True
 ) -> BaseModel:

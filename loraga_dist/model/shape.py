@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from loraga_dist.model.blocks import find_blocks
+from loraga_dist.model.blocks import find_blocks, shape_of
 from loraga_dist.model.stacks import Stack, find_stacks
 from loraga_dist.model.towers import text_model, tower_of
 
@@ -33,6 +34,8 @@ class ModelShape:
     numels_of_blocks: list[int]
     """Parameters of each block the model is a sequence of; none where it is no sequence."""
     linear_numels_of_blocks: list[int]
+    max_positions: int | None
+    """Tokens of the longest sequence; None where the model sets no limit."""
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype) -> ModelShape:
@@ -57,6 +60,7 @@ class ModelShape:
             has_experts=bool(stacks),
             numels_of_blocks=[sum(parameter.numel() for parameter in block.parameters()) for block in sequence],
             linear_numels_of_blocks=[_linear_numel(block.modules(), stacks) for block in sequence],
+            max_positions=max_positions(model),
         )
 
     @property
@@ -79,6 +83,24 @@ class ModelShape:
     def partition_bytes(self, world_size: int) -> int:
         """One rank's shards: every parameter is cut on its own, and padded."""
         return self.num_bytes_each * sum(math.ceil(numel / world_size) for numel in self.numels)
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Find the longest sequence that position embeddings allow; None where the model sets no limit."""
+    config: Any = model.config
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [stated] if isinstance(stated, int) and stated > 0 else []
+    for name, module in model.get_submodule(text_model(model)).named_modules():
+        padding: Any = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            # RoBERTa and its kind count positions from the row after the padding's
+            limits.append(shape_of(module.get_parameter("weight"))[0] - padding - 1)
+    return min(limits, default=None)
+
+
+def within_positions(most: int | None, num_tokens: int) -> int:
+    """So many tokens, or as many as there are positions. most: as `max_positions`."""
+    return num_tokens if most is None else min(num_tokens, most)
 
 
 def _linear_numel(modules: Iterable[nn.Module], stacks: Mapping[int, Stack]) -> int:

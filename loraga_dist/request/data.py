@@ -12,13 +12,14 @@ from loraga_dist.data.formats import data_error
 from loraga_dist.data.microbatches import Sample, SampleSharder
 from loraga_dist.data.samples import has_embedding, load_samples, padding_token_id
 from loraga_dist.errors import UserError, blame
-from loraga_dist.model.base import BaseModel, max_positions
+from loraga_dist.model.base import BaseModel
 from loraga_dist.model.classes import names_in_forward
+from loraga_dist.model.shape import ModelShape
 from loraga_dist.ranks.world import World
 from loraga_dist.request.refusals import require_classes
 
 
-def read_data(config: InitConfig, base: BaseModel, world: World) -> SampleSharder:
+def read_data(config: InitConfig, base: BaseModel, shape: ModelShape, world: World) -> SampleSharder:
     """Read, shuffle and tokenize the calibration data, and share it out. Raises UserError; no collective."""
     require_classes(config, base.config, base.model_class.__name__)
     tokenizer = _load_tokenizer(base.directory, config)
@@ -26,7 +27,7 @@ def read_data(config: InitConfig, base: BaseModel, world: World) -> SampleSharde
         config.calibration,
         tokenizer,
         task_type=config.lora.task_type,
-        max_positions=max_positions(base.config),
+        max_positions=shape.max_positions,
         load_processor=partial(_load_processor, base.directory, config),
     )
     _check_token_ids(config, base, samples)

@@ -29,7 +29,7 @@ from loraga_dist.data.samples import fingerprints, path_keys
 from loraga_dist.engines.base import USUAL_AMOUNT, Amount
 from loraga_dist.errors import UserError, blame
 from loraga_dist.files.safetensors_io import Entries
-from loraga_dist.model.base import BaseModel, factor_dtype, find_base_model, model_files, within_positions
+from loraga_dist.model.base import BaseModel, factor_dtype, find_base_model, model_files
 from loraga_dist.model.blocks import Blocks, Order, choose_order, find_blocks, saved_order
 from loraga_dist.model.conversion import StoredModel, require_ties, require_whole
 from loraga_dist.model.coverage import Coverage
@@ -37,7 +37,7 @@ from loraga_dist.model.left_out import LeftOut
 from loraga_dist.model.plan import Plan, make_plan
 from loraga_dist.model.rank_budget import planned_targets
 from loraga_dist.model.selection import Selection, select_targets
-from loraga_dist.model.shape import ModelShape
+from loraga_dist.model.shape import ModelShape, within_positions
 from loraga_dist.model.stacks import find_stacks
 from loraga_dist.model.targets import Target, meta_copy, require_saved, require_targets
 from loraga_dist.model.towers import text_model
@@ -156,7 +156,7 @@ class CheckpointRequest(Request):
         """The same request with some keys changed, for a plan; its data is as much shorter as it is allowed to be."""
         update = {name: getattr(self.config, name).model_copy(update=keys) for name, keys in sections.items()}
         config = self.config.model_copy(update=update)
-        return replace(self, config=config, amount=_amount(config, self.data, self.base))
+        return replace(self, config=config, amount=_amount(config, self.data, self.shape))
 
     @property
     def target_cosine(self) -> float | None:
@@ -240,10 +240,10 @@ def understand(
     }
     data = step_data = None
     if reads_data and (scheme.source == "gradient" or config.calibration.names_data):
-        data, step_data = _share_out(read_data(config, base, world), config, "calibration.max_samples")
+        data, step_data = _share_out(read_data(config, base, shape, world), config, "calibration.max_samples")
         if scheme.source == "gradient" and all(sample.images is None for sample in data.samples):
             require_gradients_of_text(config.lora, targets, text)
-    saved, amount = saved_order(order, blocks), _amount(config, data, base)
+    saved, amount = saved_order(order, blocks), _amount(config, data, shape)
     require_alike(data, saved or chosen, "calibration.data_files", world.size)
     return CheckpointRequest(
         config=_resolved(config, base),
@@ -264,16 +264,16 @@ def understand(
     )
 
 
-def _amount(config: InitConfig, data: SampleSharder | None, base: BaseModel) -> Amount:
+def _amount(config: InitConfig, data: SampleSharder | None, shape: ModelShape) -> Amount:
     """Of data that was read, or else may be; by a rank's microbatches, so that the number of ranks changes nothing."""
     calibration = config.calibration
-    length = within_positions(base.config, calibration.max_length)
+    length = within_positions(shape.max_positions, calibration.max_length)
     num_samples, num_tokens = calibration.most_samples, calibration.most_samples * length
     if data is not None:
         lengths = [len(inputs["input_ids"]) for sample in data.samples for inputs in sample.sequences]
         num_samples, num_tokens = data.num_samples, sum(min(length, each) for each in lengths)
     num_microbatches = -(-num_samples // calibration.per_device_batch_size)
-    return Amount(num_tokens=num_tokens, num_microbatches=num_microbatches, dtype=base.dtype)
+    return Amount(num_tokens=num_tokens, num_microbatches=num_microbatches, dtype=shape.dtype)
 
 
 def _share_out(data: Sharder, config: MethodConfig, key: str) -> tuple[Sharder, Sharder | None]:

@@ -17,8 +17,9 @@ from loraga_dist.data.losses import IGNORED, LOSSES
 from loraga_dist.data.microbatches import PROBE_TOKENS, Microbatch, count_supervised_tokens
 from loraga_dist.errors import RunError
 from loraga_dist.gradients.forward import forward
-from loraga_dist.model.base import WIDE_FLOATS, within_positions
+from loraga_dist.model.base import WIDE_FLOATS
 from loraga_dist.model.blocks import pieces_of
+from loraga_dist.model.shape import max_positions, within_positions
 from loraga_dist.model.targets import Target
 from loraga_dist.ranks.world import World
 from loraga_dist.request.request import Request
@@ -51,7 +52,7 @@ class Probe:
     def of(cls, model: nn.Module, request: Request) -> Probe:
         task = request.config.lora.task_type
         if request.data is None:
-            microbatch = _seeded_microbatch(model.config, task)
+            microbatch = _seeded_microbatch(model, task)
             labels_T = torch.full_like(microbatch.inputs["labels"][0], IGNORED)
         else:
             microbatch = request.data.microbatches(0, request.data.samples_per_step, 0)[0]
@@ -83,12 +84,13 @@ class Probe:
             flip_last_bits(model, targets, sharding)
 
 
-def _seeded_microbatch(model_config: Any, task_type: TaskType) -> Microbatch:
+def _seeded_microbatch(model: nn.Module, task_type: TaskType) -> Microbatch:
     """One sequence of random token ids, the same on every rank."""
-    length = within_positions(model_config, PROBE_TOKENS)
-    num_embeddings = getattr(model_config.get_text_config(), "vocab_size", 256)
+    length = within_positions(max_positions(model), PROBE_TOKENS)
+    config: Any = model.config
+    num_embeddings = getattr(config.get_text_config(), "vocab_size", 256)
     ids = torch.randint(num_embeddings, (1, length), generator=torch.Generator().manual_seed(0))
-    eos = getattr(model_config, "eos_token_id", None)
+    eos = getattr(config, "eos_token_id", None)
     if isinstance(eos, int):  # where BART's classifier reads
         ids[:, -1] = eos
     labels = torch.zeros(1, dtype=torch.long) if task_type == "SEQ_CLS" else ids
