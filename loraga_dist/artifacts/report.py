@@ -23,7 +23,7 @@ from pydantic import (
 from loraga_dist.artifacts.names import REPORT
 from loraga_dist.config import InitConfig, SchemeConfig
 from loraga_dist.errors import RunError
-from loraga_dist.files.disk import MAX_JSON_BYTES, BrokenFileError, read_bounded, write_json
+from loraga_dist.files.disk import MAX_NUMBERS_BYTES, BrokenFileError, read_bounded, write_json
 from loraga_dist.model.coverage import Coverage
 from loraga_dist.model.left_out import LeftOut
 from loraga_dist.model.rank_budget import num_parameters
@@ -294,7 +294,7 @@ def _without_nulls(tree: Any) -> Any:
 def read_report_text(directory: Path) -> str:
     """The content of an output directory's report; raises RunError where there is none to read."""
     try:
-        return read_bounded(directory / REPORT, MAX_JSON_BYTES).decode("utf-8")
+        return read_bounded(directory / REPORT, MAX_NUMBERS_BYTES).decode("utf-8")
     except (BrokenFileError, UnicodeDecodeError) as error:
         reason = error if isinstance(error, BrokenFileError) else error.reason
         raise RunError(f"{REPORT}: cannot be read ({reason}); is this the directory of a finished run?") from error

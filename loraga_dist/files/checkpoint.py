@@ -17,12 +17,11 @@ from torch import Tensor
 from loraga_dist.errors import RunError, UserError
 from loraga_dist.files.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
 from loraga_dist.files.disk import (
-    MAX_JSON_BYTES,
+    MAX_NUMBERS_BYTES,
     BrokenFileError,
     naming_write_errors,
     parse_json,
     read_bounded,
-    read_json,
     sync,
 )
 from loraga_dist.files.safetensors_io import TensorSlot, scan_checkpoint
@@ -170,7 +169,7 @@ class CheckpointStore:
         found = None
         for path in [*self._named(_FINISHED), *self._named(_GENERATION)]:
             with suppress(BrokenFileError, AttributeError):  # `read` tells of what is damaged
-                content = read_bounded(path / _CONTENT, MAX_JSON_BYTES)
+                content = read_bounded(path / _CONTENT, MAX_NUMBERS_BYTES)
                 if hashlib.sha256(content).hexdigest() == (read_checksums(path) or {}).get(_CONTENT):
                     found = parse_json(content, _CONTENT).get(key, found)
         return self._world.of_main(found)
@@ -189,7 +188,7 @@ class CheckpointStore:
             problem = found[0]
         else:
             try:
-                content = read_json(path / _CONTENT)
+                content = parse_json(read_bounded(path / _CONTENT, MAX_NUMBERS_BYTES), _CONTENT)
                 opened = Checkpoint(path, content, SavedTensors(scan_checkpoint(path, _STEM)))
                 check(opened)
             except RunError as error:

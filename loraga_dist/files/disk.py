@@ -18,6 +18,8 @@ UNFINISHED_MARK = ".unfinished-by-loraga-dist"
 """An empty file in a directory that is being made or replaced: what a run that died left is known by it."""
 MAX_JSON_BYTES = 256 * 2**20
 """Ten times the largest tokenizer and index files there are."""
+MAX_NUMBERS_BYTES = 2 * 2**30
+"""Of reports and saved states; 200,000 targets of rank 128 have as many, and the largest models a quarter of these."""
 _MAX_NESTING = 100
 """Readers that come after ours recurse, and end the process at some depth."""
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -38,7 +40,8 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         if not path.is_file():  # reading a pipe or a device might never end
             raise BrokenFileError(f"{path.name} is no file" if path.exists() else f"{path.name} is missing")
         with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+            # reading allocates all that it may read
+            content = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
     except (OSError, ValueError) as error:
         raise BrokenFileError(f"{path.name} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if len(content) > max_bytes:

@@ -12,6 +12,7 @@ import torch
 from ranks import run_on_ranks
 
 from loraga_dist.errors import LoragaError, RunError, UserError
+from loraga_dist.files import disk
 from loraga_dist.files.checkpoint import Checkpoint, CheckpointStore, Found
 from loraga_dist.files.checksums import write_checksums
 from loraga_dist.ranks.world import World
@@ -105,6 +106,13 @@ def test_a_state_without_tensors(store: CheckpointStore) -> None:
     store.save({"number": 7}, {})
     found = store.read().newest
     assert found is not None and found.content["number"] == 7 and found.tensors.slots == {}
+
+
+def test_a_state_may_have_more_than_other_json(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished part holds the singular values of all its targets."""
+    store.finish({"number": 1, "facts": [1 / 3] * 1000}, {"a": torch.zeros(2, 3)})
+    monkeypatch.setattr(disk, "MAX_JSON_BYTES", 1000)
+    assert [part.content["number"] for part in store.read().finished] == [1] and store.peek("number") == 1
 
 
 @pytest.mark.parametrize("name", ["state.json", "state-00001-of-00001.safetensors", "state.safetensors.index.json"])

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders import report_tree, target_tree
 
 from loraga_dist.artifacts.report import IdentityCheck, Rebuilt, Report, TargetReport
 from loraga_dist.config import InitConfig, ModelConfig, OutputConfig
 from loraga_dist.errors import RunError
+from loraga_dist.files.disk import MAX_JSON_BYTES, MAX_NUMBERS_BYTES, json_text
 
 
 def written(report: Report, directory: Path) -> dict[str, Any]:
@@ -62,6 +64,18 @@ def test_a_rebuilt_output_says_from_what(tmp_path: Path) -> None:
     report = Report.parse(json.dumps(report_tree()))
     tree = written(report.model_copy(update={"rebuilt": Rebuilt(source="/old", seconds=1.5)}), tmp_path)
     assert tree["rebuilt"] == {"source": "/old", "seconds": 1.5} and list(tree)[-1] == "rebuilt"
+
+
+def test_what_is_written_of_very_many_experts_is_read(tmp_path: Path) -> None:
+    """30,000 of rank 128 have more than other JSON may."""
+    singular_values = torch.rand(256, generator=torch.Generator().manual_seed(0)).mul(1e-5).tolist()
+    target = target_tree(r=128, singular_values=singular_values)
+    report = Report.parse(json.dumps(report_tree(targets={"t": target})))
+    tree = written(report, tmp_path)
+    with (tmp_path / "loraga_report.json").open("ab") as file:
+        file.write(b" " * MAX_JSON_BYTES)
+    assert Report.read(tmp_path) == report
+    assert 200_000 * len(json_text({"targets": tree["targets"]})) < MAX_NUMBERS_BYTES
 
 
 @pytest.mark.parametrize(
