@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 INIT = str(ROOT / "launch" / "init.py")
+WITHOUT_PLOTS = ROOT / "tests" / "without"
+"""What a fresh interpreter is given to find no matplotlib."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,10 @@ def succeed(results: Finished | Sequence[Finished]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's variables, with the project and the tests' helpers to be imported."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    """This process's variables, with the project and the tests' helpers to be imported; without matplotlib if this has
+    none."""
+    places = [ROOT, ROOT / "tests", *([WITHOUT_PLOTS] if sys.modules.get("matplotlib", True) is None else [])]
+    path = os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path}
 
 

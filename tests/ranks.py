@@ -23,9 +23,13 @@ from typing import Any
 from launching import Finished, environment, free_port, kill_group, succeed
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["torch", "transformers", "peft", "deepspeed", "datasets", "trl", "pytest", "loraga_dist.run.pipeline"]
-)
+_FORKS.set_forkserver_preload([
+    "torch", "transformers", "peft", "deepspeed", "datasets", "trl", "pytest", "loraga_dist.cli",
+    "loraga_dist.run.pipeline", "loraga_dist.ranks.watch", "loraga_dist.artifacts.verify",
+    # what the above import only when they are used
+    "torch.distributed.nn.functional", "datasets.packaged_modules.json.json", "pyarrow.json", "trl.data_utils",
+    "trl.chat_template_utils", *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "gpt2", "t5")),
+])  # fmt: skip
 
 
 def run_on_ranks(

@@ -430,18 +430,6 @@ def test_both_processes_end_with_the_code(name: str, prepare: Prepare) -> None:
     check_refusal(name, Ended(ranks, before, contents(attempt.directory)))
 
 
-def test_deepspeed_launcher_passes_the_refusal_on(prepare: Prepare) -> None:
-    attempt = prepare(setting("lora", lora_dropout=1.5))
-    before = contents(attempt.directory)
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    result = run([launcher, "--num_gpus", "2", "--master_port", str(free_port()), INIT, *attempt.arguments])
-
-    assert result.code == 2, result
-    lines = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("loraga-dist: ")]
-    assert len(lines) == 1 and lines[0].startswith("loraga-dist: lora.lora_dropout: 1.5: "), result
-    assert contents(attempt.directory) == before
-
-
 def test_verify_refuses_a_directory_that_is_not_there(tmp_path: Path) -> None:
     absent = str(tmp_path / "absent")
     result = run([sys.executable, "-c", "from loraga_dist.cli import main; raise SystemExit(main())", "verify", absent])

@@ -53,7 +53,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 """Family and settings of every output."""
 ROUTER = {"deepseek_v3": "mlp.gate.weight", "gpt_oss": "mlp.router.weight", "llama4": "feed_forward.router.weight"}
 """Which has a start, too, by family; of rank 2, as some have 4 experts."""
-WAYS_OF = {1: [*WAYS], 2: [*WAYS], 3: ["mixtral", "qwen3_moe-sketch", "gpt_oss-model-order", "llama4"]}
+WAYS_OF = {1: [*WAYS], 2: [*WAYS], 3: ["mixtral", "qwen3_moe-sketch"]}
 """By the number of ranks."""
 
 

@@ -53,7 +53,7 @@ def gradients_of_rank(model_dir: Path, data: Path) -> Part:
     return part
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_linear_matches_the_unsharded_reference(world_size: int, tmp_path: Path) -> None:
     model, data = save_model(tmp_path / "model"), save_data(tmp_path / "data.jsonl", rows=7)
     parts: list[Part] = run_on_ranks(gradients_of_rank, world_size, model, data, timeout_seconds=280)

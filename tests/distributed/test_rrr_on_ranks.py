@@ -31,7 +31,8 @@ def start(paths: tuple[Path, Path, Path], name: str, world_size: int, **gradient
 @pytest.mark.parametrize("order", ["block", "model"])
 @pytest.mark.parametrize("engine", ["exact", "sketch"])
 def test_ranks_find_the_same_rows(paths: tuple[Path, Path, Path], engine: str, order: str) -> None:
-    outs = [start(paths, f"{engine}-{order}", size, engine=engine, order=order) for size in SIZES]
+    sizes = SIZES if (engine, order) in (("exact", "block"), ("sketch", "model")) else SIZES[:2]
+    outs = [start(paths, f"{engine}-{order}", size, engine=engine, order=order) for size in sizes]
     expected = read_adapter(outs[0])
     for out in outs:
         assert verify(out).ok

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launching import ROOT, Finished, run
+from launching import ROOT, WITHOUT_PLOTS, Finished, run
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class Clone:
         return self._finished[line]
 
     def shell(self, line: str) -> Finished:
-        """Run one line of shell in the clone's root, with its environment active."""
+        """Run one line of shell in the clone's root, with its environment active; plots are drawn by `make` alone."""
+        places = [self.root] if line.startswith("make") else [self.root, WITHOUT_PLOTS]
         return run(
             ["bash", "-c", f"cd {shlex.quote(str(self.root))} && {line}"],
             timeout_seconds=1800,
             env={
                 "PATH": f"{self.root / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
-                "PYTHONPATH": str(self.root),
+                "PYTHONPATH": os.pathsep.join(map(str, places)),
                 # those of a `make test` around this are not meant for the make in here
                 "MAKEFLAGS": "",
                 "MAKELEVEL": "",

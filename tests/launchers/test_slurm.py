@@ -41,7 +41,7 @@ def wait_for(cluster: Cluster, job_id: str, seconds: float = 150) -> dict[str, s
         time.sleep(0.3)
 
 
-@pytest.mark.parametrize("name", ["srun_per_gpu", "torchrun_per_node", "deepspeed_hostfile"])
+@pytest.mark.parametrize("name", ["torchrun_per_node", "deepspeed_hostfile"])
 def test_sbatch(cluster: Cluster, tiny: TinyRun, name: str, tmp_path: Path) -> None:
     # a path that a shell would take apart arrives as it is
     directory = tmp_path / "out $(touch shell) dir"
@@ -51,7 +51,7 @@ def test_sbatch(cluster: Cluster, tiny: TinyRun, name: str, tmp_path: Path) -> N
 
 
 def test_a_preempted_job_goes_on_when_queued_again(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:
-    directory, log = tmp_path / "out", tmp_path / "log"
+    directory, log = tmp_path / "out $(touch shell) dir", tmp_path / "log"
     shipped = "launch/slurm/srun_per_gpu.sbatch"
     submitted = cluster.run(
         ["sbatch", "--parsable", f"--output={log}", *TWO_NODES, shipped, *tiny.options(directory), *SLOWLY]
@@ -67,6 +67,7 @@ def test_a_preempted_job_goes_on_when_queued_again(cluster: Cluster, tiny: TinyR
     assert wait_for(cluster, job_id)["ExitCode"] == "0:0", log.read_text()
     assert "going on from" in log.read_text()
     tiny.require_same_start(directory)
+    assert not (ROOT / "shell").exists()
 
 
 def test_a_failed_run_is_a_failed_job(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:
