@@ -307,7 +307,7 @@ class _Calibrator:
         matrices, world = self._plan.matrices, self._world
         mine, owned = {}, {}
         num_owned = sum(matrices[name].owner == world.rank for name in engines.engine_of)
-        engines.collect(world)
+        engines.collect(world)  # who fails in a collective must not wait for the others in another
         with (
             world.together(),
             phase("factorize", num_owned, "targets", shown=world.is_main, nested=True) as progress,

@@ -54,11 +54,16 @@ def test_a_dataloader_may_fill_its_buffers_again() -> None:
 
 
 def test_a_script_may_have_float32_multiplied_in_fewer_bits() -> None:
+    model, seen = make_model("llama"), set[str]()
+    hook = model.register_forward_pre_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
     torch.set_float32_matmul_precision("medium")
     try:
-        start = started(batches())
+        start = started(batches(), model=model)
+        assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+        hook.remove()
+    assert seen == {"highest"}  # which only some processors show in the logits
     assert start.identity_check.max_abs_logit_diff < 1e-5 * start.identity_check.max_abs_logit
     assert_same(start, started(batches()))
 
